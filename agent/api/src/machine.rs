@@ -1,0 +1,226 @@
+//! What a machine should be (`PUT /v1/machines/{id}`) and what it is (reports).
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// A server of the cloud; the machine that runs it has the same id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ServerId(pub Uuid);
+
+impl fmt::Display for ServerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.hyphenated().fmt(f)
+    }
+}
+
+/// Counter of ownership. Raised only by a compare-and-set of the owner row in the controller's
+/// database; whoever holds a higher one is right.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct Generation(pub u64);
+
+/// Counter of intent within a generation. Raised with every change of [`Wanted`].
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct Revision(pub u64);
+
+/// Body of `PUT /v1/machines/{id}`. The agent persists it before it acts and refuses (409,
+/// [`Refusal::Stale`]) whatever is older than what it has: `(generation, revision)` in that order.
+/// The same pair again is answered like the first time.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PutMachine {
+    pub version: u32,
+    pub generation: Generation,
+    pub revision: Revision,
+    pub wanted: Wanted,
+    /// `x-openstack-request-id` of the request that wanted it, for the logs.
+    #[serde(default)]
+    pub request_id: Option<String>,
+}
+
+/// What the machine should be. Reboots and rebuilds are counters: the agent carries one out for each
+/// raise that it has not yet recorded as done (several raises at once are one).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Wanted {
+    pub power: Power,
+    /// Raised by a soft reboot: the power button is asked first.
+    #[serde(default)]
+    pub soft_reboots: u64,
+    /// Raised by a hard reboot: the process is ended and started anew.
+    #[serde(default)]
+    pub hard_reboots: u64,
+    /// Raised by a rebuild: the root disk is made anew from `spec.root_disk`.
+    #[serde(default)]
+    pub rebuilds: u64,
+    pub spec: MachineSpec,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Power {
+    Running,
+    Paused,
+    Stopped,
+    /// The machine and its disks are to be gone. The agent keeps a tombstone of the two counters, so
+    /// that a late message cannot bring it back.
+    Absent,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// 1 to 64.
+    pub vcpus: u8,
+    pub memory_mib: u64,
+    #[serde(default)]
+    pub pages: Pages,
+    /// Host NUMA nodes the memory is bound to and host CPUs the vCPUs are pinned to; empty: anywhere.
+    #[serde(default)]
+    pub numa_nodes: Vec<u32>,
+    #[serde(default)]
+    pub cpus: Vec<u32>,
+    /// Name of the CPU profile the machine keeps for its life; `host` is the host's own.
+    #[serde(default = "host_profile")]
+    pub cpu_profile: String,
+    pub boot: Boot,
+    /// The root disk, made from an image (or empty) when it does not exist yet.
+    #[serde(default)]
+    pub root_disk: Option<RootDisk>,
+}
+
+fn host_profile() -> String {
+    "host".to_owned()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pages {
+    /// 4 KiB pages.
+    Small,
+    /// Transparent huge pages where the kernel finds them.
+    #[default]
+    Transparent,
+    Huge2MiB,
+    Huge1GiB,
+}
+
+/// Direct kernel boot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Boot {
+    pub kernel: ImageRef,
+    #[serde(default)]
+    pub initrd: Option<ImageRef>,
+    #[serde(default)]
+    pub command_line: String,
+}
+
+/// An image in the controller's store. The agent fetches it from `GET /agent/v1/images/{id}` (only
+/// images of its own machines are given out) and checks the hash.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ImageRef {
+    pub id: Uuid,
+    /// Bytes.
+    pub size: u64,
+    /// BLAKE3 of the stored bytes, 64 hex digits.
+    pub blake3: String,
+    pub format: ImageFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageFormat {
+    Raw,
+    Qcow2,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RootDisk {
+    /// `None`: an empty disk.
+    #[serde(default)]
+    pub image: Option<ImageRef>,
+    /// Bytes; the disk is the larger of this and the image's virtual size.
+    pub size: u64,
+}
+
+/// What the agent says of one machine: answer to `PUT` and `GET`, and part of every push.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineReport {
+    pub id: ServerId,
+    pub generation: Generation,
+    /// The newest intent that the agent has persisted.
+    pub revision: Revision,
+    /// True once the machine is what `revision` wants; false while the agent works on it.
+    pub settled: bool,
+    pub observed: Observed,
+    /// Counters carried out, to be compared with [`Wanted`].
+    #[serde(default)]
+    pub soft_reboots: u64,
+    #[serde(default)]
+    pub hard_reboots: u64,
+    #[serde(default)]
+    pub rebuilds: u64,
+    /// How often the machine's process was started; a guest that is alive keeps it.
+    #[serde(default)]
+    pub starts: u64,
+    /// Microseconds since the epoch at which `observed` last changed.
+    #[serde(default)]
+    pub changed_at_us: i64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum Observed {
+    /// Being made: image fetched, disks made, process started.
+    Starting { step: String },
+    /// Every vCPU has entered KVM_RUN.
+    Running,
+    Paused,
+    Stopped { reason: StopReason },
+    /// It could not be made what is wanted; what is there is left whole.
+    Failed { reason: String },
+    /// Neither process nor disks.
+    Absent,
+}
+
+/// Why a machine is not running.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum StopReason {
+    /// As wanted.
+    Requested,
+    /// The guest powered itself off. The controller turns `wanted` to stopped by compare-and-set on
+    /// the revision.
+    GuestPowerOff,
+    TripleFault,
+    /// KVM could not go on (KVM_EXIT_INTERNAL_ERROR, failed entry); registers in the text.
+    InternalError { detail: String },
+    /// The VMM failed or was killed.
+    VmmFault { detail: String },
+    /// The host was rebooted.
+    HostReboot,
+}
+
+/// Body of a refusal (status 409 unless said otherwise).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
+#[serde(tag = "error", rename_all = "snake_case")]
+pub enum Refusal {
+    #[error("older than what the agent has: generation {}, revision {}", generation.0, revision.0)]
+    Stale { generation: Generation, revision: Revision },
+    /// 404.
+    #[error("no such machine")]
+    Unknown,
+    /// 400: the agent's version of this protocol cannot do what is asked.
+    #[error("not understood: {detail}")]
+    Invalid { detail: String },
+    #[error("the machine is {state}")]
+    WrongState { state: String },
+    /// 503.
+    #[error("the host cannot do that now: {detail}")]
+    Unavailable { detail: String },
+}
