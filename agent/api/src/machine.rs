@@ -177,13 +177,19 @@ pub struct MachineReport {
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum Observed {
     /// Being made: image fetched, disks made, process started.
-    Starting { step: String },
+    Starting {
+        step: String,
+    },
     /// Every vCPU has entered KVM_RUN.
     Running,
     Paused,
-    Stopped { reason: StopReason },
+    Stopped {
+        reason: StopReason,
+    },
     /// It could not be made what is wanted; what is there is left whole.
-    Failed { reason: String },
+    Failed {
+        reason: String,
+    },
     /// Neither process nor disks.
     Absent,
 }
@@ -199,9 +205,13 @@ pub enum StopReason {
     GuestPowerOff,
     TripleFault,
     /// KVM could not go on (KVM_EXIT_INTERNAL_ERROR, failed entry); registers in the text.
-    InternalError { detail: String },
+    InternalError {
+        detail: String,
+    },
     /// The VMM failed or was killed.
-    VmmFault { detail: String },
+    VmmFault {
+        detail: String,
+    },
     /// The host was rebooted.
     HostReboot,
 }
@@ -211,7 +221,10 @@ pub enum StopReason {
 #[serde(tag = "error", rename_all = "snake_case")]
 pub enum Refusal {
     #[error("older than what the agent has: generation {}, revision {}", generation.0, revision.0)]
-    Stale { generation: Generation, revision: Revision },
+    Stale {
+        generation: Generation,
+        revision: Revision,
+    },
     /// 404.
     #[error("no such machine")]
     Unknown,
