@@ -1,6 +1,10 @@
 //! What agents say of their hosts, and how a host joins.
 //!
-//! Agent's listener (controllers call it, client certificate with role `controller`):
+//! Who is who: certificates of the internal authority carry one URI each, `fractus://host/UUID` or
+//! `fractus://controller/NAME` ([`crate::identity`]); a host's certificate also carries the host part of
+//! its endpoint (DNS or IP) and is good for server and client authentication.
+//!
+//! Agent's listener (controllers call it, with a certificate of a controller):
 //!
 //! | call | body -> answer |
 //! |---|---|
@@ -22,6 +26,10 @@
 //! | `POST /agent/v1/changes` | [`Changes`] -> 204, or 409 when a full report is needed |
 //! | `POST /agent/v1/report` | [`FullReport`] -> 204 |
 //! | `GET /agent/v1/images/{id}` | -> the image's bytes; 403 unless a machine of this host uses it |
+//!
+//! `GET …/images/{id}` may carry `Range: bytes=N-` (a download resumed); 206 from N on, or 200 with all.
+//! Errors of both listeners are a [`crate::machine::Refusal`] where one fits, else plain text. `join`
+//! with a wrong or used token is 403. The agents listener sends its root in its chain.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;

@@ -4,8 +4,11 @@
 //! the agent or the controller. Every body that is persisted or sent carries [`VERSION`]; a newer
 //! controller speaks to an agent one release older, so fields are only ever added, with defaults.
 
+pub mod client;
 pub mod host;
+pub mod identity;
 pub mod machine;
+pub mod tls;
 
 /// Version of this protocol. Raised when a field's meaning changes, not when one is added.
 pub const VERSION: u32 = 1;
