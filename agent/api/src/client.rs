@@ -27,17 +27,39 @@ const MOST: usize = 64 << 20;
 pub enum CallError {
     /// Nothing was answered; whether the other side acted is not known.
     #[error("{call} {endpoint}: no answer: {detail}")]
-    Unreachable { call: &'static str, endpoint: String, detail: String },
+    Unreachable {
+        call: &'static str,
+        endpoint: String,
+        detail: String,
+    },
     #[error("{call} {endpoint}: no answer within {} s", limit.as_secs())]
-    Deadline { call: &'static str, endpoint: String, limit: Duration },
+    Deadline {
+        call: &'static str,
+        endpoint: String,
+        limit: Duration,
+    },
     /// The other side understood and said no.
     #[error("{call} {endpoint}: refused: {refusal}")]
-    Refused { call: &'static str, endpoint: String, status: StatusCode, refusal: Refusal },
+    Refused {
+        call: &'static str,
+        endpoint: String,
+        status: StatusCode,
+        refusal: Refusal,
+    },
     /// A status that the protocol does not use for this call.
     #[error("{call} {endpoint}: status {status}: {body}")]
-    Status { call: &'static str, endpoint: String, status: StatusCode, body: String },
+    Status {
+        call: &'static str,
+        endpoint: String,
+        status: StatusCode,
+        body: String,
+    },
     #[error("{call} {endpoint}: the answer cannot be read: {detail}")]
-    Body { call: &'static str, endpoint: String, detail: String },
+    Body {
+        call: &'static str,
+        endpoint: String,
+        detail: String,
+    },
 }
 
 impl CallError {
@@ -95,7 +117,9 @@ impl Transport {
     }
 
     fn request(&self, method: http::Method, path: &str) -> reqwest::RequestBuilder {
-        self.http.request(method, format!("{}{path}", self.endpoint)).timeout(CALL)
+        self.http
+            .request(method, format!("{}{path}", self.endpoint))
+            .timeout(CALL)
     }
 
     /// Sends, and turns whatever is not a success into an error.
@@ -112,12 +136,20 @@ impl Transport {
         }
         let body = self.read(call, &mut response).await.unwrap_or_default();
         match serde_json::from_slice::<Refusal>(&body) {
-            Ok(refusal) => {
-                Err(CallError::Refused { call, endpoint: endpoint(), status, refusal })
-            }
+            Ok(refusal) => Err(CallError::Refused {
+                call,
+                endpoint: endpoint(),
+                status,
+                refusal,
+            }),
             Err(_) => {
                 let body = String::from_utf8_lossy(&body).chars().take(500).collect();
-                Err(CallError::Status { call, endpoint: endpoint(), status, body })
+                Err(CallError::Status {
+                    call,
+                    endpoint: endpoint(),
+                    status,
+                    body,
+                })
             }
         }
     }
@@ -145,7 +177,11 @@ impl Transport {
         while let Some(chunk) = response.chunk().await.map_err(|e| self.lost(call, &e))? {
             if body.len() + chunk.len() > MOST {
                 let detail = format!("more than {MOST} bytes");
-                return Err(CallError::Body { call, endpoint: self.endpoint.clone(), detail });
+                return Err(CallError::Body {
+                    call,
+                    endpoint: self.endpoint.clone(),
+                    detail,
+                });
             }
             body.extend_from_slice(&chunk);
         }
@@ -155,9 +191,17 @@ impl Transport {
     fn lost(&self, call: &'static str, error: &reqwest::Error) -> CallError {
         let endpoint = self.endpoint.clone();
         if error.is_timeout() {
-            CallError::Deadline { call, endpoint, limit: CALL }
+            CallError::Deadline {
+                call,
+                endpoint,
+                limit: CALL,
+            }
         } else {
-            CallError::Unreachable { call, endpoint, detail: chain(error) }
+            CallError::Unreachable {
+                call,
+                endpoint,
+                detail: chain(error),
+            }
         }
     }
 }

@@ -45,10 +45,14 @@ impl Peer {
             .subject_alternative_name()
             .map_err(|e| unreadable(e.to_string()))?
             .ok_or(IdentityError::Nameless)?;
-        let mut uris = names.value.general_names.iter().filter_map(|name| match name {
-            GeneralName::URI(uri) if uri.starts_with(SCHEME) => Some(*uri),
-            _ => None,
-        });
+        let mut uris = names
+            .value
+            .general_names
+            .iter()
+            .filter_map(|name| match name {
+                GeneralName::URI(uri) if uri.starts_with(SCHEME) => Some(*uri),
+                _ => None,
+            });
         let uri = uris.next().ok_or(IdentityError::Nameless)?;
         if uris.next().is_some() {
             return Err(IdentityError::Ambiguous);
@@ -72,11 +76,17 @@ impl FromStr for Peer {
     type Err = IdentityError;
 
     fn from_str(uri: &str) -> Result<Self, IdentityError> {
-        let wrong = || IdentityError::Name { uri: uri.to_owned() };
-        let (role, name) =
-            uri.strip_prefix(SCHEME).and_then(|rest| rest.split_once('/')).ok_or_else(wrong)?;
+        let wrong = || IdentityError::Name {
+            uri: uri.to_owned(),
+        };
+        let (role, name) = uri
+            .strip_prefix(SCHEME)
+            .and_then(|rest| rest.split_once('/'))
+            .ok_or_else(wrong)?;
         match role {
-            "host" => Uuid::try_parse(name).map(|id| Self::Host(HostId(id))).map_err(|_| wrong()),
+            "host" => Uuid::try_parse(name)
+                .map(|id| Self::Host(HostId(id)))
+                .map_err(|_| wrong()),
             "controller" if !name.is_empty() && !name.contains(char::is_control) => {
                 Ok(Self::Controller(name.to_owned()))
             }
@@ -128,7 +138,11 @@ impl FromStr for Fingerprint {
             .trim_start_matches("sha256:")
             .chars()
             .filter(|c| *c != ':')
-            .map(|c| c.to_digit(16).map(|d| d as u8).ok_or(TokenError::Fingerprint))
+            .map(|c| {
+                c.to_digit(16)
+                    .map(|d| d as u8)
+                    .ok_or(TokenError::Fingerprint)
+            })
             .collect::<Result<_, _>>()?;
         if digits.len() != 64 {
             return Err(TokenError::Fingerprint);
@@ -168,7 +182,10 @@ impl FromStr for JoinToken {
         if secret.is_empty() {
             return Err(TokenError::Shape);
         }
-        Ok(Self { secret: secret.to_owned(), root: root.parse()? })
+        Ok(Self {
+            secret: secret.to_owned(),
+            root: root.parse()?,
+        })
     }
 }
 
@@ -179,7 +196,10 @@ mod tests {
     #[test]
     fn names_read_back_as_written() {
         let host = Peer::Host(HostId(Uuid::from_u128(7)));
-        assert_eq!(host.to_string(), "fractus://host/00000000-0000-0000-0000-000000000007");
+        assert_eq!(
+            host.to_string(),
+            "fractus://host/00000000-0000-0000-0000-000000000007"
+        );
         assert_eq!(host.to_string().parse::<Peer>().unwrap(), host);
         let controller = Peer::Controller("a".into());
         assert_eq!(controller.to_string().parse::<Peer>().unwrap(), controller);
@@ -187,20 +207,29 @@ mod tests {
 
     #[test]
     fn other_names_are_refused() {
-        for wrong in
-            ["fractus://host/x", "fractus://controller/", "fractus://root/a", "http://host/a", ""]
-        {
+        for wrong in [
+            "fractus://host/x",
+            "fractus://controller/",
+            "fractus://root/a",
+            "http://host/a",
+            "",
+        ] {
             assert!(wrong.parse::<Peer>().is_err(), "{wrong}");
         }
     }
 
     #[test]
     fn a_join_token_reads_back_and_hides_its_secret() {
-        let token =
-            JoinToken { secret: "s3cr.et".into(), root: Fingerprint::of(b"certificate") };
+        let token = JoinToken {
+            secret: "s3cr.et".into(),
+            root: Fingerprint::of(b"certificate"),
+        };
         assert_eq!(token.to_string().parse::<JoinToken>().unwrap(), token);
         assert!(!format!("{token:?}").contains("s3cr"));
         assert_eq!("abc".parse::<JoinToken>().unwrap_err(), TokenError::Shape);
-        assert_eq!("abc.12".parse::<JoinToken>().unwrap_err(), TokenError::Fingerprint);
+        assert_eq!(
+            "abc.12".parse::<JoinToken>().unwrap_err(),
+            TokenError::Fingerprint
+        );
     }
 }

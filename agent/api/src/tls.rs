@@ -63,7 +63,9 @@ pub fn client(
         provider(),
     )
     .build()
-    .map_err(|e| TlsError::Roots { detail: e.to_string() })?;
+    .map_err(|e| TlsError::Roots {
+        detail: e.to_string(),
+    })?;
     let (certificate, key) = pair(credentials)?;
     let mut config = client_builder()?
         .dangerous()
@@ -78,7 +80,10 @@ pub fn client(
 pub fn client_by_fingerprint(root: Fingerprint, alpn: &[u8]) -> Result<ClientConfig, TlsError> {
     let mut config = client_builder()?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(PinnedRoot { root, provider: provider() }))
+        .with_custom_certificate_verifier(Arc::new(PinnedRoot {
+            root,
+            provider: provider(),
+        }))
         .with_no_client_auth();
     config.alpn_protocols = vec![alpn.to_vec()];
     Ok(config)
@@ -106,7 +111,9 @@ pub fn server(
         ClientCertificate::Optional => verifier.allow_unauthenticated(),
     }
     .build()
-    .map_err(|e| TlsError::Roots { detail: e.to_string() })?;
+    .map_err(|e| TlsError::Roots {
+        detail: e.to_string(),
+    })?;
     let (certificate, key) = pair(credentials)?;
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
@@ -122,8 +129,8 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 
-fn client_builder()
--> Result<rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>, TlsError> {
+fn client_builder() -> Result<rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>, TlsError>
+{
     ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(TlsError::Pair)
@@ -132,20 +139,25 @@ fn client_builder()
 fn roots(pem: &str) -> Result<RootCertStore, TlsError> {
     let mut store = RootCertStore::empty();
     for root in certificates(pem, "list of roots")? {
-        store.add(root).map_err(|e| TlsError::Roots { detail: e.to_string() })?;
+        store.add(root).map_err(|e| TlsError::Roots {
+            detail: e.to_string(),
+        })?;
     }
     Ok(store)
 }
 
-fn certificates(
-    pem: &str,
-    what: &'static str,
-) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+fn certificates(pem: &str, what: &'static str) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let found: Vec<_> = CertificateDer::pem_slice_iter(pem.as_bytes())
         .collect::<Result<_, _>>()
-        .map_err(|e| TlsError::Pem { what, detail: e.to_string() })?;
+        .map_err(|e| TlsError::Pem {
+            what,
+            detail: e.to_string(),
+        })?;
     if found.is_empty() {
-        return Err(TlsError::Pem { what, detail: "no certificate in it".to_owned() });
+        return Err(TlsError::Pem {
+            what,
+            detail: "no certificate in it".to_owned(),
+        });
     }
     Ok(found)
 }
@@ -153,8 +165,11 @@ fn certificates(
 fn pair(
     credentials: &Credentials,
 ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), TlsError> {
-    let key = PrivateKeyDer::from_pem_slice(credentials.key.as_bytes())
-        .map_err(|e| TlsError::Pem { what: "key", detail: e.to_string() })?;
+    let key =
+        PrivateKeyDer::from_pem_slice(credentials.key.as_bytes()).map_err(|e| TlsError::Pem {
+            what: "key",
+            detail: e.to_string(),
+        })?;
     Ok((certificates(&credentials.certificate, "certificate")?, key))
 }
 
@@ -175,13 +190,15 @@ impl ServerCertVerifier for NamedPeer {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let verified = self.chain.verify_server_cert(leaf, intermediates, name, ocsp, now)?;
+        let verified = self
+            .chain
+            .verify_server_cert(leaf, intermediates, name, ocsp, now)?;
         match (Peer::of_certificate(leaf), &self.expected) {
             (Ok(Peer::Controller(_)), Expected::AnyController) => Ok(verified),
             (Ok(Peer::Host(is)), Expected::Host(wanted)) if is == *wanted => Ok(verified),
-            (Ok(other), expected) => {
-                Err(Error::General(format!("the certificate is of {other}, not of {expected:?}")))
-            }
+            (Ok(other), expected) => Err(Error::General(format!(
+                "the certificate is of {other}, not of {expected:?}"
+            ))),
             (Err(error), _) => Err(Error::General(error.to_string())),
         }
     }
@@ -239,9 +256,9 @@ impl ServerCertVerifier for PinnedRoot {
         verify_server_name(&rustls::server::ParsedCertificate::try_from(leaf)?, name)?;
         match Peer::of_certificate(leaf) {
             Ok(Peer::Controller(_)) => Ok(ServerCertVerified::assertion()),
-            Ok(other) => {
-                Err(Error::General(format!("the certificate is of {other}, not of a controller")))
-            }
+            Ok(other) => Err(Error::General(format!(
+                "the certificate is of {other}, not of a controller"
+            ))),
             Err(error) => Err(Error::General(error.to_string())),
         }
     }
@@ -267,6 +284,8 @@ impl ServerCertVerifier for PinnedRoot {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }

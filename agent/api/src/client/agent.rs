@@ -37,7 +37,10 @@ impl AgentClient {
         let expected = Expected::Host(host);
         let http2 = tls::client(credentials, expected.clone(), b"h2")?;
         let websocket = Arc::new(tls::client(credentials, expected, b"http/1.1")?);
-        Ok(Self { transport: Transport::new(endpoint, http2)?, websocket })
+        Ok(Self {
+            transport: Transport::new(endpoint, http2)?,
+            websocket,
+        })
     }
 
     pub fn endpoint(&self) -> &str {
@@ -47,13 +50,18 @@ impl AgentClient {
     /// Answered once the agent has persisted the intent, not when it is carried out.
     /// `Refusal::Stale` is no failure of the agent: something newer has been asked before.
     pub async fn put(&self, id: ServerId, body: &PutMachine) -> Result<MachineReport, CallError> {
-        let request = self.transport.request(Method::PUT, &format!("/v1/machines/{id}")).json(body);
+        let request = self
+            .transport
+            .request(Method::PUT, &format!("/v1/machines/{id}"))
+            .json(body);
         self.transport.json("PUT machine", request).await
     }
 
     /// `Refusal::Unknown` when the agent has neither record nor tombstone.
     pub async fn get(&self, id: ServerId) -> Result<MachineReport, CallError> {
-        let request = self.transport.request(Method::GET, &format!("/v1/machines/{id}"));
+        let request = self
+            .transport
+            .request(Method::GET, &format!("/v1/machines/{id}"));
         self.transport.json("GET machine", request).await
     }
 
@@ -63,7 +71,9 @@ impl AgentClient {
     }
 
     pub async fn host(&self) -> Result<HostReport, CallError> {
-        self.transport.json("GET host", self.transport.request(Method::GET, "/v1/host")).await
+        self.transport
+            .json("GET host", self.transport.request(Method::GET, "/v1/host"))
+            .await
     }
 
     /// The last `length` lines of the serial log (`None`: all that is kept).
@@ -88,16 +98,25 @@ impl AgentClient {
         let endpoint = self.transport.endpoint.clone();
         let limit = CONNECT * 2;
         let attempt = tokio::time::timeout(limit, self.attach(id)).await;
-        attempt.map_err(|_| CallError::Deadline { call, endpoint, limit })?
+        attempt.map_err(|_| CallError::Deadline {
+            call,
+            endpoint,
+            limit,
+        })?
     }
 
     async fn attach(&self, id: ServerId) -> Result<Console, CallError> {
         let call = "GET console";
         let endpoint = &self.transport.endpoint;
-        let unreachable =
-            |detail: String| CallError::Unreachable { call, endpoint: endpoint.clone(), detail };
+        let unreachable = |detail: String| CallError::Unreachable {
+            call,
+            endpoint: endpoint.clone(),
+            detail,
+        };
         let address = address(endpoint).ok_or_else(|| unreachable("not an address".to_owned()))?;
-        let tcp = TcpStream::connect(address).await.map_err(|e| unreachable(e.to_string()))?;
+        let tcp = TcpStream::connect(address)
+            .await
+            .map_err(|e| unreachable(e.to_string()))?;
         let _ = tcp.set_nodelay(true);
         let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
@@ -115,9 +134,12 @@ impl AgentClient {
                 let status = response.status();
                 let body = response.body().clone().unwrap_or_default();
                 Err(match serde_json::from_slice(&body) {
-                    Ok(refusal) => {
-                        CallError::Refused { call, endpoint: endpoint.clone(), status, refusal }
-                    }
+                    Ok(refusal) => CallError::Refused {
+                        call,
+                        endpoint: endpoint.clone(),
+                        status,
+                        refusal,
+                    },
                     Err(_) => CallError::Status {
                         call,
                         endpoint: endpoint.clone(),

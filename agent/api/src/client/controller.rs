@@ -38,13 +38,17 @@ impl ControllerClient {
     /// `endpoint` is `https://ADDRESS:PORT`. Nothing is connected yet.
     pub fn new(endpoint: &str, credentials: &Credentials) -> Result<Self, ClientError> {
         let tls = tls::client(credentials, Expected::AnyController, b"h2")?;
-        Ok(Self { transport: Transport::new(endpoint, tls)? })
+        Ok(Self {
+            transport: Transport::new(endpoint, tls)?,
+        })
     }
 
     /// Before there is a certificate: knows the controller by its root, and can only join.
     pub fn for_join(endpoint: &str, root: Fingerprint) -> Result<Self, ClientError> {
         let tls = tls::client_by_fingerprint(root, b"h2")?;
-        Ok(Self { transport: Transport::new(endpoint, tls)? })
+        Ok(Self {
+            transport: Transport::new(endpoint, tls)?,
+        })
     }
 
     pub fn endpoint(&self) -> &str {
@@ -52,22 +56,34 @@ impl ControllerClient {
     }
 
     pub async fn join(&self, body: &JoinRequest) -> Result<JoinAnswer, CallError> {
-        let request = self.transport.request(Method::POST, "/agent/v1/join").json(body);
+        let request = self
+            .transport
+            .request(Method::POST, "/agent/v1/join")
+            .json(body);
         self.transport.json("POST join", request).await
     }
 
     pub async fn renew(&self, body: &RenewRequest) -> Result<RenewAnswer, CallError> {
-        let request = self.transport.request(Method::POST, "/agent/v1/renew").json(body);
+        let request = self
+            .transport
+            .request(Method::POST, "/agent/v1/renew")
+            .json(body);
         self.transport.json("POST renew", request).await
     }
 
     pub async fn heartbeat(&self, body: &Heartbeat) -> Result<HeartbeatAnswer, CallError> {
-        let request = self.transport.request(Method::POST, "/agent/v1/heartbeat").json(body);
+        let request = self
+            .transport
+            .request(Method::POST, "/agent/v1/heartbeat")
+            .json(body);
         self.transport.json("POST heartbeat", request).await
     }
 
     pub async fn changes(&self, body: &Changes) -> Result<Pushed, CallError> {
-        let request = self.transport.request(Method::POST, "/agent/v1/changes").json(body);
+        let request = self
+            .transport
+            .request(Method::POST, "/agent/v1/changes")
+            .json(body);
         match self.transport.send("POST changes", request).await {
             Ok(_) => Ok(Pushed::Taken),
             Err(e) if e.status() == Some(StatusCode::CONFLICT) => Ok(Pushed::ReportNeeded),
@@ -76,7 +92,10 @@ impl ControllerClient {
     }
 
     pub async fn report(&self, body: &FullReport) -> Result<(), CallError> {
-        let request = self.transport.request(Method::POST, "/agent/v1/report").json(body);
+        let request = self
+            .transport
+            .request(Method::POST, "/agent/v1/report")
+            .json(body);
         self.transport.send("POST report", request).await.map(drop)
     }
 
@@ -89,19 +108,29 @@ impl ControllerClient {
     ) -> Result<ImageBody<impl Stream<Item = Result<Bytes, CallError>> + Send + use<>>, CallError>
     {
         let call = "GET image";
-        let url = format!("{}/agent/v1/images/{}", self.transport.endpoint, id.hyphenated());
+        let url = format!(
+            "{}/agent/v1/images/{}",
+            self.transport.endpoint,
+            id.hyphenated()
+        );
         let mut request = self.transport.http.get(url);
         if offset > 0 {
             request = request.header(http::header::RANGE, format!("bytes={offset}-"));
         }
         let response = self.transport.send(call, request).await?;
-        let offset = if response.status() == StatusCode::PARTIAL_CONTENT { offset } else { 0 };
+        let offset = if response.status() == StatusCode::PARTIAL_CONTENT {
+            offset
+        } else {
+            0
+        };
         let endpoint = self.transport.endpoint.clone();
-        let bytes = response.bytes_stream().map_err(move |e| CallError::Unreachable {
-            call,
-            endpoint: endpoint.clone(),
-            detail: chain(&e),
-        });
+        let bytes = response
+            .bytes_stream()
+            .map_err(move |e| CallError::Unreachable {
+                call,
+                endpoint: endpoint.clone(),
+                detail: chain(&e),
+            });
         Ok(ImageBody { offset, bytes })
     }
 }
