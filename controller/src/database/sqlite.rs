@@ -1,0 +1,193 @@
+//! SQLite: one writer with group commit, several readers.
+//!
+//! The writer task owns the one writing connection. It takes every write that waits, runs each in a
+//! savepoint inside one `BEGIN IMMEDIATE`, commits (one sync, `synchronous=FULL`), and only then
+//! answers all of them. Nothing is answered before it is on disk, and no write sees half of another.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
+use sea_orm::{
+    ConnectOptions, DatabaseConnection, DatabaseTransaction, DbErr, RuntimeErr,
+    SqliteTransactionMode, TransactionOptions, TransactionTrait,
+};
+use tokio::sync::{mpsc, oneshot};
+
+/// Writes that may wait for the writer; more of them wait to be queued.
+const QUEUE: usize = 1024;
+/// Writes that share one commit at most, so that the first of them is not kept waiting long.
+const GROUP: usize = 128;
+const READERS: u32 = 8;
+
+#[derive(Clone)]
+pub(super) struct Sqlite {
+    jobs: mpsc::Sender<Box<dyn Job>>,
+    writer: DatabaseConnection,
+    reader: DatabaseConnection,
+}
+
+impl Sqlite {
+    pub(super) async fn open(url: &str, syncs: Arc<AtomicU64>) -> Result<Self, DbErr> {
+        let writer = connect(url, 1).await?;
+        let reader = connect(url, READERS).await?;
+        let (jobs, queue) = mpsc::channel(QUEUE);
+        tokio::spawn(run_writer(writer.clone(), queue, syncs));
+        Ok(Self { jobs, writer, reader })
+    }
+
+    pub(super) fn writer(&self) -> &DatabaseConnection {
+        &self.writer
+    }
+
+    pub(super) fn reader(&self) -> &DatabaseConnection {
+        &self.reader
+    }
+
+    pub(super) async fn write<T, E, F>(&self, body: F) -> Result<T, E>
+    where
+        F: for<'t> Fn(&'t DatabaseTransaction) -> BoxFuture<'t, Result<T, E>>
+            + Send
+            + Sync
+            + 'static,
+        E: From<DbErr> + Send + 'static,
+        T: Send + 'static,
+    {
+        let (answer, answered) = oneshot::channel();
+        let job = Box::new(Write { body, outcome: None, answer });
+        self.jobs.send(job).await.map_err(|_| closed())?;
+        answered.await.map_err(|_| closed())?
+    }
+
+    pub(super) async fn close(self) {
+        let Self { jobs, writer, reader } = self;
+        drop(jobs);
+        // Errors here have nobody to tell: what was answered is on disk already.
+        let _ = reader.close().await;
+        let _ = writer.close().await;
+    }
+}
+
+fn closed() -> DbErr {
+    DbErr::Conn(RuntimeErr::Internal("the database has been closed".to_owned()))
+}
+
+async fn connect(url: &str, connections: u32) -> Result<DatabaseConnection, DbErr> {
+    let mut options = ConnectOptions::new(url);
+    options
+        .min_connections(1)
+        .max_connections(connections)
+        .acquire_timeout(Duration::from_secs(30))
+        .idle_timeout(None)
+        .max_lifetime(None)
+        .test_before_acquire(false)
+        .sqlx_logging(false)
+        .map_sqlx_sqlite_opts(|options| {
+            options
+                .create_if_missing(true)
+                .journal_mode(SqliteJournalMode::Wal)
+                .synchronous(SqliteSynchronous::Full)
+                .foreign_keys(true)
+                // Only another process (a backup) can hold the lock.
+                .busy_timeout(Duration::from_secs(10))
+                .pragma("temp_store", "memory")
+        });
+    sea_orm::Database::connect(options).await
+}
+
+/// A write whose types are forgotten, so that different ones queue together.
+trait Job: Send {
+    /// Runs in a savepoint; true if it is to be kept.
+    fn run<'t>(&'t mut self, tx: &'t DatabaseTransaction) -> BoxFuture<'t, bool>;
+    /// Tells the caller; `committed` is an error if the group's commit failed.
+    fn answer(self: Box<Self>, committed: Result<(), DbErr>);
+}
+
+struct Write<T, E, F> {
+    body: F,
+    outcome: Option<Result<T, E>>,
+    answer: oneshot::Sender<Result<T, E>>,
+}
+
+impl<T, E, F> Job for Write<T, E, F>
+where
+    F: for<'t> Fn(&'t DatabaseTransaction) -> BoxFuture<'t, Result<T, E>> + Send + Sync,
+    E: From<DbErr> + Send,
+    T: Send,
+{
+    fn run<'t>(&'t mut self, tx: &'t DatabaseTransaction) -> BoxFuture<'t, bool> {
+        Box::pin(async move {
+            let outcome = super::caught((self.body)(tx)).await;
+            let keep = outcome.is_ok();
+            self.outcome = Some(outcome);
+            keep
+        })
+    }
+
+    fn answer(self: Box<Self>, committed: Result<(), DbErr>) {
+        let outcome = match (self.outcome, committed) {
+            // A refusal of the body's own stands whatever became of the commit.
+            (Some(Err(error)), _) => Err(error),
+            (_, Err(error)) => Err(error.into()),
+            (Some(Ok(value)), Ok(())) => Ok(value),
+            (None, Ok(())) => Err(closed().into()),
+        };
+        // A caller that has gone away does not want to know.
+        let _ = self.answer.send(outcome);
+    }
+}
+
+/// The writer task: ends when the last handle is gone.
+async fn run_writer(
+    connection: DatabaseConnection,
+    mut queue: mpsc::Receiver<Box<dyn Job>>,
+    syncs: Arc<AtomicU64>,
+) {
+    let mut group = Vec::with_capacity(GROUP);
+    while queue.recv_many(&mut group, GROUP).await > 0 {
+        let committed = commit_group(&connection, &mut group).await;
+        match &committed {
+            Ok(true) => super::count_sync(&syncs),
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "a group of writes was not committed"),
+        }
+        for job in group.drain(..) {
+            job.answer(committed.as_ref().map(|_| ()).map_err(same_error));
+        }
+    }
+}
+
+/// Runs all jobs in one transaction. True if there was anything to commit.
+async fn commit_group(
+    connection: &DatabaseConnection,
+    group: &mut [Box<dyn Job>],
+) -> Result<bool, DbErr> {
+    let immediate = TransactionOptions {
+        sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
+        ..TransactionOptions::default()
+    };
+    let transaction = connection.begin_with_options(immediate).await?;
+    let mut kept = false;
+    for job in group {
+        let savepoint = transaction.begin().await?;
+        if job.run(&savepoint).await {
+            savepoint.commit().await?;
+            kept = true;
+        } else {
+            savepoint.rollback().await?;
+        }
+    }
+    if kept {
+        transaction.commit().await?;
+    } else {
+        transaction.rollback().await?;
+    }
+    Ok(kept)
+}
+
+/// [`DbErr`] cannot be cloned; every member of a group gets one of its own.
+fn same_error(error: &DbErr) -> DbErr {
+    DbErr::Conn(RuntimeErr::Internal(format!("the write was not committed: {error}")))
+}
