@@ -33,7 +33,9 @@ impl Clock for SystemClock {
     fn now_us(&self) -> i64 {
         // A clock before 1970 counts as 1970: it is wrong anyway, and an error here would have no
         // reader.
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
     }
 
@@ -52,13 +54,19 @@ pub struct SimulatedClock {
 impl SimulatedClock {
     pub fn starting_at(now_us: i64) -> Self {
         let (moved, _) = tokio::sync::watch::channel(now_us);
-        Self { now_us: Arc::new(AtomicI64::new(now_us)), moved: Arc::new(moved) }
+        Self {
+            now_us: Arc::new(AtomicI64::new(now_us)),
+            moved: Arc::new(moved),
+        }
     }
 
     /// Lets `duration` pass.
     pub fn advance(&self, duration: Duration) {
         let by = i64::try_from(duration.as_micros()).unwrap_or(i64::MAX);
-        let now = self.now_us.fetch_add(by, Ordering::SeqCst).saturating_add(by);
+        let now = self
+            .now_us
+            .fetch_add(by, Ordering::SeqCst)
+            .saturating_add(by);
         self.moved.send_replace(now);
     }
 }

@@ -88,17 +88,27 @@ impl Database {
         let syncs = Arc::new(AtomicU64::new(0));
         let scheme = url.split(':').next().unwrap_or_default();
         let opened = match scheme {
-            "sqlite" => {
-                sqlite::Sqlite::open(url, Arc::clone(&syncs)).await.map(Engine::Sqlite)
+            "sqlite" => sqlite::Sqlite::open(url, Arc::clone(&syncs))
+                .await
+                .map(Engine::Sqlite),
+            "postgres" | "postgresql" => postgres::Postgres::open(url, Arc::clone(&syncs))
+                .await
+                .map(Engine::Postgres),
+            other => {
+                return Err(OpenError::Url {
+                    scheme: other.to_owned(),
+                });
             }
-            "postgres" | "postgresql" => {
-                postgres::Postgres::open(url, Arc::clone(&syncs)).await.map(Engine::Postgres)
-            }
-            other => return Err(OpenError::Url { scheme: other.to_owned() }),
         };
-        let engine = opened
-            .map_err(|source| OpenError::Connect { url: without_password(url), source })?;
-        Ok(Self { engine, syncs, hook: None })
+        let engine = opened.map_err(|source| OpenError::Connect {
+            url: without_password(url),
+            source,
+        })?;
+        Ok(Self {
+            engine,
+            syncs,
+            hook: None,
+        })
     }
 
     /// Applies the schema changes that are missing, all or none. Refuses a database that a newer
@@ -158,7 +168,10 @@ impl Database {
 
     /// The same database with `hook` called around each write.
     pub fn hooked(&self, hook: Arc<dyn WriteHook>) -> Self {
-        Self { hook: Some(hook), ..self.clone() }
+        Self {
+            hook: Some(hook),
+            ..self.clone()
+        }
     }
 
     /// Ends the connections; writes under way are finished first.
@@ -176,7 +189,9 @@ impl fmt::Debug for Database {
             Engine::Sqlite(_) => "SQLite",
             Engine::Postgres(_) => "PostgreSQL",
         };
-        f.debug_struct("Database").field("engine", &engine).finish_non_exhaustive()
+        f.debug_struct("Database")
+            .field("engine", &engine)
+            .finish_non_exhaustive()
     }
 }
 
@@ -187,7 +202,9 @@ fn count_sync(syncs: &AtomicU64) {
 }
 
 /// Runs a closure's future; a panic in it is an error of this write and not the end of the writer.
-async fn caught<T, E: From<DbErr>>(body: impl Future<Output = Result<T, E>> + Send) -> Result<T, E> {
+async fn caught<T, E: From<DbErr>>(
+    body: impl Future<Output = Result<T, E>> + Send,
+) -> Result<T, E> {
     use futures::FutureExt;
     match std::panic::AssertUnwindSafe(body).catch_unwind().await {
         Ok(outcome) => outcome,
@@ -197,7 +214,9 @@ async fn caught<T, E: From<DbErr>>(body: impl Future<Output = Result<T, E>> + Se
 
 /// The URL for messages.
 fn without_password(url: &str) -> String {
-    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return url.to_owned();
+    };
     let authority_end = rest.find('/').unwrap_or(rest.len());
     match rest[..authority_end].rfind('@') {
         Some(at) => format!("{scheme}://…{}", &rest[at..]),

@@ -18,7 +18,10 @@ use super::OpenError;
 
 /// Every change, in order. One line a service; never reordered.
 fn changes() -> Vec<Box<dyn MigrationTrait>> {
-    vec![Box::new(m0004_operation::Migration), Box::new(m0005_host::Migration)]
+    vec![
+        Box::new(m0004_operation::Migration),
+        Box::new(m0005_host::Migration),
+    ]
 }
 
 struct Changes;
@@ -40,12 +43,23 @@ pub(super) async fn apply(connection: &DatabaseConnection) -> Result<(), OpenErr
             .await
             .map_err(OpenError::Migrate)?;
     }
-    let known: BTreeSet<String> =
-        changes().iter().map(|change| change.name().to_owned()).collect();
-    let applied = Changes::get_migration_models(&transaction).await.map_err(OpenError::Migrate)?;
-    if let Some(newer) = applied.into_iter().find(|model| !known.contains(&model.version)) {
-        return Err(OpenError::NewerSchema { migration: newer.version });
+    let known: BTreeSet<String> = changes()
+        .iter()
+        .map(|change| change.name().to_owned())
+        .collect();
+    let applied = Changes::get_migration_models(&transaction)
+        .await
+        .map_err(OpenError::Migrate)?;
+    if let Some(newer) = applied
+        .into_iter()
+        .find(|model| !known.contains(&model.version))
+    {
+        return Err(OpenError::NewerSchema {
+            migration: newer.version,
+        });
     }
-    Changes::up(&transaction, None).await.map_err(OpenError::Migrate)?;
+    Changes::up(&transaction, None)
+        .await
+        .map_err(OpenError::Migrate)?;
     transaction.commit().await.map_err(OpenError::Migrate)
 }

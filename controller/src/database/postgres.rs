@@ -36,7 +36,10 @@ impl Postgres {
             .max_connections(CONNECTIONS)
             .acquire_timeout(Duration::from_secs(30))
             .sqlx_logging(false);
-        Ok(Self { connection: sea_orm::Database::connect(options).await?, syncs })
+        Ok(Self {
+            connection: sea_orm::Database::connect(options).await?,
+            syncs,
+        })
     }
 
     pub(super) fn connection(&self) -> &DatabaseConnection {
@@ -97,7 +100,11 @@ impl Postgres {
                 let ended = transaction.execute_unprepared("SELECT 1").await.is_err();
                 // Fails where the connection is gone, and then there is nothing to roll back.
                 let _ = transaction.rollback().await;
-                if ended { Attempt::Lost(error) } else { Attempt::Finished(Err(error)) }
+                if ended {
+                    Attempt::Lost(error)
+                } else {
+                    Attempt::Finished(Err(error))
+                }
             }
         }
     }

@@ -35,7 +35,11 @@ impl Sqlite {
         let reader = connect(url, READERS).await?;
         let (jobs, queue) = mpsc::channel(QUEUE);
         tokio::spawn(run_writer(writer.clone(), queue, syncs));
-        Ok(Self { jobs, writer, reader })
+        Ok(Self {
+            jobs,
+            writer,
+            reader,
+        })
     }
 
     pub(super) fn writer(&self) -> &DatabaseConnection {
@@ -56,13 +60,21 @@ impl Sqlite {
         T: Send + 'static,
     {
         let (answer, answered) = oneshot::channel();
-        let job = Box::new(Write { body, outcome: None, answer });
+        let job = Box::new(Write {
+            body,
+            outcome: None,
+            answer,
+        });
         self.jobs.send(job).await.map_err(|_| closed())?;
         answered.await.map_err(|_| closed())?
     }
 
     pub(super) async fn close(self) {
-        let Self { jobs, writer, reader } = self;
+        let Self {
+            jobs,
+            writer,
+            reader,
+        } = self;
         drop(jobs);
         // Errors here have nobody to tell: what was answered is on disk already.
         let _ = reader.close().await;
@@ -71,7 +83,9 @@ impl Sqlite {
 }
 
 fn closed() -> DbErr {
-    DbErr::Conn(RuntimeErr::Internal("the database has been closed".to_owned()))
+    DbErr::Conn(RuntimeErr::Internal(
+        "the database has been closed".to_owned(),
+    ))
 }
 
 async fn connect(url: &str, connections: u32) -> Result<DatabaseConnection, DbErr> {
@@ -189,5 +203,7 @@ async fn commit_group(
 
 /// [`DbErr`] cannot be cloned; every member of a group gets one of its own.
 fn same_error(error: &DbErr) -> DbErr {
-    DbErr::Conn(RuntimeErr::Internal(format!("the write was not committed: {error}")))
+    DbErr::Conn(RuntimeErr::Internal(format!(
+        "the write was not committed: {error}"
+    )))
 }

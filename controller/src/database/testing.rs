@@ -39,22 +39,35 @@ pub async fn sqlite() -> TestDatabase {
     let folder = Folder::new();
     let url = format!("sqlite://{}/fractus.sqlite", folder.0.display());
     let database = open(&url).await;
-    TestDatabase { database, engine: "sqlite", url, _folder: Some(folder) }
+    TestDatabase {
+        database,
+        engine: "sqlite",
+        url,
+        _folder: Some(folder),
+    }
 }
 
 /// A PostgreSQL database of its own on the run's server.
 pub async fn postgres() -> TestDatabase {
     let url = postgres_url().await;
     let database = open(&url).await;
-    TestDatabase { database, engine: "postgres", url, _folder: None }
+    TestDatabase {
+        database,
+        engine: "postgres",
+        url,
+        _folder: None,
+    }
 }
 
 /// The URL of a new, empty PostgreSQL database.
 pub async fn postgres_url() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let server = server::shared();
-    let name =
-        format!("test_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let name = format!(
+        "test_{}_{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    );
     server.create_database(&name).await;
     server.url(&name)
 }

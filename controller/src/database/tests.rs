@@ -13,7 +13,8 @@ async fn make_table(database: &Database) {
             Box::pin(async move {
                 tx.execute_unprepared("CREATE TABLE t (id TEXT PRIMARY KEY, n BIGINT NOT NULL)")
                     .await?;
-                tx.execute_unprepared("INSERT INTO t VALUES ('a', 0)").await?;
+                tx.execute_unprepared("INSERT INTO t VALUES ('a', 0)")
+                    .await?;
                 Ok::<_, DbErr>(())
             })
         })
@@ -24,7 +25,10 @@ async fn make_table(database: &Database) {
 async fn count(database: &Database, sql: &str) -> i64 {
     let connection = database.reader();
     let backend = connection.get_database_backend();
-    let row = connection.query_one_raw(Statement::from_string(backend, sql)).await.unwrap();
+    let row = connection
+        .query_one_raw(Statement::from_string(backend, sql))
+        .await
+        .unwrap();
     row.unwrap().try_get_by_index(0).unwrap()
 }
 
@@ -48,18 +52,27 @@ async fn a_write_that_answers_an_error_leaves_nothing_and_does_not_harm_its_neig
                         Box::pin(async move {
                             let sql = format!("INSERT INTO t VALUES ('{id}', 1)");
                             tx.execute_unprepared(&sql).await?;
-                            if refuse { Err(Refused::Refused) } else { Ok(()) }
+                            if refuse {
+                                Err(Refused::Refused)
+                            } else {
+                                Ok(())
+                            }
                         })
                     })
                     .await
             }
         };
-        let (b, c, d) =
-            futures::join!(insert("b", false), insert("c", true), insert("d", false));
+        let (b, c, d) = futures::join!(insert("b", false), insert("c", true), insert("d", false));
         assert!(b.is_ok() && d.is_ok());
         assert!(matches!(c, Err(Refused::Refused)));
-        assert_eq!(count(&database, "SELECT COUNT(*) FROM t WHERE id IN ('b', 'd')").await, 2);
-        assert_eq!(count(&database, "SELECT COUNT(*) FROM t WHERE id = 'c'").await, 0);
+        assert_eq!(
+            count(&database, "SELECT COUNT(*) FROM t WHERE id IN ('b', 'd')").await,
+            2
+        );
+        assert_eq!(
+            count(&database, "SELECT COUNT(*) FROM t WHERE id = 'c'").await,
+            0
+        );
     })
     .await;
 }
@@ -71,7 +84,8 @@ async fn a_failed_statement_is_the_callers_error_and_the_next_write_works() {
         let duplicate = database
             .write(|tx| {
                 Box::pin(async move {
-                    tx.execute_unprepared("INSERT INTO t VALUES ('a', 1)").await?;
+                    tx.execute_unprepared("INSERT INTO t VALUES ('a', 1)")
+                        .await?;
                     Ok::<_, DbErr>(())
                 })
             })
@@ -80,7 +94,9 @@ async fn a_failed_statement_is_the_callers_error_and_the_next_write_works() {
         let next = database
             .write(|tx| {
                 Box::pin(async move {
-                    tx.execute_unprepared("UPDATE t SET n = 5").await.map(|_| ())
+                    tx.execute_unprepared("UPDATE t SET n = 5")
+                        .await
+                        .map(|_| ())
                 })
             })
             .await;
@@ -116,7 +132,10 @@ async fn no_increment_is_lost_among_concurrent_writers() {
             })
         });
         let outcomes = futures::future::join_all(increments).await;
-        let done = outcomes.into_iter().filter(|outcome| matches!(outcome, Ok(Ok(())))).count();
+        let done = outcomes
+            .into_iter()
+            .filter(|outcome| matches!(outcome, Ok(Ok(()))))
+            .count();
         // Retries are bounded, so on PostgreSQL some may have given up; none may have vanished.
         assert!(done > 0);
         assert_eq!(count(&database, "SELECT n FROM t").await, done as i64);
@@ -140,7 +159,10 @@ async fn writes_that_wait_together_share_one_sync() {
     });
     futures::future::try_join_all(writes).await.unwrap();
     let syncs = database.syncs() - before;
-    assert!((1..=2).contains(&syncs), "{syncs} syncs for 50 writes queued at once");
+    assert!(
+        (1..=2).contains(&syncs),
+        "{syncs} syncs for 50 writes queued at once"
+    );
     assert_eq!(count(database, "SELECT COUNT(*) FROM t").await, 51);
 }
 
@@ -149,11 +171,20 @@ async fn a_panicking_write_is_an_error_and_the_writer_lives_on() {
     engines(|database| async move {
         make_table(&database).await;
         let panicked = database
-            .write(|_| Box::pin(async move { if true { panic!("as the test wants") } Ok::<(), DbErr>(()) }))
+            .write(|_| {
+                Box::pin(async move {
+                    if true {
+                        panic!("as the test wants")
+                    }
+                    Ok::<(), DbErr>(())
+                })
+            })
             .await;
         assert!(panicked.is_err());
         database
-            .write(|tx| Box::pin(async move { tx.execute_unprepared("DELETE FROM t").await.map(|_| ()) }))
+            .write(|tx| {
+                Box::pin(async move { tx.execute_unprepared("DELETE FROM t").await.map(|_| ()) })
+            })
             .await
             .unwrap();
         assert_eq!(count(&database, "SELECT COUNT(*) FROM t").await, 0);
@@ -168,7 +199,8 @@ async fn migrating_again_changes_nothing_and_a_newer_schema_is_refused() {
         database
             .write(|tx| {
                 Box::pin(async move {
-                    let sql = "INSERT INTO seaql_migrations (version, applied_at) VALUES ('m9999_x', 1)";
+                    let sql =
+                        "INSERT INTO seaql_migrations (version, applied_at) VALUES ('m9999_x', 1)";
                     tx.execute_unprepared(sql).await.map(|_| ())
                 })
             })
@@ -186,6 +218,12 @@ async fn migrating_again_changes_nothing_and_a_newer_schema_is_refused() {
 #[test]
 fn a_url_is_shown_without_its_password() {
     let shown = without_password("postgres://fractus:secret@db/fractus");
-    assert!(!shown.contains("secret") && shown.contains("@db/fractus"), "{shown}");
-    assert_eq!(without_password("sqlite:///var/lib/x"), "sqlite:///var/lib/x");
+    assert!(
+        !shown.contains("secret") && shown.contains("@db/fractus"),
+        "{shown}"
+    );
+    assert_eq!(
+        without_password("sqlite:///var/lib/x"),
+        "sqlite:///var/lib/x"
+    );
 }

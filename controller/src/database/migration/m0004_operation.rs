@@ -11,13 +11,21 @@ impl MigrationTrait for Migration {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         manager.create_table(operation()).await?;
         let unfinished = ["finished_at_us", "due_at_us", "id"];
-        manager.create_index(index("operation_due", "operation", &unfinished)).await?;
+        manager
+            .create_index(index("operation_due", "operation", &unfinished))
+            .await?;
         let of_subject = ["subject", "created_at_us", "id"];
-        manager.create_index(index("operation_subject", "operation", &of_subject)).await?;
+        manager
+            .create_index(index("operation_subject", "operation", &of_subject))
+            .await?;
         manager.create_table(event()).await?;
         let of_subject = ["subject", "at_us", "id"];
-        manager.create_index(index("event_subject", "event", &of_subject)).await?;
-        manager.create_index(index("event_at", "event", &["at_us", "id"])).await
+        manager
+            .create_index(index("event_subject", "event", &of_subject))
+            .await?;
+        manager
+            .create_index(index("event_at", "event", &["at_us", "id"]))
+            .await
     }
 }
 

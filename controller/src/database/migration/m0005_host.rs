@@ -1,9 +1,7 @@
 //! Hosts, how they joined, what runs on them ([`crate::agents`], [`crate::reconcile`]).
 
 use sea_orm_migration::prelude::*;
-use sea_orm_migration::schema::{
-    big_integer, big_integer_null, boolean, text, text_null,
-};
+use sea_orm_migration::schema::{big_integer, big_integer_null, boolean, text, text_null};
 
 #[derive(DeriveMigrationName)]
 pub struct Migration;

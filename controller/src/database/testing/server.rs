@@ -19,7 +19,8 @@ pub(super) fn shared() -> Server {
     let folder = PathBuf::from(format!("/tmp/fractus-postgres-{run}-{}", start_time(run)));
     let lock = File::create(folder.with_extension("lock"));
     let lock = lock.unwrap_or_else(|error| panic!("locking {}: {error}", folder.display()));
-    lock.lock().unwrap_or_else(|error| panic!("locking {}: {error}", folder.display()));
+    lock.lock()
+        .unwrap_or_else(|error| panic!("locking {}: {error}", folder.display()));
     if !folder.join("ready").exists() {
         start(&folder, run);
     }
@@ -28,7 +29,10 @@ pub(super) fn shared() -> Server {
 
 impl Server {
     pub(super) fn url(&self, database: &str) -> String {
-        format!("postgres://postgres@localhost/{database}?host={}", self.folder.display())
+        format!(
+            "postgres://postgres@localhost/{database}?host={}",
+            self.folder.display()
+        )
     }
 
     pub(super) async fn create_database(&self, name: &str) {
@@ -36,11 +40,16 @@ impl Server {
         options.max_connections(1).sqlx_logging(false);
         let created = async {
             let connection = sea_orm::Database::connect(options).await?;
-            connection.execute_unprepared(&format!("CREATE DATABASE {name}")).await?;
+            connection
+                .execute_unprepared(&format!("CREATE DATABASE {name}"))
+                .await?;
             connection.close().await
         };
         if let Err(error) = created.await {
-            panic!("creating a test database on {}: {error}", self.folder.display());
+            panic!(
+                "creating a test database on {}: {error}",
+                self.folder.display()
+            );
         }
     }
 }
@@ -96,8 +105,11 @@ fn watch(folder: &Path, run: u32, programs: &Path) {
     } else {
         command.arg(format!("{script} {}.lock", folder.display()));
     }
-    let spawned =
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let spawned = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
     if let Err(error) = spawned {
         panic!("watching over PostgreSQL: {error}");
     }
@@ -124,8 +136,14 @@ fn is_root() -> bool {
 
 /// Debian keeps them outside PATH, in a folder a version.
 fn programs() -> PathBuf {
-    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let newest = versions.map(|entry| entry.path().join("bin")).filter(|bin| bin.join("initdb").exists()).max();
+    let versions = fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let newest = versions
+        .map(|entry| entry.path().join("bin"))
+        .filter(|bin| bin.join("initdb").exists())
+        .max();
     newest.unwrap_or_else(|| panic!("PostgreSQL is not installed: run scripts/setup"))
 }
 
@@ -133,5 +151,9 @@ fn programs() -> PathBuf {
 fn start_time(pid: u32) -> String {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let after_name = stat.rsplit(')').next().unwrap_or_default();
-    after_name.split_whitespace().nth(19).unwrap_or("0").to_owned()
+    after_name
+        .split_whitespace()
+        .nth(19)
+        .unwrap_or("0")
+        .to_owned()
 }
