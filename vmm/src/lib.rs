@@ -1,1 +1,23 @@
-//! placeholder
+//! The machine: a synchronous library over KVM.
+//!
+//! Owns guest memory, vCPUs, board and devices of one virtual machine. It gets open descriptors
+//! ([`config::MachineFiles`]) and plain data ([`config::MachineConfig`]); it must never open a host
+//! path, resolve a name, or depend on an async runtime, so that whatever can be handed to it can be
+//! handed to it by a test.
+//!
+//! Reading order: [`config`], [`machine`], then [`cpu`] (the run loop), [`board`] and the devices.
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!("fractus-vmm runs on x86-64 Linux only");
+
+pub mod bus;
+pub mod config;
+pub mod device;
+pub mod eventfd;
+pub mod interrupt;
+pub mod layout;
+pub mod machine;
+pub mod memory;
+pub mod reactor;
+pub mod request;
+pub mod thread;

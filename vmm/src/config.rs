@@ -1,0 +1,443 @@
+//! What a machine is: [`MachineConfig`] (plain data, travels with the machine when it migrates) and
+//! [`MachineFiles`] (open descriptors, belong to one process).
+//!
+//! Owns validation: a config that passed [`MachineConfig::validate`] can be built on any host that has
+//! the resources. It must never name a host path.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::layout::COMMAND_LINE_MAX;
+
+pub const MAX_VCPUS: u8 = 64;
+/// Least and most RAM of a machine, bytes.
+pub const MIN_MEMORY: u64 = 2 << 20;
+pub const MAX_MEMORY: u64 = 4 << 40;
+pub const MAX_DISKS: usize = 16;
+/// virtio-console ports of a machine, besides the serial line.
+pub const MAX_CONSOLE_PORTS: usize = 16;
+/// virtio-blk's serial number field (virtio 1.2 §5.2.6: VIRTIO_BLK_T_GET_ID), bytes.
+pub const MAX_SERIAL_NUMBER: usize = 20;
+pub const MAX_QUEUES: u16 = 16;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineConfig {
+    /// Shown to the guest (VMGENID and SMBIOS when they exist) and part of every saved state.
+    pub uuid: Uuid,
+    pub cpus: CpuConfig,
+    pub memory: MemoryConfig,
+    /// Kernel command line, handed to the kernel as it is; no NUL bytes.
+    #[serde(default)]
+    pub command_line: String,
+    /// In the order of `MachineFiles::disks`.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// Ports of one virtio-console, in the order of `MachineFiles::console_ports`; none: no device.
+    #[serde(default)]
+    pub console_ports: Vec<ConsolePortConfig>,
+    #[serde(default)]
+    pub rng: Option<RngConfig>,
+    #[serde(default)]
+    pub watchdog: Option<WatchdogConfig>,
+    /// The pvpanic port, by which a guest's kernel reports that it panicked.
+    #[serde(default = "yes")]
+    pub pvpanic: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CpuConfig {
+    /// 1 to [`MAX_VCPUS`].
+    pub count: u8,
+    #[serde(default)]
+    pub profile: CpuProfile,
+    /// Host CPUs to pin to: vCPU n runs on `host_cpus[n % len]`; empty: anywhere.
+    #[serde(default)]
+    pub host_cpus: Vec<u32>,
+}
+
+/// Which of the host's CPU features the guest sees. A machine keeps its profile for its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CpuProfile {
+    /// All that KVM supports on this host.
+    #[default]
+    Host,
+    /// x86-64-v2 of the psABI (SSE4.2, POPCNT, CMPXCHG16B), on any host of the last 12 years.
+    X86_64V2,
+    /// x86-64-v3 of the psABI (AVX2, BMI, FMA, MOVBE).
+    X86_64V3,
+}
+
+impl CpuProfile {
+    /// `host`, `x86-64-v2`, `x86-64-v3`, as the agent's wire type names them.
+    pub fn by_name(name: &str) -> Option<CpuProfile> {
+        match name {
+            "host" => Some(CpuProfile::Host),
+            "x86-64-v2" => Some(CpuProfile::X86_64V2),
+            "x86-64-v3" => Some(CpuProfile::X86_64V3),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MemoryConfig {
+    /// Bytes; a multiple of the page size and at least [`MIN_MEMORY`].
+    pub bytes: u64,
+    #[serde(default)]
+    pub pages: PageSize,
+    /// Host NUMA nodes to bind to; empty: anywhere.
+    #[serde(default)]
+    pub host_nodes: Vec<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PageSize {
+    /// 4 KiB.
+    Small,
+    /// 4 KiB, with huge pages where the kernel finds them (the host must allow `advise` or `always`
+    /// in /sys/kernel/mm/transparent_hugepage/shmem_enabled to have any effect).
+    #[default]
+    Transparent,
+    Huge2MiB,
+    Huge1GiB,
+}
+
+impl PageSize {
+    /// Bytes of the pages that memory is handed out in, and so the unit of tracking.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            PageSize::Small | PageSize::Transparent => 4 << 10,
+            PageSize::Huge2MiB => 2 << 20,
+            PageSize::Huge1GiB => 1 << 30,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DiskConfig {
+    #[serde(default)]
+    pub read_only: bool,
+    /// What the guest reads as the disk's serial number; printable ASCII, at most
+    /// [`MAX_SERIAL_NUMBER`] bytes.
+    #[serde(default)]
+    pub serial_number: String,
+    /// The descriptor was opened O_DIRECT.
+    #[serde(default)]
+    pub direct: bool,
+    #[serde(default)]
+    pub limit: Option<DiskLimit>,
+    /// virtqueues, 1 to [`MAX_QUEUES`].
+    #[serde(default = "one")]
+    pub queues: u16,
+}
+
+fn one() -> u16 {
+    1
+}
+
+/// Rate limit of a disk; `None` is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DiskLimit {
+    #[serde(default)]
+    pub bytes_per_second: Option<u64>,
+    #[serde(default)]
+    pub operations_per_second: Option<u64>,
+    /// What may pass at once after a quiet time, as seconds of the rate, in thousandths.
+    #[serde(default)]
+    pub burst_ms: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ConsolePortConfig {
+    /// Shows up as /sys/class/virtio-ports/*/name in the guest, `org.qemu.guest_agent.0` for one.
+    pub name: String,
+    /// The guest should make it a console (hvc0), not a plain port.
+    #[serde(default)]
+    pub console: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RngConfig {
+    #[serde(default)]
+    pub bytes_per_second: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatchdogConfig {
+    pub action: WatchdogAction,
+}
+
+/// What happens, besides `Event::WatchdogFired`, when the guest stops to feed its watchdog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WatchdogAction {
+    #[default]
+    Reset,
+    PowerOff,
+    Pause,
+    /// Only the event.
+    None,
+}
+
+/// Open descriptors of a machine. Kept for its life: a reset loads the kernel again from them.
+#[derive(Debug)]
+pub struct MachineFiles {
+    /// /dev/kvm, read-write.
+    pub kvm: OwnedFd,
+    /// ELF with a PVH note, or a bzImage; read with pread.
+    pub kernel: File,
+    pub initrd: Option<File>,
+    /// In the order of `MachineConfig::disks`.
+    pub disks: Vec<File>,
+    pub serial: ConsoleFiles,
+    /// In the order of `MachineConfig::console_ports`.
+    pub console_ports: Vec<ConsoleFiles>,
+}
+
+/// The host's end of a serial line or console port. Pipes and sockets are made non-blocking; what the
+/// reader does not take in time is dropped, oldest first, and the guest is never held up. Both may be
+/// duplicates of one socket.
+#[derive(Debug, Default)]
+pub struct ConsoleFiles {
+    /// What the guest writes goes here; `None`: nowhere.
+    pub output: Option<OwnedFd>,
+    /// What comes from here the guest reads.
+    pub input: Option<OwnedFd>,
+}
+
+/// Why a config or the files with it cannot be a machine.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    #[error("{count} vCPUs: a machine has 1 to {MAX_VCPUS}")]
+    VcpuCount { count: u8 },
+    #[error("{bytes} bytes of memory: a machine has {MIN_MEMORY} to {MAX_MEMORY}")]
+    MemorySize { bytes: u64 },
+    #[error("{bytes} bytes of memory are no multiple of the page size {page}")]
+    MemoryAlignment { bytes: u64, page: u64 },
+    #[error("host NUMA node {node}: nodes are 0 to 63")]
+    HostNode { node: u32 },
+    #[error("the command line has {length} bytes, or a NUL; at most {} are possible", COMMAND_LINE_MAX - 1)]
+    CommandLine { length: usize },
+    #[error("{count} disks: at most {MAX_DISKS}")]
+    DiskCount { count: usize },
+    #[error(
+        "disk {index}: serial number {serial:?} is not at most {MAX_SERIAL_NUMBER} printable ASCII characters"
+    )]
+    SerialNumber { index: usize, serial: String },
+    #[error("disk {index}: {queues} queues: a disk has 1 to {MAX_QUEUES}")]
+    Queues { index: usize, queues: u16 },
+    #[error("disk {index}: a rate limit of 0 would stop it for ever")]
+    ZeroLimit { index: usize },
+    #[error("{count} console ports: at most {MAX_CONSOLE_PORTS}")]
+    ConsolePortCount { count: usize },
+    #[error("console port {index}: name {name:?} is empty, longer than 64 bytes, or used twice")]
+    ConsolePortName { index: usize, name: String },
+    #[error("{given} descriptors for {what}, but {wanted} in the config")]
+    FileCount {
+        what: &'static str,
+        given: usize,
+        wanted: usize,
+    },
+}
+
+impl MachineConfig {
+    /// A machine of one vCPU and `bytes` of memory with nothing on it but the serial line.
+    pub fn minimal(bytes: u64) -> MachineConfig {
+        MachineConfig {
+            uuid: Uuid::nil(),
+            cpus: CpuConfig {
+                count: 1,
+                profile: CpuProfile::Host,
+                host_cpus: Vec::new(),
+            },
+            memory: MemoryConfig {
+                bytes,
+                pages: PageSize::Transparent,
+                host_nodes: Vec::new(),
+            },
+            command_line: String::new(),
+            disks: Vec::new(),
+            console_ports: Vec::new(),
+            rng: None,
+            watchdog: None,
+            pvpanic: true,
+        }
+    }
+
+    /// Checks all that does not depend on the host.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.cpus.count == 0 || self.cpus.count > MAX_VCPUS {
+            return Err(ConfigError::VcpuCount {
+                count: self.cpus.count,
+            });
+        }
+        self.memory.validate()?;
+        let length = self.command_line.len();
+        if length >= COMMAND_LINE_MAX || self.command_line.contains('\0') {
+            return Err(ConfigError::CommandLine { length });
+        }
+        if self.disks.len() > MAX_DISKS {
+            return Err(ConfigError::DiskCount {
+                count: self.disks.len(),
+            });
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            disk.validate(index)?;
+        }
+        if self.console_ports.len() > MAX_CONSOLE_PORTS {
+            return Err(ConfigError::ConsolePortCount {
+                count: self.console_ports.len(),
+            });
+        }
+        for (index, port) in self.console_ports.iter().enumerate() {
+            let used = self
+                .console_ports
+                .iter()
+                .take(index)
+                .any(|other| other.name == port.name);
+            if port.name.is_empty() || port.name.len() > 64 || used {
+                return Err(ConfigError::ConsolePortName {
+                    index,
+                    name: port.name.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that `files` are for this config.
+    pub fn validate_files(&self, files: &MachineFiles) -> Result<(), ConfigError> {
+        let counts = [
+            ("disks", files.disks.len(), self.disks.len()),
+            (
+                "console ports",
+                files.console_ports.len(),
+                self.console_ports.len(),
+            ),
+        ];
+        for (what, given, wanted) in counts {
+            if given != wanted {
+                return Err(ConfigError::FileCount {
+                    what,
+                    given,
+                    wanted,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl MemoryConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let bytes = self.bytes;
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&bytes) {
+            return Err(ConfigError::MemorySize { bytes });
+        }
+        let page = self.pages.bytes();
+        if !bytes.is_multiple_of(page) {
+            return Err(ConfigError::MemoryAlignment { bytes, page });
+        }
+        match self.host_nodes.iter().find(|node| **node > 63) {
+            Some(&node) => Err(ConfigError::HostNode { node }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl DiskConfig {
+    fn validate(&self, index: usize) -> Result<(), ConfigError> {
+        let serial = &self.serial_number;
+        let printable = serial
+            .bytes()
+            .all(|byte| byte.is_ascii_graphic() || byte == b' ');
+        if serial.len() > MAX_SERIAL_NUMBER || !printable {
+            return Err(ConfigError::SerialNumber {
+                index,
+                serial: serial.clone(),
+            });
+        }
+        if self.queues == 0 || self.queues > MAX_QUEUES {
+            return Err(ConfigError::Queues {
+                index,
+                queues: self.queues,
+            });
+        }
+        if let Some(limit) = self.limit
+            && [limit.bytes_per_second, limit.operations_per_second].contains(&Some(0))
+        {
+            return Err(ConfigError::ZeroLimit { index });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_of_a_machine_are_refused_with_their_own_error() {
+        let good = MachineConfig::minimal(256 << 20);
+        assert_eq!(good.validate(), Ok(()));
+
+        let mut config = good.clone();
+        config.cpus.count = 65;
+        assert_eq!(config.validate(), Err(ConfigError::VcpuCount { count: 65 }));
+
+        let mut config = good.clone();
+        config.memory.bytes = (256 << 20) + 1;
+        assert!(matches!(
+            config.validate(),
+            Err(ConfigError::MemoryAlignment { .. })
+        ));
+
+        let mut config = good.clone();
+        config.command_line = "a\0b".to_owned();
+        assert!(matches!(
+            config.validate(),
+            Err(ConfigError::CommandLine { .. })
+        ));
+
+        let disk = DiskConfig {
+            read_only: false,
+            serial_number: "x".repeat(21),
+            direct: false,
+            limit: None,
+            queues: 1,
+        };
+        let mut config = good.clone();
+        config.disks = vec![disk];
+        assert!(matches!(
+            config.validate(),
+            Err(ConfigError::SerialNumber { .. })
+        ));
+
+        let port = ConsolePortConfig {
+            name: "a".to_owned(),
+            console: false,
+        };
+        let mut config = good;
+        config.console_ports = vec![port.clone(), port];
+        assert!(matches!(
+            config.validate(),
+            Err(ConfigError::ConsolePortName { index: 1, .. })
+        ));
+    }
+
+    #[test]
+    fn profiles_have_the_names_of_the_wire() {
+        assert_eq!(CpuProfile::by_name("host"), Some(CpuProfile::Host));
+        assert_eq!(CpuProfile::by_name("x86-64-v3"), Some(CpuProfile::X86_64V3));
+        assert_eq!(CpuProfile::by_name("z80"), None);
+    }
+}

@@ -1,0 +1,134 @@
+//! What every device of the board is: [`Device`] (identity and life) and [`BusDevice`] (accesses).
+//!
+//! Saving is a method, restoring is a constructor ([`Restore`]): a device is made from its saved
+//! state, never patched into it, so that no half-restored device can exist.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::bus::Bus;
+use crate::interrupt::{IoEvents, MsiController};
+use crate::layout::Layout;
+use crate::memory::GuestMemory;
+use crate::reactor::Reactor;
+use crate::request::RequestSender;
+use crate::thread::Threads;
+
+/// A device as the machine sees it. Methods take `&self`: a device is shared by the bus, the reactor
+/// and its own threads, and locks what it must.
+///
+/// The machine calls `pause`, `save`, `reset` and `resume` only while no vCPU runs; `save` and `reset`
+/// only between `pause` and `resume`.
+pub trait Device: Send + Sync {
+    /// Unique on the machine and the same on every build: `serial0`, `disk1`.
+    fn id(&self) -> &str;
+
+    /// Comes to rest: after it returns the device neither touches guest memory nor raises an
+    /// interrupt, and nothing is in flight.
+    fn pause(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// Goes on where `pause` stopped it. Also called once, before the first vCPU runs.
+    fn resume(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// Back to the state after power-on; host resources (descriptors, threads, rings) stay.
+    fn reset(&self) -> Result<(), DeviceError>;
+
+    /// All that the guest could observe, for the constructor.
+    fn save(&self) -> Result<SavedDevice, DeviceError>;
+}
+
+/// Restore is a constructor.
+pub trait Restore: Sized {
+    /// What [`Device::save`] packed.
+    type State: Serialize + DeserializeOwned;
+    /// What belongs to the new process: descriptors, interrupt lines, memory.
+    type Resources;
+
+    fn restore(resources: Self::Resources, state: Self::State) -> Result<Self, DeviceError>;
+}
+
+/// State of a device in a stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedDevice {
+    pub id: String,
+    /// Version of the state's own form, raised when it changes.
+    pub version: u32,
+    /// postcard.
+    pub state: Vec<u8>,
+}
+
+impl SavedDevice {
+    pub fn pack<S: Serialize>(id: &str, version: u32, state: &S) -> Result<Self, DeviceError> {
+        let state = postcard::to_stdvec(state)
+            .map_err(|error| DeviceError::new(id, "save its state", error))?;
+        Ok(SavedDevice {
+            id: id.to_owned(),
+            version,
+            state,
+        })
+    }
+
+    /// Reads the state, which must be of `version`.
+    pub fn unpack<S: DeserializeOwned>(&self, version: u32) -> Result<S, DeviceError> {
+        if self.version != version {
+            let detail = format!("state of version {}, wanted {version}", self.version);
+            return Err(DeviceError::new(&self.id, "read its saved state", detail));
+        }
+        postcard::from_bytes(&self.state)
+            .map_err(|error| DeviceError::new(&self.id, "read its saved state", error))
+    }
+}
+
+/// A device could not do what the machine asked.
+#[derive(Debug, thiserror::Error)]
+#[error("device {device} could not {action}")]
+pub struct DeviceError {
+    pub device: String,
+    /// `pause`, `save its state`.
+    pub action: &'static str,
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl DeviceError {
+    pub fn new(
+        device: &str,
+        action: &'static str,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        DeviceError {
+            device: device.to_owned(),
+            action,
+            source: source.into(),
+        }
+    }
+}
+
+/// What answers accesses on a [`Bus`]. Called on vCPU threads, several at a time. Widths are what the
+/// guest used (1, 2, 4 or 8 bytes); a width that the device does not know reads as ones and writes
+/// nothing.
+pub trait BusDevice: Send + Sync {
+    /// `offset` is from the start of the range that the device was inserted with.
+    fn read(&self, offset: u64, data: &mut [u8]);
+    fn write(&self, offset: u64, data: &[u8]);
+}
+
+/// What a device can plug into. Cheap to clone; tests make one with doubles of the two traits.
+#[derive(Clone)]
+pub struct Board {
+    pub memory: GuestMemory,
+    /// Ports.
+    pub pio: Arc<Bus>,
+    pub mmio: Arc<Bus>,
+    pub msi: Arc<dyn MsiController>,
+    pub io_events: Arc<dyn IoEvents>,
+    /// The one event loop thread of the machine, for what needs no thread of its own.
+    pub reactor: Reactor,
+    pub threads: Threads,
+    pub requests: RequestSender,
+    pub layout: Layout,
+}

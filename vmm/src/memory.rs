@@ -1,0 +1,295 @@
+//! Guest memory: one sealed memfd, mapped shared, with a dirty bitmap for the VMM's own writes.
+//!
+//! Owns the descriptor, the mapping, page size and NUMA binding. The descriptor is what is handed over
+//! when source and target of a migration share a host; its size is sealed, so that whoever maps it
+//! can never be made to fault by a truncation. What is not touched is not there: a page that was given
+//! back reads as zero.
+
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
+
+use crate::config::{MemoryConfig, PageSize};
+use crate::layout::Layout;
+
+/// What the rust-vmm crates work on.
+pub type GuestMap = GuestMemoryMmap<AtomicBitmap>;
+
+/// The memory of one machine. Cheap to clone; derefs to [`GuestMap`].
+#[derive(Clone, Debug)]
+pub struct GuestMemory {
+    map: Arc<GuestMap>,
+    file: Arc<File>,
+    pages: PageSize,
+    bytes: u64,
+}
+
+/// One contiguous range as KVM wants it.
+#[derive(Debug, Clone, Copy)]
+pub struct Slot {
+    pub guest: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Address of the mapping in this process, valid as long as the [`GuestMemory`] lives.
+    pub host: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    #[error("create a memfd of {bytes} bytes with {pages:?} pages")]
+    Create {
+        bytes: u64,
+        pages: PageSize,
+        source: io::Error,
+    },
+    #[error("map {size} bytes of guest memory at {guest:#x}")]
+    Map {
+        guest: u64,
+        size: u64,
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    #[error("lay out guest memory")]
+    Layout(#[from] vm_memory::GuestRegionCollectionError),
+    #[error("ask for transparent huge pages")]
+    HugePages { source: io::Error },
+    #[error("bind guest memory to host NUMA nodes {nodes:?}")]
+    Bind { nodes: Vec<u32>, source: io::Error },
+    #[error("reserve {bytes} bytes of huge pages: are enough of them free on these nodes?")]
+    Reserve { bytes: u64, source: io::Error },
+    #[error("give memory back to the host")]
+    Discard { source: io::Error },
+}
+
+impl GuestMemory {
+    /// Makes memory for a machine; `config` is valid.
+    pub fn create(config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
+        let bytes = config.bytes;
+        let file = create_file(config).map_err(|source| MemoryError::Create {
+            bytes,
+            pages: config.pages,
+            source,
+        })?;
+        let memory = GuestMemory::map(file, config)?;
+        if matches!(config.pages, PageSize::Huge2MiB | PageSize::Huge1GiB) {
+            // Without this the first touch of a page that is not there would be a SIGBUS.
+            rustix::fs::fallocate(&*memory.file, FallocateFlags::KEEP_SIZE, 0, bytes).map_err(
+                |source| MemoryError::Reserve {
+                    bytes,
+                    source: source.into(),
+                },
+            )?;
+        }
+        Ok(memory)
+    }
+
+    /// Maps memory that exists already; `file` has the size and page size of `config`.
+    pub fn map(file: File, config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
+        let file = Arc::new(file);
+        let mut regions = Vec::new();
+        let mut offset = 0;
+        for range in Layout::new(config.bytes).ram() {
+            let region = MmapRegionBuilder::new_with_bitmap(
+                range.size as usize,
+                AtomicBitmap::with_len(range.size as usize),
+            )
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
+            .build()
+            .map_err(|source| MemoryError::Map {
+                guest: range.base,
+                size: range.size,
+                source,
+            })?;
+            prepare(&region, config)?;
+            offset += range.size;
+            // The layout never overflows: memory is at most 4 TiB from 4 GiB.
+            regions.extend(GuestRegionMmap::new(region, GuestAddress(range.base)));
+        }
+        let map = Arc::new(GuestMap::from_regions(regions)?);
+        Ok(GuestMemory {
+            map,
+            file,
+            pages: config.pages,
+            bytes: config.bytes,
+        })
+    }
+
+    /// The ranges to be given to KVM.
+    pub fn slots(&self) -> Vec<Slot> {
+        let slot = |region: &GuestRegionMmap<AtomicBitmap>| Slot {
+            guest: region.start_addr().0,
+            size: region.len(),
+            host: region.as_ptr() as u64,
+        };
+        self.map.iter().map(slot).collect()
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub fn page_size(&self) -> PageSize {
+        self.pages
+    }
+
+    /// The shared map, in the form that virtio-queue and vm-memory take (`GuestAddressSpace`).
+    pub fn space(&self) -> Arc<GuestMap> {
+        Arc::clone(&self.map)
+    }
+
+    /// All zeros again, and nothing of it in the host's memory. No vCPU runs, no device is active.
+    pub fn clear(&self) -> Result<(), MemoryError> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&*self.file, flags, 0, self.bytes).map_err(|source| {
+            MemoryError::Discard {
+                source: source.into(),
+            }
+        })?;
+        for region in self.map.iter() {
+            region.get_mmap().bitmap().set_addr_range(0, region.size());
+        }
+        Ok(())
+    }
+}
+
+impl Deref for GuestMemory {
+    type Target = GuestMap;
+
+    fn deref(&self) -> &GuestMap {
+        &self.map
+    }
+}
+
+impl AsFd for GuestMemory {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn create_file(config: &MemoryConfig) -> io::Result<File> {
+    let base = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let flags = match config.pages {
+        PageSize::Small | PageSize::Transparent => base | MemfdFlags::NOEXEC_SEAL,
+        PageSize::Huge2MiB => base | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+        PageSize::Huge1GiB => base | MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
+    };
+    let fd = match rustix::fs::memfd_create("guest-memory", flags) {
+        // NOEXEC_SEAL is known from Linux 6.3 on.
+        Err(rustix::io::Errno::INVAL) => {
+            rustix::fs::memfd_create("guest-memory", flags - MemfdFlags::NOEXEC_SEAL)
+        }
+        other => other,
+    }?;
+    rustix::fs::ftruncate(&fd, config.bytes)?;
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&fd, seals)?;
+    Ok(File::from(fd))
+}
+
+fn prepare(
+    region: &vm_memory::MmapRegion<AtomicBitmap>,
+    config: &MemoryConfig,
+) -> Result<(), MemoryError> {
+    let (start, length) = (region.as_ptr().cast::<libc::c_void>(), region.size());
+    // Kernels without transparent huge pages answer EINVAL: small pages then.
+    if config.pages == PageSize::Transparent {
+        // SAFETY: the range is a mapping of ours; MADV_HUGEPAGE changes no content and no validity.
+        let failed = unsafe { libc::madvise(start, length, libc::MADV_HUGEPAGE) } != 0;
+        let error = io::Error::last_os_error();
+        if failed && error.raw_os_error() != Some(libc::EINVAL) {
+            return Err(MemoryError::HugePages { source: error });
+        }
+    }
+    if !config.host_nodes.is_empty() {
+        let mask = config
+            .host_nodes
+            .iter()
+            .fold(0u64, |mask, node| mask | 1 << (node & 63));
+        // SAFETY: the range is a mapping of ours, the mask lives through the call and has the 64 bits
+        // that are said (the kernel wants one more than the highest).
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_mbind,
+                start,
+                length,
+                libc::MPOL_BIND,
+                &raw const mask,
+                65,
+                0,
+            )
+        };
+        if result != 0 {
+            let source = io::Error::last_os_error();
+            return Err(MemoryError::Bind {
+                nodes: config.host_nodes.clone(),
+                source,
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+    use vm_memory::bitmap::Bitmap;
+
+    use super::*;
+    use crate::layout::{HOLE_END, HOLE_START};
+
+    fn config(bytes: u64) -> MemoryConfig {
+        MemoryConfig {
+            bytes,
+            pages: PageSize::Small,
+            host_nodes: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn memory_above_the_hole_follows_in_the_file() {
+        let memory = GuestMemory::create(&config(HOLE_START + (2 << 20))).unwrap();
+        memory
+            .write_obj(0x1122_3344u32, GuestAddress(HOLE_END))
+            .unwrap();
+        let mut bytes = [0; 4];
+        rustix::io::pread(memory.as_fd(), &mut bytes, HOLE_START).unwrap();
+        assert_eq!(u32::from_le_bytes(bytes), 0x1122_3344);
+        assert!(memory.write_obj(0u8, GuestAddress(HOLE_START)).is_err());
+    }
+
+    #[test]
+    fn own_writes_are_in_the_dirty_bitmap() {
+        let memory = GuestMemory::create(&config(4 << 20)).unwrap();
+        memory.write_obj(1u8, GuestAddress(0x5000)).unwrap();
+        let region = memory.iter().next().unwrap();
+        let dirty = |address| GuestMemoryRegion::bitmap(region).dirty_at(address);
+        assert!(dirty(0x5000) && !dirty(0x4000) && !dirty(0x6000));
+    }
+
+    #[test]
+    fn cleared_memory_reads_as_zero_and_costs_nothing() {
+        let memory = GuestMemory::create(&config(4 << 20)).unwrap();
+        memory.write_slice(&[7; 1 << 20], GuestAddress(0)).unwrap();
+        memory.clear().unwrap();
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x8_0000)).unwrap(), 0);
+        let blocks = rustix::fs::fstat(memory.as_fd()).unwrap().st_blocks;
+        assert!(blocks <= 8, "{blocks} blocks are still there");
+    }
+
+    #[test]
+    fn the_size_is_sealed() {
+        let memory = GuestMemory::create(&config(4 << 20)).unwrap();
+        assert!(rustix::fs::ftruncate(memory.as_fd(), 0).is_err());
+    }
+}
