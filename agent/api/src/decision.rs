@@ -1,0 +1,443 @@
+//! What an agent decides, as pure functions: whether it takes an intent, and which step comes next.
+//!
+//! The real agent and the controller's simulated one share this file, so that the simulation proves
+//! the decisions that hosts run. Nothing here reads a clock, a disk or a process: the caller says what
+//! it sees ([`Seen`]), carries out the one [`Step`] that comes back, and asks again. Every step may be
+//! repeated, so a crash between any two is followed by the same path as no crash.
+
+use serde::{Deserialize, Serialize};
+
+use crate::machine::{Generation, Power, PutMachine, Refusal, Revision, StopReason, Wanted};
+
+/// What an agent has persisted of a machine's intent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Intent {
+    pub generation: Generation,
+    pub revision: Revision,
+    pub wanted: Wanted,
+}
+
+impl Intent {
+    /// Ownership first, then intent.
+    pub fn age(&self) -> (Generation, Revision) {
+        (self.generation, self.revision)
+    }
+}
+
+/// Counters carried out so far; see [`Wanted`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Done {
+    #[serde(default)]
+    pub soft_reboots: u64,
+    #[serde(default)]
+    pub hard_reboots: u64,
+    #[serde(default)]
+    pub rebuilds: u64,
+    /// Processes started, for whatever reason.
+    #[serde(default)]
+    pub starts: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Intake {
+    /// Newer than what is held: persist it, then answer, then act.
+    New,
+    /// The pair that is held already: answer as before.
+    Same,
+}
+
+/// Whether `put` is taken by an agent that holds `held`.
+///
+/// # Errors
+/// [`Refusal::Stale`] when it is older, [`Refusal::Invalid`] when it cannot be carried out by any
+/// agent of this version.
+pub fn intake(held: Option<&Intent>, put: &PutMachine) -> Result<Intake, Refusal> {
+    let invalid = |detail: String| Err(Refusal::Invalid { detail });
+    if put.version == 0 || put.version > crate::VERSION {
+        return invalid(format!(
+            "version {} of the body; this agent knows up to {}",
+            put.version,
+            crate::VERSION
+        ));
+    }
+    if let Some(held) = held {
+        let asked = (put.generation, put.revision);
+        if asked < held.age() {
+            let (generation, revision) = held.age();
+            return Err(Refusal::Stale {
+                generation,
+                revision,
+            });
+        }
+        if asked == held.age() {
+            return Ok(Intake::Same);
+        }
+    }
+    let spec = &put.wanted.spec;
+    if !(1..=64).contains(&spec.vcpus) {
+        return invalid(format!("{} vCPUs; 1 to 64 are possible", spec.vcpus));
+    }
+    if spec.memory_mib == 0 || spec.memory_mib > 1 << 24 {
+        return invalid(format!(
+            "{} MiB of memory; 1 to 2^24 are possible",
+            spec.memory_mib
+        ));
+    }
+    if spec.boot.command_line.len() > 2047 || spec.boot.command_line.contains('\0') {
+        return invalid("a kernel command line has at most 2047 bytes, none of them 0".to_owned());
+    }
+    if spec
+        .root_disk
+        .as_ref()
+        .is_some_and(|disk| disk.size > 1 << 46)
+    {
+        return invalid("a root disk has at most 64 TiB".to_owned());
+    }
+    Ok(Intake::New)
+}
+
+/// The machine's process, as far as the agent knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Process {
+    None,
+    Running,
+    Paused,
+}
+
+/// What is there. A process that was asked to run but died before it could is `None` without `stop`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Seen<'a> {
+    pub process: Process,
+    /// Why the last process ended by itself, if it did so under the intent that is held. A host's
+    /// reboot is no such reason: what should run is started again.
+    pub stop: Option<&'a StopReason>,
+    /// The intent that is held could not be carried out; a new one is tried again.
+    pub failed: bool,
+    /// The root disk exists whole, or none is wanted.
+    pub disk: bool,
+    /// Process, disks, logs, control group and socket: is anything of them left?
+    pub remains: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// The machine is what is wanted, or will not become so under this intent.
+    Settled,
+    /// Reboots are void for a machine that does not run: count them as done, then ask again.
+    SkipReboots,
+    /// Make the root disk where there is none.
+    MakeDisk,
+    /// Make the root disk anew, then count the rebuilds as done, and the reboots with them.
+    RemakeDisk,
+    /// Start a process, and count the reboots as done with it.
+    Start,
+    Pause,
+    Resume,
+    /// Press the power button, wait for the guest to go, end the process after a deadline.
+    Shutdown,
+    /// End the process now.
+    Kill,
+    /// Remove all that is left but the tombstone.
+    Remove,
+}
+
+/// The next step from what is there to what is wanted.
+pub fn next(wanted: &Wanted, done: &Done, seen: &Seen<'_>) -> Step {
+    let alive = seen.process != Process::None;
+    if wanted.power == Power::Absent {
+        return match (alive, seen.remains) {
+            (true, _) => Step::Kill,
+            (false, true) => Step::Remove,
+            (false, false) => Step::Settled,
+        };
+    }
+    if seen.failed && !alive {
+        return Step::Settled;
+    }
+    if wanted.rebuilds > done.rebuilds {
+        return if alive { Step::Kill } else { Step::RemakeDisk };
+    }
+    let hard = wanted.hard_reboots > done.hard_reboots;
+    let soft = wanted.soft_reboots > done.soft_reboots;
+    match (wanted.power, seen.process) {
+        (Power::Absent, _) => Step::Settled,
+        (Power::Stopped, Process::Running) => Step::Shutdown,
+        // A paused guest cannot hear the button.
+        (Power::Stopped, Process::Paused) => Step::Kill,
+        (Power::Stopped, Process::None) if hard || soft => Step::SkipReboots,
+        // A stopped server has its disk all the same, so that it can be looked at and moved.
+        (Power::Stopped, Process::None) if !seen.disk => Step::MakeDisk,
+        (Power::Stopped, Process::None) => Step::Settled,
+        (_, Process::Running | Process::Paused) if hard => Step::Kill,
+        (_, Process::Running) if soft => Step::Shutdown,
+        (_, Process::Paused) if soft => Step::Kill,
+        (_, Process::None) if seen.stop.is_some() && !hard && !soft => Step::Settled,
+        (_, Process::None) if !seen.disk => Step::MakeDisk,
+        (_, Process::None) => Step::Start,
+        (Power::Running, Process::Paused) => Step::Resume,
+        (Power::Paused, Process::Running) => Step::Pause,
+        (Power::Running, Process::Running) | (Power::Paused, Process::Paused) => Step::Settled,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::machine::{Boot, ImageFormat, ImageRef, MachineSpec, Pages, RootDisk};
+
+    fn wanted(power: Power, soft: u64, hard: u64, rebuilds: u64) -> Wanted {
+        Wanted {
+            power,
+            soft_reboots: soft,
+            hard_reboots: hard,
+            rebuilds,
+            spec: MachineSpec {
+                vcpus: 1,
+                memory_mib: 64,
+                pages: Pages::Small,
+                numa_nodes: vec![],
+                cpus: vec![],
+                cpu_profile: "host".into(),
+                boot: Boot {
+                    kernel: ImageRef {
+                        id: uuid::Uuid::from_u128(1),
+                        size: 1,
+                        blake3: String::new(),
+                        format: ImageFormat::Raw,
+                    },
+                    initrd: None,
+                    command_line: String::new(),
+                },
+                root_disk: Some(RootDisk {
+                    image: None,
+                    size: 1 << 20,
+                }),
+            },
+        }
+    }
+
+    fn put(generation: u64, revision: u64, wanted: Wanted) -> PutMachine {
+        PutMachine {
+            version: 1,
+            generation: Generation(generation),
+            revision: Revision(revision),
+            wanted,
+            request_id: None,
+        }
+    }
+
+    /// A host of one machine that does what it is told, and crashes at will.
+    #[derive(Default)]
+    struct Model {
+        intent: Option<Intent>,
+        done: Done,
+        process: Option<Process>,
+        stop: Option<StopReason>,
+        disk: bool,
+        /// The disk that the running guest was started on: raised by every new one.
+        disks: u64,
+    }
+
+    impl Model {
+        fn put(&mut self, put: &PutMachine) -> Result<Intake, Refusal> {
+            let intake = intake(self.intent.as_ref(), put)?;
+            if intake == Intake::New {
+                self.intent = Some(Intent {
+                    generation: put.generation,
+                    revision: put.revision,
+                    wanted: put.wanted.clone(),
+                });
+                self.stop = None;
+            }
+            Ok(intake)
+        }
+
+        fn step(&mut self) -> Step {
+            let Some(intent) = &self.intent else {
+                return Step::Settled;
+            };
+            let wanted = intent.wanted.clone();
+            let seen = Seen {
+                process: self.process.unwrap_or(Process::None),
+                stop: self.stop.as_ref(),
+                failed: false,
+                disk: self.disk,
+                remains: self.disk || self.process.is_some(),
+            };
+            let step = next(&wanted, &self.done, &seen);
+            let reboots = |done: &mut Done| {
+                done.soft_reboots = wanted.soft_reboots;
+                done.hard_reboots = wanted.hard_reboots;
+            };
+            match step {
+                Step::Settled => {}
+                Step::SkipReboots => reboots(&mut self.done),
+                Step::MakeDisk | Step::RemakeDisk => {
+                    assert_eq!(self.process, None, "no disk is made under a guest");
+                    (self.disk, self.disks) = (true, self.disks + 1);
+                    if step == Step::RemakeDisk {
+                        self.done.rebuilds = wanted.rebuilds;
+                        reboots(&mut self.done);
+                    }
+                }
+                Step::Start => {
+                    assert_eq!(self.process, None, "one process a machine");
+                    assert!(self.disk);
+                    self.process = Some(Process::Running);
+                    self.done.starts += 1;
+                    self.stop = None;
+                    reboots(&mut self.done);
+                }
+                Step::Pause => self.process = Some(Process::Paused),
+                Step::Resume => self.process = Some(Process::Running),
+                Step::Shutdown | Step::Kill => self.process = None,
+                Step::Remove => self.disk = false,
+            }
+            step
+        }
+
+        fn settle(&mut self) {
+            for _ in 0..20 {
+                if self.step() == Step::Settled {
+                    return;
+                }
+            }
+            panic!("no end to the steps: {:?}", self.intent);
+        }
+    }
+
+    #[test]
+    fn a_guest_that_powers_off_stays_off_until_a_newer_intent() {
+        let mut model = Model::default();
+        model
+            .put(&put(1, 1, wanted(Power::Running, 0, 0, 0)))
+            .unwrap();
+        model.settle();
+        (model.process, model.stop) = (None, Some(StopReason::GuestPowerOff));
+        model.settle();
+        assert_eq!((model.process, model.done.starts), (None, 1));
+        model
+            .put(&put(1, 2, wanted(Power::Running, 0, 0, 0)))
+            .unwrap();
+        model.settle();
+        assert_eq!(
+            (model.process, model.done.starts),
+            (Some(Process::Running), 2)
+        );
+    }
+
+    #[test]
+    fn several_raises_of_a_counter_are_one_reboot() {
+        let mut model = Model::default();
+        model
+            .put(&put(1, 1, wanted(Power::Running, 0, 0, 0)))
+            .unwrap();
+        model.settle();
+        model
+            .put(&put(1, 2, wanted(Power::Running, 2, 3, 0)))
+            .unwrap();
+        model.settle();
+        assert_eq!(
+            model.done,
+            Done {
+                soft_reboots: 2,
+                hard_reboots: 3,
+                rebuilds: 0,
+                starts: 2
+            }
+        );
+    }
+
+    #[test]
+    fn a_rebuild_makes_the_disk_anew_and_starts_on_it() {
+        let mut model = Model::default();
+        model
+            .put(&put(1, 1, wanted(Power::Running, 0, 0, 0)))
+            .unwrap();
+        model.settle();
+        model
+            .put(&put(1, 2, wanted(Power::Running, 0, 0, 1)))
+            .unwrap();
+        model.settle();
+        assert_eq!(
+            (model.disks, model.done.starts, model.done.rebuilds),
+            (2, 2, 1)
+        );
+        assert_eq!(model.process, Some(Process::Running));
+    }
+
+    #[test]
+    fn what_no_agent_can_do_is_invalid_and_leaves_the_intent_alone() {
+        let mut model = Model::default();
+        let mut wrong = put(1, 1, wanted(Power::Running, 0, 0, 0));
+        wrong.wanted.spec.vcpus = 65;
+        assert!(matches!(model.put(&wrong), Err(Refusal::Invalid { .. })));
+        wrong = put(1, 1, wanted(Power::Running, 0, 0, 0));
+        wrong.version = crate::VERSION + 1;
+        assert!(matches!(model.put(&wrong), Err(Refusal::Invalid { .. })));
+        assert_eq!(model.intent, None);
+    }
+
+    fn power() -> impl Strategy<Value = Power> {
+        prop_oneof![
+            3 => Just(Power::Running),
+            1 => Just(Power::Paused),
+            1 => Just(Power::Stopped),
+            1 => Just(Power::Absent)
+        ]
+    }
+
+    proptest! {
+        /// Messages that are late, doubled and out of order end in the newest intent, whatever the
+        /// host had done in between.
+        #[test]
+        fn the_newest_intent_wins_whatever_the_order(
+            history in prop::collection::vec((power(), 0..2u64, 0..2u64, 0..2u64, 0..2u64), 1..12),
+            order in prop::collection::vec((0..12usize, 0..4usize), 0..40),
+        ) {
+            let (mut generation, mut soft, mut hard, mut rebuilds) = (1, 0, 0, 0);
+            let mut puts = Vec::new();
+            for (revision, (power, g, s, h, r)) in history.into_iter().enumerate() {
+                generation += g;
+                (soft, hard, rebuilds) = (soft + s, hard + h, rebuilds + r);
+                let wanted = wanted(power, soft, hard, rebuilds);
+                puts.push(put(generation, revision as u64 + 1, wanted));
+            }
+            let mut model = Model::default();
+            let mut newest = (Generation(0), Revision(0));
+            for (which, steps) in order {
+                let Some(put) = puts.get(which) else { continue };
+                let age = (put.generation, put.revision);
+                match model.put(put) {
+                    Ok(Intake::New) => { prop_assert!(age > newest); newest = age; }
+                    Ok(Intake::Same) => prop_assert_eq!(age, newest),
+                    Err(Refusal::Stale { generation, revision }) => {
+                        prop_assert!(age < newest);
+                        prop_assert_eq!((generation, revision), newest);
+                    }
+                    Err(other) => prop_assert!(false, "{}", other),
+                }
+                for _ in 0..steps {
+                    model.step();
+                }
+            }
+            let last = puts.last().unwrap();
+            let _ = model.put(last);
+            model.settle();
+            let expected = match last.wanted.power {
+                Power::Running => Some(Process::Running),
+                Power::Paused => Some(Process::Paused),
+                Power::Stopped | Power::Absent => None,
+            };
+            prop_assert_eq!(model.process, expected);
+            prop_assert_eq!(model.disk, last.wanted.power != Power::Absent);
+            if last.wanted.power != Power::Absent {
+                prop_assert_eq!(model.done.rebuilds, rebuilds);
+                prop_assert_eq!(model.done.hard_reboots, hard);
+                prop_assert_eq!(model.done.soft_reboots, soft);
+            }
+        }
+    }
+}
