@@ -18,6 +18,7 @@ pub mod interrupt;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod pci;
 pub mod reactor;
 pub mod request;
 pub mod thread;
