@@ -1,10 +1,13 @@
 //! The cloud: the controller (`fractus serve`) and the client, as a library.
 //!
-//! One module a service and the parts beside them; the map is in ARCHITECTURE.md. Must never touch
-//! KVM, and has no `unsafe`.
+//! One module a service (`identity`, `image`, `compute`, ...), each of the same parts: `api` (routes,
+//! bodies), `model`, `store`, `ops`; and the parts beside them. The map is in ARCHITECTURE.md. Must
+//! never touch KVM, and has no `unsafe`.
 
 #![forbid(unsafe_code)]
 
 pub mod clock;
 pub mod database;
+pub mod http;
+pub mod policy;
 pub mod random;

@@ -1,0 +1,243 @@
+//! Errors as users see them.
+//!
+//! A handler says what went wrong; the frame renders it in the form of the service that was asked:
+//! nova and cinder `{"itemNotFound": {"code", "message"}}`, keystone `{"error": {"code", "message",
+//! "title"}}`, neutron `{"NeutronError": {...}}`, glance as WebOb does, by the Accept header.
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use serde_json::{Map, Value, json};
+
+use crate::http::{Service, webob};
+
+/// A status, words for the user, and what else some bodies carry. As a response it stands empty
+/// with itself in the extensions until the frame gives it its form.
+#[derive(Debug, Clone)]
+pub struct ApiError {
+    status: StatusCode,
+    kind: Option<&'static str>,
+    message: String,
+    detail: String,
+    extra: Map<String, Value>,
+    headers: Vec<(HeaderName, HeaderValue)>,
+    origin: Origin,
+}
+
+/// Where in the original an error arises; its form depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// The service's own code.
+    Handler,
+    /// The middleware that looks at tokens.
+    Authentication,
+    /// The router: no such path.
+    Router,
+}
+
+impl ApiError {
+    pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            kind: None,
+            message: message.into(),
+            detail: String::new(),
+            extra: Map::new(),
+            headers: Vec::new(),
+            origin: Origin::Handler,
+        }
+    }
+
+    /// With the name of the fault in nova's and cinder's bodies, where the status alone would give
+    /// another.
+    pub fn of_kind(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            kind: Some(kind),
+            ..Self::new(status, message)
+        }
+    }
+
+    pub fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, message)
+    }
+
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, message)
+    }
+
+    pub fn conflict(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, message)
+    }
+
+    /// 429: come back in a second.
+    pub fn busy(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, message)
+            .with_header(header::RETRY_AFTER, HeaderValue::from_static("1"))
+    }
+
+    /// 500. What happened goes to the log, not to the user.
+    pub fn internal(what: impl std::fmt::Display) -> Self {
+        tracing::error!(error = %what, "internal error");
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, UNEXPECTED)
+    }
+
+    /// 401: no token, or one that does not count.
+    pub fn unauthorized() -> Self {
+        Self {
+            origin: Origin::Authentication,
+            ..Self::new(
+                StatusCode::UNAUTHORIZED,
+                "The request you have made requires authentication.",
+            )
+        }
+    }
+
+    /// No such path (or method) in this service.
+    pub(super) fn unrouted(status: StatusCode) -> Self {
+        let message = match status {
+            StatusCode::METHOD_NOT_ALLOWED => "The method is not allowed for this resource.",
+            _ => "The resource could not be found.",
+        };
+        Self {
+            origin: Origin::Router,
+            ..Self::new(status, message)
+        }
+    }
+
+    /// A second sentence, in the forms that have one (glance).
+    pub fn with_detail(mut self, detail: impl Into<String>) -> Self {
+        self.detail = detail.into();
+        self
+    }
+
+    /// A further member of the body's inner object.
+    pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.extra.insert(name.to_owned(), value.into());
+        self
+    }
+
+    pub fn with_header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.headers.push((name, value));
+        self
+    }
+
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The answer in the form of `service`.
+    pub(super) fn render(
+        &self,
+        service: Service,
+        asked: &HeaderMap,
+        identity_url: &str,
+    ) -> Response {
+        let code = self.status.as_u16();
+        let reason = self.status.canonical_reason().unwrap_or("Error");
+        let mut answer = match (service, self.origin) {
+            (Service::Image, _) | (Service::Compute | Service::Volume, Origin::Router) => {
+                webob::render(self.status, &self.message, &self.detail, asked)
+            }
+            (Service::Identity, Origin::Router) => not_in_keystone(self.status),
+            (Service::Identity, _) => {
+                let mut inner = Map::new();
+                inner.insert("code".to_owned(), code.into());
+                inner.extend(self.extra.clone());
+                inner.insert("message".to_owned(), self.message.clone().into());
+                inner.insert("title".to_owned(), reason.into());
+                Json(json!({ "error": inner })).into_response()
+            }
+            (_, Origin::Authentication) => {
+                Json(json!({"error": {"code": code, "title": reason, "message": self.message}}))
+                    .into_response()
+            }
+            (Service::Compute | Service::Volume, Origin::Handler) => {
+                let mut inner = Map::new();
+                inner.insert("code".to_owned(), code.into());
+                inner.insert("message".to_owned(), self.message.clone().into());
+                inner.extend(self.extra.clone());
+                let kind = self.kind.unwrap_or(fault(self.status));
+                let mut answer = Json(json!({ kind: inner })).into_response();
+                if service == Service::Compute {
+                    answer.headers_mut().insert(
+                        header::CONTENT_TYPE,
+                        HeaderValue::from_static("application/json; charset=UTF-8"),
+                    );
+                }
+                answer
+            }
+            (Service::Network, _) => Json(json!({"NeutronError": {
+                "type": self.kind.unwrap_or(reason),
+                "message": self.message,
+                "detail": self.detail,
+            }}))
+            .into_response(),
+        };
+        *answer.status_mut() = self.status;
+        if self.status == StatusCode::UNAUTHORIZED
+            && let Ok(value) = HeaderValue::from_str(&format!("Keystone uri=\"{identity_url}\""))
+        {
+            answer.headers_mut().insert(header::WWW_AUTHENTICATE, value);
+        }
+        for (name, value) in &self.headers {
+            answer.headers_mut().insert(name, value.clone());
+        }
+        answer
+    }
+}
+
+const UNEXPECTED: &str = "Unexpected API Error. Look in the controller's log for the request id in this answer's \
+     x-openstack-request-id header.";
+
+/// Nova's and cinder's name for a status.
+fn fault(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        400 => "badRequest",
+        401 => "unauthorized",
+        403 => "forbidden",
+        404 => "itemNotFound",
+        405 => "badMethod",
+        409 => "conflictingRequest",
+        413 | 429 => "overLimit",
+        415 => "badMediaType",
+        501 => "notImplemented",
+        503 => "serviceUnavailable",
+        _ => "computeFault",
+    }
+}
+
+/// What keystone's router (Flask) says.
+fn not_in_keystone(status: StatusCode) -> Response {
+    if status == StatusCode::METHOD_NOT_ALLOWED {
+        return Json(json!({"message": "The method is not allowed for the requested URL."}))
+            .into_response();
+    }
+    axum::response::Html(
+        "<!doctype html>\n<html lang=en>\n<title>404 Not Found</title>\n<h1>Not Found</h1>\n<p>The \
+         requested URL was not found on the server. If you entered the URL manually please check \
+         your spelling and try again.</p>\n",
+    )
+    .into_response()
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut answer = self.status.into_response();
+        answer.extensions_mut().insert(self);
+        answer
+    }
+}
+
+impl From<sea_orm::DbErr> for ApiError {
+    fn from(error: sea_orm::DbErr) -> Self {
+        Self::internal(error)
+    }
+}

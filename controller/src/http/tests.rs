@@ -1,0 +1,333 @@
+//! The frame's forms, checked against the recorded ones.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::response::IntoResponse;
+use http::{Method, Request, StatusCode};
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::clock::SystemClock;
+use crate::database::testing;
+use crate::random::SystemRandom;
+
+#[derive(Debug)]
+struct Tokens(HashMap<&'static str, Arc<Identity>>);
+
+#[async_trait::async_trait]
+impl Authenticate for Tokens {
+    async fn authenticate(&self, token: &str) -> Result<Arc<Identity>, Refused> {
+        self.0.get(token).cloned().ok_or(Refused::Invalid)
+    }
+}
+
+fn identity(role: &str) -> Arc<Identity> {
+    let domain = Domain {
+        id: "default".into(),
+        name: "Default".into(),
+    };
+    Arc::new(Identity {
+        user_id: "u".into(),
+        user_name: "u".into(),
+        user_domain: domain.clone(),
+        project: Some(Project {
+            id: "p".into(),
+            name: "p".into(),
+            domain,
+        }),
+        domain: None,
+        roles: vec![Role {
+            id: "r".into(),
+            name: role.into(),
+        }],
+        methods: vec!["password".into()],
+        audit_ids: vec!["a".into()],
+        issued_at_us: 0,
+        expires_at_us: i64::MAX,
+    })
+}
+
+async fn public() -> (Public, testing::TestDatabase) {
+    let database = testing::sqlite().await;
+    let tokens = Tokens(HashMap::from([
+        ("admin", identity("admin")),
+        ("reader", identity("reader")),
+    ]));
+    let app = App::new(AppParts {
+        public_url: PublicUrl::parse("http://127.0.0.1:5000").unwrap(),
+        database: database.database.clone(),
+        clock: SystemClock::shared(),
+        random: SystemRandom::shared(),
+        authenticator: Arc::new(tokens),
+    });
+    let routes = |service| {
+        Routes::new(service)
+            .get("/", Rule::open(), || async { "root" })
+            .get(
+                "/v2.1/flavors",
+                Rule::reader("os_compute_api:flavors"),
+                link,
+            )
+            .post(
+                "/v2.1/flavors",
+                Rule::admin("os_compute_api:os-flavor-manage:create"),
+                echo,
+            )
+            .get("/v2.1/panic", Rule::reader("x"), boom)
+    };
+    let services = [Service::Compute, Service::Image, Service::Identity];
+    (Public::new(app, services.map(routes).into()), database)
+}
+
+async fn link(ctx: RequestContext) -> Result<axum::Json<Value>, ApiError> {
+    Ok(axum::Json(
+        json!({"link": ctx.link("/v2.1/flavors"), "new": ctx.at_least(2, 61)}),
+    ))
+}
+
+async fn echo(body: JsonBody) -> Result<impl IntoResponse, ApiError> {
+    Ok((StatusCode::CREATED, axum::Json(body.0)))
+}
+
+async fn boom() -> Result<(), ApiError> {
+    panic!("meant by the test")
+}
+
+struct Answer {
+    status: u16,
+    headers: http::HeaderMap,
+    text: String,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|_| panic!("no JSON: {}", self.text))
+    }
+
+    fn header(&self, name: &str) -> String {
+        let all = self
+            .headers
+            .get_all(name)
+            .iter()
+            .map(|value| value.to_str().unwrap());
+        all.collect::<Vec<_>>().join(", ")
+    }
+}
+
+async fn ask(method: Method, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+    let mut request = Request::builder().method(method).uri(path);
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let (public, _database) = public().await;
+    let answer = public
+        .serve(request.body(Body::from(body.to_owned())).unwrap())
+        .await;
+    let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
+    let text = answer.into_body().collect().await.unwrap().to_bytes();
+    Answer {
+        status,
+        headers,
+        text: String::from_utf8(text.to_vec()).unwrap(),
+    }
+}
+
+async fn get(path: &str, headers: &[(&str, &str)]) -> Answer {
+    ask(Method::GET, path, headers, "").await
+}
+
+#[tokio::test]
+async fn without_a_token_each_service_says_401_in_its_own_form() {
+    let nova = get("/compute/v2.1/flavors", &[]).await;
+    assert_eq!(nova.status, 401);
+    assert_eq!(
+        nova.text,
+        r#"{"error":{"code":401,"title":"Unauthorized","message":"The request you have made requires authentication."}}"#
+    );
+    assert_eq!(
+        nova.header("www-authenticate"),
+        "Keystone uri=\"http://127.0.0.1:5000/identity\""
+    );
+    assert!(nova.header("x-openstack-request-id").starts_with("req-"));
+    assert_eq!(
+        nova.header("x-compute-request-id"),
+        nova.header("x-openstack-request-id")
+    );
+
+    let keystone = get("/identity/v2.1/flavors", &[]).await;
+    assert_eq!(
+        (keystone.status, keystone.json()["error"]["title"].clone()),
+        (401, "Unauthorized".into())
+    );
+    assert_eq!(keystone.header("vary"), "X-Auth-Token");
+
+    let glance = get("/image/v2.1/flavors", &[("accept", "*/*")]).await;
+    assert_eq!(glance.status, 401);
+    assert_eq!(
+        glance.text,
+        "<html>\n <head>\n  <title>401 Unauthorized</title>\n </head>\n <body>\n  <h1>401 \
+         Unauthorized</h1>\n  This server could not verify that you are authorized to access the \
+         document you requested. Either you supplied the wrong credentials (e.g., bad password), \
+         or your browser does not understand how to supply the credentials required.<br /><br \
+         />\n\n\n\n </body>\n</html>"
+    );
+}
+
+#[tokio::test]
+async fn a_token_is_asked_for_before_the_path_is_looked_at_but_not_by_open_paths() {
+    assert_eq!(get("/compute/v2.1/nosuch", &[]).await.status, 401);
+    assert_eq!(get("/identity/v2.1/nosuch", &[]).await.status, 404);
+    assert_eq!(get("/compute", &[]).await.status, 200);
+    assert_eq!(get("/compute/", &[]).await.status, 200);
+    assert_eq!(get("/elsewhere", &[]).await.status, 404);
+}
+
+#[tokio::test]
+async fn an_unknown_path_is_webobs_404() {
+    let html = get(
+        "/compute/v2.1/nosuch",
+        &[("x-auth-token", "admin"), ("accept", "*/*")],
+    )
+    .await;
+    assert_eq!(
+        html.text,
+        "<html>\n <head>\n  <title>404 Not Found</title>\n </head>\n <body>\n  <h1>404 Not \
+         Found</h1>\n  The resource could not be found.<br /><br />\n\n\n\n </body>\n</html>"
+    );
+    let json = get(
+        "/image/v2/no",
+        &[("x-auth-token", "admin"), ("accept", "application/json")],
+    )
+    .await;
+    assert_eq!(
+        json.json(),
+        json!({"message": "The resource could not be found.<br /><br />\n\n\n",
+               "code": "404 Not Found", "title": "Not Found"})
+    );
+    let plain = get("/image/v2/no", &[("x-auth-token", "admin")]).await;
+    assert_eq!(
+        plain.text,
+        "404 Not Found\n\nThe resource could not be found.\n\n   "
+    );
+    let put = ask(
+        Method::PUT,
+        "/image/v2.1/flavors",
+        &[("x-auth-token", "admin")],
+        "",
+    )
+    .await;
+    assert_eq!(put.status, 405);
+    assert!(put.header("allow").contains("GET"), "{:?}", put.headers);
+}
+
+#[tokio::test]
+async fn a_reader_is_refused_in_the_words_of_the_service() {
+    let json = [
+        ("x-auth-token", "reader"),
+        ("content-type", "application/json"),
+    ];
+    let nova = ask(Method::POST, "/compute/v2.1/flavors", &json, "{}").await;
+    assert_eq!(
+        nova.json(),
+        json!({"forbidden": {"code": 403, "message":
+            "Policy doesn't allow os_compute_api:os-flavor-manage:create to be performed."}})
+    );
+    assert_eq!(
+        nova.header("content-type"),
+        "application/json; charset=UTF-8"
+    );
+}
+
+#[tokio::test]
+async fn microversions_are_echoed_and_refused_as_recorded() {
+    let old = get("/compute/v2.1/flavors", &[("x-auth-token", "reader")]).await;
+    assert_eq!(old.header("openstack-api-version"), "compute 2.1");
+    assert_eq!(
+        old.json(),
+        json!({"link": "http://127.0.0.1:5000/compute/v2.1/flavors", "new": false})
+    );
+    let new = [
+        ("x-auth-token", "reader"),
+        ("openstack-api-version", "compute 2.61"),
+    ];
+    let new = get("/compute/v2.1/flavors", &new).await;
+    assert_eq!(new.json()["new"], true);
+    assert_eq!(new.header("x-openstack-nova-api-version"), "2.61");
+    assert_eq!(
+        new.header("vary"),
+        "OpenStack-API-Version, X-OpenStack-Nova-API-Version"
+    );
+    let beyond = [
+        ("x-auth-token", "reader"),
+        ("x-openstack-nova-api-version", "2.999"),
+    ];
+    let beyond = get("/compute/v2.1/flavors", &beyond).await;
+    assert_eq!(beyond.status, 406);
+    assert_eq!(
+        beyond.json(),
+        json!({"computeFault": {"code": 406, "message": "Version 2.999 is not supported by the \
+               API. Minimum is 2.1 and maximum is 2.96."}})
+    );
+    assert_eq!(beyond.header("openstack-api-version"), "compute 2.999");
+}
+
+#[tokio::test]
+async fn bad_bodies_are_answers() {
+    let post = |kind: &'static str, body: String| async move {
+        let headers = [("x-auth-token", "admin"), ("content-type", kind)];
+        ask(Method::POST, "/compute/v2.1/flavors", &headers, &body).await
+    };
+    assert_eq!(
+        post("application/json", r#"{"a": 1}"#.into()).await.status,
+        201
+    );
+    let xml = post("application/xml", "<x/>".into()).await;
+    assert_eq!(
+        xml.json(),
+        json!({"badMediaType": {"code": 415, "message": "Unsupported Content-Type"}})
+    );
+    let bad = post("application/json", "{bad".into()).await;
+    assert_eq!(
+        bad.json(),
+        json!({"badRequest": {"code": 400, "message": "Malformed request body"}})
+    );
+    assert_eq!(
+        post("application/json", "[".repeat(100_000)).await.status,
+        400
+    );
+    assert_eq!(
+        post("application/json", " ".repeat(BODY_LIMIT + 1))
+            .await
+            .status,
+        413
+    );
+}
+
+#[tokio::test]
+async fn a_panic_is_a_500_in_the_form_of_the_service() {
+    let answer = get("/compute/v2.1/panic", &[("x-auth-token", "reader")]).await;
+    assert_eq!(answer.status, 500);
+    assert_eq!(answer.json()["computeFault"]["code"], 500);
+}
+
+#[tokio::test]
+async fn the_table_lists_every_endpoint() {
+    let (public, _database) = public().await;
+    let of_nova: Vec<_> = public
+        .endpoints()
+        .filter(|endpoint| endpoint.service == Service::Compute)
+        .map(|endpoint| format!("{} {}", endpoint.method, endpoint.path))
+        .collect();
+    assert_eq!(
+        of_nova,
+        [
+            "GET /",
+            "GET /v2.1/flavors",
+            "POST /v2.1/flavors",
+            "GET /v2.1/panic"
+        ]
+    );
+}
