@@ -8,6 +8,8 @@
 
 pub mod clock;
 pub mod database;
+pub mod event;
 pub mod http;
+pub mod operation;
 pub mod policy;
 pub mod random;

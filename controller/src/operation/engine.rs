@@ -1,0 +1,502 @@
+//! Runs operations: one task a subject while there is something to do, woken at once by requests and
+//! reports. [`Engine::advance`] is one turn of it, and all that the simulation uses.
+
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::FutureExt;
+use sea_orm::DbErr;
+use serde::Serialize;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::store::{self, FORWARD, Prepared, UNDO, row};
+use super::{Direction, Kind, Kinds, Operation, Outcome, Progress, Step, StepError};
+use crate::clock::Clock;
+use crate::database::Database;
+use crate::event::{self, Event, Origin, Phase};
+use crate::random::Random;
+
+/// Pause before the first repetition; doubled with each, up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Pause after the database itself failed.
+const DATABASE_PAUSE: Duration = Duration::from_secs(1);
+
+/// Runs the operations of this controller. One a process, in an [`Arc`].
+pub struct Engine {
+    database: Database,
+    kinds: Kinds,
+    clock: Arc<dyn Clock>,
+    random: Arc<dyn Random>,
+    subjects: Mutex<Subjects>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+#[derive(Default)]
+struct Subjects {
+    started: bool,
+    /// The last `created_at_us` given out: operations of one controller have an order.
+    last_created_us: i64,
+    /// Subjects with a task.
+    driven: HashMap<String, Arc<Notify>>,
+}
+
+/// What one turn came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Advance {
+    /// A step was recorded, or somebody else changed the operation: there may be more to do at once.
+    Advanced,
+    /// Nothing to do before the subject is woken or this time has passed.
+    Wait(Duration),
+    /// No operation of this subject can be carried on.
+    Idle,
+}
+
+/// Why a turn's transaction was not committed.
+#[derive(Debug, thiserror::Error)]
+enum TurnError {
+    #[error("somebody else changed the operation")]
+    Lost,
+    #[error(transparent)]
+    Step(#[from] StepError),
+}
+
+impl From<DbErr> for TurnError {
+    fn from(error: DbErr) -> Self {
+        Self::Step(StepError::Database(error))
+    }
+}
+
+impl Engine {
+    pub fn new(
+        database: Database,
+        kinds: Kinds,
+        clock: Arc<dyn Clock>,
+        random: Arc<dyn Random>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            database,
+            kinds,
+            clock,
+            random,
+            subjects: Mutex::default(),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        })
+    }
+
+    /// A new operation of the newest version of `kind`. An error is a mistake of the caller: the kind
+    /// is not registered, or the state is not JSON.
+    pub fn prepare<S: Serialize>(
+        &self,
+        kind: &str,
+        subject: impl Into<String>,
+        state: &S,
+        origin: Origin,
+    ) -> Result<Prepared, StepError> {
+        let Some(known) = self.kinds.newest(kind) else {
+            return Err(StepError::fail(format!(
+                "no operation of kind {kind} is registered"
+            )));
+        };
+        let unwritable = |error| StepError::fail(format!("the state of {kind}: {error}"));
+        let state = serde_json::to_string(state).map_err(unwritable)?;
+        let steps: Vec<&str> = known.steps().iter().map(|step| step.name()).collect();
+        let steps = serde_json::to_string(&steps).map_err(unwritable)?;
+        let now = {
+            let mut subjects = self.subjects();
+            let now = self.clock.now_us().max(subjects.last_created_us + 1);
+            subjects.last_created_us = now;
+            now
+        };
+        let row = row::Model {
+            id: self.random.uuid().to_string(),
+            kind: kind.to_owned(),
+            version: known.version(),
+            subject: subject.into(),
+            state,
+            steps,
+            step: 0,
+            direction: FORWARD.to_owned(),
+            attempts: 0,
+            error: None,
+            parked: None,
+            request_id: origin.request_id,
+            user_id: origin.user_id,
+            project_id: origin.project_id,
+            revision: 0,
+            due_at_us: now,
+            step_entered_at_us: now,
+            created_at_us: now,
+            updated_at_us: now,
+            finished_at_us: None,
+        };
+        let event = row.event(self.random.uuid(), now, Phase::Requested);
+        Ok(Prepared { row, event })
+    }
+
+    /// Carries on all operations that the database holds, and from now on those that are woken.
+    pub async fn start(self: &Arc<Self>) -> Result<(), DbErr> {
+        let unfinished = store::unfinished(self.database.reader(), None).await?;
+        self.subjects().started = true;
+        for row in unfinished {
+            self.wake(&row.subject);
+        }
+        Ok(())
+    }
+
+    /// There may be something to do for `subject`: an operation was written or cancelled, or what a
+    /// step waits for has happened. Never lost: a wake-up during a step repeats it.
+    pub fn wake(self: &Arc<Self>, subject: &str) {
+        let mut subjects = self.subjects();
+        if !subjects.started {
+            return;
+        }
+        if let Some(notify) = subjects.driven.get(subject) {
+            notify.notify_one();
+            return;
+        }
+        let notify = Arc::new(Notify::new());
+        subjects
+            .driven
+            .insert(subject.to_owned(), Arc::clone(&notify));
+        drop(subjects);
+        let engine = Arc::clone(self);
+        let subject = subject.to_owned();
+        self.tasks
+            .spawn(async move { engine.drive(&subject, &notify).await });
+    }
+
+    /// Lets every step under way finish, begins no other, and returns when all is quiet.
+    pub async fn stop(&self) {
+        self.subjects().started = false;
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    async fn drive(&self, subject: &str, woken: &Notify) {
+        while !self.stop.is_cancelled() {
+            match self.advance(subject).await {
+                Advance::Advanced => {}
+                Advance::Wait(pause) => {
+                    tokio::select! {
+                        () = woken.notified() => {}
+                        () = self.clock.sleep(pause) => {}
+                        () = self.stop.cancelled() => {}
+                    }
+                }
+                Advance::Idle => {
+                    let mut subjects = self.subjects();
+                    // Woken since the look into the database: look again.
+                    if woken.notified().now_or_never().is_none() {
+                        subjects.driven.remove(subject);
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// One turn of the subject's first operation: runs its current step and records the outcome.
+    pub async fn advance(&self, subject: &str) -> Advance {
+        let turn = async {
+            match store::next_of(self.database.reader(), subject).await? {
+                Some(row) => self.turn(row).await,
+                None => Ok(Advance::Idle),
+            }
+        };
+        match turn.await {
+            Ok(advance) => advance,
+            Err(TurnError::Lost) => Advance::Advanced,
+            Err(TurnError::Step(error)) => {
+                tracing::error!(subject, error = %describe(&error), "an operation cannot be recorded");
+                Advance::Wait(DATABASE_PAUSE)
+            }
+        }
+    }
+
+    async fn turn(&self, row: row::Model) -> Result<Advance, TurnError> {
+        let operation = match row.operation() {
+            Ok(operation) => operation,
+            Err(unreadable) => {
+                return self
+                    .park(row, format!("it cannot be read: {unreadable}"))
+                    .await;
+            }
+        };
+        let names = row.step_names();
+        let index = usize::try_from(row.step).unwrap_or(usize::MAX);
+        let Some(name) = names.get(index) else {
+            return self
+                .park(row, "its list of steps cannot be read".to_owned())
+                .await;
+        };
+        let known = self.kinds.exact(&row.kind, row.version);
+        if row.direction() == Direction::Forward && known.is_none() {
+            let reason = format!(
+                "version {} of {} is not known to this release",
+                row.version, row.kind
+            );
+            let undoable = names[..=index]
+                .iter()
+                .all(|name| self.kinds.step(&row.kind, row.version, name).is_some());
+            return if undoable {
+                self.begin_undo(row, reason).await
+            } else {
+                self.park(row, reason).await
+            };
+        }
+        let Some(step) = self.kinds.step(&row.kind, row.version, name) else {
+            let reason = format!("step {name} of {} is not known to this release", row.kind);
+            return self.park(row, reason).await;
+        };
+        let progress = run(&*step, &operation).await;
+        match (progress, row.direction()) {
+            (Ok(Progress::Wait(pause)), _) => Ok(Advance::Wait(pause)),
+            (Ok(Progress::Done), direction) => {
+                let last = match direction {
+                    Direction::Forward => index + 1 == names.len(),
+                    Direction::Undo => index == 0,
+                };
+                let committed = self.record_step(&row, operation, step, last).await;
+                match committed {
+                    Ok(()) => Ok(Advance::Advanced),
+                    Err(TurnError::Lost) => Err(TurnError::Lost),
+                    Err(TurnError::Step(error)) => self.failed(row, error).await,
+                }
+            }
+            (Err(error), _) => self.failed(row, error).await,
+        }
+    }
+
+    /// The step's own changes, the operation's progress and, at the end, the outcome: one transaction.
+    async fn record_step(
+        &self,
+        row: &row::Model,
+        operation: Operation,
+        step: Arc<dyn Step>,
+        last: bool,
+    ) -> Result<(), TurnError> {
+        let now = self.clock.now_us();
+        let mut next = row.clone();
+        next.attempts = 0;
+        next.updated_at_us = now;
+        next.due_at_us = now;
+        next.step_entered_at_us = now;
+        let outcome = match row.direction() {
+            Direction::Forward => {
+                next.error = None;
+                Outcome::Done
+            }
+            Direction::Undo => Outcome::Undone {
+                reason: row.error.clone().unwrap_or_default(),
+            },
+        };
+        if last {
+            next.finished_at_us = Some(now);
+        } else {
+            next.step += if row.direction() == Direction::Forward {
+                1
+            } else {
+                -1
+            };
+        }
+        let ended = last.then(|| self.ended(row, outcome, now));
+        self.database
+            .write(move |tx| {
+                let (mut next, step) = (next.clone(), Arc::clone(&step));
+                let (mut operation, ended) = (operation.clone(), ended.clone());
+                Box::pin(async move {
+                    match operation.direction {
+                        Direction::Forward => step.commit(&mut operation, tx).await?,
+                        Direction::Undo => step.undo_commit(&mut operation, tx).await?,
+                    }
+                    next.state = operation.state.to_string();
+                    if let Some(ended) = ended {
+                        ended.write(&operation, tx).await?;
+                    }
+                    if store::replace(tx, next).await? {
+                        Ok(())
+                    } else {
+                        Err(TurnError::Lost)
+                    }
+                })
+            })
+            .await
+    }
+
+    fn ended(&self, row: &row::Model, outcome: Outcome, now: i64) -> Ended {
+        let (phase, message) = match &outcome {
+            Outcome::Done => (Phase::Done, None),
+            Outcome::Undone { reason } | Outcome::Parked { reason } => {
+                (Phase::Failed, Some(reason.clone()))
+            }
+        };
+        // Events are read in order of their time: the end is after the beginning.
+        let at_us = now.max(row.created_at_us.saturating_add(1));
+        let mut event = row.event(self.random.uuid(), at_us, phase);
+        event.message = message;
+        let kind = self
+            .kinds
+            .exact(&row.kind, row.version)
+            .or_else(|| self.kinds.newest(&row.kind));
+        Ended {
+            kind: kind.cloned(),
+            outcome,
+            event,
+        }
+    }
+
+    async fn failed(&self, row: row::Model, error: StepError) -> Result<Advance, TurnError> {
+        match error {
+            StepError::Fail { reason } => match row.direction() {
+                Direction::Forward => self.begin_undo(row, reason).await,
+                Direction::Undo => self.park(row, reason).await,
+            },
+            StepError::Retry { reason, after } => self.repeat(row, reason, after).await,
+            StepError::Database(error) => Err(error.into()),
+        }
+    }
+
+    async fn repeat(
+        &self,
+        mut row: row::Model,
+        reason: String,
+        after: Option<Duration>,
+    ) -> Result<Advance, TurnError> {
+        let doublings = u32::try_from(row.attempts).unwrap_or(0).min(16);
+        let pause =
+            after.unwrap_or_else(|| (FIRST_PAUSE * 2_u32.pow(doublings)).min(LONGEST_PAUSE));
+        tracing::warn!(
+            operation = row.id, kind = row.kind, subject = row.subject, step = row.step,
+            attempt = row.attempts, request_id = row.request_id, %reason, "to be repeated"
+        );
+        let now = self.clock.now_us();
+        row.attempts = row.attempts.saturating_add(1);
+        // While undoing, the row keeps why it is undone.
+        if row.direction() == Direction::Forward {
+            row.error = Some(reason);
+        }
+        row.updated_at_us = now;
+        row.due_at_us = now.saturating_add(i64::try_from(pause.as_micros()).unwrap_or(i64::MAX));
+        self.replace(row, None).await?;
+        Ok(Advance::Wait(pause))
+    }
+
+    async fn begin_undo(&self, mut row: row::Model, reason: String) -> Result<Advance, TurnError> {
+        tracing::warn!(
+            operation = row.id,
+            kind = row.kind,
+            subject = row.subject,
+            step = row.step,
+            request_id = row.request_id,
+            reason,
+            "failed; is being undone"
+        );
+        let now = self.clock.now_us();
+        row.direction = UNDO.to_owned();
+        row.error = Some(reason);
+        row.attempts = 0;
+        row.updated_at_us = now;
+        row.step_entered_at_us = now;
+        self.replace(row, None).await?;
+        Ok(Advance::Advanced)
+    }
+
+    async fn park(&self, mut row: row::Model, reason: String) -> Result<Advance, TurnError> {
+        tracing::error!(
+            operation = row.id,
+            kind = row.kind,
+            subject = row.subject,
+            step = row.step,
+            request_id = row.request_id,
+            reason,
+            "can be neither carried on nor undone; parked"
+        );
+        metrics::counter!("fractus_operations_parked_total").increment(1);
+        let now = self.clock.now_us();
+        row.parked = Some(reason.clone());
+        row.updated_at_us = now;
+        let ended = self.ended(&row, Outcome::Parked { reason }, now);
+        self.replace(row, Some(ended)).await?;
+        Ok(Advance::Advanced)
+    }
+
+    async fn replace(&self, row: row::Model, ended: Option<Ended>) -> Result<(), TurnError> {
+        self.database
+            .write(move |tx| {
+                let (row, ended) = (row.clone(), ended.clone());
+                Box::pin(async move {
+                    if let Some(ended) = ended {
+                        // An unreadable row has no operation to show to its kind.
+                        match row.operation() {
+                            Ok(operation) => ended.write(&operation, tx).await?,
+                            Err(_) => event::record(tx, ended.event).await?,
+                        }
+                    }
+                    if store::replace(tx, row).await? {
+                        Ok(())
+                    } else {
+                        Err(TurnError::Lost)
+                    }
+                })
+            })
+            .await
+    }
+
+    fn subjects(&self) -> MutexGuard<'_, Subjects> {
+        self.subjects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The end of an operation, to be written with its last step.
+#[derive(Clone)]
+struct Ended {
+    kind: Option<Arc<dyn Kind>>,
+    outcome: Outcome,
+    event: Event,
+}
+
+impl Ended {
+    async fn write(
+        &self,
+        operation: &Operation,
+        tx: &sea_orm::DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        if let Some(kind) = &self.kind {
+            kind.finish(operation, &self.outcome, tx).await?;
+        }
+        Ok(event::record(tx, self.event.clone()).await?)
+    }
+}
+
+/// A step that panics has failed; the engine goes on.
+async fn run(step: &dyn Step, operation: &Operation) -> Result<Progress, StepError> {
+    let run = async {
+        match operation.direction {
+            Direction::Forward => step.run(operation).await,
+            Direction::Undo => step.undo(operation).await,
+        }
+    };
+    match AssertUnwindSafe(run).catch_unwind().await {
+        Ok(progress) => progress,
+        Err(_) => Err(StepError::fail(format!("step {} panicked", step.name()))),
+    }
+}
+
+/// With its sources, for the log.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
