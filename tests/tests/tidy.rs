@@ -1,5 +1,7 @@
 //! The source tree is tidy: see `fractus_tests::tidy` for what that means.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
 use fractus_tests::tidy;
 
 #[test]
