@@ -1,0 +1,419 @@
+//! Commands: where they come from, what they do, one answer each.
+
+use core::fmt::{self, Write as _};
+
+use crate::acpi::Acpi;
+use crate::devices::Devices;
+use crate::serial::{self, Line};
+use crate::start_info::StartInfo;
+use crate::{clock, cpu, memory, misuse, nonce, smp};
+
+const PAGE: u64 = 4096;
+const PAGES_PER_MIB: u64 = 256;
+
+/// Why a command was not carried out, as its `err` line says it.
+pub enum Refusal {
+    Unknown,
+    Usage(&'static str),
+    NoDevice,
+    Device(virtio_drivers::Error),
+    At(u64),
+    Failed(&'static str),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown => f.write_str("unknown command"),
+            Self::Usage(usage) => write!(f, "usage: {usage}"),
+            Self::NoDevice => f.write_str("no such device"),
+            Self::Device(error) => write!(f, "{error}"),
+            Self::At(offset) => write!(f, "at={offset}"),
+            Self::Failed(what) => f.write_str(what),
+        }
+    }
+}
+
+impl From<virtio_drivers::Error> for Refusal {
+    fn from(error: virtio_drivers::Error) -> Self {
+        Self::Device(error)
+    }
+}
+
+type Outcome = Result<(), Refusal>;
+
+/// Words of a command, as numbers when asked for.
+pub struct Words<'a>(core::str::SplitAsciiWhitespace<'a>);
+
+impl<'a> Words<'a> {
+    pub fn word(&mut self) -> Option<&'a str> {
+        self.0.next()
+    }
+
+    pub fn number(&mut self) -> Option<u64> {
+        let word = self.word()?;
+        match word.strip_prefix("0x") {
+            Some(digits) => u64::from_str_radix(digits, 16).ok(),
+            None => word.parse().ok(),
+        }
+    }
+}
+
+/// The booted guest.
+pub struct Probe {
+    info: StartInfo,
+    pub acpi: Acpi,
+    pub devices: Devices,
+    typed: Line,
+    spoken: Line,
+    serial_interrupts: u64,
+}
+
+impl Probe {
+    pub fn new(info: StartInfo, acpi: Acpi, devices: Devices) -> Self {
+        let (typed, spoken) = (Line::new(), Line::new());
+        Self {
+            info,
+            acpi,
+            devices,
+            typed,
+            spoken,
+            serial_interrupts: u64::MAX,
+        }
+    }
+
+    /// Carries out the command line's commands, then those that come in.
+    pub fn run(mut self) -> ! {
+        if let Some(mode) = self.info.option("stamp") {
+            let mut line = Line::new();
+            let _ = write!(line, "stamp {mode}");
+            self.carry_out(line.as_str(), false);
+        }
+        let mut script = Line::new();
+        let _ = script.write_str(self.info.option("run").unwrap_or(""));
+        for command in script.as_str().split(';') {
+            self.carry_out(command, false);
+        }
+        loop {
+            let seen = cpu::events();
+            clock::pulse(nonce());
+            if self
+                .acpi
+                .button_pressed_since(cpu::interrupts_of(cpu::VECTOR_SCI))
+            {
+                crate::say!("button");
+                self.acpi.power_off();
+            }
+            if !self.listen() {
+                clock::doze(seen);
+            }
+        }
+    }
+
+    /// Takes in what was typed; true if there was something.
+    fn listen(&mut self) -> bool {
+        let mut heard = false;
+        let interrupts = cpu::interrupts_of(cpu::VECTOR_SERIAL);
+        if interrupts != self.serial_interrupts || !cpu::has_interrupts() {
+            self.serial_interrupts = interrupts;
+            while let Some(byte) = serial::read() {
+                heard = true;
+                if is_end(byte) {
+                    let line = core::mem::replace(&mut self.typed, Line::new());
+                    self.carry_out(line.as_str(), false);
+                } else {
+                    self.typed.push(byte);
+                }
+            }
+        }
+        let Some(console) = self
+            .devices
+            .console
+            .as_mut()
+            .filter(|console| console.has_input())
+        else {
+            return heard;
+        };
+        let mut lines = Line::new();
+        core::mem::swap(&mut lines, &mut self.spoken);
+        let _ = console.read(|byte| {
+            lines.push(byte);
+        });
+        let text = lines.as_str();
+        let (whole, rest) = text.rsplit_once(['\n', '\r']).unwrap_or(("", text));
+        let _ = self.spoken.write_str(rest);
+        for command in whole.split(['\n', '\r']) {
+            self.carry_out(command, true);
+        }
+        true
+    }
+
+    fn carry_out(&mut self, command: &str, from_console: bool) {
+        let mut words = Words(command.split_ascii_whitespace());
+        let Some(name) = words.word() else { return };
+        let mut answer = Line::new();
+        let _ = write!(answer, "ok {name}");
+        if let Err(refusal) = self.dispatch(name, &mut words, &mut answer) {
+            answer.clear();
+            let _ = write!(answer, "err {name} {refusal}");
+        }
+        answer.push(b'\n');
+        serial::write(answer.as_bytes());
+        if let Some(console) = self.devices.console.as_mut().filter(|_| from_console) {
+            let _ = console.write(answer.as_bytes());
+        }
+    }
+
+    fn dispatch(&mut self, name: &str, words: &mut Words, out: &mut Line) -> Outcome {
+        match name {
+            "info" => self.tell_info(out),
+            "time" => tell_time(out),
+            "random" => self.random(words, out),
+            "touch" => self.touch(words, out),
+            "dirty" => self.dirty(words, out),
+            "spin" => spin(words),
+            "stamp" => stamp(words),
+            "gaps" => tell_gaps(out),
+            "interrupts" => tell_interrupts(out),
+            "echo" => {
+                while let Some(word) = words.word() {
+                    let _ = write!(out, " {word}");
+                }
+                Ok(())
+            }
+            "poweroff" => {
+                self.acpi.power_off();
+                after("still powered on")
+            }
+            "reboot" => {
+                self.acpi.reboot();
+                after("not reset")
+            }
+            "triple-fault" => cpu::triple_fault(),
+            "panic" => {
+                self.devices.panicked();
+                Ok(())
+            }
+            "halt" => cpu::halt_forever(),
+            "misuse" => misuse::act(self, words, out),
+            _ => self.disk(name, words, out),
+        }
+    }
+
+    fn disk(&mut self, name: &str, words: &mut Words, out: &mut Line) -> Outcome {
+        const RANGE: &str = "DEV OFF LEN";
+        if !name.starts_with("disk-") {
+            return Err(Refusal::Unknown);
+        }
+        let index = words.number().ok_or(Refusal::Usage("DEV …"))?;
+        let disk = self.devices.disk(index as usize).ok_or(Refusal::NoDevice)?;
+        let mut range = || -> Result<(u64, u64), Refusal> {
+            let (offset, length) = words
+                .number()
+                .zip(words.number())
+                .ok_or(Refusal::Usage(RANGE))?;
+            if offset % 512 != 0 || length % 512 != 0 {
+                return Err(Refusal::Failed("not whole sectors"));
+            }
+            Ok((offset, length))
+        };
+        match name {
+            "disk-info" => {
+                let (bytes, ro) = (disk.capacity, u8::from(disk.read_only()));
+                let serial = disk.serial()?;
+                let length = serial.iter().position(|&b| b == 0).unwrap_or(serial.len());
+                let text = core::str::from_utf8(&serial[..length]).unwrap_or("?");
+                let _ = write!(out, " bytes={bytes} ro={ro} serial={text}");
+            }
+            "disk-hash" => {
+                let (offset, length) = range()?;
+                let hash = disk.hash(offset, length)?;
+                let _ = write!(out, " {hash:016x}");
+            }
+            "disk-write" => {
+                let (offset, length) = range()?;
+                let seed = words.number().ok_or(Refusal::Usage("DEV OFF LEN SEED"))?;
+                let begin = cpu::tsc();
+                disk.write(offset, length, seed)?;
+                disk.flush()?;
+                let _ = write!(out, " us={}", clock::us(cpu::tsc() - begin));
+            }
+            "disk-check" => {
+                let (offset, length) = range()?;
+                let seed = words.number().ok_or(Refusal::Usage("DEV OFF LEN SEED"))?;
+                if let Some(place) = disk.check(offset, length, seed)? {
+                    return Err(Refusal::At(place));
+                }
+            }
+            "disk-discard" => range().and_then(|(o, l)| Ok(disk.clear(o, l, false)?))?,
+            "disk-zero" => range().and_then(|(o, l)| Ok(disk.clear(o, l, true)?))?,
+            "disk-flush" => disk.flush()?,
+            _ => return Err(Refusal::Unknown),
+        }
+        Ok(())
+    }
+
+    fn tell_info(&self, out: &mut Line) -> Outcome {
+        let _ = write!(
+            out,
+            " version={} nonce={:016x} vcpus={} memory_mib={} disks={} ticks={}",
+            env!("CARGO_PKG_VERSION"),
+            nonce(),
+            smp::alive(),
+            self.info.memory_mib(),
+            self.devices.disk_count(),
+            clock::ticks(),
+        );
+        for function in self.devices.bus.functions() {
+            let (vendor, device) = (function.vendor, function.device);
+            let _ = write!(
+                out,
+                " pci{:02x}={vendor:04x}:{device:04x}",
+                function.devfn >> 3
+            );
+        }
+        Ok(())
+    }
+
+    fn random(&mut self, words: &mut Words, out: &mut Line) -> Outcome {
+        let count = words.number().unwrap_or(16).clamp(1, 512) as usize;
+        let rng = self.devices.rng.as_mut().ok_or(Refusal::NoDevice)?;
+        out.push(b' ');
+        for byte in rng.bytes(count)? {
+            let _ = write!(out, "{byte:02x}");
+        }
+        Ok(())
+    }
+
+    /// Writes a word into the next `pages` pages of free memory from `skip` on; pages written.
+    fn write_pages(&self, skip: u64, pages: u64, value: u64) -> u64 {
+        let (mut skip, mut left) = (skip, pages);
+        for stretch in memory::free(&self.info) {
+            let here = stretch.length / PAGE;
+            if skip >= here {
+                skip -= here;
+                continue;
+            }
+            let count = left.min(here - skip);
+            memory::dirty(stretch.start + skip * PAGE, count, value);
+            (skip, left) = (0, left - count);
+        }
+        pages - left
+    }
+
+    fn touch(&self, words: &mut Words, out: &mut Line) -> Outcome {
+        let mib = words.number().ok_or(Refusal::Usage("MIB"))?;
+        let begin = cpu::tsc();
+        let mut done = 0;
+        while done < mib * PAGES_PER_MIB {
+            let wrote = self.write_pages(done, PAGES_PER_MIB, begin);
+            clock::pulse(nonce());
+            done += wrote;
+            if wrote < PAGES_PER_MIB {
+                break;
+            }
+        }
+        let _ = write!(
+            out,
+            " mib={} us={}",
+            done / PAGES_PER_MIB,
+            clock::us(cpu::tsc() - begin)
+        );
+        Ok(())
+    }
+
+    /// A MiB at a time over a working set of one second's worth, at the rate asked for.
+    fn dirty(&self, words: &mut Words, out: &mut Line) -> Outcome {
+        let (rate, seconds) = words
+            .number()
+            .zip(words.number())
+            .ok_or(Refusal::Usage("RATE_MIB SECONDS"))?;
+        let begin = cpu::tsc();
+        let end = begin + clock::tsc_of_us(seconds * 1_000_000);
+        let (mut done, mut place) = (0u64, 0u64);
+        while cpu::tsc() < end && rate > 0 {
+            let allowed = clock::us(cpu::tsc() - begin) * rate / 1_000_000;
+            clock::pulse(nonce());
+            if done > allowed {
+                core::hint::spin_loop();
+                continue;
+            }
+            let wrote = self.write_pages(place, PAGES_PER_MIB, cpu::tsc());
+            place += wrote;
+            if wrote < PAGES_PER_MIB || place >= rate * PAGES_PER_MIB {
+                place = 0;
+            }
+            done += 1;
+        }
+        let _ = write!(out, " mib={done} us={}", clock::us(cpu::tsc() - begin));
+        Ok(())
+    }
+}
+
+fn is_end(byte: u8) -> bool {
+    byte == b'\n' || byte == b'\r'
+}
+
+/// The machine should be gone; it may need a moment.
+fn after(failure: &'static str) -> Outcome {
+    crate::wait_for(2_000_000, || false);
+    Err(Refusal::Failed(failure))
+}
+
+fn tell_time(out: &mut Line) -> Outcome {
+    let _ = write!(
+        out,
+        " uptime_us={} tsc={} tsc_ring0={} tsc_khz={} ticks={}",
+        clock::since_boot_us(),
+        cpu::tsc(),
+        cpu::tsc_of_ring0(),
+        clock::khz(),
+        clock::ticks()
+    );
+    Ok(())
+}
+
+fn spin(words: &mut Words) -> Outcome {
+    let ms = words.number().ok_or(Refusal::Usage("MS [CPU]"))?;
+    match words.number() {
+        None | Some(0) => clock::spin(ms, nonce()),
+        Some(cpu) => {
+            if !smp::give(cpu as usize, smp::Job::Spin { ms: ms as u32 }) {
+                return Err(Refusal::Failed("no such CPU, or it is busy"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn stamp(words: &mut Words) -> Outcome {
+    let mode = match words.word() {
+        Some("spin") => clock::STAMP_SPIN,
+        Some("off") => clock::STAMP_NEVER,
+        Some(ms) => ms.parse().map_err(|_| Refusal::Usage("spin|MS|off"))?,
+        None => return Err(Refusal::Usage("spin|MS|off")),
+    };
+    clock::set_stamp_mode(mode);
+    smp::wake_all();
+    Ok(())
+}
+
+fn tell_gaps(out: &mut Line) -> Outcome {
+    if clock::stamp_mode() == clock::STAMP_NEVER {
+        return Err(Refusal::Failed("first: stamp spin|MS"));
+    }
+    for cpu in 0..smp::alive() {
+        let _ = write!(out, " {}", clock::take_gap_us(cpu));
+    }
+    Ok(())
+}
+
+fn tell_interrupts(out: &mut Line) -> Outcome {
+    for vector in 32..=254 {
+        let count = cpu::interrupts_of(vector);
+        if count != 0 {
+            let _ = write!(out, " {vector:02x}={count}");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,192 @@
+//! The devices of this machine: found once at boot, then used by commands.
+
+use virtio_drivers::transport::{DeviceType, Transport};
+use virtio_drivers::{Error, Result};
+
+use crate::disk::Disk;
+use crate::memory::{self, Registers};
+use crate::pci::Bus;
+use crate::say;
+use crate::virtio::{self, PciTransport, Queue};
+
+const MAX_DISKS: usize = 8;
+const PVPANIC_PORT: u16 = 0x505;
+/// The guest has panicked (QEMU, docs/specs/pvpanic.rst).
+const PVPANIC_PANICKED: u8 = 1;
+
+/// virtio-rng (virtio 1.2 §5.4).
+pub struct Rng {
+    transport: PciTransport,
+    queue: Queue<8>,
+    buffer: &'static mut [u8],
+}
+
+impl Rng {
+    fn new(mut transport: PciTransport) -> Result<Self> {
+        transport.negotiate(0)?;
+        let queue = Queue::new(&mut transport, 0)?;
+        transport.finish_init();
+        let buffer = memory::dma_pages(1).ok_or(Error::DmaError)?;
+        Ok(Self {
+            transport,
+            queue,
+            buffer,
+        })
+    }
+
+    /// At most a page of random bytes; the device may give fewer than asked for.
+    pub fn bytes(&mut self, count: usize) -> Result<&[u8]> {
+        let count = count.clamp(1, self.buffer.len());
+        let part = &mut self.buffer[..count];
+        let got = self.queue.request(&mut self.transport, &[], &mut [part])? as usize;
+        Ok(&self.buffer[..got.min(count)])
+    }
+}
+
+/// virtio-console, its first port (virtio 1.2 §5.3 without MULTIPORT).
+pub struct Console {
+    transport: PciTransport,
+    input: Queue<2>,
+    output: Queue<2>,
+    buffer: &'static mut [u8],
+    waiting: Option<u16>,
+}
+
+impl Console {
+    fn new(mut transport: PciTransport) -> Result<Self> {
+        transport.negotiate(0)?;
+        let input = Queue::new(&mut transport, 0)?;
+        let output = Queue::new(&mut transport, 1)?;
+        transport.finish_init();
+        let buffer = memory::dma_pages(1).ok_or(Error::DmaError)?;
+        let mut console = Self {
+            transport,
+            input,
+            output,
+            buffer,
+            waiting: None,
+        };
+        console.ask()?;
+        Ok(console)
+    }
+
+    fn ask(&mut self) -> Result {
+        // SAFETY: the buffer is a page for good; it is looked at only after `pop_used`.
+        self.waiting = Some(unsafe { self.input.ring.add(&[], &mut [self.buffer])? });
+        self.transport.notify(0);
+        Ok(())
+    }
+
+    pub fn has_input(&self) -> bool {
+        self.input.ring.can_pop()
+    }
+
+    /// Hands what has come in to `each`, byte by byte.
+    pub fn read(&mut self, mut each: impl FnMut(u8)) -> Result {
+        let Some(token) = self.waiting.filter(|_| self.has_input()) else {
+            return Ok(());
+        };
+        // SAFETY: the token and the buffer of `ask`.
+        let got = unsafe { self.input.ring.pop_used(token, &[], &mut [self.buffer])? };
+        self.waiting = None;
+        self.buffer
+            .iter()
+            .take(got as usize)
+            .for_each(|&byte| each(byte));
+        self.ask()
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) -> Result {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.output
+            .request(&mut self.transport, &[bytes], &mut [])
+            .map(drop)
+    }
+}
+
+/// Where a panic is told to.
+#[derive(Clone, Copy)]
+enum PvPanic {
+    Port,
+    Registers(Registers),
+}
+
+pub struct Devices {
+    pub bus: Bus,
+    pub disks: [Option<Disk>; MAX_DISKS],
+    pub rng: Option<Rng>,
+    pub console: Option<Console>,
+    pvpanic: PvPanic,
+}
+
+impl Devices {
+    /// Finds them all and says a line for each.
+    pub fn find(bus: Bus) -> Self {
+        let mut found = Self {
+            bus,
+            disks: [const { None }; MAX_DISKS],
+            rng: None,
+            console: None,
+            pvpanic: PvPanic::Port,
+        };
+        let mut functions = [None; 64];
+        for (place, function) in functions.iter_mut().zip(found.bus.functions()) {
+            *place = Some(*function);
+        }
+        for function in functions.iter().flatten() {
+            let (slot, vendor, device) = (function.devfn >> 3, function.vendor, function.device);
+            if (vendor, device) == (0x1b36, 0x0011) {
+                function.enable();
+                if let Some(registers) = function.bar(0).and_then(|bar| Registers::at(bar, 4096)) {
+                    found.pvpanic = PvPanic::Registers(registers);
+                }
+            }
+            let Some(kind) = virtio::kind(function) else {
+                continue;
+            };
+            let outcome = match PciTransport::new(function) {
+                Some(transport) => found.add(kind, transport),
+                None => Err(Error::ConfigSpaceMissing),
+            };
+            match outcome {
+                Ok(()) => say!("device slot={slot} id={vendor:04x}:{device:04x} kind={kind:?}"),
+                Err(error) => {
+                    say!("device slot={slot} id={vendor:04x}:{device:04x} failed: {error}")
+                }
+            }
+        }
+        found
+    }
+
+    fn add(&mut self, kind: DeviceType, transport: PciTransport) -> Result {
+        match kind {
+            DeviceType::Block => {
+                let place = self.disks.iter_mut().find(|place| place.is_none());
+                *place.ok_or(Error::Unsupported)? = Some(Disk::new(transport)?);
+            }
+            DeviceType::EntropySource => self.rng = Some(Rng::new(transport)?),
+            DeviceType::Console => self.console = Some(Console::new(transport)?),
+            // No driver yet.
+            _ => return Err(Error::Unsupported),
+        }
+        Ok(())
+    }
+
+    pub fn disk(&mut self, index: usize) -> Option<&mut Disk> {
+        self.disks.get_mut(index)?.as_mut()
+    }
+
+    pub fn disk_count(&self) -> usize {
+        self.disks.iter().flatten().count()
+    }
+
+    /// Tells the host that this guest has panicked.
+    pub fn panicked(&self) {
+        match self.pvpanic {
+            PvPanic::Port => crate::cpu::outb(PVPANIC_PORT, PVPANIC_PANICKED),
+            PvPanic::Registers(registers) => registers.write8(0, PVPANIC_PANICKED),
+        }
+    }
+}
