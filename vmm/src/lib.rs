@@ -22,3 +22,4 @@ pub mod pci;
 pub mod reactor;
 pub mod request;
 pub mod thread;
+pub mod virtio;

@@ -62,6 +62,8 @@ pub struct ConfigSpace {
     bytes: [u8; CONFIG_SIZE],
     writable: [u8; CONFIG_SIZE],
     bars: [Option<BarSpec>; BARS],
+    /// Where [`ConfigSpace::place_bar`] put each.
+    homes: [u64; BARS],
     next_capability: usize,
     last_link: usize,
 }
@@ -72,6 +74,7 @@ impl ConfigSpace {
             bytes: [0; CONFIG_SIZE],
             writable: [0; CONFIG_SIZE],
             bars: [None; BARS],
+            homes: [0; BARS],
             next_capability: FIRST_CAPABILITY,
             last_link: CAPABILITY_POINTER,
         };
@@ -158,6 +161,7 @@ impl ConfigSpace {
         let Some(Some(spec)) = self.bars.get(usize::from(index)).copied() else {
             return;
         };
+        self.homes[usize::from(index)] = address;
         let register = (BAR0 + usize::from(index) * 4) as u16;
         match spec.width {
             BarWidth::Bits32 => self.write(register, &(address as u32).to_le_bytes()),
@@ -172,13 +176,15 @@ impl ConfigSpace {
 
     /// Where the guest asks a BAR to answer: none while memory decoding is off.
     pub fn wanted_address(&self, bar: &BarSpec) -> Option<u64> {
-        (self.bytes[COMMAND] & COMMAND_MEMORY != 0).then(|| {
-            let register = BAR0 + usize::from(bar.index) * 4;
-            let mut address = [0; 8];
-            let width = if bar.width == BarWidth::Bits64 { 8 } else { 4 };
-            self.read(register as u16, &mut address[..width]);
-            u64::from_le_bytes(address) & !0xf
-        })
+        (self.bytes[COMMAND] & COMMAND_MEMORY != 0).then(|| self.register_address(bar))
+    }
+
+    /// Back to what firmware left: writable bits are zero, BARs are where they were placed.
+    pub fn reset(&mut self) {
+        self.write(0, &[0; CONFIG_SIZE]);
+        for index in 0..BARS {
+            self.place_bar(index as u8, self.homes[index]);
+        }
     }
 
     pub fn save(&self) -> ConfigState {
@@ -190,6 +196,18 @@ impl ConfigSpace {
     /// Takes the writable bits of a saved space; what is fixed stays as this build says.
     pub fn load(&mut self, state: &ConfigState) {
         self.write(0, &state.bytes);
+        for bar in self.bars.iter().flatten() {
+            self.homes[usize::from(bar.index)] = self.register_address(bar);
+        }
+    }
+
+    /// The address in a BAR's register, whether or not memory decoding is on.
+    pub fn register_address(&self, bar: &BarSpec) -> u64 {
+        let register = BAR0 + usize::from(bar.index) * 4;
+        let width = if bar.width == BarWidth::Bits64 { 8 } else { 4 };
+        let mut address = [0; 8];
+        self.read(register as u16, &mut address[..width]);
+        u64::from_le_bytes(address) & !0xf
     }
 
     fn put(&mut self, at: usize, bytes: &[u8]) {

@@ -374,6 +374,25 @@ pub(crate) mod tests {
             }
             route.triggers
         }
+        /// Waits until a route is signalled; false if it is not within `deadline`.
+        pub(crate) fn wait(&self, route: usize, deadline: std::time::Duration) -> bool {
+            let fd = self.routes.lock().unwrap()[route]
+                .fd
+                .as_ref()
+                .unwrap()
+                .try_clone()
+                .unwrap();
+            let timeout = rustix::event::Timespec::try_from(deadline).unwrap();
+            let mut fds = [rustix::event::PollFd::new(
+                &fd,
+                rustix::event::PollFlags::IN,
+            )];
+            if rustix::event::poll(&mut fds, Some(&timeout)).unwrap() == 0 {
+                return false;
+            }
+            self.triggers(route);
+            true
+        }
         pub(crate) fn programmed(&self, route: usize) -> usize {
             self.routes.lock().unwrap()[route].messages.len()
         }

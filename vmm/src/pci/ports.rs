@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use super::RootComplex;
-use crate::device::BusDevice;
+use crate::bus::BusError;
+use crate::device::{Board, BusDevice};
+use crate::layout::{self, Window};
 use crate::request::{Request, RequestSender};
 
 /// Configuration space in memory (PCIe §7.2.2).
@@ -69,4 +71,28 @@ impl BusDevice for BarWindow {
     fn write(&self, offset: u64, data: &[u8]) {
         self.root.mmio_write(self.base.wrapping_add(offset), data);
     }
+}
+
+/// Makes the root complex of a board and gives it its ports, its ECAM and its windows.
+pub fn plug_root(board: &Board) -> Result<Arc<RootComplex>, BusError> {
+    let windows = [layout::PCI_MMIO32, board.layout.pci_mmio64];
+    let root = Arc::new(RootComplex::new(&windows));
+    let requests = board.requests.clone();
+    let ports = Arc::new(ConfigPorts {
+        root: Arc::clone(&root),
+        requests,
+    });
+    board.pio.insert(layout::PCI_CONFIG_PORT.into(), 8, ports)?;
+    let ecam = layout::PCI_ECAM;
+    board
+        .mmio
+        .insert(ecam.base, ecam.size, Arc::new(Ecam(Arc::clone(&root))))?;
+    for Window { base, size } in windows {
+        let window = BarWindow {
+            root: Arc::clone(&root),
+            base,
+        };
+        board.mmio.insert(base, size, Arc::new(window))?;
+    }
+    Ok(root)
 }

@@ -99,7 +99,7 @@ impl RootComplex {
         }
         let bars: Vec<_> = lock(&function).config().bars().collect();
         for bar in &bars {
-            if bar_register(lock(&function).config(), bar.index) == 0 {
+            if lock(&function).config().register_address(bar) == 0 {
                 let place = self.free_place(bar.size);
                 let base = place.ok_or(SlotError::WindowFull {
                     slot,
@@ -318,7 +318,7 @@ impl RootComplex {
                 let config = function.config();
                 config
                     .bars()
-                    .map(|bar| (bar_register(config, bar.index), bar.size))
+                    .map(|bar| (config.register_address(&bar), bar.size))
                     .filter(|place| place.0.checked_add(place.1).is_some())
                     .collect::<Vec<_>>()
             })
@@ -337,19 +337,6 @@ impl RootComplex {
     fn function(&self, slot: usize) -> Option<SharedFunction> {
         read(&self.slots).get(slot)?.clone()
     }
-}
-
-/// The address in a BAR's register, whether or not memory decoding is on.
-fn bar_register(config: &ConfigSpace, index: u8) -> u64 {
-    let mut bytes = [0; 8];
-    let wide = config
-        .bars()
-        .any(|bar| bar.index == index && bar.width == super::config::BarWidth::Bits64);
-    config.read(
-        0x10 + u16::from(index) * 4,
-        &mut bytes[..if wide { 8 } else { 4 }],
-    );
-    u64::from_le_bytes(bytes) & !0xf
 }
 
 fn holds(window: &Window, base: u64, size: u64) -> bool {

@@ -1,0 +1,429 @@
+//! A virtqueue and the chains in it, read with distrust.
+//!
+//! `virtio-queue` keeps the ring positions; the descriptors are walked here, because its own walk ends
+//! silently at the first bad descriptor, and a device must rather stop than act on half a request.
+
+use std::num::Wrapping;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use super::feature;
+use super::transport::Interrupt;
+use crate::eventfd::EventFd;
+use crate::memory::GuestMap;
+
+const DESCRIPTOR_SIZE: u64 = 16;
+/// The whole chain may hold this many bytes (virtio 1.2 §2.7.5.2).
+const CHAIN_BYTES_MAX: u64 = 1 << 32;
+/// virtq_avail.flags (§2.7.6).
+const NO_INTERRUPT: u16 = 1;
+
+/// How a queue lied.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum QueueFault {
+    #[error("queue size {size} is not a power of two up to {max}")]
+    Size { size: u16, max: u16 },
+    #[error("the rings lie outside of memory or are misaligned")]
+    Rings,
+    #[error("the available index runs {ahead} entries ahead in a queue of {size}")]
+    AvailableIndex { ahead: u16, size: u16 },
+    #[error("more than {size} chains are in flight in a queue of that size")]
+    InFlight { size: u16 },
+    #[error("chain {head} points at descriptor {index} of a table of {size}")]
+    Index { head: u16, index: u16, size: u16 },
+    #[error("chain {head} has a loop, or more than {size} descriptors")]
+    TooLong { head: u16, size: u16 },
+    #[error("chain {head} has an indirect table that may not be: {reason}")]
+    Indirect { head: u16, reason: &'static str },
+    #[error("chain {head} has a buffer outside of memory: {length} bytes at {address:#x}")]
+    Buffer {
+        head: u16,
+        address: u64,
+        length: u32,
+    },
+    #[error("chain {head} has a readable buffer after a writable one")]
+    Order { head: u16 },
+    #[error("chain {head} holds more than 4 GiB")]
+    TooMuch { head: u16 },
+    #[error("chain {head} is no {what}")]
+    Malformed { head: u16, what: &'static str },
+    #[error("a ring could not be accessed")]
+    Ring,
+}
+
+/// Registers and position of a queue: what the driver programmed and how far the device came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct QueueState {
+    pub size: u16,
+    pub vector: u16,
+    pub enabled: bool,
+    pub descriptors: u64,
+    pub driver: u64,
+    pub device: u64,
+    pub next_available: u16,
+    pub next_used: u16,
+}
+
+/// A buffer in guest memory; checked to lie in one region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    pub address: u64,
+    /// Bytes, not 0.
+    pub length: u32,
+}
+
+/// A request: what the device may read, then what it may write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    pub head: u16,
+    segments: Vec<Segment>,
+    /// How many of the segments are readable.
+    split: usize,
+}
+
+impl Chain {
+    pub fn readable(&self) -> &[Segment] {
+        &self.segments[..self.split]
+    }
+
+    pub fn writable(&self) -> &[Segment] {
+        &self.segments[self.split..]
+    }
+}
+
+/// Bytes in all of them together.
+pub fn total(segments: &[Segment]) -> u64 {
+    segments
+        .iter()
+        .map(|segment| u64::from(segment.length))
+        .sum()
+}
+
+/// The part of `segments` from `skip` on, at most `take` bytes.
+pub fn slice(segments: &[Segment], skip: u64, take: u64) -> Vec<Segment> {
+    let (mut skip, mut take) = (skip, take);
+    let mut part = Vec::with_capacity(segments.len());
+    for segment in segments {
+        let length = u64::from(segment.length);
+        let dropped = skip.min(length);
+        skip -= dropped;
+        let kept = (length - dropped).min(take);
+        take -= kept;
+        if kept > 0 {
+            part.push(Segment {
+                address: segment.address + dropped,
+                length: kept as u32,
+            });
+        }
+    }
+    part
+}
+
+/// Fills `data` from `segments`; false when they hold less. They were checked: memory cannot fail.
+pub fn gather(memory: &GuestMap, segments: &[Segment], data: &mut [u8]) -> bool {
+    let mut rest = data;
+    for segment in segments {
+        let length = (segment.length as usize).min(rest.len());
+        let (now, later) = rest.split_at_mut(length);
+        if memory
+            .read_slice(now, GuestAddress(segment.address))
+            .is_err()
+        {
+            return false;
+        }
+        rest = later;
+    }
+    rest.is_empty()
+}
+
+/// Writes `data` into `segments`, as much as fits; returns how much that was.
+pub fn scatter(memory: &GuestMap, segments: &[Segment], data: &[u8]) -> usize {
+    let mut rest = data;
+    for segment in segments {
+        let length = (segment.length as usize).min(rest.len());
+        let (now, later) = rest.split_at(length);
+        if memory
+            .write_slice(now, GuestAddress(segment.address))
+            .is_err()
+        {
+            break;
+        }
+        rest = later;
+    }
+    data.len() - rest.len()
+}
+
+/// A queue that a device works on.
+pub struct Virtqueue {
+    index: u16,
+    queue: Queue,
+    memory: Arc<GuestMap>,
+    kick: Arc<EventFd>,
+    interrupt: Arc<Interrupt>,
+    indirect: bool,
+    /// Interrupt on the next occasion whatever the driver's used_event says: after a restore nobody
+    /// knows any more what was last signalled.
+    unsure: bool,
+}
+
+impl Virtqueue {
+    /// A queue as `state` says, if that is one that can be used.
+    pub(super) fn new(
+        index: u16,
+        state: &QueueState,
+        max_size: u16,
+        features: u64,
+        memory: Arc<GuestMap>,
+        kick: Arc<EventFd>,
+        interrupt: Arc<Interrupt>,
+    ) -> Result<Self, QueueFault> {
+        if !state.size.is_power_of_two() || state.size > max_size {
+            return Err(QueueFault::Size {
+                size: state.size,
+                max: max_size,
+            });
+        }
+        let queue = Queue::try_from(virtio_queue::QueueState {
+            max_size,
+            next_avail: state.next_available,
+            next_used: state.next_used,
+            event_idx_enabled: features & feature::EVENT_IDX != 0,
+            size: state.size,
+            ready: true,
+            desc_table: state.descriptors,
+            avail_ring: state.driver,
+            used_ring: state.device,
+        })
+        .map_err(|_| QueueFault::Rings)?;
+        if state.driver == 0 || !queue.is_valid(memory.as_ref()) {
+            return Err(QueueFault::Rings);
+        }
+        let indirect = features & feature::INDIRECT_DESC != 0;
+        Ok(Self {
+            index,
+            queue,
+            memory,
+            kick,
+            interrupt,
+            indirect,
+            unsure: true,
+        })
+    }
+
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    pub fn memory(&self) -> &Arc<GuestMap> {
+        &self.memory
+    }
+
+    /// Readable when the driver has notified the queue.
+    pub fn kick(&self) -> BorrowedFd<'_> {
+        self.kick.as_fd()
+    }
+
+    /// Takes note of the notifications so far.
+    pub fn clear_kick(&self) {
+        self.kick.take();
+    }
+
+    /// Where the device is: next available, next used.
+    pub fn position(&self) -> (u16, u16) {
+        (self.queue.next_avail(), self.queue.next_used())
+    }
+
+    /// The next chain, or none if the driver has made no more available.
+    pub fn pop(&mut self) -> Result<Option<Chain>, QueueFault> {
+        let size = self.queue.size();
+        let memory = self.memory.as_ref();
+        let available = self
+            .queue
+            .avail_idx(memory, Ordering::Acquire)
+            .map_err(|_| QueueFault::Ring)?;
+        let ahead = (available - Wrapping(self.queue.next_avail())).0;
+        if ahead == 0 {
+            return Ok(None);
+        }
+        if ahead > size {
+            return Err(QueueFault::AvailableIndex { ahead, size });
+        }
+        if self.queue.next_avail().wrapping_sub(self.queue.next_used()) >= size {
+            return Err(QueueFault::InFlight { size });
+        }
+        let mut entries = self.queue.iter(memory).map_err(|_| QueueFault::Ring)?;
+        let head = entries.next().ok_or(QueueFault::Ring)?.head_index();
+        self.walk(head).map(Some)
+    }
+
+    /// Puts the chain that was popped last back: the next `pop` gives it again.
+    pub fn unpop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Hands a chain back to the driver, `written` bytes of it filled.
+    pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueFault> {
+        self.queue
+            .add_used(self.memory.as_ref(), head, written)
+            .map_err(|_| QueueFault::Ring)
+    }
+
+    /// Interrupts the driver, if it wants that, about what was pushed since the last time.
+    pub fn notify(&mut self) -> Result<(), QueueFault> {
+        let memory = self.memory.as_ref();
+        let wanted = self
+            .queue
+            .needs_notification(memory)
+            .map_err(|_| QueueFault::Ring)?;
+        let refused = !self.queue.event_idx_enabled() && {
+            let flags: u16 = (memory
+                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed))
+            .map_err(|_| QueueFault::Ring)?;
+            u16::from_le(flags) & NO_INTERRUPT != 0
+        };
+        if std::mem::take(&mut self.unsure) || (wanted && !refused) {
+            self.interrupt.queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// Asks to be kicked; true if chains came in meanwhile, for which no kick will come.
+    pub fn enable_kicks(&mut self) -> Result<bool, QueueFault> {
+        self.queue
+            .enable_notification(self.memory.as_ref())
+            .map_err(|_| QueueFault::Ring)
+    }
+
+    /// Asks not to be kicked while the device looks at the queue anyway.
+    pub fn disable_kicks(&mut self) -> Result<(), QueueFault> {
+        self.queue
+            .disable_notification(self.memory.as_ref())
+            .map_err(|_| QueueFault::Ring)
+    }
+
+    /// Takes the device to DEVICE_NEEDS_RESET.
+    pub fn fail(&self, fault: &QueueFault) {
+        self.interrupt
+            .needs_reset(format_args!("queue {}: {fault}", self.index));
+    }
+
+    fn walk(&self, head: u16) -> Result<Chain, QueueFault> {
+        let size = self.queue.size();
+        let mut table = Table {
+            base: self.queue.desc_table(),
+            size,
+        };
+        let (mut index, mut indirect, mut bytes) = (head, false, 0u64);
+        let mut chain = Chain {
+            head,
+            segments: Vec::with_capacity(4),
+            split: 0,
+        };
+        // Each descriptor of a chain counts, so that a loop ends here.
+        for _ in 0..=size {
+            let descriptor = table.read(&self.memory, head, index)?;
+            if descriptor.refers_to_indirect_table() {
+                // What stands before an indirect descriptor counts as part of the chain (§2.7.5.3.1).
+                table = self.indirect_table(head, &descriptor, indirect)?;
+                (index, indirect) = (0, true);
+                continue;
+            }
+            let (address, length) = (descriptor.addr().0, descriptor.len());
+            bytes += u64::from(length);
+            if bytes > CHAIN_BYTES_MAX {
+                return Err(QueueFault::TooMuch { head });
+            }
+            if length > 0 {
+                let whole = self
+                    .memory
+                    .get_slice(GuestAddress(address), length as usize)
+                    .is_ok();
+                if !whole {
+                    return Err(QueueFault::Buffer {
+                        head,
+                        address,
+                        length,
+                    });
+                }
+                if !descriptor.is_write_only() {
+                    if chain.split < chain.segments.len() {
+                        return Err(QueueFault::Order { head });
+                    }
+                    chain.split += 1;
+                }
+                chain.segments.push(Segment { address, length });
+                if chain.segments.len() > usize::from(size) {
+                    return Err(QueueFault::TooLong { head, size });
+                }
+            }
+            if !descriptor.has_next() {
+                return Ok(chain);
+            }
+            index = descriptor.next();
+        }
+        Err(QueueFault::TooLong { head, size })
+    }
+
+    fn indirect_table(
+        &self,
+        head: u16,
+        descriptor: &Descriptor,
+        nested: bool,
+    ) -> Result<Table, QueueFault> {
+        let length = descriptor.len();
+        let reason = if !self.indirect {
+            "not negotiated"
+        } else if nested {
+            "nested"
+        } else if descriptor.has_next() {
+            "with a next descriptor"
+        } else if length == 0 || !u64::from(length).is_multiple_of(DESCRIPTOR_SIZE) {
+            "of a length that is no multiple of 16"
+        } else if u64::from(length) / DESCRIPTOR_SIZE > u64::from(self.queue.size()) {
+            "longer than the queue"
+        } else {
+            let size = (u64::from(length) / DESCRIPTOR_SIZE) as u16;
+            return Ok(Table {
+                base: descriptor.addr().0,
+                size,
+            });
+        };
+        Err(QueueFault::Indirect { head, reason })
+    }
+}
+
+/// A descriptor table.
+struct Table {
+    base: u64,
+    size: u16,
+}
+
+impl Table {
+    fn read(&self, memory: &GuestMap, head: u16, index: u16) -> Result<Descriptor, QueueFault> {
+        if index >= self.size {
+            return Err(QueueFault::Index {
+                head,
+                index,
+                size: self.size,
+            });
+        }
+        let address = self.base.checked_add(u64::from(index) * DESCRIPTOR_SIZE);
+        address
+            .and_then(|address| memory.read_obj(GuestAddress(address)).ok())
+            .ok_or(QueueFault::Buffer {
+                head,
+                address: self.base,
+                length: DESCRIPTOR_SIZE as u32,
+            })
+    }
+}
