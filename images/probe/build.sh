@@ -1,10 +1,10 @@
 #!/bin/bash
-# Builds the probe and prints the path of the image. Usage: build.sh [--quiet]
-# Output goes to $FRACTUS_CACHE/probe (default: the workspace's target/probe), so that a clean
-# checkout that shares a cache builds nothing twice.
+# Builds the probe and prints the path of the image.
+# Output goes to probe/ in cargo's target folder (CARGO_TARGET_DIR, which the scripts put outside of
+# the checkout; else target/ at the top), so that a clean clone builds nothing twice.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-target=${FRACTUS_CACHE:-$here/../../target}/probe
+target=${CARGO_TARGET_DIR:-$here/../../target}/probe
 # The flags are those of .cargo/config.toml; the environment's would replace them.
 unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_RUSTFLAGS CARGO_BUILD_TARGET
 cd "$here"

@@ -14,6 +14,9 @@ const KVM_CLOCK: u32 = 0x4b56_4d01;
 pub const STAMP_NEVER: u64 = 0;
 pub const STAMP_SPIN: u64 = u64::MAX;
 
+/// A TSC that never comes.
+pub const FOREVER: u64 = u64::MAX;
+
 static KHZ: AtomicU64 = AtomicU64::new(1_000_000);
 static BOOTED: AtomicU64 = AtomicU64::new(0);
 static STAMP: AtomicU64 = AtomicU64::new(STAMP_NEVER);
@@ -158,8 +161,9 @@ pub fn pulse(nonce: u64) {
     }
 }
 
-/// Sleeps until something interrupts (unless it has since `seen`) or the next tick or stamp is due.
-pub fn doze(seen: u64) {
+/// Sleeps until something interrupts (unless it has since `seen`), the next tick or stamp is due, or
+/// the TSC says `until` ([`FOREVER`]: no limit).
+pub fn doze(seen: u64, until: u64) {
     let mode = stamp_mode();
     if mode == STAMP_SPIN {
         core::hint::spin_loop();
@@ -167,14 +171,14 @@ pub fn doze(seen: u64) {
     }
     let now = cpu::tsc();
     let me = cpu::this_cpu();
-    let mut due = u64::MAX;
+    let mut due = until;
     if me == 0 && TICK_INTERVAL.load(Ordering::Relaxed) != 0 {
-        due = NEXT_TICK.load(Ordering::Relaxed);
+        due = due.min(NEXT_TICK.load(Ordering::Relaxed));
     }
     if mode != STAMP_NEVER {
         due = due.min(now + tsc_of_us(mode * 1000));
     }
-    if due != u64::MAX && !still_armed(me, now, due) {
+    if due != FOREVER && !still_armed(me, now, due) {
         STAMPS[me].armed.store(due, Ordering::Relaxed);
         cpu::timer_in(us(due.saturating_sub(now)) * 1000 + 1000);
     }

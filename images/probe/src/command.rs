@@ -105,7 +105,7 @@ impl Probe {
                 self.acpi.power_off();
             }
             if !self.listen() {
-                clock::doze(seen);
+                clock::doze(seen, clock::FOREVER);
             }
         }
     }

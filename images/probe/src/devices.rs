@@ -16,17 +16,26 @@ const PVPANIC_PANICKED: u8 = 1;
 
 /// virtio-rng (virtio 1.2 §5.4).
 pub struct Rng {
-    transport: PciTransport,
+    pub transport: PciTransport,
     queue: Queue<8>,
     buffer: &'static mut [u8],
 }
 
 impl Rng {
-    fn new(mut transport: PciTransport) -> Result<Self> {
+    fn new(transport: PciTransport) -> Result<Self> {
+        let buffer = memory::dma_pages(1).ok_or(Error::DmaError)?;
+        Self::with_buffer(transport, buffer)
+    }
+
+    /// Resets the device and sets it up again.
+    pub fn anew(self) -> Result<Self> {
+        Self::with_buffer(self.transport.renewed(), self.buffer)
+    }
+
+    fn with_buffer(mut transport: PciTransport, buffer: &'static mut [u8]) -> Result<Self> {
         transport.negotiate(0)?;
         let queue = Queue::new(&mut transport, 0)?;
         transport.finish_init();
-        let buffer = memory::dma_pages(1).ok_or(Error::DmaError)?;
         Ok(Self {
             transport,
             queue,

@@ -33,14 +33,23 @@ pub struct Disk {
 }
 
 impl Disk {
-    pub fn new(mut transport: PciTransport) -> Result<Self> {
+    pub fn new(transport: PciTransport) -> Result<Self> {
+        let buffer = memory::dma_pages(CHUNK / 4096).ok_or(Error::DmaError)?;
+        Self::with_buffer(transport, buffer)
+    }
+
+    /// Resets the device and sets it up again.
+    pub fn anew(self) -> Result<Self> {
+        Self::with_buffer(self.transport.renewed(), self.buffer)
+    }
+
+    fn with_buffer(mut transport: PciTransport, buffer: &'static mut [u8]) -> Result<Self> {
         let features = transport
             .negotiate(FEATURE_RO | FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_WRITE_ZEROES)?;
         let low = transport.config32(0).ok_or(Error::ConfigSpaceTooSmall)?;
         let high = transport.config32(4).ok_or(Error::ConfigSpaceTooSmall)?;
         let queue = Queue::new(&mut transport, 0)?;
         transport.finish_init();
-        let buffer = memory::dma_pages(CHUNK / 4096).ok_or(Error::DmaError)?;
         let capacity = (u64::from(high) << 32 | u64::from(low)) * SECTOR;
         Ok(Self {
             transport,

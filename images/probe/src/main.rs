@@ -142,7 +142,7 @@ pub fn wait_for(patience_us: u64, done: impl Fn() -> bool) -> bool {
         if cpu::tsc() > end {
             return false;
         }
-        clock::doze(seen);
+        clock::doze(seen, end);
     }
 }
 

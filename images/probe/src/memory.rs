@@ -41,8 +41,8 @@ impl<const PAGES: usize> Pool<PAGES> {
 #[repr(align(4096))]
 struct Aligned<T>(T);
 
-static TABLES: Aligned<Pool<256>> = Aligned(Pool {
-    pages: UnsafeCell::new([[0; PAGE_SIZE]; 256]),
+static TABLES: Aligned<Pool<128>> = Aligned(Pool {
+    pages: UnsafeCell::new([[0; PAGE_SIZE]; 128]),
     taken: AtomicUsize::new(0),
 });
 static DMA: Aligned<Pool<512>> = Aligned(Pool {
@@ -210,6 +210,15 @@ pub fn dma_pages(count: usize) -> Option<&'static mut [u8]> {
     let address = DMA.0.take(count)?;
     // SAFETY: the pool hands a page out once, so this is the only reference to it.
     Some(unsafe { core::slice::from_raw_parts_mut(address as *mut u8, count * PAGE_SIZE) })
+}
+
+/// A page of DMA memory for acts that leave it in any state; the same one every time.
+pub fn scratch_page() -> u64 {
+    static SCRATCH: Aligned<Pool<1>> = Aligned(Pool {
+        pages: UnsafeCell::new([[0; PAGE_SIZE]; 1]),
+        taken: AtomicUsize::new(0),
+    });
+    SCRATCH.0.pages.get() as u64
 }
 
 /// What `virtio-drivers` asks of its platform: here physical is virtual.

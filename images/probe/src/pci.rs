@@ -139,6 +139,14 @@ impl Msix {
         self.table.write32(at + 12, 0);
     }
 
+    /// Four words of a table entry, whatever they mean.
+    pub fn write_raw(&self, entry: u16, words: [u32; 4]) {
+        for (i, word) in words.into_iter().enumerate() {
+            self.table
+                .write32(u64::from(entry) * 16 + 4 * i as u64, word);
+        }
+    }
+
     pub fn enable(&self) {
         let header = self.function.read32(self.capability);
         let control = (header >> 16) as u16 & !MSIX_MASK_ALL | MSIX_ENABLE;

@@ -79,10 +79,6 @@ impl Line {
         core::str::from_utf8(self.as_bytes()).unwrap_or("?")
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-
     pub fn clear(&mut self) {
         self.length = 0;
     }

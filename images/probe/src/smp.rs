@@ -88,6 +88,6 @@ pub fn run(me: usize) -> ! {
             JOBS[me].store(0, Ordering::Release);
             continue;
         }
-        clock::doze(seen);
+        clock::doze(seen, clock::FOREVER);
     }
 }

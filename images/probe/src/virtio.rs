@@ -25,7 +25,6 @@ const DEVICE_FEATURE: u64 = 0x04;
 const DRIVER_FEATURE_SELECT: u64 = 0x08;
 const DRIVER_FEATURE: u64 = 0x0c;
 const CONFIG_MSIX_VECTOR: u64 = 0x10;
-const NUM_QUEUES: u64 = 0x12;
 const DEVICE_STATUS: u64 = 0x14;
 const CONFIG_GENERATION: u64 = 0x15;
 const QUEUE_SELECT: u64 = 0x16;
@@ -67,6 +66,7 @@ pub struct PciTransport {
     isr: Registers,
     device: Option<(Registers, u32)>,
     msix: Option<Msix>,
+    first_vector: u8,
     /// Notification address of each queue, learned once: a read of a register is an exit.
     notify_offsets: [u64; MAX_QUEUES],
 }
@@ -100,15 +100,10 @@ impl PciTransport {
             isr: block(CAP_ISR)?,
             device: blocks[usize::from(CAP_DEVICE)],
             msix: function.msix().filter(|_| cpu::has_interrupts()),
+            first_vector: NEXT_VECTOR.fetch_add(MAX_QUEUES as u8, Ordering::Relaxed),
             notify_offsets: [0; MAX_QUEUES],
         };
-        transport.set_status(DeviceStatus::empty());
-        while transport.get_status() != DeviceStatus::empty() {
-            core::hint::spin_loop();
-        }
-        if let Some(msix) = &transport.msix {
-            msix.enable();
-        }
+        transport.reset();
         Some(transport)
     }
 
@@ -128,10 +123,6 @@ impl PciTransport {
         }
     }
 
-    pub fn queues(&self) -> u16 {
-        self.common.read16(NUM_QUEUES)
-    }
-
     /// A word of the device's own configuration.
     pub fn config32(&self, offset: u64) -> Option<u32> {
         let (registers, length) = self.device?;
@@ -142,9 +133,36 @@ impl PciTransport {
         self.get_status().contains(DeviceStatus::DEVICE_NEEDS_RESET)
     }
 
-    /// Common configuration, for those who mean to misuse it.
-    pub fn common(&self) -> Registers {
-        self.common
+    /// The same transport with its device reset and its interrupts on.
+    pub fn renewed(mut self) -> Self {
+        self.reset();
+        self
+    }
+
+    fn reset(&mut self) {
+        self.set_status(DeviceStatus::empty());
+        let mut patience = 10_000;
+        while self.get_status() != DeviceStatus::empty() && patience > 0 {
+            patience -= 1;
+            core::hint::spin_loop();
+        }
+        if let Some(msix) = &self.msix {
+            msix.enable();
+        }
+    }
+
+    /// Like `queue_set`, without an interrupt and whatever the values are.
+    pub fn queue_set_quietly(&mut self, queue: u16, size: u16, rings: [u64; 3]) {
+        self.common.write16(QUEUE_SELECT, queue);
+        self.common.write16(QUEUE_SIZE, size);
+        self.common.write16(QUEUE_MSIX_VECTOR, NO_VECTOR);
+        for (field, address) in [QUEUE_DESC, QUEUE_DRIVER, QUEUE_DEVICE]
+            .into_iter()
+            .zip(rings)
+        {
+            self.common.write64(field, address);
+        }
+        self.common.write16(QUEUE_ENABLE, 1);
     }
 }
 
@@ -202,7 +220,7 @@ impl Transport for PciTransport {
         self.common.write16(QUEUE_SELECT, queue);
         self.common.write16(QUEUE_SIZE, size as u16);
         if let Some(msix) = self.msix.as_ref().filter(|msix| queue < msix.entries) {
-            msix.route(queue, 0, NEXT_VECTOR.fetch_add(1, Ordering::Relaxed));
+            msix.route(queue, 0, self.first_vector + queue as u8);
             self.common.write16(QUEUE_MSIX_VECTOR, queue);
         }
         self.common.write64(QUEUE_DESC, descriptors);
