@@ -1,0 +1,109 @@
+//! The benchmarks: `scripts/bench NAME…` builds what is measured and runs this.
+//!
+//! Each figure is a median over rounds; where there is a peer its rounds alternate with ours, so that
+//! what else the machine does hits both. A table for people; with `--json` one line a figure.
+
+mod figure;
+mod process;
+mod vmm;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+
+use figure::Figure;
+
+const ROUNDS: usize = 25;
+
+/// A benchmark: its name, what it says, and how it is run for a number of rounds.
+struct Bench {
+    name: &'static str,
+    about: &'static str,
+    run: fn(usize) -> anyhow::Result<Vec<Figure>>,
+}
+
+const BENCHES: &[Bench] = &[
+    Bench {
+        name: "vmm-start",
+        about: "exec of the VMM process to the probe's first serial byte, 256 MiB",
+        run: vmm::start,
+    },
+    Bench {
+        name: "vmm-memory",
+        about: "PSS of a machine's process beyond guest memory, 256 MiB, probe booted",
+        run: vmm::memory,
+    },
+];
+
+struct Arguments {
+    json: bool,
+    rounds: usize,
+    benches: Vec<&'static Bench>,
+}
+
+fn arguments() -> anyhow::Result<Option<Arguments>> {
+    let mut found = Arguments {
+        json: false,
+        rounds: ROUNDS,
+        benches: Vec::new(),
+    };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--json" => found.json = true,
+            "--rounds" => {
+                let count = words.next().context("--rounds wants a number")?;
+                found.rounds = count.parse().context("--rounds wants a number")?;
+            }
+            "--list" | "--help" => return Ok(None),
+            name => match BENCHES.iter().find(|bench| bench.name == name) {
+                Some(bench) => found.benches.push(bench),
+                None => bail!("no benchmark {name}; --list shows them"),
+            },
+        }
+    }
+    if found.benches.is_empty() {
+        found.benches.extend(BENCHES);
+    }
+    Ok(Some(found))
+}
+
+fn run() -> anyhow::Result<bool> {
+    let Some(arguments) = arguments()? else {
+        for bench in BENCHES {
+            println!("{:<14} {}", bench.name, bench.about);
+        }
+        return Ok(true);
+    };
+    let mut within = true;
+    if !arguments.json {
+        println!("{}", Figure::header());
+    }
+    for bench in arguments.benches {
+        let figures = (bench.run)(arguments.rounds).with_context(|| bench.name.to_owned())?;
+        for figure in figures {
+            within &= figure.within_limits();
+            println!(
+                "{}",
+                if arguments.json {
+                    figure.json()
+                } else {
+                    figure.row()
+                }
+            );
+        }
+    }
+    Ok(within)
+}
+
+/// Exit status 0: measured and within the limits; 2: measured, but a limit is missed; 1: not measured.
+fn main() -> ExitCode {
+    match run() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(2),
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
