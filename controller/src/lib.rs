@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agents;
 pub mod clock;
 pub mod database;
 pub mod event;
@@ -13,3 +14,5 @@ pub mod http;
 pub mod operation;
 pub mod policy;
 pub mod random;
+pub mod reconcile;
+pub mod scheduler;

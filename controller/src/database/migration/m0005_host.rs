@@ -80,6 +80,7 @@ fn machine() -> TableCreateStatement {
         .col(text("wanted"))
         .col(text_null("request_id"))
         .col(boolean("settled"))
+        .col(boolean("confirmed"))
         .col(text_null("report"))
         .col(big_integer("updated_at_us"))
         .to_owned()

@@ -1,0 +1,506 @@
+//! A host without KVM: the agent's own decisions ([`fractus_agent_api::decision`]) over a machine that
+//! is a few fields. What it keeps on its "disk" survives a crash of the agent; processes survive that
+//! too, and end with the host's reboot. No clock and no randomness of its own.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use fractus_agent_api::VERSION;
+use fractus_agent_api::decision::{self, Done, Intake, Intent, Process, Seen, Step};
+use fractus_agent_api::host::{Changes, CpuReport, FullReport, HostId, HostReport};
+use fractus_agent_api::machine::{
+    MachineReport, Observed, PutMachine, Refusal, ServerId, StopReason,
+};
+use futures::{SinkExt, StreamExt};
+use uuid::Uuid;
+
+use super::{Agent, AgentError, Agents, Console};
+
+/// A simulated host with its agent.
+pub struct SimulatedHost {
+    id: HostId,
+    inner: Mutex<Host>,
+    /// Called after each change of a machine; the simulation delivers, or loses, what is pushed.
+    changed: Box<dyn Fn(HostId) + Send + Sync>,
+}
+
+#[derive(Debug, Default)]
+struct Host {
+    /// On disk.
+    machines: BTreeMap<ServerId, Record>,
+    boot_id: Uuid,
+    /// Of this life of the agent.
+    instance: Uuid,
+    sequence: u64,
+    pushed: BTreeMap<ServerId, MachineReport>,
+    down: bool,
+    inventory: Option<HostReport>,
+    now_us: i64,
+}
+
+/// A machine, on disk but for its process.
+#[derive(Debug, Clone)]
+struct Record {
+    intent: Intent,
+    done: Done,
+    stop: Option<StopReason>,
+    failed: Option<String>,
+    disk: bool,
+    /// Which guest is on the disk: raised by each rebuild.
+    disks: u64,
+    process: Process,
+    changed_at_us: i64,
+}
+
+impl SimulatedHost {
+    /// `instance` identifies the first life of its agent.
+    pub fn new(
+        id: HostId,
+        inventory: HostReport,
+        instance: Uuid,
+        changed: impl Fn(HostId) + Send + Sync + 'static,
+    ) -> Self {
+        let boot_id = inventory.boot_id;
+        let inner = Host {
+            boot_id,
+            instance,
+            inventory: Some(inventory),
+            ..Host::default()
+        };
+        Self {
+            id,
+            inner: Mutex::new(inner),
+            changed: Box::new(changed),
+        }
+    }
+
+    /// An inventory of `cpus` CPUs and `memory_mib`.
+    pub fn inventory(hostname: &str, cpus: u32, memory_mib: u64) -> HostReport {
+        HostReport {
+            version: VERSION,
+            agent_version: "0.1.0".to_owned(),
+            hostname: hostname.to_owned(),
+            boot_id: Uuid::nil(),
+            cpus,
+            memory_mib,
+            memory_free_mib: memory_mib,
+            disk_gib: 1000,
+            disk_free_gib: 1000,
+            cpu: CpuReport {
+                architecture: "x86_64".to_owned(),
+                vendor: "Simulated".to_owned(),
+                model: "Simulated".to_owned(),
+                sockets: 1,
+                cores: cpus,
+                threads: 1,
+                features: Vec::new(),
+            },
+            kernel: "simulated".to_owned(),
+            load: [0.0; 3],
+            uptime_s: 0,
+            lacks: Vec::new(),
+        }
+    }
+
+    pub fn id(&self) -> HostId {
+        self.id
+    }
+
+    /// Takes an intent as the real agent does: persisted before it is answered.
+    pub fn take(&self, id: ServerId, put: &PutMachine) -> Result<MachineReport, Refusal> {
+        let mut host = self.host();
+        if host.down {
+            return Err(Refusal::Unavailable {
+                detail: "the agent does not run".to_owned(),
+            });
+        }
+        let now = host.now_us;
+        let held = host.machines.get(&id).map(|record| &record.intent);
+        if decision::intake(held, put)? == Intake::New {
+            let intent = Intent {
+                generation: put.generation,
+                revision: put.revision,
+                wanted: put.wanted.clone(),
+            };
+            let record = host.machines.entry(id).or_insert_with(|| Record {
+                intent: intent.clone(),
+                done: Done::default(),
+                stop: None,
+                failed: None,
+                disk: false,
+                disks: 0,
+                process: Process::None,
+                changed_at_us: now,
+            });
+            record.intent = intent;
+            record.stop = None;
+            record.failed = None;
+        }
+        host.report(id).ok_or(Refusal::Unknown)
+    }
+
+    /// Carries out the next step of one machine. False if there was none to do.
+    pub fn step(&self, id: ServerId) -> bool {
+        let stepped = {
+            let mut host = self.host();
+            let now = host.now_us;
+            let down = host.down;
+            match host.machines.get_mut(&id) {
+                Some(record) if !down => record.step(now),
+                _ => false,
+            }
+        };
+        if stepped {
+            (self.changed)(self.id);
+        }
+        stepped
+    }
+
+    /// Carries out steps until nothing is left to do.
+    pub fn settle(&self) {
+        for id in self.machines() {
+            while self.step(id) {}
+        }
+    }
+
+    /// What has changed since the last push; `None` if nothing has. It counts as pushed.
+    pub fn push(&self) -> Option<Changes> {
+        let mut host = self.host();
+        if host.down {
+            return None;
+        }
+        let reports = host.reports();
+        let machines: Vec<MachineReport> = reports
+            .iter()
+            .filter(|report| host.pushed.get(&report.id) != Some(report))
+            .cloned()
+            .collect();
+        if machines.is_empty() {
+            return None;
+        }
+        host.sequence += 1;
+        host.pushed = reports
+            .into_iter()
+            .map(|report| (report.id, report))
+            .collect();
+        Some(Changes {
+            version: VERSION,
+            agent_instance: host.instance,
+            sequence: host.sequence,
+            machines,
+        })
+    }
+
+    /// All machines; what was not pushed counts as pushed.
+    pub fn full_report(&self) -> FullReport {
+        let mut host = self.host();
+        let machines = host.reports();
+        host.pushed = machines
+            .iter()
+            .map(|report| (report.id, report.clone()))
+            .collect();
+        FullReport {
+            version: VERSION,
+            agent_instance: host.instance,
+            sequence: host.sequence,
+            machines,
+        }
+    }
+
+    /// This life of the agent, and its last push.
+    pub fn pushes(&self) -> (Uuid, u64) {
+        let host = self.host();
+        (host.instance, host.sequence)
+    }
+
+    pub fn host_report(&self) -> HostReport {
+        let host = self.host();
+        let inventory = host.inventory.clone();
+        inventory.unwrap_or_else(|| Self::inventory("", 1, 1024))
+    }
+
+    /// The agent is killed. Processes run on.
+    pub fn kill_agent(&self) {
+        self.host().down = true;
+    }
+
+    /// The agent starts anew and finds its records and processes.
+    pub fn start_agent(&self, instance: Uuid) {
+        let mut host = self.host();
+        host.down = false;
+        host.instance = instance;
+        host.sequence = 0;
+        host.pushed.clear();
+    }
+
+    pub fn agent_is_down(&self) -> bool {
+        self.host().down
+    }
+
+    /// The host itself reboots: no process is left; what should run is started by the agent.
+    pub fn reboot(&self, instance: Uuid) {
+        let mut host = self.host();
+        host.boot_id = instance;
+        for record in host.machines.values_mut() {
+            record.process = Process::None;
+        }
+        drop(host);
+        self.start_agent(instance);
+    }
+
+    /// The guest powers itself off, or its VMM is killed. False if no process runs.
+    pub fn end_process(&self, id: ServerId, reason: StopReason) -> bool {
+        let ended = {
+            let mut host = self.host();
+            let now = host.now_us;
+            match host.machines.get_mut(&id) {
+                Some(record) if record.process != Process::None => {
+                    record.process = Process::None;
+                    record.stop = Some(reason);
+                    record.changed_at_us = now;
+                    true
+                }
+                _ => false,
+            }
+        };
+        if ended {
+            (self.changed)(self.id);
+        }
+        ended
+    }
+
+    /// What it is asked next fails on this host.
+    pub fn fail(&self, id: ServerId, reason: &str) {
+        if let Some(record) = self.host().machines.get_mut(&id) {
+            record.failed = Some(reason.to_owned());
+        }
+        (self.changed)(self.id);
+    }
+
+    /// Loses all records, as if the host had been installed anew.
+    pub fn wipe(&self) {
+        self.host().machines.clear();
+    }
+
+    pub fn set_now_us(&self, now_us: i64) {
+        self.host().now_us = now_us;
+    }
+
+    /// Machines that it has a record of.
+    pub fn machines(&self) -> Vec<ServerId> {
+        self.host().machines.keys().copied().collect()
+    }
+
+    /// Servers of which a process runs here, by the kernel and not by anybody's word.
+    pub fn processes(&self) -> Vec<ServerId> {
+        let host = self.host();
+        let running = host
+            .machines
+            .iter()
+            .filter(|(_, record)| record.process != Process::None);
+        running.map(|(id, _)| *id).collect()
+    }
+
+    /// Servers of which anything is left here but a tombstone.
+    pub fn remains(&self) -> Vec<ServerId> {
+        let host = self.host();
+        let left = |record: &Record| record.disk || record.process != Process::None;
+        host.machines
+            .iter()
+            .filter(|(_, record)| left(record))
+            .map(|(id, _)| *id)
+            .collect()
+    }
+
+    pub fn report(&self, id: ServerId) -> Option<MachineReport> {
+        self.host().report(id)
+    }
+
+    /// How many disks were made for the machine.
+    pub fn disks(&self, id: ServerId) -> u64 {
+        self.host()
+            .machines
+            .get(&id)
+            .map_or(0, |record| record.disks)
+    }
+
+    fn host(&self) -> MutexGuard<'_, Host> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Host {
+    fn reports(&self) -> Vec<MachineReport> {
+        self.machines
+            .keys()
+            .filter_map(|id| self.report(*id))
+            .collect()
+    }
+
+    fn report(&self, id: ServerId) -> Option<MachineReport> {
+        let record = self.machines.get(&id)?;
+        Some(MachineReport {
+            id,
+            generation: record.intent.generation,
+            revision: record.intent.revision,
+            settled: record.next() == Step::Settled,
+            observed: record.observed(),
+            soft_reboots: record.done.soft_reboots,
+            hard_reboots: record.done.hard_reboots,
+            rebuilds: record.done.rebuilds,
+            starts: record.done.starts,
+            changed_at_us: record.changed_at_us,
+        })
+    }
+}
+
+impl Record {
+    fn next(&self) -> Step {
+        let seen = Seen {
+            process: self.process,
+            stop: self.stop.as_ref(),
+            failed: self.failed.is_some(),
+            disk: self.disk || self.intent.wanted.spec.root_disk.is_none(),
+            remains: self.disk || self.process != Process::None,
+        };
+        decision::next(&self.intent.wanted, &self.done, &seen)
+    }
+
+    fn step(&mut self, now_us: i64) -> bool {
+        let step = self.next();
+        let wanted = &self.intent.wanted;
+        match step {
+            Step::Settled => return false,
+            Step::SkipReboots => {}
+            Step::MakeDisk => {
+                self.disk = true;
+                self.disks += 1;
+            }
+            Step::RemakeDisk => {
+                self.disk = wanted.spec.root_disk.is_some();
+                self.disks += 1;
+                self.done.rebuilds = wanted.rebuilds;
+            }
+            Step::Start => {
+                self.process = Process::Running;
+                self.done.starts += 1;
+                self.stop = None;
+            }
+            Step::Pause => self.process = Process::Paused,
+            Step::Resume => self.process = Process::Running,
+            Step::Shutdown | Step::Kill => self.process = Process::None,
+            Step::Remove => self.disk = false,
+        }
+        if matches!(step, Step::SkipReboots | Step::RemakeDisk | Step::Start) {
+            self.done.soft_reboots = wanted.soft_reboots;
+            self.done.hard_reboots = wanted.hard_reboots;
+        }
+        self.changed_at_us = now_us;
+        true
+    }
+
+    fn observed(&self) -> Observed {
+        use fractus_agent_api::machine::Power;
+        match self.process {
+            Process::Running => Observed::Running,
+            Process::Paused => Observed::Paused,
+            Process::None => match (&self.failed, &self.stop) {
+                (Some(reason), _) => Observed::Failed {
+                    reason: reason.clone(),
+                },
+                (None, Some(reason)) => Observed::Stopped {
+                    reason: reason.clone(),
+                },
+                (None, None) if self.next() != Step::Settled => Observed::Starting {
+                    step: format!("{:?}", self.next()),
+                },
+                (None, None) if self.intent.wanted.power == Power::Absent => Observed::Absent,
+                (None, None) => Observed::Stopped {
+                    reason: StopReason::Requested,
+                },
+            },
+        }
+    }
+}
+
+#[async_trait]
+impl Agent for SimulatedHost {
+    async fn put(&self, id: ServerId, body: &PutMachine) -> Result<MachineReport, AgentError> {
+        let taken = self.take(id, body)?;
+        (self.changed)(self.id);
+        Ok(taken)
+    }
+
+    async fn get(&self, id: ServerId) -> Result<MachineReport, AgentError> {
+        self.report(id).ok_or(AgentError::Refused(Refusal::Unknown))
+    }
+
+    async fn list(&self) -> Result<FullReport, AgentError> {
+        Ok(self.full_report())
+    }
+
+    async fn host(&self) -> Result<HostReport, AgentError> {
+        Ok(self.host_report())
+    }
+
+    async fn console_log(&self, id: ServerId, lines: Option<u64>) -> Result<Bytes, AgentError> {
+        let report = self
+            .report(id)
+            .ok_or(AgentError::Refused(Refusal::Unknown))?;
+        let all = (1..=report.starts).map(|start| format!("start {start}\n"));
+        let all: Vec<String> = all.collect();
+        let lines = lines.map_or(all.len(), |lines| {
+            usize::try_from(lines).unwrap_or(usize::MAX)
+        });
+        Ok(Bytes::from(all[all.len().saturating_sub(lines)..].concat()))
+    }
+
+    async fn console(&self, id: ServerId) -> Result<Console, AgentError> {
+        self.report(id)
+            .ok_or(AgentError::Refused(Refusal::Unknown))?;
+        let input = futures::sink::drain().sink_map_err(|never| match never {});
+        Ok(Console {
+            output: futures::stream::empty().boxed(),
+            input: Box::pin(input),
+        })
+    }
+}
+
+/// A cloud of simulated hosts.
+#[derive(Default, Clone)]
+pub struct SimulatedAgents {
+    hosts: Arc<Mutex<BTreeMap<HostId, Arc<SimulatedHost>>>>,
+}
+
+impl SimulatedAgents {
+    pub fn add(&self, host: Arc<SimulatedHost>) {
+        self.lock().insert(host.id(), host);
+    }
+
+    pub fn remove(&self, host: HostId) {
+        self.lock().remove(&host);
+    }
+
+    pub fn host(&self, host: HostId) -> Option<Arc<SimulatedHost>> {
+        self.lock().get(&host).cloned()
+    }
+
+    pub fn all(&self) -> Vec<Arc<SimulatedHost>> {
+        self.lock().values().cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<HostId, Arc<SimulatedHost>>> {
+        self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Agents for SimulatedAgents {
+    fn agent(&self, host: HostId) -> Result<Arc<dyn Agent>, AgentError> {
+        let found = self.lock().get(&host).cloned();
+        found
+            .map(|host| host as Arc<dyn Agent>)
+            .ok_or(AgentError::NoHost { host })
+    }
+}

@@ -1,0 +1,253 @@
+//! What operations do with machines: place, own, and bring to what is wanted.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fractus_agent_api::host::HostId;
+use fractus_agent_api::machine::{MachineReport, Observed, Power, Refusal, ServerId};
+use sea_orm::{DatabaseTransaction, DbErr};
+
+use super::machine::{self, Machine};
+use crate::agents::fleet::{Fleet, Presence};
+use crate::agents::{AgentError, Agents, host};
+use crate::clock::Clock;
+use crate::database::Database;
+use crate::operation::{Progress, StepError};
+use crate::scheduler::{self, HostPresence, HostView, Rejections, Request};
+
+/// How long a step that waits for a report sleeps before it asks the agent again by itself. Reports
+/// wake it at once; this is for those that were lost.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+
+/// Places servers and brings machines to what is wanted. Cheap to clone.
+#[derive(Clone)]
+pub struct Machines {
+    database: Database,
+    agents: Arc<dyn Agents>,
+    fleet: Arc<Fleet>,
+    clock: Arc<dyn Clock>,
+    /// When this controller began to listen.
+    since_us: i64,
+}
+
+/// Why no host was found.
+#[derive(Debug, thiserror::Error)]
+pub enum NoHost {
+    #[error("no host can take the server: {0}")]
+    Rejected(#[from] Rejections),
+    #[error("the database")]
+    Database(#[from] DbErr),
+}
+
+/// What [`Machines::converge`] came to.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Converged {
+    /// The owner has settled upon the present intent; what is there may be something else than what is
+    /// wanted ([`Observed::Failed`], or a guest that ended by itself).
+    Settled(MachineReport),
+    /// The agent knows the intent and works on it; its report wakes the server's operation.
+    Pending(Option<MachineReport>),
+    /// It has no owner, so there is nothing anywhere: never placed, or known to be gone.
+    NoOwner,
+    /// The owner was removed from the cloud.
+    Lost(Lost),
+}
+
+/// A machine whose host is no member any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lost {
+    pub host: HostId,
+}
+
+impl Converged {
+    /// What a step says while it waits; `None` when it is over.
+    pub fn pending(&self) -> Option<Progress> {
+        matches!(self, Self::Pending(_)).then_some(Progress::Wait(ASK_AGAIN))
+    }
+}
+
+impl Machines {
+    pub fn new(
+        database: Database,
+        agents: Arc<dyn Agents>,
+        fleet: Arc<Fleet>,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        let since_us = clock.now_us();
+        Self {
+            database,
+            agents,
+            fleet,
+            clock,
+            since_us,
+        }
+    }
+
+    pub fn fleet(&self) -> &Arc<Fleet> {
+        &self.fleet
+    }
+
+    pub fn agents(&self) -> &Arc<dyn Agents> {
+        &self.agents
+    }
+
+    /// The hosts as the scheduler sees them.
+    pub async fn hosts(
+        &self,
+        connection: &impl sea_orm::ConnectionTrait,
+    ) -> Result<Vec<HostView>, DbErr> {
+        let rows = host::all(connection).await?;
+        Ok(rows.iter().map(|row| self.view(row)).collect())
+    }
+
+    /// Whether the host of this row is there, as far as this controller can tell.
+    pub fn presence(&self, row: &host::row::Model) -> HostPresence {
+        if row.forced_down {
+            return HostPresence::ForcedDown;
+        }
+        let now = self.clock.now_us();
+        match self
+            .fleet
+            .presence(row.host_id(), row.heard_at_us, self.since_us, now)
+        {
+            Presence::Up => HostPresence::Up,
+            Presence::Silent => HostPresence::Silent,
+            Presence::NotYetHeard => HostPresence::NotYetHeard,
+        }
+    }
+
+    fn view(&self, row: &host::row::Model) -> HostView {
+        let live = self
+            .fleet
+            .host_report(row.host_id())
+            .or_else(|| row.inventory());
+        HostView {
+            id: row.host_id(),
+            hostname: row.hostname.clone(),
+            presence: self.presence(row),
+            disabled: row.disabled,
+            limits: row.limits(),
+            used: row.used(),
+            lacks: live.map(|report| report.lacks).unwrap_or_default(),
+        }
+    }
+
+    /// Chooses a host and takes what the server needs of it, in the caller's transaction.
+    pub async fn place(
+        &self,
+        tx: &DatabaseTransaction,
+        request: &Request,
+    ) -> Result<HostId, NoHost> {
+        let hosts = self.hosts(tx).await?;
+        let chosen = scheduler::place(request, &hosts)?;
+        if host::reserve(tx, chosen, request.server, request.amounts).await? {
+            return Ok(chosen);
+        }
+        // Nothing can have changed within the transaction: the row and its view disagree.
+        let mut without = request.clone();
+        without.excluded.insert(chosen);
+        Err(scheduler::place(&without, &hosts)
+            .err()
+            .unwrap_or_default()
+            .into())
+    }
+
+    /// Tells the owner what is wanted, if it has not said that it knows, and answers how far it is.
+    /// Idempotent, and never waits for the machine.
+    ///
+    /// # Errors
+    /// [`StepError::Retry`] when the agent gives no answer or cannot now; [`StepError::Fail`] when it
+    /// says that it never can.
+    pub async fn converge(&self, server: ServerId) -> Result<Converged, StepError> {
+        let Some(machine) = machine::find(self.database.reader(), server).await? else {
+            return Ok(Converged::NoOwner);
+        };
+        let Some(owner) = machine.host else {
+            return Ok(Converged::NoOwner);
+        };
+        if let Some(report) = self.fleet.machine(owner, server)
+            && (report.generation, report.revision) == machine.age()
+            && report.settled
+        {
+            return Ok(Converged::Settled(report));
+        }
+        self.may_tell(&machine)?;
+        self.tell(owner, &machine).await
+    }
+
+    /// Sends the intent to the owner.
+    pub(super) async fn tell(
+        &self,
+        owner: HostId,
+        machine: &Machine,
+    ) -> Result<Converged, StepError> {
+        let told = match self.agents.agent(owner) {
+            Ok(agent) => agent.put(machine.server, &machine.put()).await,
+            Err(error) => Err(error),
+        };
+        match told {
+            Ok(report) => {
+                self.fleet.answered(owner, &report, self.clock.now_us());
+                let known = (report.generation, report.revision) == machine.age();
+                if known && report.settled {
+                    return Ok(Converged::Settled(report));
+                }
+                Ok(Converged::Pending(Some(report)))
+            }
+            Err(AgentError::NoHost { host }) => Ok(Converged::Lost(Lost { host })),
+            // Something newer was asked: by the time this step is run again, the row says so too; if it
+            // never does, the database is older than the world, and the reconciler cries.
+            Err(AgentError::Refused(Refusal::Stale {
+                generation,
+                revision,
+            })) => {
+                let reason = format!(
+                    "host {owner} has been told something newer of server {} (generation {}, \
+                     revision {})",
+                    machine.server, generation.0, revision.0
+                );
+                Err(StepError::retry(reason))
+            }
+            Err(AgentError::Refused(refusal @ Refusal::Invalid { .. })) => Err(StepError::fail(
+                format!("host {owner} refuses the machine: {refusal}"),
+            )),
+            Err(error) => Err(StepError::retry(error.to_string())),
+        }
+    }
+
+    /// A machine must not be started on its owner while another host speaks of a process of it, nor,
+    /// after a restore of the database, before it is known where it is.
+    pub(super) fn may_tell(&self, machine: &Machine) -> Result<(), StepError> {
+        if matches!(machine.wanted.power, Power::Absent | Power::Stopped) {
+            return Ok(());
+        }
+        let others: BTreeMap<HostId, MachineReport> = self
+            .fleet
+            .holders(machine.server)
+            .into_iter()
+            .filter(|(host, report)| Some(*host) != machine.host && alive(&report.observed))
+            .collect();
+        if let Some(host) = others.keys().next() {
+            return Err(StepError::retry(format!(
+                "host {host} still runs a process of server {}",
+                machine.server
+            )));
+        }
+        if !machine.confirmed {
+            return Err(StepError::retry(format!(
+                "the database was restored, and no host has yet said that it holds server {}",
+                machine.server
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Whether there is, or may be, a process.
+pub(super) fn alive(observed: &Observed) -> bool {
+    matches!(
+        observed,
+        Observed::Starting { .. } | Observed::Running | Observed::Paused
+    )
+}

@@ -1,0 +1,388 @@
+//! Looks after every machine that no operation is looking after.
+//!
+//! Woken by what agents say, and by a sweep for what they did not say. Each turn compares one server's
+//! row with the reports of it and does at most one thing; every turn may be repeated, doubled, or cut
+//! off at any point.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use fractus_agent_api::VERSION;
+use fractus_agent_api::host::HostId;
+use fractus_agent_api::machine::{
+    MachineReport, Observed, Power, PutMachine, Revision, ServerId, StopReason,
+};
+use sea_orm::{DatabaseTransaction, DbErr};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::converge::{Converged, Machines, alive};
+use super::machine::{self, Machine};
+use crate::agents::fleet::Fleet;
+use crate::clock::Clock;
+use crate::database::Database;
+use crate::event::{self, Event, Origin, Phase};
+use crate::operation::{self, Engine, StepError};
+use crate::random::Random;
+
+/// Pause between two sweeps over all machines.
+const SWEEP: Duration = Duration::from_secs(10);
+
+/// What the compute service is told, in the transaction that makes it true.
+#[async_trait]
+pub trait Observer: Send + Sync + 'static {
+    /// The machine ended by itself; that it is to be stopped has been written in this transaction.
+    async fn stopped(
+        &self,
+        tx: &DatabaseTransaction,
+        server: ServerId,
+        reason: &StopReason,
+    ) -> Result<(), DbErr>;
+
+    /// The machine could not be made, or kept, what is wanted; what there is of it is left alone.
+    async fn failed(
+        &self,
+        tx: &DatabaseTransaction,
+        server: ServerId,
+        reason: &str,
+    ) -> Result<(), DbErr>;
+}
+
+/// The reconciler of one controller.
+pub struct Reconciler {
+    database: Database,
+    machines: Machines,
+    fleet: Arc<Fleet>,
+    engine: Arc<Engine>,
+    observer: Arc<dyn Observer>,
+    clock: Arc<dyn Clock>,
+    random: Arc<dyn Random>,
+    woken: mpsc::UnboundedSender<ServerId>,
+}
+
+/// What to do about one server.
+#[derive(Debug, Clone, PartialEq)]
+enum Verdict {
+    Nothing,
+    /// A host holds it and no row speaks of it, or an older one: it is kept, and an operator is told.
+    Unclaimed(HostId),
+    /// A host that does not own it (any more) holds it: it is told so.
+    Drop(HostId, MachineReport),
+    /// The owner does not know what is wanted, or does not work on it.
+    Tell(HostId),
+    /// The owner holds it, of an epoch before the database was restored.
+    Confirm,
+    /// The owner has settled, and the row does not say so yet.
+    Settle(MachineReport),
+    /// The owner had it, and has no record of it any more.
+    Vanished(HostId),
+}
+
+impl Reconciler {
+    /// With the receiving end of its wake-ups, for [`Self::run`].
+    pub fn new(
+        database: Database,
+        machines: Machines,
+        engine: Arc<Engine>,
+        observer: Arc<dyn Observer>,
+        clock: Arc<dyn Clock>,
+        random: Arc<dyn Random>,
+    ) -> (Arc<Self>, mpsc::UnboundedReceiver<ServerId>) {
+        let (woken, wakes) = mpsc::unbounded_channel();
+        let fleet = Arc::clone(machines.fleet());
+        let reconciler = Self {
+            database,
+            machines,
+            fleet,
+            engine,
+            observer,
+            clock,
+            random,
+            woken,
+        };
+        (Arc::new(reconciler), wakes)
+    }
+
+    /// Something was said of these servers: their operations go on, or the reconciler looks.
+    pub fn heard(&self, servers: impl IntoIterator<Item = ServerId>) {
+        for server in servers {
+            self.engine.wake(&server.to_string());
+            // Fails only when the controller is being stopped.
+            let _ = self.woken.send(server);
+        }
+    }
+
+    /// Until `stop`: looks at whoever is woken, and at all of them now and then.
+    pub async fn run(&self, mut wakes: mpsc::UnboundedReceiver<ServerId>, stop: CancellationToken) {
+        let mut sweep = self.clock.sleep(SWEEP);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                Some(server) = wakes.recv() => self.look_logged(server).await,
+                () = &mut sweep => {
+                    self.sweep().await;
+                    sweep = self.clock.sleep(SWEEP);
+                }
+            }
+        }
+    }
+
+    /// Looks at every machine of every host.
+    pub async fn sweep(&self) {
+        for host in self.fleet.ids() {
+            let owned = match machine::of_host(self.database.reader(), host).await {
+                Ok(owned) => owned,
+                Err(error) => {
+                    tracing::error!(%error, %host, "reading the machines of a host");
+                    continue;
+                }
+            };
+            let reported = self.fleet.machines(host).unwrap_or_default();
+            let servers: BTreeSet<ServerId> = owned
+                .iter()
+                .map(|machine| machine.server)
+                .chain(reported.iter().map(|report| report.id))
+                .collect();
+            for server in servers {
+                self.look_logged(server).await;
+            }
+        }
+    }
+
+    async fn look_logged(&self, server: ServerId) {
+        if let Err(error) = self.look(server).await {
+            tracing::warn!(%server, %error, "reconciling; will be tried again");
+        }
+    }
+
+    /// One turn for one server.
+    pub async fn look(&self, server: ServerId) -> Result<(), StepError> {
+        let reader = self.database.reader();
+        let row = machine::find(reader, server).await?;
+        let holders = self.fleet.holders(server);
+        for (holder, report) in &holders {
+            match foreign(row.as_ref(), *holder, report) {
+                Verdict::Drop(host, report) => {
+                    if let Some(machine) = &row {
+                        self.drop_foreign(host, machine, &report).await?;
+                    }
+                }
+                Verdict::Unclaimed(host) => unclaimed(host, server, report),
+                _ => {}
+            }
+        }
+        let Some(machine) = row else { return Ok(()) };
+        let open = operation::unfinished(reader, Some(&server.to_string())).await?;
+        if open.iter().any(|operation| operation.parked.is_none()) {
+            return Ok(());
+        }
+        match self.verdict(&machine) {
+            Verdict::Tell(owner) => {
+                self.machines.may_tell(&machine)?;
+                if let Converged::Settled(report) = self.machines.tell(owner, &machine).await? {
+                    self.settled(&machine, report).await?;
+                }
+                Ok(())
+            }
+            Verdict::Settle(report) => self.settled(&machine, report).await,
+            Verdict::Confirm => self.confirm(server).await,
+            Verdict::Vanished(host) => self.vanished(&machine, host).await,
+            Verdict::Nothing | Verdict::Unclaimed(_) | Verdict::Drop(..) => Ok(()),
+        }
+    }
+
+    fn verdict(&self, machine: &Machine) -> Verdict {
+        let Some(owner) = machine.host else {
+            return Verdict::Nothing;
+        };
+        let report = self.fleet.machine(owner, machine.server);
+        let Some(report) = report else {
+            // Nothing is known before the agent's full report.
+            if self.fleet.machines(owner).is_none() {
+                return Verdict::Nothing;
+            }
+            let had_it = machine.report.is_some();
+            return if had_it && !machine.is_tombstone() {
+                Verdict::Vanished(owner)
+            } else {
+                Verdict::Tell(owner)
+            };
+        };
+        let age = (report.generation, report.revision);
+        if !machine.confirmed && age <= machine.age() {
+            return Verdict::Confirm;
+        }
+        match age.cmp(&machine.age()) {
+            std::cmp::Ordering::Less => Verdict::Tell(owner),
+            std::cmp::Ordering::Greater => Verdict::Unclaimed(owner),
+            std::cmp::Ordering::Equal if !report.settled => Verdict::Nothing,
+            std::cmp::Ordering::Equal
+                if machine.settled && machine.report.as_ref() == Some(&report) =>
+            {
+                Verdict::Nothing
+            }
+            std::cmp::Ordering::Equal => Verdict::Settle(report),
+        }
+    }
+
+    /// The owner's word is recorded, with what follows from it.
+    async fn settled(&self, machine: &Machine, report: MachineReport) -> Result<(), StepError> {
+        let now = self.clock.now_us();
+        let (age, observer) = (machine.age(), Arc::clone(&self.observer));
+        let power = machine.wanted.power;
+        let event = self.event(machine, now);
+        self.database
+            .write(move |tx| {
+                let (report, observer) = (report.clone(), Arc::clone(&observer));
+                let event = event.clone();
+                Box::pin(async move {
+                    let server = report.id;
+                    let present = machine::find(tx, server).await?;
+                    if present.is_none_or(|present| present.age() != age) {
+                        // The intent has changed since: the report is of no interest any more.
+                        return Ok(());
+                    }
+                    machine::settle(tx, &report, now).await?;
+                    match &report.observed {
+                        Observed::Absent if power == Power::Absent => {
+                            machine::disown(tx, server, now).await?;
+                        }
+                        Observed::Failed { reason } => {
+                            observer.failed(tx, server, reason).await?;
+                        }
+                        Observed::Stopped { reason }
+                            if matches!(power, Power::Running | Power::Paused) =>
+                        {
+                            machine::change(tx, server, None, now, |wanted| {
+                                wanted.power = Power::Stopped;
+                            })
+                            .await?;
+                            observer.stopped(tx, server, reason).await?;
+                            let message = Some(format!("{reason:?}"));
+                            event::record(tx, Event { message, ..event }).await?;
+                        }
+                        _ => {}
+                    }
+                    Ok::<_, DbErr>(())
+                })
+            })
+            .await?;
+        // The agent is told of the new intent in a turn of its own.
+        let _ = self.woken.send(machine.server);
+        Ok(())
+    }
+
+    fn event(&self, machine: &Machine, now: i64) -> Event {
+        Event {
+            id: self.random.uuid(),
+            at_us: now,
+            subject: machine.server.to_string(),
+            action: "machine_stopped".to_owned(),
+            phase: Phase::Observed,
+            message: None,
+            operation_id: None,
+            origin: Origin::default(),
+            host_id: machine.host.map(|host| host.to_string()),
+        }
+    }
+
+    async fn confirm(&self, server: ServerId) -> Result<(), StepError> {
+        let confirm = self
+            .database
+            .write(move |tx| Box::pin(async move { machine::confirm(tx, server).await }));
+        confirm.await?;
+        let _ = self.woken.send(server);
+        Ok(())
+    }
+
+    /// Making it anew would be another, empty machine under the same name: an operator must look.
+    async fn vanished(&self, machine: &Machine, owner: HostId) -> Result<(), StepError> {
+        if !machine.settled {
+            // Not told again and again.
+            return Ok(());
+        }
+        let reason = format!("host {owner} has no record of the server any more");
+        tracing::error!(server = %machine.server, %owner, "{reason}");
+        let (server, observer) = (machine.server, Arc::clone(&self.observer));
+        let age = machine.age();
+        self.database
+            .write(move |tx| {
+                let (observer, reason) = (Arc::clone(&observer), reason.clone());
+                Box::pin(async move {
+                    let present = machine::find(tx, server).await?;
+                    if present.is_some_and(|present| present.age() == age) {
+                        machine::unsettle(tx, server).await?;
+                        observer.failed(tx, server, &reason).await?;
+                    }
+                    Ok::<_, DbErr>(())
+                })
+            })
+            .await?;
+        Ok(())
+    }
+
+    /// A host that is not the owner is told that the machine is not its own any more. By the row: its
+    /// generation is above what the host has, or it is a tombstone above it.
+    async fn drop_foreign(
+        &self,
+        holder: HostId,
+        machine: &Machine,
+        report: &MachineReport,
+    ) -> Result<(), StepError> {
+        let mut wanted = machine.wanted.clone();
+        wanted.power = Power::Absent;
+        let put = PutMachine {
+            version: VERSION,
+            generation: machine.generation,
+            revision: Revision(machine.revision.0.max(report.revision.0 + 1)),
+            wanted,
+            request_id: machine.request_id.clone(),
+        };
+        tracing::warn!(server = %machine.server, host = %holder, "drops what it does not own any more");
+        let agent = self.machines.agents().agent(holder);
+        let agent = agent.map_err(|error| StepError::retry(error.to_string()))?;
+        let answer = agent.put(machine.server, &put).await;
+        let answer = answer.map_err(|error| StepError::retry(error.to_string()))?;
+        self.fleet.answered(holder, &answer, self.clock.now_us());
+        Ok(())
+    }
+}
+
+/// What is to be said of a machine on a host that does not own it.
+fn foreign(row: Option<&Machine>, holder: HostId, report: &MachineReport) -> Verdict {
+    if report.observed == Observed::Absent && report.settled {
+        return Verdict::Nothing;
+    }
+    let Some(machine) = row else {
+        return Verdict::Unclaimed(holder);
+    };
+    if machine.host == Some(holder) {
+        let newer = (report.generation, report.revision) > machine.age();
+        return if newer {
+            Verdict::Unclaimed(holder)
+        } else {
+            Verdict::Nothing
+        };
+    }
+    let older = report.generation < machine.generation;
+    let buried = machine.is_tombstone()
+        && machine.host.is_none()
+        && (report.generation, report.revision) <= machine.age();
+    // After a restore, who holds it is not known before the owner has said that it does.
+    if (older && machine.confirmed) || buried {
+        Verdict::Drop(holder, report.clone())
+    } else {
+        Verdict::Unclaimed(holder)
+    }
+}
+
+fn unclaimed(host: HostId, server: ServerId, report: &MachineReport) {
+    metrics::counter!("fractus_machines_unclaimed_total").increment(1);
+    tracing::warn!(
+        %host, %server, generation = report.generation.0, revision = report.revision.0,
+        alive = alive(&report.observed),
+        "a machine that this database does not know of, or only an older one; it is left alone"
+    );
+}
