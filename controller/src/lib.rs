@@ -11,6 +11,7 @@ pub mod clock;
 pub mod database;
 pub mod event;
 pub mod http;
+pub mod image;
 pub mod operation;
 pub mod policy;
 pub mod random;

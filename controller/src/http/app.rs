@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::clock::Clock;
 use crate::database::Database;
 use crate::http::{Authenticate, PublicUrl};
+use crate::image::Images;
 use crate::random::Random;
 
 /// The composition, made once by `serve` (or by a test) and handed to every handler as state.
@@ -19,6 +20,7 @@ pub struct AppParts {
     pub clock: Arc<dyn Clock>,
     pub random: Arc<dyn Random>,
     pub authenticator: Arc<dyn Authenticate>,
+    pub images: Images,
 }
 
 impl App {
@@ -45,6 +47,10 @@ impl App {
 
     pub fn random(&self) -> &Arc<dyn Random> {
         &self.0.random
+    }
+
+    pub fn images(&self) -> &Images {
+        &self.0.images
     }
 
     pub fn authenticator(&self) -> &dyn Authenticate {

@@ -49,7 +49,9 @@ impl<S: Send + Sync> FromRequest<S> for JsonBody {
         let bytes = read(request).await?;
         let is_json = content_type.as_deref().is_none_or(|kind| {
             let essence = kind.split(';').next().unwrap_or("").trim();
-            essence == "application/json" || essence.ends_with("+json")
+            essence == "application/json"
+                || essence.ends_with("+json")
+                || essence.ends_with("-json-patch")
         });
         if !is_json && !bytes.is_empty() {
             return Err(not_json(service));

@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 use super::*;
 use crate::clock::SystemClock;
 use crate::database::testing;
+use crate::image::Images;
+use crate::image::blob::FileStore;
 use crate::random::SystemRandom;
 
 #[derive(Debug)]
@@ -62,6 +64,10 @@ async fn public() -> (Public, testing::TestDatabase) {
         clock: SystemClock::shared(),
         random: SystemRandom::shared(),
         authenticator: Arc::new(tokens),
+        images: Images::new(
+            database.database.clone(),
+            Arc::new(FileStore::at("/nowhere", "t")),
+        ),
     });
     let routes = |service| {
         Routes::new(service)
