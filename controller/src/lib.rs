@@ -18,3 +18,5 @@ pub mod policy;
 pub mod random;
 pub mod reconcile;
 pub mod scheduler;
+pub mod secret;
+pub mod tls;
