@@ -7,7 +7,8 @@
 //! A device holds its queues between [`VirtioDevice::activate`] and [`VirtioDevice::deactivate`], which
 //! drains it and gives them back. Pause, reset and save are all made of these two.
 
-pub mod bucket;
+pub mod block;
+mod bucket;
 mod device;
 pub mod queue;
 pub mod rng;

@@ -170,6 +170,8 @@ pub struct Virtqueue {
     /// Interrupt on the next occasion whatever the driver's used_event says: after a restore nobody
     /// knows any more what was last signalled.
     unsure: bool,
+    /// Something was pushed since the last [`Virtqueue::notify`].
+    pushed: bool,
 }
 
 impl Virtqueue {
@@ -205,6 +207,7 @@ impl Virtqueue {
             return Err(QueueFault::Rings);
         }
         let indirect = features & feature::INDIRECT_DESC != 0;
+        let unsure = state.next_used != 0;
         Ok(Self {
             index,
             queue,
@@ -212,7 +215,8 @@ impl Virtqueue {
             kick,
             interrupt,
             indirect,
-            unsure: true,
+            unsure,
+            pushed: false,
         })
     }
 
@@ -273,6 +277,7 @@ impl Virtqueue {
 
     /// Hands a chain back to the driver, `written` bytes of it filled.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueFault> {
+        self.pushed = true;
         self.queue
             .add_used(self.memory.as_ref(), head, written)
             .map_err(|_| QueueFault::Ring)
@@ -280,6 +285,9 @@ impl Virtqueue {
 
     /// Interrupts the driver, if it wants that, about what was pushed since the last time.
     pub fn notify(&mut self) -> Result<(), QueueFault> {
+        if !std::mem::take(&mut self.pushed) && !self.unsure {
+            return Ok(());
+        }
         let memory = self.memory.as_ref();
         let wanted = self
             .queue
