@@ -7,8 +7,8 @@
 #![forbid(unsafe_code)]
 
 pub mod agents;
-pub mod cli;
 pub mod clock;
+pub mod compute;
 pub mod database;
 pub mod event;
 pub mod http;
@@ -18,5 +18,3 @@ pub mod policy;
 pub mod random;
 pub mod reconcile;
 pub mod scheduler;
-pub mod secret;
-pub mod tls;

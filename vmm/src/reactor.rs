@@ -163,9 +163,7 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        // Taken out under the lock and dropped without it: it may own other registrations.
-        let subscriber = self.shared.lock().remove(&self.token);
-        drop(subscriber);
+        self.shared.lock().remove(&self.token);
         let _ = epoll::delete(&self.shared.epoll, &self.fd);
     }
 }
@@ -217,10 +215,6 @@ impl Drop for ReactorThread {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        // Subscribers own registrations, which own the map: the circle is cut here. They go when the
-        // lock is free, since each registration's end takes it.
-        let subscribers = std::mem::take(&mut *self.shared.lock());
-        drop(subscribers);
     }
 }
 

@@ -7,6 +7,7 @@
 //! `binary`, `double`.
 
 mod m0002_image;
+mod m0003_compute;
 mod m0004_operation;
 mod m0005_host;
 
@@ -21,6 +22,7 @@ use super::OpenError;
 fn changes() -> Vec<Box<dyn MigrationTrait>> {
     vec![
         Box::new(m0002_image::Migration),
+        Box::new(m0003_compute::Migration),
         Box::new(m0004_operation::Migration),
         Box::new(m0005_host::Migration),
     ]

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::clock::Clock;
+use crate::compute::Compute;
 use crate::database::Database;
 use crate::http::{Authenticate, PublicUrl};
 use crate::image::Images;
@@ -21,6 +22,7 @@ pub struct AppParts {
     pub random: Arc<dyn Random>,
     pub authenticator: Arc<dyn Authenticate>,
     pub images: Images,
+    pub compute: Compute,
 }
 
 impl App {
@@ -47,6 +49,11 @@ impl App {
 
     pub fn random(&self) -> &Arc<dyn Random> {
         &self.0.random
+    }
+
+    /// Compute's operations and machines.
+    pub fn compute(&self) -> &Compute {
+        &self.0.compute
     }
 
     pub fn images(&self) -> &Images {

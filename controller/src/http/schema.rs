@@ -265,6 +265,15 @@ impl Node {
         {
             say(format!("{} is not a '{format}'", shown()));
         }
+        // Bounds hold for numbers written as strings too; nova takes both.
+        if let Ok(value) = text.parse::<f64>() {
+            if let Some(least) = self.minimum.filter(|least| value < *least) {
+                say(format!("{} is less than the minimum of {least}", shown()));
+            }
+            if let Some(most) = self.maximum.filter(|most| value > *most) {
+                say(format!("{} is greater than the maximum of {most}", shown()));
+            }
+        }
     }
 
     fn check_number(&self, number: &Number, say: &mut impl FnMut(String)) {

@@ -68,6 +68,7 @@ async fn public() -> (Public, testing::TestDatabase) {
             database.database.clone(),
             Arc::new(FileStore::at("/nowhere", "t")),
         ),
+        compute: crate::compute::testing::idle(&database.database),
     });
     let routes = |service| {
         Routes::new(service)

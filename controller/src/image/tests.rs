@@ -78,6 +78,7 @@ async fn cloud(database: Database) -> Cloud {
         random: SystemRandom::shared(),
         authenticator: Arc::new(tokens),
         images: images.clone(),
+        compute: crate::compute::testing::idle(&database),
     });
     let public = Public::new(app, vec![routes()]);
     Cloud {

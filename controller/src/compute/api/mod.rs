@@ -1,0 +1,33 @@
+//! The compute API: routes, bodies, views. Each file is one resource; nothing here changes a server
+//! but through [`super::ops`].
+
+mod actions;
+mod call;
+mod consoles;
+mod flavors;
+mod keypairs;
+pub mod schemas;
+mod servers;
+mod versions;
+
+use crate::event::Origin;
+use crate::http::{Routes, Service};
+
+/// All endpoints of compute.
+pub fn routes() -> Routes {
+    let routes = Routes::new(Service::Compute);
+    let routes = versions::routes(routes);
+    let routes = flavors::routes(routes);
+    let routes = keypairs::routes(routes);
+    let routes = servers::routes(routes);
+    actions::routes(routes)
+}
+
+/// Who asked, for operations and events.
+fn origin(call: &call::Call) -> Origin {
+    Origin {
+        request_id: Some(call.ctx.request_id().to_owned()),
+        user_id: Some(call.caller.user_id.clone()),
+        project_id: call.caller.project_id().map(str::to_owned),
+    }
+}

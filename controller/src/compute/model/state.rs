@@ -1,0 +1,488 @@
+//! The state of a server: one enum, its projection to the API's four words, and what may be asked of
+//! a server in each.
+//!
+//! Owns [`ServerState`], [`ServerState::project`] and [`admit`]. Everything here is pure. Nothing
+//! else may compute `status`, `vm_state`, `task_state` or `power_state`, and no handler may decide
+//! by itself whether an action is allowed.
+
+use std::fmt;
+
+/// Where a server stands when nothing is being done to it, or what it was before something began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Standing {
+    Building,
+    Active,
+    Paused,
+    Stopped,
+    Error,
+}
+
+/// How far a new server has got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Build {
+    /// No host yet.
+    Scheduling,
+    /// A host is making its disk and starting it.
+    Spawning,
+}
+
+/// The one state of a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ServerState {
+    Building(Build),
+    Active,
+    Paused,
+    Stopped,
+    /// What was wanted could not be done; the reason is the server's fault row.
+    Error,
+    Starting,
+    Stopping(Standing),
+    Pausing,
+    Unpausing,
+    SoftRebooting,
+    HardRebooting(Standing),
+    Rebuilding(Standing),
+    Deleting(Standing),
+    /// The row stays for a while, for those who look back.
+    Deleted,
+}
+
+/// What the API says of a state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Projection {
+    pub status: &'static str,
+    pub vm_state: &'static str,
+    pub task_state: Option<&'static str>,
+    pub power_state: PowerState,
+}
+
+/// Numbers of the compute API's `OS-EXT-STS:power_state`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum PowerState {
+    None = 0,
+    Running = 1,
+    Paused = 3,
+    Shutdown = 4,
+}
+
+impl Standing {
+    const ALL: [Self; 5] = [
+        Self::Building,
+        Self::Active,
+        Self::Paused,
+        Self::Stopped,
+        Self::Error,
+    ];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Building => "building",
+            Self::Active => "active",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+            Self::Error => "error",
+        }
+    }
+
+    fn status(self) -> &'static str {
+        match self {
+            Self::Building => "BUILD",
+            Self::Active => "ACTIVE",
+            Self::Paused => "PAUSED",
+            Self::Stopped => "SHUTOFF",
+            Self::Error => "ERROR",
+        }
+    }
+
+    fn power(self) -> PowerState {
+        match self {
+            Self::Building | Self::Error => PowerState::None,
+            Self::Active => PowerState::Running,
+            Self::Paused => PowerState::Paused,
+            Self::Stopped => PowerState::Shutdown,
+        }
+    }
+
+    /// The state of a server that stands so, with nothing under way.
+    pub fn settled(self) -> ServerState {
+        match self {
+            Self::Building => ServerState::Building(Build::Scheduling),
+            Self::Active => ServerState::Active,
+            Self::Paused => ServerState::Paused,
+            Self::Stopped => ServerState::Stopped,
+            Self::Error => ServerState::Error,
+        }
+    }
+}
+
+impl ServerState {
+    /// Every state there is, for tables, filters and tests.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let plain = [
+            Self::Building(Build::Scheduling),
+            Self::Building(Build::Spawning),
+            Self::Active,
+            Self::Paused,
+            Self::Stopped,
+            Self::Error,
+            Self::Starting,
+            Self::Pausing,
+            Self::Unpausing,
+            Self::SoftRebooting,
+            Self::Deleted,
+        ];
+        let nested: [fn(Standing) -> Self; 4] = [
+            Self::Stopping,
+            Self::HardRebooting,
+            Self::Rebuilding,
+            Self::Deleting,
+        ];
+        plain.into_iter().chain(
+            nested
+                .into_iter()
+                .flat_map(|make| Standing::ALL.into_iter().map(make)),
+        )
+    }
+
+    /// What the server is or was before what is being done to it.
+    pub fn standing(self) -> Option<Standing> {
+        Some(match self {
+            Self::Building(_) => Standing::Building,
+            Self::Active | Self::Pausing | Self::SoftRebooting => Standing::Active,
+            Self::Paused | Self::Unpausing => Standing::Paused,
+            Self::Stopped | Self::Starting => Standing::Stopped,
+            Self::Error => Standing::Error,
+            Self::Stopping(standing)
+            | Self::HardRebooting(standing)
+            | Self::Rebuilding(standing)
+            | Self::Deleting(standing) => standing,
+            Self::Deleted => return None,
+        })
+    }
+
+    fn task(self) -> Option<&'static str> {
+        match self {
+            Self::Building(Build::Scheduling) => Some("scheduling"),
+            Self::Building(Build::Spawning) => Some("spawning"),
+            Self::Starting => Some("powering-on"),
+            Self::Stopping(_) => Some("powering-off"),
+            Self::Pausing => Some("pausing"),
+            Self::Unpausing => Some("unpausing"),
+            Self::SoftRebooting => Some("rebooting"),
+            Self::HardRebooting(_) => Some("rebooting_hard"),
+            Self::Rebuilding(_) => Some("rebuilding"),
+            Self::Deleting(_) => Some("deleting"),
+            Self::Active | Self::Paused | Self::Stopped | Self::Error | Self::Deleted => None,
+        }
+    }
+
+    /// The API's words for this state. The status is nova's: an active server that reboots is
+    /// `REBOOT`, a stopped one that is rebooted hard stays `SHUTOFF` until it runs.
+    pub fn project(self) -> Projection {
+        let Some(standing) = self.standing() else {
+            return Projection {
+                status: "DELETED",
+                vm_state: "deleted",
+                task_state: None,
+                power_state: PowerState::None,
+            };
+        };
+        let status = match self {
+            Self::SoftRebooting => "REBOOT",
+            Self::HardRebooting(Standing::Active) => "HARD_REBOOT",
+            Self::Rebuilding(_) => "REBUILD",
+            _ => standing.status(),
+        };
+        Projection {
+            status,
+            vm_state: standing.word(),
+            task_state: self.task(),
+            power_state: standing.power(),
+        }
+    }
+
+    /// True while an operation is at work on the server.
+    pub fn in_transit(self) -> bool {
+        self.task().is_some()
+    }
+
+    /// States that the API shows under this status, any case (`servers?status=`).
+    pub fn of_status(status: &str) -> Vec<Self> {
+        Self::all()
+            .filter(|state| state.project().status.eq_ignore_ascii_case(status))
+            .collect()
+    }
+
+    /// As the database keeps it.
+    pub fn key(self) -> String {
+        match self {
+            Self::Building(Build::Scheduling) => "building:scheduling".to_owned(),
+            Self::Building(Build::Spawning) => "building:spawning".to_owned(),
+            Self::Stopping(standing) => format!("stopping:{}", standing.word()),
+            Self::HardRebooting(standing) => format!("hard_rebooting:{}", standing.word()),
+            Self::Rebuilding(standing) => format!("rebuilding:{}", standing.word()),
+            Self::Deleting(standing) => format!("deleting:{}", standing.word()),
+            Self::Active => "active".to_owned(),
+            Self::Paused => "paused".to_owned(),
+            Self::Stopped => "stopped".to_owned(),
+            Self::Error => "error".to_owned(),
+            Self::Starting => "starting".to_owned(),
+            Self::Pausing => "pausing".to_owned(),
+            Self::Unpausing => "unpausing".to_owned(),
+            Self::SoftRebooting => "soft_rebooting".to_owned(),
+            Self::Deleted => "deleted".to_owned(),
+        }
+    }
+
+    /// Reads what [`key`](Self::key) wrote.
+    pub fn from_key(key: &str) -> Option<Self> {
+        Self::all().find(|state| state.key() == key)
+    }
+}
+
+impl fmt::Display for ServerState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.key())
+    }
+}
+
+/// What can be asked of a server, as far as its state decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Action {
+    Start,
+    Stop,
+    SoftReboot,
+    HardReboot,
+    Pause,
+    Unpause,
+    Rebuild,
+    Delete,
+    ForceDelete,
+    Lock,
+    Unlock,
+    ResetState,
+    ConsoleOutput,
+    RemoteConsole,
+    UpdateMetadata,
+    DeleteMetadata,
+    UpdateTags,
+    DeleteTags,
+}
+
+impl Action {
+    pub const ALL: [Self; 18] = [
+        Self::Start,
+        Self::Stop,
+        Self::SoftReboot,
+        Self::HardReboot,
+        Self::Pause,
+        Self::Unpause,
+        Self::Rebuild,
+        Self::Delete,
+        Self::ForceDelete,
+        Self::Lock,
+        Self::Unlock,
+        Self::ResetState,
+        Self::ConsoleOutput,
+        Self::RemoteConsole,
+        Self::UpdateMetadata,
+        Self::DeleteMetadata,
+        Self::UpdateTags,
+        Self::DeleteTags,
+    ];
+
+    /// The name in nova's refusals.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Stop => "stop",
+            Self::SoftReboot | Self::HardReboot => "reboot",
+            Self::Pause => "pause",
+            Self::Unpause => "unpause",
+            Self::Rebuild => "rebuild",
+            Self::Delete => "delete",
+            Self::ForceDelete => "forceDelete",
+            Self::Lock => "lock",
+            Self::Unlock => "unlock",
+            Self::ResetState => "resetState",
+            Self::ConsoleOutput => "get_console_output",
+            Self::RemoteConsole => "get_serial_console",
+            Self::UpdateMetadata => "update metadata",
+            Self::DeleteMetadata => "delete metadata",
+            Self::UpdateTags => "update tags",
+            Self::DeleteTags => "delete tags",
+        }
+    }
+
+    /// True if a lock stops it for those who are not administrators.
+    pub fn minds_lock(self) -> bool {
+        !matches!(
+            self,
+            Self::Lock
+                | Self::Unlock
+                | Self::ResetState
+                | Self::ConsoleOutput
+                | Self::RemoteConsole
+        )
+    }
+}
+
+/// Why an action was not admitted; 409 at the API.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Conflict {
+    #[error("Instance {server} is locked")]
+    Locked { server: String },
+    #[error("Instance {server} is not ready")]
+    NotReady { server: String },
+    #[error("Cannot '{action}' instance {server} while it is in {field} {value}")]
+    State {
+        action: &'static str,
+        server: String,
+        field: &'static str,
+        value: &'static str,
+    },
+    #[error("Instance {server} is in an invalid state for '{action}'")]
+    NeverLaunched {
+        action: &'static str,
+        server: String,
+    },
+}
+
+/// What [`admit`] looks at.
+#[derive(Debug, Clone, Copy)]
+pub struct Situation<'a> {
+    pub server: &'a str,
+    pub state: ServerState,
+    /// A host has been chosen.
+    pub placed: bool,
+    /// It ran at least once.
+    pub launched: bool,
+    /// Locked, and the caller may not override it.
+    pub locked: bool,
+}
+
+/// Decides whether `action` may begin now: the table server state × action.
+///
+/// The order is nova's, so that of several reasons the same one is named: lock, host, vm_state,
+/// task_state, never launched.
+pub fn admit(action: Action, situation: Situation<'_>) -> Result<(), Conflict> {
+    let server = || situation.server.to_owned();
+    if situation.locked && action.minds_lock() {
+        return Err(Conflict::Locked { server: server() });
+    }
+    if needs_host(action) && !situation.placed {
+        return Err(Conflict::NotReady { server: server() });
+    }
+    let projection = situation.state.project();
+    if let Some(allowed) = standings(action) {
+        if !situation
+            .state
+            .standing()
+            .is_some_and(|standing| allowed.contains(&standing))
+        {
+            return Err(Conflict::State {
+                action: action.word(),
+                server: server(),
+                field: "vm_state",
+                value: projection.vm_state,
+            });
+        }
+    }
+    if let Some(task) = projection
+        .task_state
+        .filter(|_| !passes_task(action, situation.state))
+    {
+        return Err(Conflict::State {
+            action: action.word(),
+            server: server(),
+            field: "task_state",
+            value: task,
+        });
+    }
+    if needs_launch(action) && !situation.launched {
+        return Err(Conflict::NeverLaunched {
+            action: action.word(),
+            server: server(),
+        });
+    }
+    if action == Action::RemoteConsole
+        && !matches!(
+            situation.state.standing(),
+            Some(Standing::Active | Standing::Paused)
+        )
+    {
+        return Err(Conflict::NotReady { server: server() });
+    }
+    Ok(())
+}
+
+/// The vm_states that an action is allowed in; `None`: any.
+fn standings(action: Action) -> Option<&'static [Standing]> {
+    use Standing::{Active, Error, Paused, Stopped};
+    match action {
+        Action::Start => Some(&[Stopped]),
+        Action::Stop => Some(&[Active, Error]),
+        Action::SoftReboot => Some(&[Active]),
+        Action::HardReboot => Some(&[Active, Stopped, Paused, Error]),
+        Action::Pause => Some(&[Active]),
+        Action::Unpause => Some(&[Paused]),
+        Action::Rebuild => Some(&[Active, Stopped, Error]),
+        Action::UpdateMetadata
+        | Action::DeleteMetadata
+        | Action::UpdateTags
+        | Action::DeleteTags => Some(&[Active, Paused, Stopped]),
+        Action::Delete
+        | Action::ForceDelete
+        | Action::Lock
+        | Action::Unlock
+        | Action::ResetState
+        | Action::ConsoleOutput
+        | Action::RemoteConsole => None,
+    }
+}
+
+/// Whether an action may begin while an operation is under way.
+fn passes_task(action: Action, state: ServerState) -> bool {
+    match action {
+        Action::Start
+        | Action::Stop
+        | Action::SoftReboot
+        | Action::Pause
+        | Action::Unpause
+        | Action::Rebuild => false,
+        // A hard reboot is the way out of a soft one, or of a pause, that hangs.
+        Action::HardReboot => matches!(
+            state,
+            ServerState::SoftRebooting
+                | ServerState::HardRebooting(_)
+                | ServerState::Pausing
+                | ServerState::Unpausing
+        ),
+        _ => true,
+    }
+}
+
+fn needs_host(action: Action) -> bool {
+    matches!(
+        action,
+        Action::Start | Action::Stop | Action::ConsoleOutput | Action::RemoteConsole
+    )
+}
+
+fn needs_launch(action: Action) -> bool {
+    matches!(
+        action,
+        Action::Start
+            | Action::Stop
+            | Action::SoftReboot
+            | Action::HardReboot
+            | Action::Pause
+            | Action::Unpause
+            | Action::Rebuild
+    )
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

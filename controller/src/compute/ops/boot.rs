@@ -1,0 +1,170 @@
+//! What a machine boots: an image's properties turned into kernel, initrd, command line and disk.
+//!
+//! - A disk image (raw or qcow2) boots through its property `kernel_id`, with `ramdisk_id` if there is
+//!   one, and `os_command_line`.
+//! - An image that is itself a kernel (disk or container format `aki`: an ELF with a PVH note, or a
+//!   bzImage) boots as it is; its `ramdisk_id` and `os_command_line` count too, and the disk is an
+//!   empty one of the flavor's size.
+
+use fractus_agent_api::machine::{ImageFormat, ImageRef, RootDisk};
+use sea_orm::ConnectionTrait;
+use sea_orm::prelude::Uuid;
+
+use crate::compute::model::flavor::FlavorSnapshot;
+use crate::compute::model::server::BootPlan;
+use crate::http::{ApiError, Caller};
+use crate::image::model::{Image, Status};
+use crate::image::store::{self as images, StoreError};
+
+const GIB: u64 = 1 << 30;
+const COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda";
+
+/// The plan for a server of this image and flavor, or what speaks against it.
+pub async fn plan(
+    connection: &impl ConnectionTrait,
+    caller: &Caller,
+    image_id: &str,
+    flavor: &FlavorSnapshot,
+) -> Result<BootPlan, ApiError> {
+    let image = find(connection, caller, image_id, "Can not find requested image").await?;
+    if image.status() != Some(Status::Active) {
+        return Err(ApiError::bad_request(format!(
+            "Image {image_id} is not active."
+        )));
+    }
+    fits(&image, flavor)?;
+    let command_line = image.property("os_command_line").map(str::to_owned);
+    let initrd = match image.property("ramdisk_id").filter(|id| !id.is_empty()) {
+        Some(id) => Some(reference(&part(connection, caller, id).await?)?),
+        None => None,
+    };
+    if is_kernel(&image) {
+        let root_disk = (flavor.disk > 0).then_some(RootDisk {
+            image: None,
+            size: flavor.disk * GIB,
+        });
+        let command_line = command_line.unwrap_or_default();
+        return Ok(BootPlan {
+            kernel: reference(&image)?,
+            initrd,
+            command_line,
+            root_disk,
+        });
+    }
+    let Some(kernel) = image.property("kernel_id").filter(|id| !id.is_empty()) else {
+        return Err(ApiError::bad_request(format!(
+            "Image {image_id} does not say which kernel it boots: set its property kernel_id to an \
+             image with a Linux kernel (and ramdisk_id, os_command_line as needed)"
+        )));
+    };
+    let kernel = reference(&part(connection, caller, kernel).await?)?;
+    let disk = reference(&image)?;
+    let virtual_size = positive(image.row.virtual_size).max(disk.size);
+    let size = if flavor.disk > 0 {
+        flavor.disk * GIB
+    } else {
+        virtual_size
+    };
+    Ok(BootPlan {
+        kernel,
+        initrd,
+        command_line: command_line.unwrap_or_else(|| COMMAND_LINE.to_owned()),
+        root_disk: Some(RootDisk {
+            image: Some(disk),
+            size,
+        }),
+    })
+}
+
+fn is_kernel(image: &Image) -> bool {
+    let formats = [&image.row.disk_format, &image.row.container_format];
+    formats
+        .iter()
+        .any(|format| format.as_deref() == Some("aki"))
+}
+
+/// A kernel or initrd that an image names.
+async fn part(
+    connection: &impl ConnectionTrait,
+    caller: &Caller,
+    id: &str,
+) -> Result<Image, ApiError> {
+    let words = format!("The image's kernel_id or ramdisk_id names image {id}, which is not there");
+    let image = find(connection, caller, id, &words).await?;
+    if image.status() != Some(Status::Active) {
+        return Err(ApiError::bad_request(format!("Image {id} is not active.")));
+    }
+    Ok(image)
+}
+
+async fn find(
+    connection: &impl ConnectionTrait,
+    caller: &Caller,
+    id: &str,
+    words: &str,
+) -> Result<Image, ApiError> {
+    match images::find_visible(connection, caller, id).await {
+        Ok(image) => Ok(image),
+        Err(StoreError::Refused(_)) => Err(ApiError::bad_request(words)),
+        Err(other) => Err(ApiError::internal(other)),
+    }
+}
+
+/// Nova's three checks of an image against a flavor.
+fn fits(image: &Image, flavor: &FlavorSnapshot) -> Result<(), ApiError> {
+    if positive(Some(image.row.min_ram)) > flavor.ram {
+        return Err(ApiError::bad_request(
+            "Flavor's memory is too small for requested image.",
+        ));
+    }
+    if flavor.disk == 0 {
+        return Ok(());
+    }
+    let disk = flavor.disk * GIB;
+    let size = positive(image.row.virtual_size).max(positive(image.row.size));
+    if size > disk {
+        return Err(ApiError::bad_request(format!(
+            "Flavor's disk is too small for requested image. Flavor disk is {disk} bytes, image is \
+             {size} bytes."
+        )));
+    }
+    let least = positive(Some(image.row.min_disk)) * GIB;
+    if least > disk {
+        return Err(ApiError::bad_request(format!(
+            "Flavor's disk is smaller than the minimum size specified in image metadata. Flavor \
+             disk is {disk} bytes, minimum size is {least} bytes."
+        )));
+    }
+    Ok(())
+}
+
+fn positive(number: Option<i64>) -> u64 {
+    number
+        .and_then(|number| u64::try_from(number).ok())
+        .unwrap_or_default()
+}
+
+fn reference(image: &Image) -> Result<ImageRef, ApiError> {
+    let row = &image.row;
+    let id = Uuid::parse_str(&row.id).map_err(ApiError::internal)?;
+    let blake3 = row
+        .blake3
+        .clone()
+        .ok_or_else(|| ApiError::bad_request(format!("Image {} has no bytes yet.", row.id)))?;
+    let format = match row.content_format.as_deref() {
+        Some("qcow2") => ImageFormat::Qcow2,
+        _ => ImageFormat::Raw,
+    };
+    Ok(ImageRef {
+        id,
+        size: positive(row.size),
+        blake3,
+        format,
+    })
+}
+
+/// What a plan takes of a host's disk, in GiB, rounded up.
+pub fn disk_gib(plan: &BootPlan) -> i64 {
+    let bytes = plan.root_disk.as_ref().map_or(0, |disk| disk.size);
+    i64::try_from(bytes.div_ceil(GIB)).unwrap_or(i64::MAX)
+}

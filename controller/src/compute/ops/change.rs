@@ -1,0 +1,270 @@
+//! Start, stop, reboot, pause, unpause, rebuild: each changes what is wanted of the machine in the
+//! request's transaction, and its operation waits until the host has settled upon it.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use fractus_agent_api::machine::{MachineSpec, Observed, Power, Wanted};
+use sea_orm::ActiveValue::Set;
+use sea_orm::DatabaseTransaction;
+use serde::{Deserialize, Serialize};
+
+use super::create::settle;
+use super::{RequestError, Tools, machine_id, to_error, to_state, turn};
+use crate::compute::model::state::{ServerState, Standing};
+use crate::compute::store::server;
+use crate::event::Origin;
+use crate::http::App;
+use crate::operation::{self, Kind, Operation, Outcome, Progress, Step, StepError};
+use crate::reconcile::{Converged, machine};
+
+/// What is done to a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    Start,
+    Stop,
+    SoftReboot,
+    HardReboot,
+    Pause,
+    Unpause,
+    Rebuild,
+}
+
+/// The kinds' names, as [`operation::cancel`] takes them.
+pub fn kinds() -> impl Iterator<Item = &'static str> {
+    Change::ALL.into_iter().map(Change::kind)
+}
+
+impl Change {
+    pub const ALL: [Self; 7] = [
+        Self::Start,
+        Self::Stop,
+        Self::SoftReboot,
+        Self::HardReboot,
+        Self::Pause,
+        Self::Unpause,
+        Self::Rebuild,
+    ];
+
+    fn kind(self) -> &'static str {
+        match self {
+            Self::Start => "server_start",
+            Self::Stop => "server_stop",
+            Self::SoftReboot => "server_soft_reboot",
+            Self::HardReboot => "server_hard_reboot",
+            Self::Pause => "server_pause",
+            Self::Unpause => "server_unpause",
+            Self::Rebuild => "server_rebuild",
+        }
+    }
+
+    /// The state of a server while this is done to it.
+    fn transit(self, standing: Standing) -> ServerState {
+        match self {
+            Self::Start => ServerState::Starting,
+            Self::Stop => ServerState::Stopping(standing),
+            Self::SoftReboot => ServerState::SoftRebooting,
+            Self::HardReboot => ServerState::HardRebooting(standing),
+            Self::Pause => ServerState::Pausing,
+            Self::Unpause => ServerState::Unpausing,
+            Self::Rebuild => ServerState::Rebuilding(standing),
+        }
+    }
+
+    /// What is wanted of the machine from the request on.
+    fn apply(self, standing: Standing, wanted: &mut Wanted, spec: Option<MachineSpec>) {
+        match self {
+            Self::Start | Self::Unpause => wanted.power = Power::Running,
+            Self::Stop => wanted.power = Power::Stopped,
+            Self::Pause => wanted.power = Power::Paused,
+            Self::SoftReboot => wanted.soft_reboots += 1,
+            Self::HardReboot => {
+                wanted.power = Power::Running;
+                wanted.hard_reboots += 1;
+            }
+            Self::Rebuild => {
+                wanted.rebuilds += 1;
+                // A stopped server stays stopped, with its new disk.
+                wanted.power = if standing == Standing::Stopped {
+                    Power::Stopped
+                } else {
+                    Power::Running
+                };
+            }
+        }
+        if let Some(spec) = spec {
+            wanted.spec = spec;
+        }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct State {
+    /// Key of the state that the server was put in meanwhile.
+    transit: String,
+    /// What was seen when it had settled.
+    #[serde(default)]
+    observed: Option<Observed>,
+}
+
+/// What a request wants of one server.
+#[derive(Debug, Clone)]
+pub struct Wish {
+    pub change: Change,
+    /// The server's state as it was when the change was admitted.
+    pub from: ServerState,
+    /// Columns that change with it (rebuild).
+    pub columns: server::ActiveModel,
+    /// A new specification of the machine (rebuild).
+    pub spec: Option<MachineSpec>,
+}
+
+/// Writes what is wanted, and the operation that brings it about.
+pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<(), RequestError> {
+    let engine = &app.compute().engine;
+    let standing = wish.from.standing().unwrap_or(Standing::Error);
+    let transit = wish.change.transit(standing);
+    let request_id = origin.request_id.clone();
+    let state = State {
+        transit: transit.key(),
+        observed: None,
+    };
+    let prepared = engine.prepare(wish.change.kind(), id, &state, origin)?;
+    let (subject, now) = (id.to_owned(), app.now_us());
+    app.database()
+        .write(move |tx| {
+            let (id, prepared, wish) = (subject.clone(), prepared.clone(), wish.clone());
+            let request_id = request_id.clone();
+            Box::pin(async move {
+                let mut change = wish.columns;
+                change.state = Set(transit.key());
+                change.updated_at_us = Set(now);
+                if !server::turn(tx, &id, wish.from, change).await? {
+                    return Err(RequestError::Overtaken);
+                }
+                if wish.change == Change::HardReboot {
+                    // The way out of what hangs: whatever it was, it is not waited for any more.
+                    let others: Vec<&str> = kinds().collect();
+                    operation::cancel(tx, &id, &others, "the server is rebooted").await?;
+                }
+                let known = machine::change(tx, machine_id(&id)?, request_id, now, |wanted| {
+                    wish.change.apply(standing, wanted, wish.spec);
+                })
+                .await?;
+                if known.is_none_or(|machine| machine.host.is_none()) {
+                    return Err(RequestError::Overtaken);
+                }
+                prepared.insert(tx).await?;
+                Ok(())
+            })
+        })
+        .await?;
+    engine.wake(id);
+    Ok(())
+}
+
+pub struct ServerChange {
+    change: Change,
+    tools: Tools,
+}
+
+impl ServerChange {
+    pub(super) fn new(change: Change, tools: Tools) -> Self {
+        Self { change, tools }
+    }
+}
+
+#[async_trait]
+impl Kind for ServerChange {
+    fn name(&self) -> &'static str {
+        self.change.kind()
+    }
+
+    fn version(&self) -> i32 {
+        1
+    }
+
+    fn steps(&self) -> Vec<Arc<dyn Step>> {
+        vec![Arc::new(Settle(self.tools.clone()))]
+    }
+
+    async fn finish(
+        &self,
+        operation: &Operation,
+        outcome: &Outcome,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let state: State = operation.state()?;
+        let now = self.tools.clock.now_us();
+        turn(tx, &operation.subject, |row| {
+            // A later request (a hard reboot, a delete) has the last word.
+            if row.state().key() != state.transit {
+                return None;
+            }
+            match outcome {
+                Outcome::Done => settled(row, state.observed.as_ref(), now),
+                Outcome::Undone { reason } | Outcome::Parked { reason } => {
+                    Some(to_error(reason, Some(reason), now))
+                }
+            }
+        })
+        .await?;
+        Ok(())
+    }
+}
+
+fn settled(
+    row: &server::Model,
+    observed: Option<&Observed>,
+    now: i64,
+) -> Option<server::ActiveModel> {
+    let state = match observed {
+        Some(Observed::Running) => ServerState::Active,
+        Some(Observed::Paused) => ServerState::Paused,
+        Some(Observed::Stopped { .. }) => ServerState::Stopped,
+        Some(Observed::Failed { reason }) => return Some(to_error(reason, Some(reason), now)),
+        // Not seen any more by the time of the commit: as it was, until the reconciler says more.
+        _ => row.state().standing()?.settled(),
+    };
+    let mut change = to_state(state, now);
+    if matches!(row.state(), ServerState::Rebuilding(_)) && state == ServerState::Active {
+        change.launched_at_us = Set(Some(now));
+    }
+    Some(change)
+}
+
+/// Waits for the host.
+struct Settle(Tools);
+
+#[async_trait]
+impl Step for Settle {
+    fn name(&self) -> &'static str {
+        "settle"
+    }
+
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let server = machine_id(&operation.subject)?;
+        match self.0.machines.converge(server).await? {
+            Converged::Settled(report) => match report.observed {
+                Observed::Failed { reason } => Err(StepError::fail(reason)),
+                _ => Ok(Progress::Done),
+            },
+            Converged::NoOwner => Err(StepError::fail("the server has no host")),
+            Converged::Lost(lost) => Err(StepError::fail(format!(
+                "host {} was removed from the cloud",
+                lost.host
+            ))),
+            pending => Ok(pending.pending().unwrap_or(Progress::Done)),
+        }
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let mut state: State = operation.state()?;
+        state.observed = settle(&self.0, tx, &operation.subject).await?;
+        operation.set_state(&state)
+    }
+}

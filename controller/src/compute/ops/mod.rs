@@ -1,0 +1,120 @@
+//! Operations of compute: what a request wants is written with its operation in one transaction, and
+//! the operation's steps carry it out ([`crate::operation`]).
+//!
+//! Owns the kinds `server_*` and what the reconciler's observations mean for a server's state. Must
+//! never speak to an agent but through [`Machines`].
+
+pub mod boot;
+pub mod change;
+pub mod create;
+pub mod delete;
+mod observe;
+
+use std::sync::Arc;
+
+use sea_orm::ActiveValue::Set;
+use sea_orm::prelude::Uuid;
+use sea_orm::{DatabaseTransaction, DbErr};
+
+use super::model::state::ServerState;
+use super::store::server;
+use crate::clock::Clock;
+use crate::http::ApiError;
+use crate::operation::{Engine, Kinds, StepError};
+use crate::reconcile::Machines;
+
+pub use observe::ServerObserver;
+
+/// What compute needs of the controller beside the database: part of the App.
+#[derive(Clone)]
+pub struct Compute {
+    pub engine: Arc<Engine>,
+    pub machines: Machines,
+}
+
+/// What the kinds of operations work with.
+#[derive(Clone)]
+struct Tools {
+    machines: Machines,
+    clock: Arc<dyn Clock>,
+}
+
+/// Adds compute's kinds of operations.
+pub fn register(kinds: &mut Kinds, machines: &Machines, clock: &Arc<dyn Clock>) {
+    let tools = Tools {
+        machines: machines.clone(),
+        clock: Arc::clone(clock),
+    };
+    kinds.register(Arc::new(create::ServerCreate::new(tools.clone())));
+    kinds.register(Arc::new(delete::ServerDelete::new(tools.clone())));
+    for change in change::Change::ALL {
+        kinds.register(Arc::new(change::ServerChange::new(change, tools.clone())));
+    }
+}
+
+/// Why a request could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    #[error("the database")]
+    Database(#[from] DbErr),
+    #[error(transparent)]
+    Prepare(#[from] StepError),
+    /// Somebody else changed the server since it was read.
+    #[error("the server was changed by another request at the same time; look at it and try again")]
+    Overtaken,
+    #[error("{0}")]
+    OverQuota(String),
+}
+
+impl From<RequestError> for ApiError {
+    fn from(error: RequestError) -> Self {
+        match error {
+            RequestError::Overtaken => Self::conflict(error.to_string()),
+            RequestError::OverQuota(words) => Self::forbidden(words),
+            RequestError::Database(error) => error.into(),
+            RequestError::Prepare(error) => Self::internal(error),
+        }
+    }
+}
+
+/// The server's id as agents know it.
+fn machine_id(server: &str) -> Result<fractus_agent_api::machine::ServerId, StepError> {
+    Uuid::parse_str(server)
+        .map(fractus_agent_api::machine::ServerId)
+        .map_err(|error| StepError::fail(format!("server {server} has no UUID: {error}")))
+}
+
+/// A row's change to `state`, with what always goes with it.
+fn to_state(state: ServerState, now_us: i64) -> server::ActiveModel {
+    server::ActiveModel {
+        state: Set(state.key()),
+        updated_at_us: Set(now_us),
+        ..Default::default()
+    }
+}
+
+/// The server is ERROR, for `message`; `details` are for administrators.
+fn to_error(message: &str, details: Option<&str>, now_us: i64) -> server::ActiveModel {
+    server::ActiveModel {
+        fault_code: Set(Some(500)),
+        fault_message: Set(Some(message.chars().take(255).collect())),
+        fault_details: Set(details.map(str::to_owned)),
+        fault_at_us: Set(Some(now_us)),
+        ..to_state(ServerState::Error, now_us)
+    }
+}
+
+/// Turns the server from its present state by `decide`, which may leave it as it is.
+async fn turn(
+    tx: &DatabaseTransaction,
+    id: &str,
+    decide: impl FnOnce(&server::Model) -> Option<server::ActiveModel>,
+) -> Result<(), DbErr> {
+    let Some(row) = server::find(tx, id).await? else {
+        return Ok(());
+    };
+    let Some(change) = decide(&row) else {
+        return Ok(());
+    };
+    server::turn(tx, id, row.state(), change).await.map(|_| ())
+}

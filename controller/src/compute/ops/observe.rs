@@ -1,0 +1,80 @@
+//! What the reconciler sees, as a server's state.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use fractus_agent_api::machine::{ServerId, StopReason};
+use sea_orm::{DatabaseTransaction, DbErr};
+
+use super::{to_error, to_state, turn};
+use crate::clock::Clock;
+use crate::compute::model::state::ServerState;
+use crate::reconcile::Observer;
+
+/// Compute's ear at the reconciler.
+pub struct ServerObserver {
+    clock: Arc<dyn Clock>,
+}
+
+impl ServerObserver {
+    pub fn new(clock: Arc<dyn Clock>) -> Self {
+        Self { clock }
+    }
+}
+
+#[async_trait]
+impl Observer for ServerObserver {
+    /// A guest that powered itself off is SHUTOFF; one that was ended by a fault is ERROR, and says
+    /// which.
+    async fn stopped(
+        &self,
+        tx: &DatabaseTransaction,
+        server: ServerId,
+        reason: &StopReason,
+    ) -> Result<(), DbErr> {
+        let now = self.clock.now_us();
+        turn(tx, &server.to_string(), |row| {
+            if matches!(row.state(), ServerState::Deleting(_) | ServerState::Deleted) {
+                return None;
+            }
+            Some(match fault(reason) {
+                None => to_state(ServerState::Stopped, now),
+                Some((message, details)) => to_error(message, details, now),
+            })
+        })
+        .await
+    }
+
+    async fn failed(
+        &self,
+        tx: &DatabaseTransaction,
+        server: ServerId,
+        reason: &str,
+    ) -> Result<(), DbErr> {
+        let now = self.clock.now_us();
+        turn(tx, &server.to_string(), |row| {
+            let over = matches!(row.state(), ServerState::Deleting(_) | ServerState::Deleted);
+            (!over).then(|| to_error(reason, Some(reason), now))
+        })
+        .await
+    }
+}
+
+/// What a user is told, and what an administrator is told besides; none for an ordinary end.
+fn fault(reason: &StopReason) -> Option<(&'static str, Option<&str>)> {
+    match reason {
+        StopReason::Requested | StopReason::GuestPowerOff | StopReason::HostReboot => None,
+        StopReason::TripleFault => Some((
+            "The guest's processor faulted three times over; reboot the server hard",
+            None,
+        )),
+        StopReason::InternalError { detail } => Some((
+            "KVM could not go on with the guest; its registers are in the details",
+            Some(detail),
+        )),
+        StopReason::VmmFault { detail } => Some((
+            "The machine's process ended by a fault; its disks are whole, reboot the server hard",
+            Some(detail),
+        )),
+    }
+}
