@@ -8,6 +8,8 @@
 pub mod fleet;
 pub mod host;
 pub mod http;
+pub mod join;
+pub mod listener;
 pub mod simulated;
 
 use std::pin::Pin;

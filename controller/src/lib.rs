@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agents;
+pub mod cli;
 pub mod clock;
 pub mod compute;
 pub mod database;
@@ -18,3 +19,5 @@ pub mod policy;
 pub mod random;
 pub mod reconcile;
 pub mod scheduler;
+pub mod secret;
+pub mod tls;

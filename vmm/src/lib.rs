@@ -10,16 +10,21 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("fractus-vmm runs on x86-64 Linux only");
 
+pub mod board;
+pub mod boot;
 pub mod bus;
 pub mod config;
+pub mod cpu;
 pub mod device;
 pub mod eventfd;
 pub mod interrupt;
+pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod reactor;
 pub mod request;
+pub mod stream;
 pub mod thread;
 pub mod virtio;

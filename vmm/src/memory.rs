@@ -8,11 +8,11 @@
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -66,6 +66,12 @@ pub enum MemoryError {
     Bind { nodes: Vec<u32>, source: io::Error },
     #[error("reserve {bytes} bytes of huge pages: are enough of them free on these nodes?")]
     Reserve { bytes: u64, source: io::Error },
+    #[error("read {length} bytes from a file to guest memory at {guest:#x}")]
+    ReadFile {
+        length: u64,
+        guest: u64,
+        source: io::Error,
+    },
     #[error("give memory back to the host")]
     Discard { source: io::Error },
 }
@@ -80,16 +86,22 @@ impl GuestMemory {
             source,
         })?;
         let memory = GuestMemory::map(file, config)?;
-        if matches!(config.pages, PageSize::Huge2MiB | PageSize::Huge1GiB) {
-            // Without this the first touch of a page that is not there would be a SIGBUS.
-            rustix::fs::fallocate(&*memory.file, FallocateFlags::KEEP_SIZE, 0, bytes).map_err(
-                |source| MemoryError::Reserve {
-                    bytes,
-                    source: source.into(),
-                },
-            )?;
-        }
+        memory.reserve()?;
         Ok(memory)
+    }
+
+    /// Huge pages are taken at once: the first touch of one that is not there would be a SIGBUS.
+    fn reserve(&self) -> Result<(), MemoryError> {
+        if !matches!(self.pages, PageSize::Huge2MiB | PageSize::Huge1GiB) {
+            return Ok(());
+        }
+        let bytes = self.bytes;
+        rustix::fs::fallocate(&*self.file, FallocateFlags::KEEP_SIZE, 0, bytes).map_err(|source| {
+            MemoryError::Reserve {
+                bytes,
+                source: source.into(),
+            }
+        })
     }
 
     /// Maps memory that exists already; `file` has the size and page size of `config`.
@@ -148,6 +160,56 @@ impl GuestMemory {
         Arc::clone(&self.map)
     }
 
+    /// Reads `length` bytes of `file` from `offset` straight into guest memory, at most as many as the
+    /// file has; returns how many.
+    pub fn read_file(
+        &self,
+        file: &File,
+        offset: u64,
+        guest: u64,
+        length: u64,
+    ) -> Result<u64, MemoryError> {
+        let failed = |source| MemoryError::ReadFile {
+            length,
+            guest,
+            source,
+        };
+        let mut done = 0;
+        while done < length {
+            let left = usize::try_from(length - done).unwrap_or(usize::MAX);
+            let slice =
+                GuestMemoryBackend::get_slices(&*self.map, GuestAddress(guest + done), left)
+                    .next()
+                    .and_then(Result::ok)
+                    .ok_or_else(|| failed(io::ErrorKind::AddrNotAvailable.into()))?;
+            let target = slice.ptr_guard_mut();
+            // SAFETY: the slice is `slice.len()` bytes of guest memory, mapped and writable while
+            // `self` lives. The guest may see them change, and so may we: nothing is borrowed.
+            let read = unsafe {
+                libc::pread(
+                    file.as_fd().as_raw_fd(),
+                    target.as_ptr().cast(),
+                    slice.len(),
+                    (offset + done) as libc::off_t,
+                )
+            };
+            match read {
+                0 => break,
+                1.. => {
+                    slice.bitmap().mark_dirty(0, read as usize);
+                    done += read as u64;
+                }
+                _ => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(failed(error));
+                    }
+                }
+            }
+        }
+        Ok(done)
+    }
+
     /// All zeros again, and nothing of it in the host's memory. No vCPU runs, no device is active.
     pub fn clear(&self) -> Result<(), MemoryError> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -159,7 +221,7 @@ impl GuestMemory {
         for region in self.map.iter() {
             region.get_mmap().bitmap().set_addr_range(0, region.size());
         }
-        Ok(())
+        self.reserve()
     }
 }
 
@@ -243,7 +305,6 @@ fn prepare(
 #[cfg(test)]
 mod tests {
     use vm_memory::Bytes;
-    use vm_memory::bitmap::Bitmap;
 
     use super::*;
     use crate::layout::{HOLE_END, HOLE_START};

@@ -163,7 +163,9 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.shared.lock().remove(&self.token);
+        // Taken out under the lock and dropped without it: it may own other registrations.
+        let subscriber = self.shared.lock().remove(&self.token);
+        drop(subscriber);
         let _ = epoll::delete(&self.shared.epoll, &self.fd);
     }
 }
@@ -215,6 +217,10 @@ impl Drop for ReactorThread {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        // Subscribers own registrations, which own the map: the circle is cut here. They go when the
+        // lock is free, since each registration's end takes it.
+        let subscribers = std::mem::take(&mut *self.shared.lock());
+        drop(subscribers);
     }
 }
 

@@ -24,30 +24,30 @@ pub enum Request {
     /// The guest misused a device so that only stopping the machine is left, or a host resource
     /// failed for good.
     DeviceFault { device: String, detail: String },
-    /// From the vCPU threads.
+    /// A thread of the VMM panicked.
+    ThreadPanicked { thread: String, detail: String },
+    /// Every vCPU is about to enter KVM_RUN, for the first time since they were set going.
+    AllEntered,
+    /// A vCPU that cannot go on.
     Vcpu { index: u8, report: VcpuReport },
 }
 
 /// What became of a vCPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VcpuReport {
-    /// It is about to enter KVM_RUN, for the first time since it was started.
-    Entered,
     /// KVM_EXIT_SHUTDOWN.
     TripleFault,
     /// KVM cannot go on; registers in the text.
     InternalError { detail: String },
-    /// The thread panicked.
-    ThreadPanicked { detail: String },
 }
 
 impl Request {
     /// After it no vCPU should run another guest instruction until the owner decided.
     fn stops(&self) -> bool {
         match self {
-            Request::PowerOff | Request::Reset | Request::DeviceFault { .. } => true,
-            Request::Vcpu { report, .. } => *report != VcpuReport::Entered,
-            Request::Panicked { .. } | Request::WatchdogFired => false,
+            Request::PowerOff | Request::Reset | Request::Vcpu { .. } => true,
+            Request::DeviceFault { .. } | Request::ThreadPanicked { .. } => true,
+            Request::Panicked { .. } | Request::WatchdogFired | Request::AllEntered => false,
         }
     }
 }

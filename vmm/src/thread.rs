@@ -41,7 +41,7 @@ impl Threads {
     }
 
     /// Runs `setup` and then, behind the hook, `body` on what it returned. A panic in either becomes
-    /// [`Request::DeviceFault`] of the thread's name.
+    /// [`Request::ThreadPanicked`] of that name.
     pub fn spawn<S, B>(
         &self,
         kind: ThreadKind,
@@ -54,7 +54,7 @@ impl Threads {
     {
         let hook = self.hook.clone();
         let requests = self.requests.clone();
-        let device = name.to_owned();
+        let thread = name.to_owned();
         Builder::new()
             .name(name.to_owned())
             .stack_size(STACK)
@@ -67,8 +67,8 @@ impl Threads {
                     body(ready);
                 }));
                 if let Err(panic) = outcome {
-                    let detail = format!("thread panicked: {}", panic_text(&*panic));
-                    requests.send(Request::DeviceFault { device, detail });
+                    let detail = panic_text(&*panic).to_owned();
+                    requests.send(Request::ThreadPanicked { thread, detail });
                 }
             })
     }
@@ -119,13 +119,10 @@ mod tests {
             |()| panic!("out of luck"),
         );
         thread.unwrap().join().unwrap();
-        let detail = "thread panicked: out of luck".to_owned();
+        let (thread, detail) = ("disk0".to_owned(), "out of luck".to_owned());
         assert_eq!(
             receiver.try_next(),
-            Some(Request::DeviceFault {
-                device: "disk0".to_owned(),
-                detail
-            })
+            Some(Request::ThreadPanicked { thread, detail })
         );
     }
 }

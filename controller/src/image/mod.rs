@@ -17,13 +17,32 @@ pub mod store;
 #[cfg(test)]
 mod tests;
 
+use std::io;
 use std::sync::Arc;
+
+use bytes::Bytes;
+use fractus_agent_api::machine::{ImageFormat, ImageRef};
+use futures::stream::BoxStream;
+use uuid::Uuid;
 
 pub use api::routes;
 pub use blob::BlobStore;
+pub use model::{Image, Status};
 
 use crate::database::Database;
+use crate::http::{ApiError, Caller};
 use crate::image::store::StoreError;
+
+/// Why an image cannot be given to a machine.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unusable {
+    #[error("Image {0} is not active.")]
+    NotActive(String),
+    #[error("Image {id} has the format {format}; machines take raw and qcow2.")]
+    Format { id: String, format: String },
+    #[error("Image {id} claims to be {claimed}, and its content is not.")]
+    Claim { id: String, claimed: String },
+}
 
 /// What handlers of this service share.
 #[derive(Debug, Clone)]
@@ -37,6 +56,31 @@ impl Images {
         Self { database, blobs }
     }
 
+    /// The image if it exists for the caller, else 404 in glance's words.
+    pub async fn find(&self, caller: &Caller, id: &str) -> Result<Image, ApiError> {
+        Ok(store::find_visible(self.database.reader(), caller, id).await?)
+    }
+
+    /// The bytes of an image for an agent, whoever owns it: that a machine of the host uses it is the
+    /// caller's to check. `None` when there are none (any more).
+    pub async fn open(
+        &self,
+        id: Uuid,
+    ) -> Result<Option<(u64, BoxStream<'static, io::Result<Bytes>>)>, StoreError> {
+        let found = store::find(self.database.reader(), &id.to_string()).await?;
+        let Some(image) = found else { return Ok(None) };
+        let (Some(blob), Some(size)) = (&image.row.blob, image.row.size) else {
+            return Ok(None);
+        };
+        let size = size.unsigned_abs();
+        let stream = self
+            .blobs
+            .open(blob, 0..size)
+            .await
+            .map_err(StoreError::Blob)?;
+        Ok(Some((size, stream)))
+    }
+
     /// Mends what an earlier life of this controller left half-done: uploads that were cut off are
     /// queued again, and bytes that no image names are removed. Called before the first request.
     pub async fn recover(&self, now_us: i64) -> Result<(), StoreError> {
@@ -48,5 +92,42 @@ impl Images {
             }
         }
         Ok(())
+    }
+}
+
+impl Image {
+    /// What an agent needs to fetch the image and make a disk of it, or load it as a kernel.
+    pub fn to_ref(&self) -> Result<ImageRef, Unusable> {
+        let row = &self.row;
+        let not_active = || Unusable::NotActive(row.id.clone());
+        if self.status() != Some(Status::Active) {
+            return Err(not_active());
+        }
+        let claimed = row.disk_format.as_deref().unwrap_or("raw");
+        let content = row.content_format.as_deref().unwrap_or("raw");
+        let format = match (claimed, content) {
+            ("qcow2", "qcow2") => ImageFormat::Qcow2,
+            ("raw" | "iso" | "ami" | "aki" | "ari", "raw" | "iso") => ImageFormat::Raw,
+            ("qcow2", _) => {
+                return Err(Unusable::Claim {
+                    id: row.id.clone(),
+                    claimed: claimed.to_owned(),
+                });
+            }
+            _ => {
+                return Err(Unusable::Format {
+                    id: row.id.clone(),
+                    format: claimed.to_owned(),
+                });
+            }
+        };
+        let id = Uuid::parse_str(&row.id).map_err(|_| not_active())?;
+        let (size, blake3) = row.size.zip(row.blake3.clone()).ok_or_else(not_active)?;
+        Ok(ImageRef {
+            id,
+            size: size.unsigned_abs(),
+            blake3,
+            format,
+        })
     }
 }

@@ -4,20 +4,300 @@
 //! it. Devices and vCPUs send requests ([`crate::request`]); the owner calls [`Machine::next_event`]
 //! whenever [`Machine::event_fd`] is readable, which carries them out and says what happened.
 
-//! ```text
-//! Machine::build(MachineConfig, MachineFiles, Option<ThreadHook>) -> Result<Machine, BuildError>
-//!     all threads exist afterwards (each has run the hook), all descriptors and rings are open
-//! start(&mut self)   pause(&mut self)   resume(&mut self)   -> Result<(), MachineError>
-//! pause_guard(&mut self) -> Result<PauseGuard<'_>, MachineError>     resumes on drop
-//! press_power_button(&self)       stop(&mut self)       state(&self) -> RunState
-//! event_fd(&self) -> BorrowedFd<'_>   next_event(&mut self) -> Option<Event>
-//! wait_event(&mut self, timeout: Duration) -> Option<Event>
-//! ```
-//!
 //! It calls `virtio::attach(&MachineConfig, &MachineFiles, &Board) ->
 //! Result<Vec<Arc<dyn Device>>, DeviceError>` for all that stands behind PCI, duplicating what it
 //! keeps of the files: a reset does not attach again but calls `Device::reset`.
 
+mod build;
 mod event;
 
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::config::{MachineConfig, MachineFiles, WatchdogAction};
+use crate::cpu::{VcpuError, VcpuSet, VcpuSetError};
+use crate::device::{Board, Device, DeviceError};
+use crate::kvm::Vm;
+use crate::layout::Layout;
+use crate::memory::GuestMemory;
+use crate::reactor::ReactorThread;
+use crate::request::{Request, RequestReceiver, VcpuReport};
+use crate::thread::ThreadHook;
+
+pub use build::BuildError;
 pub use event::{Event, Registers, RunState, StopReason};
+
+/// One virtual machine of this process. Dropping it ends it.
+pub struct Machine {
+    // The order is that of dropping: who runs first, what they use last.
+    vcpus: VcpuSet,
+    _reactor: ReactorThread,
+    devices: Vec<Arc<dyn Device>>,
+    receiver: RequestReceiver,
+    state: RunState,
+    /// Events that are known and not told yet.
+    announced: VecDeque<Event>,
+    config: MachineConfig,
+    files: MachineFiles,
+    memory: GuestMemory,
+    layout: Layout,
+    _board: Board,
+    _vm: Arc<Vm>,
+}
+
+/// Why a machine could not be started, paused or resumed.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    #[error("the machine is {state:?}: it cannot be {action}")]
+    WrongState {
+        state: RunState,
+        action: &'static str,
+    },
+    #[error(transparent)]
+    Vcpus(#[from] VcpuSetError),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Memory(#[from] crate::memory::MemoryError),
+    #[error(transparent)]
+    Boot(#[from] crate::boot::BootError),
+}
+
+impl Machine {
+    /// Makes a machine, ready to start. Afterwards all its threads exist and have run `hook`, and all
+    /// descriptors and rings are open: the process can be locked down.
+    pub fn build(
+        config: MachineConfig,
+        files: MachineFiles,
+        hook: Option<ThreadHook>,
+    ) -> Result<Machine, BuildError> {
+        build::build(config, files, hook)
+    }
+
+    pub fn state(&self) -> RunState {
+        self.state
+    }
+
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Lets the guest run for the first time.
+    pub fn start(&mut self) -> Result<(), MachineError> {
+        self.expect(RunState::Ready, "started")?;
+        self.run()
+    }
+
+    /// Stops the guest where it is, devices and all; it knows nothing of it but the clock.
+    pub fn pause(&mut self) -> Result<(), MachineError> {
+        self.expect(RunState::Running, "paused")?;
+        self.rest()?;
+        self.state = RunState::Paused;
+        self.announced.push_back(Event::Paused);
+        Ok(())
+    }
+
+    /// Goes on after `pause`.
+    pub fn resume(&mut self) -> Result<(), MachineError> {
+        self.expect(RunState::Paused, "resumed")?;
+        self.run()
+    }
+
+    /// Pauses until the guard is dropped.
+    pub fn pause_guard(&mut self) -> Result<PauseGuard<'_>, MachineError> {
+        self.pause()?;
+        Ok(PauseGuard { machine: self })
+    }
+
+    /// Ends the machine; the guest is not asked.
+    pub fn stop(&mut self) {
+        self.end(StopReason::Requested);
+    }
+
+    /// Readable while `next_event` has something to do or to tell.
+    pub fn event_fd(&self) -> BorrowedFd<'_> {
+        self.receiver.as_fd()
+    }
+
+    /// Carries out what guest and devices have asked for, until there is an event to tell. Never
+    /// waits for the guest.
+    pub fn next_event(&mut self) -> Option<Event> {
+        loop {
+            if let Some(event) = self.announced.pop_front() {
+                return Some(event);
+            }
+            let request = self.receiver.try_next()?;
+            self.carry_out(request);
+        }
+    }
+
+    /// Like `next_event`, but waits for one up to `patience`.
+    pub fn wait_event(&mut self, patience: Duration) -> Option<Event> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(event) = self.next_event() {
+                return Some(event);
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            let left = Timespec::try_from(left).ok();
+            let mut fds = [PollFd::from_borrowed_fd(
+                self.receiver.as_fd(),
+                PollFlags::IN,
+            )];
+            // EINTR: look again.
+            let _ = poll(&mut fds, left.as_ref());
+        }
+    }
+
+    fn expect(&self, wanted: RunState, action: &'static str) -> Result<(), MachineError> {
+        match self.state == wanted {
+            true => Ok(()),
+            false => Err(MachineError::WrongState {
+                state: self.state,
+                action,
+            }),
+        }
+    }
+
+    fn run(&mut self) -> Result<(), MachineError> {
+        for device in &self.devices {
+            device.resume()?;
+        }
+        self.vcpus.run()?;
+        self.state = RunState::Running;
+        Ok(())
+    }
+
+    /// vCPUs first, then devices: nobody kicks a device that has come to rest.
+    fn rest(&mut self) -> Result<(), MachineError> {
+        self.vcpus.park()?;
+        for device in &self.devices {
+            device.pause()?;
+        }
+        Ok(())
+    }
+
+    fn carry_out(&mut self, request: Request) {
+        if self.state == RunState::Stopped {
+            return;
+        }
+        match request {
+            Request::AllEntered => self.announced.push_back(Event::Running),
+            Request::PowerOff => self.end(StopReason::GuestPowerOff),
+            Request::Reset => self.reset(),
+            Request::Panicked { crash_loaded } => {
+                self.announced.push_back(Event::Panicked { crash_loaded });
+            }
+            Request::WatchdogFired => self.watchdog_fired(),
+            Request::DeviceFault { device, detail } => {
+                self.end(StopReason::DeviceFault { device, detail });
+            }
+            Request::ThreadPanicked { thread, detail } => {
+                let detail = format!("thread {thread} panicked: {detail}");
+                self.end(StopReason::VmmFault { detail });
+            }
+            Request::Vcpu {
+                index: vcpu,
+                report: VcpuReport::TripleFault,
+            } => {
+                self.end(StopReason::TripleFault { vcpu });
+            }
+            Request::Vcpu {
+                index: vcpu,
+                report: VcpuReport::InternalError { detail },
+            } => {
+                self.end(StopReason::InternalError { vcpu, detail });
+            }
+        }
+    }
+
+    fn watchdog_fired(&mut self) {
+        self.announced.push_back(Event::WatchdogFired);
+        match self.config.watchdog.map(|watchdog| watchdog.action) {
+            Some(WatchdogAction::Reset) => self.reset(),
+            Some(WatchdogAction::PowerOff) => self.end(StopReason::Watchdog),
+            Some(WatchdogAction::Pause) if self.state == RunState::Running => {
+                if let Err(error) = self.pause() {
+                    self.end(StopReason::VmmFault {
+                        detail: error.to_string(),
+                    });
+                }
+            }
+            Some(WatchdogAction::Pause | WatchdogAction::None) | None => {}
+        }
+    }
+
+    /// Power-on again, in this process: the same threads, descriptors and rings.
+    fn reset(&mut self) {
+        match self.restart() {
+            Ok(()) => self.announced.push_back(Event::GuestReset),
+            Err(error) => {
+                let detail = format!("reset: {error}");
+                self.end(StopReason::VmmFault { detail });
+            }
+        }
+    }
+
+    fn restart(&mut self) -> Result<(), MachineError> {
+        let running = self.state == RunState::Running;
+        if running {
+            self.rest()?;
+        }
+        // Requests of the life that ends here are not for the next one.
+        while self.receiver.try_next().is_some() {}
+        self.receiver.clear_halt();
+        for device in &self.devices {
+            device.reset()?;
+        }
+        self.memory.clear()?;
+        let boot = build::load(&self.config, &self.files, &self.memory, &self.layout)?;
+        self.vcpus.power_on(boot)?;
+        if running { self.run() } else { Ok(()) }
+    }
+
+    fn end(&mut self, reason: StopReason) {
+        if self.state == RunState::Stopped {
+            return;
+        }
+        if let Err(error) = self.rest() {
+            tracing::error!(%error, "the machine did not come to rest at its end");
+        }
+        self.state = RunState::Stopped;
+        self.announced.push_back(Event::Stopped(reason));
+    }
+}
+
+/// A pause that ends itself: whatever goes wrong meanwhile, the guest runs on.
+pub struct PauseGuard<'a> {
+    machine: &'a mut Machine,
+}
+
+impl std::ops::Deref for PauseGuard<'_> {
+    type Target = Machine;
+
+    fn deref(&self) -> &Machine {
+        self.machine
+    }
+}
+
+impl Drop for PauseGuard<'_> {
+    fn drop(&mut self) {
+        if self.machine.state == RunState::Paused
+            && let Err(error) = self.machine.resume()
+        {
+            self.machine.end(StopReason::VmmFault {
+                detail: format!("resume: {error}"),
+            });
+        }
+    }
+}

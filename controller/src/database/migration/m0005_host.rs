@@ -55,6 +55,7 @@ fn join_token() -> TableCreateStatement {
         .col(big_integer("expires_at_us"))
         .col(big_integer_null("used_at_us"))
         .col(text_null("host_id"))
+        .col(text_null("key_hash"))
         .to_owned()
 }
 
@@ -64,6 +65,7 @@ fn authority() -> TableCreateStatement {
         .col(text("id").primary_key())
         .col(text("certificate"))
         .col(text("sealed_key"))
+        .col(boolean("signs"))
         .col(big_integer("created_at_us"))
         .col(big_integer_null("retired_at_us"))
         .to_owned()

@@ -1,0 +1,413 @@
+//! `fractus server`.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use clap::{Args, Subcommand};
+use http::Method;
+use serde_json::{Value, json};
+
+use super::console::{self, Attach};
+use super::flavor::FLAVOR;
+use super::image::IMAGE;
+use super::{Kind, object, pair, query_value, row, rows};
+use crate::cli::CliError;
+use crate::cli::output::{Output, Row};
+use crate::cli::session::{Service, Session};
+
+pub(super) const SERVER: Kind = Kind {
+    service: Service::Compute,
+    name: "server",
+    by_name: "/servers/detail?name={}",
+    key: "servers",
+    by_id: "/servers/{}",
+};
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Your servers
+    List {
+        /// Only those whose name matches (a regular expression)
+        #[arg(long)]
+        name: Option<String>,
+        /// Only those with this status, such as ACTIVE
+        #[arg(long)]
+        status: Option<String>,
+        /// Of every project (administrators)
+        #[arg(long)]
+        all_projects: bool,
+    },
+    /// One server
+    Show { server: String },
+    /// Make a server
+    Create(Box<Create>),
+    /// Delete servers, with their disks
+    Delete {
+        #[arg(required = true)]
+        servers: Vec<String>,
+        /// Also when it is locked or in the middle of something
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Start servers that are shut off
+    Start(Named),
+    /// Shut servers off
+    Stop(Named),
+    /// Restart servers
+    Reboot {
+        #[command(flatten)]
+        named: Named,
+        /// Without asking the guest first
+        #[arg(long)]
+        hard: bool,
+    },
+    /// Hold servers where they are
+    Pause(Named),
+    /// Let paused servers go on
+    Unpause(Named),
+    /// Keep servers from being changed
+    Lock(Named),
+    /// Let servers be changed again
+    Unlock(Named),
+    /// Make a server's root disk anew from an image
+    Rebuild {
+        server: String,
+        /// The server's own if not given
+        #[arg(long)]
+        image: Option<String>,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// What the server wrote to its serial console
+    Log {
+        server: String,
+        /// The last lines only
+        #[arg(long)]
+        lines: Option<u64>,
+    },
+    /// Attach this terminal to a server's serial console
+    Console(Attach),
+}
+
+#[derive(Debug, Args)]
+pub struct Named {
+    #[arg(required = true)]
+    servers: Vec<String>,
+    #[command(flatten)]
+    wait: Wait,
+}
+
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Wait {
+    /// Wait until it is done
+    #[arg(long)]
+    wait: bool,
+    /// Longest wait
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct Create {
+    name: String,
+    #[arg(long)]
+    flavor: String,
+    #[arg(long)]
+    image: String,
+    #[arg(long, value_name = "KEYPAIR")]
+    key_name: Option<String>,
+    /// File that the guest finds as its user data
+    #[arg(long, value_name = "FILE")]
+    user_data: Option<PathBuf>,
+    /// Metadata; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    property: Vec<(String, String)>,
+    /// none, auto, or a network's id
+    #[arg(long, default_value = "none")]
+    nic: String,
+    #[arg(long)]
+    availability_zone: Option<String>,
+    #[arg(long)]
+    description: Option<String>,
+    #[command(flatten)]
+    wait: Wait,
+}
+
+const COLUMNS: &[(&str, &str)] = &[
+    ("ID", "/id"),
+    ("Name", "/name"),
+    ("Status", "/status"),
+    ("Task", "/OS-EXT-STS:task_state"),
+    ("Image", "/image/id"),
+    ("Flavor", "/flavor/original_name"),
+];
+
+const FIELDS: &[(&str, &str)] = &[
+    ("id", "/id"),
+    ("name", "/name"),
+    ("status", "/status"),
+    ("task_state", "/OS-EXT-STS:task_state"),
+    ("vm_state", "/OS-EXT-STS:vm_state"),
+    ("power_state", "/OS-EXT-STS:power_state"),
+    ("fault", "/fault/message"),
+    ("host", "/OS-EXT-SRV-ATTR:host"),
+    ("availability_zone", "/OS-EXT-AZ:availability_zone"),
+    ("image", "/image/id"),
+    ("flavor", "/flavor"),
+    ("key_name", "/key_name"),
+    ("locked", "/locked"),
+    ("description", "/description"),
+    ("properties", "/metadata"),
+    ("project_id", "/tenant_id"),
+    ("user_id", "/user_id"),
+    ("created", "/created"),
+    ("updated", "/updated"),
+    ("launched_at", "/OS-SRV-USG:launched_at"),
+];
+
+pub async fn execute(command: Command, session: &Session, output: &Output) -> Result<(), CliError> {
+    let act = |named: Named, action: Value, wanted: Option<&'static str>| async move {
+        actions(&named, &action, wanted, session, output).await
+    };
+    match command {
+        Command::List {
+            name,
+            status,
+            all_projects,
+        } => list(name, status, all_projects, session, output).await,
+        Command::Show { server } => {
+            show(&SERVER.id(session, &server).await?, session, output).await
+        }
+        Command::Create(create) => create.execute(session, output).await,
+        Command::Delete {
+            servers,
+            force,
+            wait,
+        } => delete(&servers, force, wait, session, output).await,
+        Command::Start(named) => act(named, json!({"os-start": null}), Some("ACTIVE")).await,
+        Command::Stop(named) => act(named, json!({"os-stop": null}), Some("SHUTOFF")).await,
+        Command::Reboot { named, hard } => {
+            let kind = if hard { "HARD" } else { "SOFT" };
+            act(named, json!({"reboot": {"type": kind}}), Some("ACTIVE")).await
+        }
+        Command::Pause(named) => act(named, json!({"pause": null}), Some("PAUSED")).await,
+        Command::Unpause(named) => act(named, json!({"unpause": null}), Some("ACTIVE")).await,
+        Command::Lock(named) => act(named, json!({"lock": null}), None).await,
+        Command::Unlock(named) => act(named, json!({"unlock": null}), None).await,
+        Command::Rebuild {
+            server,
+            image,
+            wait,
+        } => {
+            let server = SERVER.find(session, &server).await?;
+            let image = match image {
+                Some(image) => IMAGE.id(session, &image).await?,
+                None => server["image"]["id"]
+                    .as_str()
+                    .unwrap_or_default()
+                    .to_owned(),
+            };
+            let named = Named {
+                servers: vec![server["id"].as_str().unwrap_or_default().to_owned()],
+                wait,
+            };
+            act(
+                named,
+                json!({"rebuild": {"imageRef": image}}),
+                Some("ACTIVE"),
+            )
+            .await
+        }
+        Command::Log { server, lines } => console::log(&server, lines, session, output).await,
+        Command::Console(attach) => console::attach(attach, session, output).await,
+    }
+}
+
+async fn list(
+    name: Option<String>,
+    status: Option<String>,
+    all_projects: bool,
+    session: &Session,
+    output: &Output,
+) -> Result<(), CliError> {
+    let mut query: Vec<String> = Vec::new();
+    query.extend(name.map(|name| format!("name={}", query_value(&name))));
+    query.extend(status.map(|status| format!("status={}", query_value(&status))));
+    query.extend(all_projects.then(|| "all_tenants=1".to_owned()));
+    let path = format!("/servers/detail?{}", query.join("&"));
+    let servers = session
+        .list(Service::Compute, path.trim_end_matches('?'), "servers")
+        .await?;
+    let (header, rows) = rows(&servers, COLUMNS);
+    output.rows(&header, rows)
+}
+
+fn fields(server: &Value) -> Row {
+    row(server, FIELDS)
+        .into_iter()
+        .filter(|(name, value)| *name != "fault" || !value.is_null())
+        .map(|(name, value)| match (name, value.as_u64()) {
+            ("power_state", Some(1)) => (name, json!("Running")),
+            ("power_state", Some(3)) => (name, json!("Paused")),
+            ("power_state", Some(4)) => (name, json!("Shutdown")),
+            ("power_state", Some(6)) => (name, json!("Crashed")),
+            ("power_state", Some(0)) => (name, json!("NOSTATE")),
+            _ => (name, value),
+        })
+        .collect()
+}
+
+async fn show(id: &str, session: &Session, output: &Output) -> Result<(), CliError> {
+    let server = session
+        .get(Service::Compute, &format!("/servers/{id}"))
+        .await?;
+    output.fields(fields(&server["server"]))
+}
+
+impl Create {
+    async fn execute(self, session: &Session, output: &Output) -> Result<(), CliError> {
+        let mut server = json!({
+            "name": self.name,
+            "flavorRef": FLAVOR.id(session, &self.flavor).await?,
+            "imageRef": IMAGE.id(session, &self.image).await?,
+            "networks": match self.nic.as_str() {
+                word @ ("none" | "auto") => json!(word),
+                network => json!([{"uuid": network}]),
+            },
+        });
+        if let Some(path) = &self.user_data {
+            let data = std::fs::read(path).map_err(|error| CliError::File {
+                path: path.clone(),
+                error,
+            })?;
+            server["user_data"] = json!(STANDARD.encode(data));
+        }
+        let optional = [
+            ("key_name", &self.key_name),
+            ("availability_zone", &self.availability_zone),
+            ("description", &self.description),
+        ];
+        for (name, value) in optional {
+            if let Some(value) = value {
+                server[name] = json!(value);
+            }
+        }
+        if !self.property.is_empty() {
+            server["metadata"] = object(&self.property);
+        }
+        let body = Some(json!({ "server": server }));
+        let made = session
+            .call(Service::Compute, Method::POST, "/servers", body)
+            .await?;
+        let id = made["server"]["id"].as_str().unwrap_or_default().to_owned();
+        if self.wait.wait {
+            until(&id, "ACTIVE", self.wait.timeout, session, output).await?;
+        }
+        show(&id, session, output).await
+    }
+}
+
+async fn actions(
+    named: &Named,
+    action: &Value,
+    wanted: Option<&str>,
+    session: &Session,
+    output: &Output,
+) -> Result<(), CliError> {
+    for server in &named.servers {
+        let id = SERVER.id(session, server).await?;
+        let path = format!("/servers/{id}/action");
+        session
+            .call(Service::Compute, Method::POST, &path, Some(action.clone()))
+            .await?;
+        if let Some(wanted) = wanted.filter(|_| named.wait.wait) {
+            until(&id, wanted, named.wait.timeout, session, output).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn delete(
+    servers: &[String],
+    force: bool,
+    wait: Wait,
+    session: &Session,
+    output: &Output,
+) -> Result<(), CliError> {
+    let mut ids = Vec::new();
+    for server in servers {
+        let id = SERVER.id(session, server).await?;
+        let path = format!("/servers/{id}");
+        if force {
+            let body = Some(json!({"forceDelete": null}));
+            let path = format!("{path}/action");
+            session
+                .call(Service::Compute, Method::POST, &path, body)
+                .await?;
+        } else {
+            session
+                .call(Service::Compute, Method::DELETE, &path, None)
+                .await?;
+        }
+        ids.push(id);
+    }
+    for id in ids.iter().filter(|_| wait.wait) {
+        until(id, "DELETED", wait.timeout, session, output).await?;
+    }
+    Ok(())
+}
+
+/// Looks until the server has the status and nothing is under way; `DELETED` is when it is gone.
+async fn until(
+    id: &str,
+    wanted: &str,
+    seconds: u64,
+    session: &Session,
+    output: &Output,
+) -> Result<(), CliError> {
+    let spinner = output.spinner(&format!("waiting for {id} to be {wanted}"));
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let mut pause = Duration::from_millis(20);
+    loop {
+        let server = match session
+            .get(Service::Compute, &format!("/servers/{id}"))
+            .await
+        {
+            Err(CliError::Refused { status: 404, .. }) if wanted == "DELETED" => break,
+            other => other?,
+        };
+        let server = &server["server"];
+        let status = server["status"].as_str().unwrap_or_default();
+        if status == wanted && server["OS-EXT-STS:task_state"].is_null() {
+            break;
+        }
+        if status == "ERROR" && wanted != "DELETED" {
+            spinner.finish_and_clear();
+            let reason = server["fault"]["message"]
+                .as_str()
+                .unwrap_or("no reason is given");
+            return Err(CliError::Errored {
+                what: id.to_owned(),
+                reason: reason.to_owned(),
+            });
+        }
+        if Instant::now() >= end {
+            spinner.finish_and_clear();
+            let (wanted, last) = (wanted.to_owned(), status.to_owned());
+            return Err(CliError::Timeout {
+                what: id.to_owned(),
+                wanted,
+                last,
+                seconds,
+            });
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 3 / 2).min(Duration::from_secs(1));
+    }
+    spinner.finish_and_clear();
+    Ok(())
+}

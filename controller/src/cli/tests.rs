@@ -1,0 +1,382 @@
+//! The client against a small cloud of its own: real HTTP on a free port, canned answers.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use clap::{CommandFactory, Parser};
+use http::{HeaderMap, Method, StatusCode, Uri};
+use serde_json::{Value, json};
+
+use super::arguments::{Arguments, CloudArguments};
+use super::config::{self, Config, Environment};
+use super::output::Output;
+use super::session::{Service, Session};
+use super::{CliError, commands};
+
+/// What was asked of the cloud: method, path with query, microversion, body.
+type Asked = Vec<(String, String, String, Value)>;
+
+#[derive(Clone, Default)]
+struct Cloud {
+    url: String,
+    asked: Arc<Mutex<Asked>>,
+    /// `METHOD path` to status and body.
+    answers: Arc<Mutex<BTreeMap<String, (u16, Value)>>>,
+}
+
+impl Cloud {
+    async fn start(answers: &[(&str, u16, Value)]) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let answers = answers
+            .iter()
+            .map(|(request, status, body)| ((*request).to_owned(), (*status, body.clone())))
+            .collect();
+        let cloud = Self {
+            url,
+            answers: Arc::new(Mutex::new(answers)),
+            ..Self::default()
+        };
+        let router = Router::new().fallback(answer).with_state(cloud.clone());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        cloud
+    }
+
+    fn config(&self) -> Config {
+        let variables = [
+            ("OS_AUTH_URL", format!("{}/identity", self.url)),
+            ("OS_USERNAME", "admin".to_owned()),
+            ("OS_PASSWORD", "secret".to_owned()),
+            ("OS_PROJECT_NAME", "admin".to_owned()),
+        ];
+        let variables = variables
+            .map(|(name, value)| (name.to_owned(), value))
+            .into();
+        let environment = Environment {
+            variables,
+            folders: Vec::new(),
+        };
+        config::load(&CloudArguments::default(), &environment).unwrap()
+    }
+
+    /// Runs a command line, without `fractus` itself.
+    async fn run(&self, line: &[&str]) -> Result<(), CliError> {
+        let arguments =
+            Arguments::try_parse_from(["fractus"].iter().chain(line)).expect("a good command line");
+        let output = Output::new(&arguments.output);
+        let session = Session::new(self.config())?;
+        commands::execute(arguments.command, &session, &output).await
+    }
+
+    fn asked(&self) -> Asked {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+async fn answer(
+    State(cloud): State<Cloud>,
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let path = uri.path_and_query().unwrap().to_string();
+    let version = headers
+        .get("openstack-api-version")
+        .map(|value| value.to_str().unwrap());
+    let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
+    let version = version.unwrap_or_default().to_owned();
+    cloud
+        .asked
+        .lock()
+        .unwrap()
+        .push((method.to_string(), path.clone(), version, body));
+    let url = &cloud.url;
+    let endpoint = |path: &str| json!([{"interface": "public", "region": "RegionOne", "url": format!("{url}{path}")}]);
+    if path == "/identity/v3/auth/tokens" {
+        let catalog = json!([
+            {"type": "compute", "name": "nova", "endpoints": endpoint("/compute/v2.1")},
+            {"type": "image", "name": "glance", "endpoints": endpoint("/image")}]);
+        let token =
+            json!({"token": {"expires_at": "2030-01-01T00:00:00.000000Z", "catalog": catalog}});
+        return (
+            StatusCode::CREATED,
+            [("x-subject-token", "TOKEN")],
+            axum::Json(token),
+        )
+            .into_response();
+    }
+    if path == "/compute/v2.1/" {
+        let version = json!({"version": {"min_version": "2.1", "version": "2.79"}});
+        return axum::Json(version).into_response();
+    }
+    if headers
+        .get("x-auth-token")
+        .is_none_or(|token| token != "TOKEN")
+    {
+        return StatusCode::UNAUTHORIZED.into_response();
+    }
+    let known = cloud
+        .answers
+        .lock()
+        .unwrap()
+        .get(&format!("{method} {path}"))
+        .cloned();
+    let (status, body) = known.unwrap_or((
+        404,
+        json!({"itemNotFound": {"code": 404, "message": format!("no {path}")}}),
+    ));
+    let status = StatusCode::from_u16(status).unwrap();
+    if body.is_null() {
+        status.into_response()
+    } else {
+        (
+            status,
+            [("x-openstack-request-id", "req-1")],
+            axum::Json(body),
+        )
+            .into_response()
+    }
+}
+
+#[test]
+fn the_command_line_is_consistent() {
+    Arguments::command().debug_assert();
+}
+
+#[tokio::test]
+async fn issuing_a_token_is_one_request_with_the_whole_login() {
+    let cloud = Cloud::start(&[]).await;
+    cloud.run(&["token", "issue"]).await.unwrap();
+    let asked = cloud.asked();
+    assert_eq!(asked.len(), 1);
+    let auth = &asked[0].3["auth"];
+    assert_eq!(auth["identity"]["methods"], json!(["password"]));
+    assert_eq!(
+        auth["identity"]["password"]["user"]["domain"],
+        json!({"id": "default"})
+    );
+    assert_eq!(auth["scope"]["project"]["name"], "admin");
+}
+
+#[tokio::test]
+async fn a_server_is_made_by_names_at_the_negotiated_microversion() {
+    let named = |key: &str, id: &str| json!({key: [{"id": id, "name": "small"}]});
+    let active = json!({"server": {"id": "S", "status": "ACTIVE", "OS-EXT-STS:task_state": null}});
+    let cloud = Cloud::start(&[
+        (
+            "GET /compute/v2.1/flavors?is_public=None",
+            200,
+            named("flavors", "F"),
+        ),
+        ("GET /image/v2/images?name=small", 200, named("images", "I")),
+        (
+            "POST /compute/v2.1/servers",
+            202,
+            json!({"server": {"id": "S"}}),
+        ),
+        ("GET /compute/v2.1/servers/S", 200, active),
+    ])
+    .await;
+    cloud
+        .run(&[
+            "server", "create", "web", "--flavor", "small", "--image", "small", "--wait",
+        ])
+        .await
+        .unwrap();
+    let asked = cloud.asked();
+    let (_, _, version, body) = asked
+        .iter()
+        .find(|(method, path, ..)| method == "POST" && path.ends_with("/servers"))
+        .unwrap();
+    assert_eq!(version, "compute 2.79");
+    let wanted = json!({"name": "web", "flavorRef": "F", "imageRef": "I", "networks": "none"});
+    assert_eq!(body["server"], wanted);
+}
+
+#[tokio::test]
+async fn waiting_for_a_server_that_fails_says_why() {
+    let failed = json!({"server": {"id": "S", "status": "ERROR", "OS-EXT-STS:task_state": null,
+        "fault": {"message": "No valid host was found."}}});
+    let cloud = Cloud::start(&[
+        (
+            "GET /compute/v2.1/servers/detail?name=web",
+            200,
+            json!({"servers": [{"id": "S", "name": "web"}]}),
+        ),
+        ("POST /compute/v2.1/servers/S/action", 202, Value::Null),
+        ("GET /compute/v2.1/servers/S", 200, failed),
+    ])
+    .await;
+    let error = cloud
+        .run(&["server", "start", "web", "--wait"])
+        .await
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("No valid host was found."),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn what_is_not_there_and_what_is_there_twice_are_told_apart() {
+    let twice = json!({"servers": [{"id": "A", "name": "web"}, {"id": "B", "name": "web"}]});
+    let cloud = Cloud::start(&[
+        ("GET /compute/v2.1/servers/detail?name=web", 200, twice),
+        (
+            "GET /compute/v2.1/servers/detail?name=no",
+            200,
+            json!({"servers": []}),
+        ),
+    ])
+    .await;
+    let error = cloud.run(&["server", "show", "web"]).await.unwrap_err();
+    assert!(
+        matches!(&error, CliError::Ambiguous { ids, .. } if ids == &["A", "B"]),
+        "{error}"
+    );
+    let error = cloud.run(&["server", "show", "no"]).await.unwrap_err();
+    assert!(
+        matches!(error, CliError::NotFound { kind: "server", .. }),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_refusal_carries_message_request_id_and_code() {
+    let conflict = json!({"conflictingRequest": {"code": 409, "message": "it is locked"}});
+    let cloud = Cloud::start(&[
+        (
+            "GET /compute/v2.1/servers/detail?name=web",
+            200,
+            json!({"servers": [{"id": "S", "name": "web"}]}),
+        ),
+        ("POST /compute/v2.1/servers/S/action", 409, conflict),
+    ])
+    .await;
+    let error = cloud.run(&["server", "stop", "web"]).await.unwrap_err();
+    assert_eq!(error.to_string(), "it is locked");
+    assert_eq!(
+        format!("{:?}", error.exit_code()),
+        format!("{:?}", std::process::ExitCode::from(5))
+    );
+    let help = miette::Diagnostic::help(&error).unwrap().to_string();
+    assert!(help.contains("req-1"), "{help}");
+}
+
+#[tokio::test]
+async fn lists_follow_their_pages() {
+    let next = json!({"flavors": [{"id": "1"}], "flavors_links": [
+        {"rel": "next", "href": "http://elsewhere/flavors/detail?marker=1"}]});
+    let cloud = Cloud::start(&[
+        ("GET /compute/v2.1/flavors/detail", 200, next),
+        (
+            "GET /compute/v2.1/flavors/detail?marker=1",
+            200,
+            json!({"flavors": [{"id": "2"}]}),
+        ),
+    ])
+    .await;
+    let session = Session::new(cloud.config()).unwrap();
+    let all = session
+        .list(Service::Compute, "/flavors/detail", "flavors")
+        .await
+        .unwrap();
+    assert_eq!(all.len(), 2);
+}
+
+#[tokio::test]
+async fn a_cloud_that_is_not_there_is_said_to_be_unreachable() {
+    let cloud = Cloud::start(&[]).await;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let nobody = format!("http://{}/identity/v3", listener.local_addr().unwrap());
+    drop(listener);
+    let session = Session::new(Config {
+        auth_url: nobody,
+        ..cloud.config()
+    })
+    .unwrap();
+    let error = session.token().await.unwrap_err();
+    assert!(matches!(error, CliError::Unreachable { .. }), "{error}");
+}
+
+fn environment(folder: &std::path::Path, variables: &[(&str, &str)]) -> Environment {
+    let variables = variables
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+        .collect();
+    Environment {
+        variables,
+        folders: vec![folder.to_owned()],
+    }
+}
+
+#[test]
+fn clouds_yaml_secure_yaml_variables_and_flags_are_laid_over_each_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let clouds = "clouds:\n  home:\n    region_name: R1\n    verify: false\n    auth:\n      auth_url: http://a/identity\n      username: u\n      project_name: p\n      user_domain_name: D\n";
+    std::fs::write(folder.path().join("clouds.yaml"), clouds).unwrap();
+    let secure = "clouds:\n  home:\n    auth:\n      password: hidden\n";
+    std::fs::write(folder.path().join("secure.yaml"), secure).unwrap();
+    let environment = environment(
+        folder.path(),
+        &[("OS_CLOUD", "home"), ("OS_PROJECT_NAME", "q")],
+    );
+    let flags = CloudArguments {
+        os_username: Some("v".into()),
+        ..CloudArguments::default()
+    };
+    let config = config::load(&flags, &environment).unwrap();
+    assert_eq!(config.auth_url, "http://a/identity/v3");
+    assert_eq!(
+        (config.region.as_deref(), config.verify),
+        (Some("R1"), false)
+    );
+    let user = &config.login.0["identity"]["password"]["user"];
+    assert_eq!(
+        *user,
+        json!({"name": "v", "domain": {"name": "D"}, "password": "hidden"})
+    );
+    assert_eq!(config.login.0["scope"]["project"]["name"], "q");
+}
+
+#[test]
+fn tokens_and_application_credentials_log_in_too() {
+    let nowhere = std::path::Path::new("/nonexistent");
+    let login = |variables: &[(&str, &str)]| {
+        let mut all = vec![("OS_AUTH_URL", "http://a/identity/v3/")];
+        all.extend(variables);
+        config::load(&CloudArguments::default(), &environment(nowhere, &all))
+            .unwrap()
+            .login
+            .0
+    };
+    let token = login(&[("OS_TOKEN", "T"), ("OS_PROJECT_ID", "P")]);
+    assert_eq!(token["identity"]["token"]["id"], "T");
+    assert_eq!(token["scope"]["project"]["id"], "P");
+    let credential = login(&[
+        ("OS_APPLICATION_CREDENTIAL_ID", "C"),
+        ("OS_APPLICATION_CREDENTIAL_SECRET", "S"),
+        ("OS_PROJECT_ID", "P"),
+    ]);
+    let wanted = json!({"id": "C", "secret": "S"});
+    assert_eq!(credential["identity"]["application_credential"], wanted);
+    assert!(
+        credential.get("scope").is_none(),
+        "a credential brings its own project"
+    );
+}
+
+#[test]
+fn without_a_cloud_the_error_says_what_to_set() {
+    let nowhere = environment(std::path::Path::new("/nonexistent"), &[]);
+    let error = config::load(&CloudArguments::default(), &nowhere).unwrap_err();
+    assert!(matches!(error, CliError::NoCloud));
+    let named = environment(std::path::Path::new("/nonexistent"), &[("OS_CLOUD", "x")]);
+    let error = config::load(&CloudArguments::default(), &named).unwrap_err();
+    assert!(matches!(error, CliError::UnknownCloud { .. }), "{error}");
+}

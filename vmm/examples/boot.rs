@@ -1,0 +1,67 @@
+//! Boots a kernel with its serial line on standard output, for work on the VMM:
+//! `boot KERNEL [--memory MIB] [--cpus N] [--initrd FILE] [--disk FILE]... [--command-line TEXT]`.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use fractus_vmm::config::{ConsoleFiles, DiskConfig, MachineConfig, MachineFiles};
+use fractus_vmm::machine::{Event, Machine};
+
+fn main() -> anyhow::Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let kernel = arguments.next().context("which kernel?")?;
+    let mut config = MachineConfig::minimal(256 << 20);
+    let mut files = MachineFiles {
+        kvm: OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")?
+            .into(),
+        kernel: File::open(kernel)?,
+        initrd: None,
+        disks: Vec::new(),
+        serial: ConsoleFiles {
+            output: Some(std::io::stdout().as_fd().try_clone_to_owned()?),
+            input: Some(std::io::stdin().as_fd().try_clone_to_owned()?),
+        },
+        console_ports: Vec::new(),
+    };
+    while let Some(option) = arguments.next() {
+        let value = arguments
+            .next()
+            .with_context(|| format!("{option} wants a value"))?;
+        match option.as_str() {
+            "--memory" => config.memory.bytes = value.parse::<u64>()? << 20,
+            "--cpus" => config.cpus.count = value.parse()?,
+            "--initrd" => files.initrd = Some(File::open(value)?),
+            "--command-line" => config.command_line = value,
+            "--disk" => {
+                files
+                    .disks
+                    .push(OpenOptions::new().read(true).write(true).open(value)?);
+                config.disks.push(DiskConfig {
+                    read_only: false,
+                    serial_number: format!("disk{}", files.disks.len()),
+                    direct: false,
+                    limit: None,
+                    queues: 1,
+                });
+            }
+            _ => bail!("unknown option {option}"),
+        }
+    }
+    let mut machine = Machine::build(config, files, None)?;
+    machine.start()?;
+    loop {
+        match machine.wait_event(Duration::from_secs(3600)) {
+            Some(Event::Stopped(reason)) => {
+                eprintln!("\n[{reason}]");
+                return Ok(());
+            }
+            Some(event) => eprintln!("\n[{event:?}]"),
+            None => {}
+        }
+    }
+}

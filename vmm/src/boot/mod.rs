@@ -1,0 +1,247 @@
+//! Loads a kernel: PVH ELF or Linux bzImage, with initrd and command line, into guest memory.
+//!
+//! Kernel files come from users: [`parse_kernel`] believes nothing in them, reads little, allocates
+//! little, and answers with a typed error. What is loaded goes from the file into guest memory without
+//! a copy in between.
+
+mod bzimage;
+mod elf;
+mod linux64;
+mod map;
+mod pvh;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::cpu::BootRegisters;
+use crate::layout::{COMMAND_LINE, HIGH_MEMORY, Layout};
+use crate::memory::{GuestMemory, MemoryError};
+
+pub use bzimage::BzImage;
+pub use elf::{ElfKernel, Segment};
+
+/// Something that can be read at any place; short at its end.
+pub trait Source {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Bytes.
+    fn size(&self) -> io::Result<u64>;
+}
+
+impl Source for File {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        FileExt::read_at(self, buffer, offset)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+}
+
+impl Source for [u8] {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let left = self.get(start..).unwrap_or_default();
+        let length = left.len().min(buffer.len());
+        for (to, from) in buffer.iter_mut().zip(left) {
+            *to = *from;
+        }
+        Ok(length)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.len() as u64)
+    }
+}
+
+/// A kernel that was understood.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kernel {
+    Elf(ElfKernel),
+    BzImage(BzImage),
+}
+
+/// Why a file cannot be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    #[error("read the kernel file")]
+    Read(#[from] io::Error),
+    #[error("neither an ELF file nor a Linux bzImage")]
+    UnknownFormat,
+    #[error("the kernel file ends within {what}")]
+    Truncated { what: &'static str },
+    #[error("ELF: {problem}")]
+    Elf { problem: &'static str },
+    #[error(
+        "ELF without a PVH entry note (XEN_ELFNOTE_PHYS32_ENTRY); Linux needs CONFIG_PVH, or boot \
+         its bzImage instead"
+    )]
+    NoPvhEntry,
+    #[error("bzImage: {problem}")]
+    BzImage { problem: &'static str },
+}
+
+/// Why a kernel that was understood does not fit into this machine.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error("the kernel wants {start:#x} to {end:#x}, which is not free memory of this machine")]
+    DoesNotFit { start: u64, end: u64 },
+    #[error("the initrd of {size} bytes does not fit behind the kernel: more memory is needed")]
+    InitrdDoesNotFit { size: u64 },
+    #[error("the command line has {length} bytes, this kernel takes {limit}")]
+    CommandLine { length: usize, limit: usize },
+    #[error("read the initrd file")]
+    Initrd(#[source] io::Error),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("write boot data to guest memory")]
+    Write(#[from] vm_memory::GuestMemoryError),
+}
+
+/// Tells what a kernel file is. Safe on any bytes.
+pub fn parse_kernel<S: Source + ?Sized>(source: &S) -> Result<Kernel, KernelError> {
+    let mut magic = [0; 4];
+    read_exact(source, 0, &mut magic, "its first bytes")?;
+    if magic == *b"\x7fELF" {
+        return elf::parse(source).map(Kernel::Elf);
+    }
+    bzimage::parse(source).map(Kernel::BzImage)
+}
+
+/// What a machine boots.
+pub struct Boot<'a> {
+    pub kernel: &'a File,
+    pub initrd: Option<&'a File>,
+    pub command_line: &'a str,
+    /// Guest address of the ACPI root pointer.
+    pub rsdp: u64,
+}
+
+/// Where an initrd was put.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Initrd {
+    pub address: u64,
+    pub size: u64,
+}
+
+/// Loads all of it; memory is zero. Returns how the first vCPU begins.
+pub fn load(
+    boot: &Boot<'_>,
+    memory: &GuestMemory,
+    layout: &Layout,
+) -> Result<BootRegisters, BootError> {
+    let kernel = parse_kernel(boot.kernel)?;
+    let end = match &kernel {
+        Kernel::Elf(elf) => elf::load(elf, boot.kernel, memory, layout)?,
+        Kernel::BzImage(image) => bzimage::load(image, boot.kernel, memory, layout)?,
+    };
+    let limit = match &kernel {
+        Kernel::Elf(_) => crate::layout::COMMAND_LINE_MAX - 1,
+        Kernel::BzImage(image) => image.command_line_limit(),
+    };
+    let length = boot.command_line.len();
+    if length > limit {
+        return Err(BootError::CommandLine { length, limit });
+    }
+    // Memory is zero: the terminating NUL is there.
+    memory.write_slice(boot.command_line.as_bytes(), GuestAddress(COMMAND_LINE))?;
+    let initrd = match boot.initrd {
+        Some(file) => {
+            let limit = match &kernel {
+                Kernel::Elf(_) => u64::from(u32::MAX),
+                Kernel::BzImage(image) => image.initrd_limit(),
+            };
+            Some(load_initrd(file, end, limit, memory, layout)?)
+        }
+        None => None,
+    };
+    match kernel {
+        Kernel::Elf(elf) => pvh::start(&elf, boot, initrd, memory, layout),
+        Kernel::BzImage(image) => linux64::start(&image, boot, initrd, memory, layout),
+    }
+}
+
+/// Puts the initrd as high as it goes below `limit` (last usable address), above the kernel's end.
+fn load_initrd(
+    file: &File,
+    kernel_end: u64,
+    limit: u64,
+    memory: &GuestMemory,
+    layout: &Layout,
+) -> Result<Initrd, BootError> {
+    let size = Source::size(file).map_err(BootError::Initrd)?;
+    let top = layout.low.end().min(limit.saturating_add(1));
+    let address = top.checked_sub(size).map(|address| address & !0xfff);
+    let address = address
+        .filter(|address| *address >= kernel_end.max(HIGH_MEMORY))
+        .ok_or(BootError::InitrdDoesNotFit { size })?;
+    let read = memory.read_file(file, 0, address, size)?;
+    if read != size {
+        return Err(BootError::Initrd(io::ErrorKind::UnexpectedEof.into()));
+    }
+    Ok(Initrd { address, size })
+}
+
+/// `start..end` is RAM from 1 MiB on, below the hole.
+fn check_room(start: u64, end: u64, layout: &Layout) -> Result<(), BootError> {
+    let fits = start >= HIGH_MEMORY && start <= end && end <= layout.low.end();
+    if fits {
+        Ok(())
+    } else {
+        Err(BootError::DoesNotFit { start, end })
+    }
+}
+
+fn read_exact<S: Source + ?Sized>(
+    source: &S,
+    offset: u64,
+    buffer: &mut [u8],
+    what: &'static str,
+) -> Result<(), KernelError> {
+    let mut done = 0;
+    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        let place = offset
+            .checked_add(done as u64)
+            .ok_or(KernelError::Truncated { what })?;
+        match source.read_at(place, rest) {
+            Ok(0) => return Err(KernelError::Truncated { what }),
+            Ok(read) => done += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Little-endian fields of a fixed buffer; what is outside reads as 0.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn bytes<const N: usize>(&self, offset: usize) -> [u8; N] {
+        let found = self
+            .0
+            .get(offset..)
+            .and_then(|rest| rest.first_chunk::<N>());
+        found.copied().unwrap_or([0; N])
+    }
+
+    fn u8(&self, offset: usize) -> u8 {
+        u8::from_le_bytes(self.bytes(offset))
+    }
+
+    fn u16(&self, offset: usize) -> u16 {
+        u16::from_le_bytes(self.bytes(offset))
+    }
+
+    fn u32(&self, offset: usize) -> u32 {
+        u32::from_le_bytes(self.bytes(offset))
+    }
+
+    fn u64(&self, offset: usize) -> u64 {
+        u64::from_le_bytes(self.bytes(offset))
+    }
+}

@@ -1,0 +1,271 @@
+//! All vCPUs of a machine, as its owner sees them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::VcpuFd;
+use rustix::thread::{CpuSet, sched_setaffinity};
+use vmm_sys_util::signal::Killable;
+
+use super::gate::Gate;
+use super::run::{Surroundings, Vcpu, VcpuParts};
+use super::state::{VcpuError, VcpuState, refused};
+use super::{BootRegisters, cpuid, signal};
+use crate::config::CpuConfig;
+use crate::kvm::{Hypervisor, KvmError, Vm};
+use crate::thread::{ThreadKind, Threads};
+
+/// Asked of one vCPU; all but `Run` of a parked one.
+pub enum Command {
+    Run,
+    Save(Sender<Result<Box<VcpuState>, VcpuError>>),
+    Load(Box<VcpuState>, Sender<Result<(), VcpuError>>),
+    /// Back to power-on.
+    PowerOn(Option<BootRegisters>, Sender<Result<(), VcpuError>>),
+    End,
+}
+
+struct Handle {
+    commands: Sender<Command>,
+    kicked: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    ready: Option<Receiver<Result<(), VcpuError>>>,
+}
+
+/// Dropping it ends the threads.
+pub struct VcpuSet {
+    vcpus: Vec<Handle>,
+    gate: Arc<Gate>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuSetError {
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error("start the thread of vCPU {index}")]
+    Thread { index: u8, source: std::io::Error },
+    #[error("vCPUs did not come to rest within {seconds} s")]
+    Restless { seconds: u64 },
+}
+
+/// A vCPU leaves the guest in microseconds; more than this is a fault of the host.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+impl VcpuSet {
+    /// Makes the vCPUs and their threads. They prepare themselves meanwhile: see [`VcpuSet::ready`].
+    pub fn create(
+        hypervisor: &Hypervisor,
+        vm: &Vm,
+        config: &CpuConfig,
+        surroundings: &Surroundings,
+        threads: &Threads,
+    ) -> Result<VcpuSet, VcpuSetError> {
+        let error = |source| VcpuError::Signal { index: 0, source };
+        signal::install().map_err(error)?;
+        let supported = hypervisor.supported_cpuid()?;
+        let saved_msrs: Arc<[u32]> = hypervisor.saved_msrs()?.into();
+        let tsc_deadline = hypervisor.has_tsc_deadline_timer();
+        let gate = Arc::new(Gate::default());
+        let mut set = VcpuSet {
+            vcpus: Vec::new(),
+            gate: Arc::clone(&gate),
+        };
+        for index in 0..config.count {
+            let kicked = Arc::new(AtomicBool::new(false));
+            let parts = VcpuParts {
+                fd: vm.create_vcpu(index)?,
+                index,
+                surroundings: surroundings.clone(),
+                gate: Arc::clone(&gate),
+                kicked: Arc::clone(&kicked),
+                saved_msrs: Arc::clone(&saved_msrs),
+            };
+            let cpuid = cpuid::shape(
+                supported.as_slice(),
+                config.profile,
+                index,
+                config.count,
+                tsc_deadline,
+            );
+            let cpuid = CpuId::from_entries(&cpuid).map_err(|_| VcpuError::TooMany { index })?;
+            let host_cpu = config
+                .host_cpus
+                .get(usize::from(index) % config.host_cpus.len().max(1));
+            let host_cpu = host_cpu.copied();
+            let (commands, receiver) = channel();
+            let (report, ready) = channel();
+            let set_up = move || {
+                let made = pin(index, host_cpu)
+                    .and_then(|()| prepare(&parts.fd, index, &cpuid))
+                    .and_then(|()| Vcpu::new(parts));
+                (made, report)
+            };
+            let live = move |(made, report): (Result<Vcpu, _>, Sender<_>)| match made {
+                Ok(vcpu) => {
+                    let _ = report.send(Ok(()));
+                    drop(report);
+                    vcpu.live(&receiver);
+                }
+                Err(error) => drop(report.send(Err(error))),
+            };
+            let name = format!("vcpu{index}");
+            let thread = threads
+                .spawn(ThreadKind::Vcpu, &name, set_up, live)
+                .map_err(|source| VcpuSetError::Thread { index, source })?;
+            set.vcpus.push(Handle {
+                commands,
+                kicked,
+                thread: Some(thread),
+                ready: Some(ready),
+            });
+        }
+        Ok(set)
+    }
+
+    /// Waits until every thread has prepared its vCPU and run the embedder's hook.
+    pub fn ready(&mut self) -> Result<(), VcpuError> {
+        for (index, vcpu) in (0..).zip(&mut self.vcpus) {
+            if let Some(ready) = vcpu.ready.take() {
+                ready.recv().map_err(|_| VcpuError::Gone { index })??;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts all back to power-on; the first begins at `boot`, others wait for INIT and SIPI.
+    pub fn power_on(&self, boot: BootRegisters) -> Result<(), VcpuError> {
+        self.ask_all(|index, reply| Command::PowerOn((index == 0).then_some(boot), reply))?;
+        Ok(())
+    }
+
+    pub fn save(&self) -> Result<Vec<VcpuState>, VcpuError> {
+        Ok(self
+            .ask_all(|_, reply| Command::Save(reply))?
+            .into_iter()
+            .map(|state| *state)
+            .collect())
+    }
+
+    /// Loads saved states, one for each vCPU in order.
+    pub fn load(&self, states: Vec<VcpuState>) -> Result<(), VcpuError> {
+        let mut states = states.into_iter().map(Box::new);
+        self.ask_all(|_, reply| match states.next() {
+            Some(state) => Command::Load(state, reply),
+            None => Command::End,
+        })?;
+        Ok(())
+    }
+
+    /// Sets all going; `Request::AllEntered` tells when the last has entered the guest.
+    pub fn run(&self) -> Result<(), VcpuError> {
+        self.gate.open(self.vcpus.len());
+        for (index, vcpu) in (0..).zip(&self.vcpus) {
+            vcpu.kicked.store(false, Ordering::Release);
+            if vcpu.commands.send(Command::Run).is_err() {
+                self.gate.leave();
+                return Err(VcpuError::Gone { index });
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls all out of the guest and waits until nothing of theirs is pending.
+    pub fn park(&self) -> Result<(), VcpuSetError> {
+        for vcpu in &self.vcpus {
+            vcpu.kick();
+        }
+        match self.gate.wait(PATIENCE) {
+            true => Ok(()),
+            false => Err(VcpuSetError::Restless {
+                seconds: PATIENCE.as_secs(),
+            }),
+        }
+    }
+
+    /// Asks every vCPU, then collects the answers in order.
+    fn ask_all<T>(
+        &self,
+        mut command: impl FnMut(u8, Sender<Result<T, VcpuError>>) -> Command,
+    ) -> Result<Vec<T>, VcpuError> {
+        let mut answers = Vec::with_capacity(self.vcpus.len());
+        for (index, vcpu) in (0..).zip(&self.vcpus) {
+            let (reply, answer) = channel();
+            let asked = vcpu.commands.send(command(index, reply));
+            asked.map_err(|_| VcpuError::Gone { index })?;
+            answers.push(answer);
+        }
+        let collect = |(index, answer): (u8, Receiver<Result<T, VcpuError>>)| {
+            answer.recv().map_err(|_| VcpuError::Gone { index })?
+        };
+        (0..).zip(answers).map(collect).collect()
+    }
+}
+
+impl Handle {
+    fn kick(&self) {
+        self.kicked.store(true, Ordering::Release);
+        if let Some(thread) = &self.thread {
+            // A thread that has ended has nothing to be called from.
+            let _ = thread.kill(signal::number());
+        }
+    }
+}
+
+impl Drop for VcpuSet {
+    fn drop(&mut self) {
+        for vcpu in &self.vcpus {
+            let _ = vcpu.commands.send(Command::End);
+            vcpu.kick();
+        }
+        for vcpu in &mut self.vcpus {
+            if let Some(thread) = vcpu.thread.take() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+fn pin(index: u8, host_cpu: Option<u32>) -> Result<(), VcpuError> {
+    let Some(host_cpu) = host_cpu else {
+        return Ok(());
+    };
+    let refused = |source| VcpuError::Pin {
+        index,
+        host_cpu,
+        source,
+    };
+    let mut cpus = CpuSet::new();
+    if host_cpu as usize >= CpuSet::MAX_CPU {
+        return Err(refused(std::io::ErrorKind::InvalidInput.into()));
+    }
+    cpus.set(host_cpu as usize);
+    sched_setaffinity(None, &cpus).map_err(|error| refused(error.into()))
+}
+
+/// LVT entries of the local APIC page (Intel SDM vol. 3, table 11-1), and delivery by ExtINT and NMI.
+const APIC_LVT0: usize = 0x350;
+const APIC_LVT1: usize = 0x360;
+const DELIVER_EXTINT: u32 = 0x700;
+const DELIVER_NMI: u32 = 0x400;
+
+/// CPUID and the local APIC's pins, as firmware would leave them.
+fn prepare(fd: &VcpuFd, index: u8, cpuid: &CpuId) -> Result<(), VcpuError> {
+    fd.set_cpuid2(cpuid)
+        .map_err(refused(index, "take its CPUID (KVM_SET_CPUID2)"))?;
+    let mut lapic = fd
+        .get_lapic()
+        .map_err(refused(index, "get its local APIC"))?;
+    for (offset, value) in [(APIC_LVT0, DELIVER_EXTINT), (APIC_LVT1, DELIVER_NMI)] {
+        for (register, byte) in lapic.regs.iter_mut().skip(offset).zip(value.to_le_bytes()) {
+            *register = byte as i8;
+        }
+    }
+    fd.set_lapic(&lapic)
+        .map_err(refused(index, "set its local APIC"))
+}

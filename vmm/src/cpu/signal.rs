@@ -1,0 +1,64 @@
+//! How a vCPU is called out of KVM_RUN: a signal whose handler sets `immediate_exit`.
+//!
+//! A plain flag would race (set between the check and KVM_RUN, it would be missed); the handler runs on
+//! the vCPU's own thread and writes into its own kvm_run, so that either the running KVM_RUN or the
+//! next one ends.
+
+use std::cell::Cell;
+use std::ptr;
+use std::sync::OnceLock;
+
+use kvm_bindings::kvm_run;
+use libc::{c_int, c_void, siginfo_t};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
+
+thread_local! {
+    /// `immediate_exit` of this thread's vCPU, null on other threads.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// The signal that is used; its handler is the process's, installed once.
+pub fn number() -> c_int {
+    SIGRTMIN()
+}
+
+extern "C" fn handle(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: the pointer is into this thread's kvm_run, which is mapped until `Armed` is dropped
+        // and has reset the cell; the write is volatile, since KVM reads it behind the compiler's back.
+        unsafe { ptr::write_volatile(flag, 1) };
+    }
+}
+
+/// Installs the handler; the first call does it, later ones repeat its outcome.
+pub fn install() -> Result<(), std::io::Error> {
+    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    let outcome = INSTALLED
+        .get_or_init(|| register_signal_handler(number(), handle).map_err(|error| error.errno()));
+    outcome.map_err(std::io::Error::from_raw_os_error)
+}
+
+/// While it lives the signal ends this thread's KVM_RUN.
+pub struct Armed {
+    /// A thread's cell must be reset by the same thread.
+    _not_send: std::marker::PhantomData<*mut u8>,
+}
+
+impl Armed {
+    /// `run` must stay mapped, at its place, until the value is dropped.
+    pub fn new(run: &mut kvm_run) -> Armed {
+        IMMEDIATE_EXIT.set(&raw mut run.immediate_exit);
+        // Fails for signal numbers that do not exist only.
+        let _ = unblock_signal(number());
+        Armed {
+            _not_send: std::marker::PhantomData,
+        }
+    }
+}
+
+impl Drop for Armed {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.set(ptr::null_mut());
+    }
+}

@@ -1,0 +1,349 @@
+//! One virtual machine in KVM: what is created, in the order that keeps it cheap.
+//!
+//! Memory slots come before the interrupt chip: with an irqchip in place each
+//! KVM_SET_USER_MEMORY_REGION waits for an SRCU grace period (5 ms and more on some hosts). Owns the VM
+//! descriptor and the table of interrupt routes. It must never use a capability that it did not check.
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI,
+    KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+    KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+
+use crate::eventfd::EventFd;
+use crate::interrupt::{Gsi, InterruptError, IoAddress, IoEvents, MsiController, MsiMessage};
+use crate::layout::{IOAPIC_PINS, KVM_IDENTITY_MAP, KVM_TSS};
+use crate::memory::GuestMemory;
+
+/// Most routes KVM takes (KVM_MAX_IRQ_ROUTES).
+const ROUTES: u32 = 4096;
+
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    #[error("KVM speaks API version {found}, wanted {KVM_API_VERSION}")]
+    Version { found: i32 },
+    #[error("this host's KVM lacks {capability}; it needs Linux 5.15 or later, or other hardware")]
+    Lacks { capability: &'static str },
+    #[error("KVM refused to {action}")]
+    Refused {
+        action: &'static str,
+        source: io::Error,
+    },
+}
+
+/// Names what was tried when an ioctl fails.
+pub(crate) fn refused(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+    move |error| KvmError::Refused {
+        action,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
+}
+
+/// The open /dev/kvm with what it can do.
+pub struct Hypervisor {
+    kvm: Kvm,
+}
+
+/// What every machine needs.
+const REQUIRED: [(Cap, &str); 9] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+    (Cap::X2ApicApi, "KVM_CAP_X2APIC_API"),
+    (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+];
+
+impl Hypervisor {
+    pub fn open(device: OwnedFd) -> Result<Hypervisor, KvmError> {
+        // SAFETY: the descriptor is open and ours alone; whatever it is, ioctls on it are checked.
+        let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
+        let found = kvm.get_api_version();
+        if found != KVM_API_VERSION as i32 {
+            return Err(KvmError::Version { found });
+        }
+        match REQUIRED
+            .iter()
+            .find(|(capability, _)| !kvm.check_extension(*capability))
+        {
+            Some(&(_, capability)) => Err(KvmError::Lacks { capability }),
+            None => Ok(Hypervisor { kvm }),
+        }
+    }
+
+    /// All CPUID leaves that KVM can give on this host.
+    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
+        self.kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(refused(
+                "list the CPUID leaves it supports (KVM_GET_SUPPORTED_CPUID)",
+            ))
+    }
+
+    /// The local APIC's timer has TSC-deadline mode; KVM_GET_SUPPORTED_CPUID does not say so.
+    pub fn has_tsc_deadline_timer(&self) -> bool {
+        self.kvm.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    /// Indices of the MSRs that make up a vCPU's state on this host.
+    pub fn saved_msrs(&self) -> Result<Vec<u32>, KvmError> {
+        let list = self
+            .kvm
+            .get_msr_index_list()
+            .map_err(refused("list its MSRs (KVM_GET_MSR_INDEX_LIST)"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// Bytes of the largest XSAVE area, or `None` where KVM_CAP_XSAVE2 is not known.
+    pub fn xsave_size(&self, vm: &Vm) -> Option<usize> {
+        usize::try_from(vm.fd.check_extension_int(Cap::Xsave2))
+            .ok()
+            .filter(|size| *size > 0)
+    }
+
+    /// Makes a VM with its memory and a split interrupt chip; vCPUs can be added.
+    pub fn create_vm(&self, memory: &GuestMemory) -> Result<Vm, KvmError> {
+        let fd = self
+            .kvm
+            .create_vm()
+            .map_err(refused("create a VM (KVM_CREATE_VM)"))?;
+        fd.set_identity_map_address(KVM_IDENTITY_MAP)
+            .map_err(refused(
+                "place its identity map (KVM_SET_IDENTITY_MAP_ADDR)",
+            ))?;
+        fd.set_tss_address(KVM_TSS as usize)
+            .map_err(refused("place its task state segment (KVM_SET_TSS_ADDR)"))?;
+        for (index, slot) in memory.slots().into_iter().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: index as u32,
+                flags: 0,
+                guest_phys_addr: slot.guest,
+                memory_size: slot.size,
+                userspace_addr: slot.host,
+            };
+            // SAFETY: the range is a mapping that `Vm::memory` keeps alive as long as the VM, and
+            // slots do not overlap: they come from one collection of regions.
+            unsafe { fd.set_user_memory_region(region) }
+                .map_err(refused("take guest memory (KVM_SET_USER_MEMORY_REGION)"))?;
+        }
+        let mut split = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            ..Default::default()
+        };
+        split.args[0] = u64::from(IOAPIC_PINS);
+        fd.enable_cap(&split)
+            .map_err(refused("split the interrupt chip (KVM_CAP_SPLIT_IRQCHIP)"))?;
+        let mut x2apic = kvm_enable_cap {
+            cap: KVM_CAP_X2APIC_API,
+            ..Default::default()
+        };
+        x2apic.args[0] =
+            u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK);
+        fd.enable_cap(&x2apic)
+            .map_err(refused("widen APIC ids (KVM_CAP_X2APIC_API)"))?;
+        let routes = Mutex::new(vec![Route::Free; usize::from(IOAPIC_PINS)]);
+        Ok(Vm {
+            fd,
+            routes,
+            _memory: memory.clone(),
+        })
+    }
+}
+
+/// A VM. Shared by the machine, its interrupt controllers and devices.
+pub struct Vm {
+    fd: VmFd,
+    /// By GSI. The first 24 belong to the IOAPIC's pins.
+    routes: Mutex<Vec<Route>>,
+    _memory: GuestMemory,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Route {
+    Free,
+    Masked,
+    Msi(MsiMessage),
+}
+
+impl Vm {
+    pub fn create_vcpu(&self, index: u8) -> Result<VcpuFd, KvmError> {
+        self.fd
+            .create_vcpu(u64::from(index))
+            .map_err(refused("create a vCPU (KVM_CREATE_VCPU)"))
+    }
+
+    /// The guest's kvm-clock.
+    pub fn clock(&self) -> Result<kvm_clock_data, KvmError> {
+        self.fd
+            .get_clock()
+            .map_err(refused("read the guest's clock (KVM_GET_CLOCK)"))
+    }
+
+    pub fn set_clock(&self, clock: &kvm_clock_data) -> Result<(), KvmError> {
+        let clock = kvm_clock_data {
+            clock: clock.clock,
+            ..Default::default()
+        };
+        self.fd
+            .set_clock(&clock)
+            .map_err(refused("set the guest's clock (KVM_SET_CLOCK)"))
+    }
+
+    fn routes(&self) -> MutexGuard<'_, Vec<Route>> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn install(&self, routes: &[Route]) -> Result<(), InterruptError> {
+        let entry = |(gsi, route): (usize, &Route)| match route {
+            Route::Msi(message) => Some(routing_entry(gsi as u32, *message)),
+            Route::Free | Route::Masked => None,
+        };
+        let entries: Vec<_> = routes.iter().enumerate().filter_map(entry).collect();
+        let failed = |errno| InterruptError::Kvm {
+            action: "route interrupts (KVM_SET_GSI_ROUTING)",
+            source: io::Error::from_raw_os_error(errno),
+        };
+        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| failed(libc::E2BIG))?;
+        self.fd
+            .set_gsi_routing(&table)
+            .map_err(|error| failed(error.errno()))
+    }
+}
+
+fn routing_entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
+    entry.u.msi.address_lo = message.address as u32;
+    entry.u.msi.address_hi = (message.address >> 32) as u32;
+    entry.u.msi.data = message.data;
+    entry
+}
+
+fn interrupt_error(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> InterruptError {
+    move |error| InterruptError::Kvm {
+        action,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
+}
+
+/// Lends our eventfd to a call that wants the type of vmm-sys-util.
+fn lend<T>(fd: &EventFd, call: impl FnOnce(&vmm_sys_util::eventfd::EventFd) -> T) -> T {
+    let raw = fd.as_fd().as_raw_fd();
+    // SAFETY: the descriptor is an eventfd and stays open through the call, since `fd` is borrowed;
+    // ManuallyDrop keeps the copy from closing it.
+    let lent = ManuallyDrop::new(unsafe { vmm_sys_util::eventfd::EventFd::from_raw_fd(raw) });
+    call(&lent)
+}
+
+impl MsiController for Vm {
+    fn send(&self, message: MsiMessage) -> Result<(), InterruptError> {
+        let msi = kvm_msi {
+            address_lo: message.address as u32,
+            address_hi: (message.address >> 32) as u32,
+            data: message.data,
+            ..Default::default()
+        };
+        // 0 says that the guest has blocked it, as hardware would: no error.
+        self.fd
+            .signal_msi(msi)
+            .map(drop)
+            .map_err(interrupt_error("send an MSI (KVM_SIGNAL_MSI)"))
+    }
+
+    fn allocate(&self) -> Result<Gsi, InterruptError> {
+        let mut routes = self.routes();
+        let first = usize::from(IOAPIC_PINS);
+        let free = routes
+            .iter()
+            .skip(first)
+            .position(|route| *route == Route::Free);
+        let index = free.map_or(routes.len(), |offset| first + offset);
+        match routes.get_mut(index) {
+            Some(route) => *route = Route::Masked,
+            None if index < ROUTES as usize => routes.push(Route::Masked),
+            None => return Err(InterruptError::NoFreeRoute { limit: ROUTES }),
+        }
+        Ok(Gsi(index as u32))
+    }
+
+    fn free(&self, gsi: Gsi) {
+        if let Some(route) = self.routes().get_mut(gsi.0 as usize) {
+            *route = Route::Free;
+        }
+    }
+
+    fn route(&self, changes: &[(Gsi, Option<MsiMessage>)]) -> Result<(), InterruptError> {
+        let mut routes = self.routes();
+        let mut changed = false;
+        for (gsi, message) in changes {
+            if let Some(route) = routes.get_mut(gsi.0 as usize) {
+                let new = message.map_or(Route::Masked, Route::Msi);
+                changed |= *route != new;
+                *route = new;
+            }
+        }
+        if changed {
+            self.install(&routes)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn bind(&self, gsi: Gsi, fd: &EventFd) -> Result<(), InterruptError> {
+        lend(fd, |fd| self.fd.register_irqfd(fd, gsi.0)).map_err(interrupt_error(
+            "bind an eventfd to an interrupt (KVM_IRQFD)",
+        ))
+    }
+
+    fn unbind(&self, gsi: Gsi, fd: &EventFd) -> Result<(), InterruptError> {
+        lend(fd, |fd| self.fd.unregister_irqfd(fd, gsi.0)).map_err(interrupt_error(
+            "unbind an eventfd from an interrupt (KVM_IRQFD)",
+        ))
+    }
+}
+
+impl IoEvents for Vm {
+    fn bind(&self, address: IoAddress, fd: &EventFd) -> Result<(), InterruptError> {
+        lend(fd, |fd| {
+            self.fd
+                .register_ioevent(fd, &kvm_address(address), NoDatamatch)
+        })
+        .map_err(interrupt_error("watch an address (KVM_IOEVENTFD)"))
+    }
+
+    fn unbind(&self, address: IoAddress, fd: &EventFd) -> Result<(), InterruptError> {
+        lend(fd, |fd| {
+            self.fd
+                .unregister_ioevent(fd, &kvm_address(address), NoDatamatch)
+        })
+        .map_err(interrupt_error("stop watching an address (KVM_IOEVENTFD)"))
+    }
+}
+
+fn kvm_address(address: IoAddress) -> IoEventAddress {
+    match address {
+        IoAddress::Port(port) => IoEventAddress::Pio(u64::from(port)),
+        IoAddress::Mmio(address) => IoEventAddress::Mmio(address),
+    }
+}
+
+/// Both traits' objects of one VM.
+pub fn controllers(vm: &Arc<Vm>) -> (Arc<dyn MsiController>, Arc<dyn IoEvents>) {
+    (
+        Arc::clone(vm) as Arc<dyn MsiController>,
+        Arc::clone(vm) as Arc<dyn IoEvents>,
+    )
+}

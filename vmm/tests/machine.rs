@@ -1,0 +1,129 @@
+//! Life of a machine, with guests of a few instructions on the real KVM.
+
+mod common;
+
+use common::{Guest, PATIENCE, Rig, config, files, kernel_file};
+use fractus_vmm::machine::{Event, Machine, RunState, StopReason};
+
+#[test]
+fn a_pvh_kernel_is_heard_on_the_serial_line() {
+    let mut rig = Rig::start(&Guest::new().say("hello").halt());
+    assert_eq!(rig.hear(5), "hello");
+    rig.wait(&Event::Running);
+    assert_eq!(rig.machine.state(), RunState::Running);
+    rig.machine.stop();
+    assert_eq!(rig.wait_stop(), StopReason::Requested);
+}
+
+#[test]
+fn a_triple_fault_names_its_vcpu() {
+    let mut rig = Rig::start(&Guest::new().say("x").triple_fault());
+    assert_eq!(rig.wait_stop(), StopReason::TripleFault { vcpu: 0 });
+    assert_eq!(rig.machine.state(), RunState::Stopped);
+}
+
+#[test]
+fn a_reset_begins_anew_with_memory_cleared() {
+    // Says the byte at 2 MiB plus '0' and sets it: '0' in every life if memory is cleared.
+    let guest = Guest::new()
+        // mov al, [0x200000]; add al, '0'; mov dx, 0x3f8; out dx, al
+        .bytes(&[
+            0xa0, 0, 0, 0x20, 0, 0x04, b'0', 0x66, 0xba, 0xf8, 0x03, 0xee,
+        ])
+        .store(0x20_0000, 7)
+        .out(0xcf9, 0x06)
+        .halt();
+    let mut rig = Rig::start(&guest);
+    rig.wait(&Event::GuestReset);
+    rig.wait(&Event::GuestReset);
+    assert_eq!(rig.hear(3), "000");
+}
+
+#[test]
+fn a_paused_machine_says_nothing_until_it_is_resumed() {
+    let mut rig = Rig::start(&Guest::new().chatter());
+    rig.hear(10);
+    rig.machine.pause().unwrap();
+    assert_eq!(rig.machine.state(), RunState::Paused);
+    // What was said before the pause, and then nothing.
+    rig.serial.set_nonblocking(true).unwrap();
+    let mut buffer = [0; 4096];
+    while std::io::Read::read(&mut rig.serial, &mut buffer).is_ok() {}
+    assert!(std::io::Read::read(&mut rig.serial, &mut buffer).is_err());
+    rig.serial.set_nonblocking(false).unwrap();
+    rig.machine.resume().unwrap();
+    assert_eq!(rig.hear(10), "..........");
+    {
+        let guard = rig.machine.pause_guard().unwrap();
+        assert_eq!(guard.state(), RunState::Paused);
+    }
+    assert_eq!(rig.machine.state(), RunState::Running);
+}
+
+#[test]
+fn many_vcpus_enter_before_running_is_told() {
+    let mut config = config();
+    config.cpus.count = 8;
+    let mut rig = Rig::build(config, &Guest::new().say("x").halt());
+    assert_eq!(rig.machine.next_event(), None);
+    rig.machine.start().unwrap();
+    rig.wait(&Event::Running);
+    rig.machine.pause().unwrap();
+    rig.machine.resume().unwrap();
+    rig.wait(&Event::Running);
+}
+
+#[test]
+fn orders_at_the_wrong_time_are_refused() {
+    let mut rig = Rig::build(config(), &Guest::new().halt());
+    assert!(rig.machine.pause().is_err());
+    assert!(rig.machine.resume().is_err());
+    rig.machine.start().unwrap();
+    assert!(rig.machine.start().is_err());
+    rig.machine.stop();
+    assert!(rig.machine.start().is_err());
+}
+
+#[test]
+fn input_reaches_the_guest_through_the_receiver() {
+    // 1: in al, LSR; test al, 1; jz 1b; then echo what came.
+    let guest = Guest::new()
+        .bytes(&[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb])
+        .echo(0x3f8)
+        .bytes(&[0xeb, 0xeb]);
+    let mut rig = Rig::start(&guest);
+    let text = "a line of input that is longer than the port's own 64 bytes of buffer, by some";
+    std::io::Write::write_all(&mut rig.serial, text.as_bytes()).unwrap();
+    assert_eq!(rig.hear(text.len()), text);
+}
+
+#[test]
+fn a_file_that_is_no_kernel_is_refused_with_the_reason() {
+    let (files, _serial) = files(kernel_file(&[0; 4096]));
+    let error = Machine::build(config(), files, None).err().unwrap();
+    let source = std::error::Error::source(&error).map(ToString::to_string);
+    assert_eq!(
+        source.as_deref(),
+        Some("neither an ELF file nor a Linux bzImage")
+    );
+}
+
+#[test]
+fn a_machine_leaves_no_descriptor_and_no_thread_behind() {
+    let count = |what: &str| {
+        std::fs::read_dir(format!("/proc/self/{what}"))
+            .unwrap()
+            .count()
+    };
+    // Its own process under nextest; under `cargo test` other tests would disturb the count.
+    if std::env::var_os("NEXTEST").is_none() {
+        return;
+    }
+    drop(Rig::start(&Guest::new().halt()));
+    let (descriptors, threads) = (count("fd"), count("task"));
+    for _ in 0..3 {
+        let mut rig = Rig::start(&Guest::new().halt());
+        assert_eq!(rig.machine.wait_event(PATIENCE), Some(Event::Running));
+    }
+    assert_eq!((count("fd"), count("task")), (descriptors, threads));
+}
