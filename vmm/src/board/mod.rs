@@ -46,11 +46,7 @@ pub fn attach(
         .insert(layout::SERIAL_PORT.into(), 8, serial.clone())
         .map_err(bus("serial0"))?;
 
-    let reset = Arc::new(ResetRegister(board.requests.clone()));
-    board
-        .pio
-        .insert(layout::RESET_PORT.into(), 1, reset)
-        .map_err(bus("reset"))?;
+    // The reset register stands in the middle of PCI's ports and answers there.
     let keyboard = Arc::new(KeyboardController(board.requests.clone()));
     board
         .pio

@@ -16,6 +16,7 @@ use crate::memory::{GuestMemory, MemoryError};
 use crate::reactor::Reactor;
 use crate::request::channel;
 use crate::thread::{ThreadHook, Threads};
+use crate::virtio;
 
 /// Why a machine could not be made. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +80,8 @@ pub(super) fn build(
         requests,
     };
     let mut vcpus = VcpuSet::create(&hypervisor, &vm, &config.cpus, &surroundings, &threads)?;
-    let devices = board::attach(&files, ioapic, &board)?.all;
+    let mut devices = board::attach(&files, ioapic, &board)?.all;
+    devices.extend(virtio::attach(&config, &files, &board)?);
     let reactor_thread = reactor
         .run(&threads)
         .map_err(host("start the reactor's thread"))?;

@@ -19,7 +19,7 @@ pub use fuzz::fuzz_config_space;
 #[cfg(test)]
 pub(crate) use msix::tests as msix_recorder;
 pub use msix::{MSIX_CAPABILITY, MSIX_ENTRY_SIZE, Msix, MsixError, MsixLayout, MsixState};
-pub use ports::{BarWindow, ConfigPorts, Ecam, plug_root};
+pub use ports::{BarWindow, ConfigPorts, Ecam, PciBus};
 pub use root::{PciFunction, RootComplex, RootState, SharedFunction, SlotError};
 
 /// Functions that one bus can hold; the host bridge takes slot 0.

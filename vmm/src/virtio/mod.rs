@@ -1,12 +1,13 @@
 //! virtio 1.2 devices over PCI, modern only.
 //!
-//! Owns the transport ([`transport`]), the virtqueues ([`queue`]) and the devices ([`rng`]). A guest's memory is read as one reads a stranger's: every ring, descriptor and length is
+//! Owns the transport ([`transport`]), the virtqueues ([`queue`]) and the devices ([`block`], [`rng`]). A guest's memory is read as one reads a stranger's: every ring, descriptor and length is
 //! checked before use, work and memory for one request are bounded by the queue's size, and a queue
 //! that lies takes its device to DEVICE_NEEDS_RESET with a reason (virtio 1.2 §2.1.1), nothing more.
 //!
 //! A device holds its queues between [`VirtioDevice::activate`] and [`VirtioDevice::deactivate`], which
 //! drains it and gives them back. Pause, reset and save are all made of these two.
 
+mod attach;
 pub mod block;
 mod bucket;
 mod device;
@@ -16,6 +17,7 @@ pub mod rng;
 pub(crate) mod testing;
 pub mod transport;
 
+pub use attach::attach;
 pub use device::{Activation, DeviceType, VirtioDevice};
 pub use queue::{Chain, QueueFault, Segment, Virtqueue};
 pub use transport::{VirtioPci, VirtioPciDevice};

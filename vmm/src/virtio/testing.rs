@@ -59,7 +59,7 @@ impl IoEvents for Doorbells {
 pub(crate) struct Rig {
     pub(crate) board: Board,
     pub(crate) doorbells: Arc<Doorbells>,
-    pub(crate) _requests: RequestReceiver,
+    pub(crate) requests: RequestReceiver,
     _reactor: ReactorThread,
 }
 
@@ -89,7 +89,7 @@ impl Rig {
         Self {
             board,
             doorbells,
-            _requests: receiver,
+            requests: receiver,
             _reactor: running,
         }
     }
