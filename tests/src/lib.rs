@@ -3,4 +3,5 @@
 //!
 //! Owns no behaviour of the product; must never be a dependency of a program.
 
+pub mod harness;
 pub mod tidy;

@@ -1,0 +1,19 @@
+//! Whole clouds for tests: the real `fractus serve`, real agents, real machines, all on this host.
+//!
+//! Owns every process and file that it makes: state folders in a temporary folder, free ports on
+//! loopback, a range of user ids for the machines. All of it ends with the test, also when the test
+//! panics or is killed (`guardian`). Must never touch a process that it did not start.
+
+pub mod client;
+mod cloud;
+mod guardian;
+mod machines;
+mod process;
+mod wait;
+
+pub use client::{Answer, Client};
+pub use cloud::{Cloud, Options};
+pub use guardian::Guardian;
+pub use machines::{MachineProcess, processes as machine_processes};
+pub use process::{Process, program};
+pub use wait::until;

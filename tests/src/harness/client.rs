@@ -1,0 +1,344 @@
+//! An HTTP client whose every answer passes the oracle.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result, bail};
+use fractus_oracle::{Exchange, Oracle};
+use reqwest::Method;
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use serde_json::{Value, json};
+
+/// Requests as one user, at one microversion.
+#[derive(Debug, Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    pub url: String,
+    pub token: Option<String>,
+    /// The minor part: 96 for 2.96; `None` sends none, which is 2.1.
+    pub microversion: Option<u16>,
+    /// Requests whose answer no witness of the oracle knew anything of.
+    silent: Arc<Mutex<BTreeSet<String>>>,
+}
+
+/// An answer that passed the oracle.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub bytes: Vec<u8>,
+    /// Null when it is no JSON.
+    pub body: Value,
+}
+
+impl Answer {
+    pub fn header(&self, name: &str) -> &str {
+        self.headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
+    }
+
+    /// The text at a JSON pointer; empty when there is none.
+    pub fn text(&self, pointer: &str) -> String {
+        self.body
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    }
+}
+
+impl Client {
+    /// Nobody yet; `url` is the public URL without a slash at its end.
+    pub fn new(url: &str) -> Result<Self> {
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .tls_certs_only([])
+            .build()?;
+        let silent = Arc::default();
+        Ok(Self {
+            http,
+            url: url.to_owned(),
+            token: None,
+            microversion: None,
+            silent,
+        })
+    }
+
+    /// Somebody: logs in by password, in a project of the default domain.
+    pub async fn log_in(&self, user: &str, password: &str, project: &str) -> Result<Self> {
+        let domain = json!({"id": "default"});
+        let user = json!({"name": user, "domain": domain, "password": password});
+        let body = json!({"auth": {
+            "identity": {"methods": ["password"], "password": {"user": user}},
+            "scope": {"project": {"name": project, "domain": domain}}}});
+        let answer = self
+            .post("/identity/v3/auth/tokens", body)
+            .await?
+            .expect_status(201)?;
+        let token = answer.header("x-subject-token").to_owned();
+        Ok(Self {
+            token: Some(token),
+            ..self.clone()
+        })
+    }
+
+    #[must_use]
+    pub fn at(&self, minor: u16) -> Self {
+        Self {
+            microversion: Some(minor),
+            ..self.clone()
+        }
+    }
+
+    #[must_use]
+    pub fn as_nobody(&self) -> Self {
+        Self {
+            token: None,
+            ..self.clone()
+        }
+    }
+
+    pub async fn get(&self, path: &str) -> Result<Answer> {
+        self.request(Method::GET, path, None).await
+    }
+
+    pub async fn post(&self, path: &str, body: Value) -> Result<Answer> {
+        self.request(Method::POST, path, Some(body)).await
+    }
+
+    pub async fn put(&self, path: &str, body: Value) -> Result<Answer> {
+        self.request(Method::PUT, path, Some(body)).await
+    }
+
+    pub async fn delete(&self, path: &str) -> Result<Answer> {
+        self.request(Method::DELETE, path, None).await
+    }
+
+    pub async fn request(&self, method: Method, path: &str, body: Option<Value>) -> Result<Answer> {
+        let bytes = body.as_ref().map(serde_json::to_vec).transpose()?;
+        self.send(method, path, "application/json", bytes, body.as_ref())
+            .await
+    }
+
+    /// A request with a body of any kind.
+    pub async fn upload(&self, path: &str, bytes: Vec<u8>) -> Result<Answer> {
+        self.send(
+            Method::PUT,
+            path,
+            "application/octet-stream",
+            Some(bytes),
+            None,
+        )
+        .await
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        content_type: &str,
+        bytes: Option<Vec<u8>>,
+        body: Option<&Value>,
+    ) -> Result<Answer> {
+        let mut request = self
+            .http
+            .request(method.clone(), format!("{}{path}", self.url))
+            .headers(self.headers()?)
+            .header("content-type", content_type);
+        if let Some(bytes) = bytes {
+            request = request.body(bytes);
+        }
+        let answer = request
+            .send()
+            .await
+            .with_context(|| format!("{method} {path}"))?;
+        let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
+        let bytes = answer
+            .bytes()
+            .await
+            .with_context(|| format!("body of {method} {path}"))?;
+        self.judge(&method, path, body, status, &headers, &bytes)?;
+        let body = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
+        Ok(Answer {
+            status,
+            headers,
+            bytes: bytes.to_vec(),
+            body,
+        })
+    }
+
+    fn headers(&self) -> Result<HeaderMap> {
+        let mut headers = HeaderMap::new();
+        let mut add = |name: &'static str, value: String| -> Result<()> {
+            headers.insert(
+                HeaderName::from_static(name),
+                HeaderValue::from_str(&value)?,
+            );
+            Ok(())
+        };
+        add("accept", "application/json".to_owned())?;
+        if let Some(token) = &self.token {
+            add("x-auth-token", token.clone())?;
+        }
+        if let Some(minor) = self.microversion {
+            add("openstack-api-version", format!("compute 2.{minor}"))?;
+        }
+        Ok(headers)
+    }
+
+    fn judge(
+        &self,
+        method: &Method,
+        path: &str,
+        request: Option<&Value>,
+        status: u16,
+        headers: &HeaderMap,
+        bytes: &[u8],
+    ) -> Result<()> {
+        let named = headers.iter().map(|(name, value)| {
+            (
+                name.to_string(),
+                String::from_utf8_lossy(value.as_bytes()).into_owned(),
+            )
+        });
+        let exchange = Exchange::new(method.as_str(), path, request, status, named, bytes);
+        let Some(exchange) = exchange else {
+            return Ok(());
+        };
+        match Oracle::get().check(&exchange) {
+            Ok(verdict) => {
+                if verdict.silent() {
+                    let action = exchange.action.as_deref().unwrap_or_default();
+                    let said = format!("{method} {} {action} {status}", exchange.path);
+                    let mut silent = self
+                        .silent
+                        .lock()
+                        .unwrap_or_else(std::sync::PoisonError::into_inner);
+                    silent.insert(said);
+                }
+                Ok(())
+            }
+            Err(violations) => {
+                let said: Vec<String> = violations.iter().map(ToString::to_string).collect();
+                bail!(
+                    "{method} {path} {status} at 2.{} is not what OpenStack says:\n  {}\n{}",
+                    exchange.microversion,
+                    said.join("\n  "),
+                    String::from_utf8_lossy(&bytes[..bytes.len().min(4000)])
+                )
+            }
+        }
+    }
+
+    /// What the oracle could say nothing of, so far.
+    pub fn silent(&self) -> BTreeSet<String> {
+        self.silent
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone()
+    }
+}
+
+impl Answer {
+    /// Itself, if it has this status.
+    ///
+    /// # Errors
+    /// With the body, when it has another one.
+    pub fn expect_status(self, status: u16) -> Result<Self> {
+        if self.status != status {
+            bail!(
+                "status {} where {status} was expected: {}",
+                self.status,
+                self.body
+            );
+        }
+        Ok(self)
+    }
+}
+
+/// Longest wait for a server to get somewhere.
+const SETTLES: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// Servers, as tests need them.
+impl Client {
+    /// Makes a server without networks; gives its id.
+    pub async fn create_server(&self, name: &str, image: &str, flavor: &str) -> Result<String> {
+        let server =
+            json!({"name": name, "imageRef": image, "flavorRef": flavor, "networks": "none"});
+        let made = self
+            .at(96)
+            .post("/compute/v2.1/servers", json!({"server": server}))
+            .await?;
+        Ok(made.expect_status(202)?.text("/server/id"))
+    }
+
+    /// One action; `body` is `{"os-start": null}` and the like.
+    pub async fn act(&self, server: &str, body: Value) -> Result<Answer> {
+        self.post(&format!("/compute/v2.1/servers/{server}/action"), body)
+            .await
+    }
+
+    /// Waits until the server has this status and nothing is under way.
+    ///
+    /// # Errors
+    /// When it does not get there, or to ERROR instead.
+    pub async fn until_status(&self, server: &str, wanted: &str) -> Result<Value> {
+        let path = format!("/compute/v2.1/servers/{server}");
+        let what = format!("server {server} is {wanted}");
+        let seen = super::until(&what, SETTLES, || async {
+            let answer = self
+                .get(&path)
+                .await
+                .map_err(|error| format!("{error:#}"))?;
+            let server = &answer.body["server"];
+            let (status, task) = (&server["status"], &server["OS-EXT-STS:task_state"]);
+            if status == wanted && task.is_null() {
+                Ok(Ok(server.clone()))
+            } else if status == "ERROR" && task.is_null() {
+                Ok(Err(server["fault"].to_string()))
+            } else {
+                Err(format!("{status} {task}"))
+            }
+        });
+        seen.await?
+            .map_err(|fault| anyhow::anyhow!("server {server} went to ERROR: {fault}"))
+    }
+
+    /// Waits until there is no such server any more.
+    pub async fn until_gone(&self, server: &str) -> Result<()> {
+        let path = format!("/compute/v2.1/servers/{server}");
+        super::until(&format!("server {server} is gone"), SETTLES, || async {
+            let answer = self
+                .get(&path)
+                .await
+                .map_err(|error| format!("{error:#}"))?;
+            match answer.status {
+                404 => Ok(()),
+                _ => Err(answer.text("/server/status")),
+            }
+        })
+        .await
+    }
+
+    /// Waits until the server's console log has this text; gives the whole log.
+    pub async fn until_logged(&self, server: &str, wanted: &str) -> Result<String> {
+        super::until(
+            &format!("{wanted:?} in the log of {server}"),
+            SETTLES,
+            || async {
+                let answer = self.act(server, json!({"os-getConsoleOutput": {}})).await;
+                let text = answer
+                    .map_err(|error| format!("{error:#}"))?
+                    .text("/output");
+                if text.contains(wanted) {
+                    Ok(text)
+                } else {
+                    Err(text)
+                }
+            },
+        )
+        .await
+    }
+}

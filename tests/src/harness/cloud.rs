@@ -1,0 +1,388 @@
+//! A controller and its agents.
+
+use std::fs;
+use std::net::TcpListener;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use super::client::Client;
+use super::guardian::Guardian;
+use super::machines::{self, MachineProcess};
+use super::process::{Process, probe, program};
+use super::wait::until;
+
+/// Longest wait for a program to be ready, on a machine that does much else.
+const READY: Duration = Duration::from_secs(60);
+
+/// What cloud is wanted.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub agents: usize,
+    /// `None`: SQLite in the state folder.
+    pub database: Option<String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            agents: 1,
+            database: None,
+        }
+    }
+}
+
+/// A running cloud. Dropping it ends it, with everything that it made.
+#[derive(Debug)]
+pub struct Cloud {
+    pub url: String,
+    pub password: String,
+    options: Options,
+    folder: PathBuf,
+    ports: Ports,
+    controller: Option<Process>,
+    agents: Vec<Agent>,
+    /// Ids of the users that machines run as, of all agents.
+    users: Range<u32>,
+    // Last: what is above is ended before it cleans up.
+    _guardian: Guardian,
+}
+
+#[derive(Debug)]
+struct Agent {
+    name: String,
+    port: u16,
+    users: Range<u32>,
+    process: Option<Process>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Ports {
+    public: u16,
+    agents: u16,
+}
+
+/// User ids for one agent's machines.
+const USERS_EACH: u32 = 1000;
+
+impl Cloud {
+    /// Starts everything and waits until every agent has been heard.
+    pub async fn start(options: Options) -> Result<Self> {
+        let folder = tempfile::Builder::new()
+            .prefix("fractus-test-")
+            .tempdir()?
+            .keep();
+        let count = u32::try_from(options.agents)?;
+        // Tests run beside each other, and a pid is nobody else's while we live.
+        let first = 100_000_000 + std::process::id() % 100_000 * 10_000;
+        let users = first..first + count.max(1) * USERS_EACH;
+        let guardian = Guardian::start(&users, &folder)?;
+        let ports = Ports {
+            public: free_port()?,
+            agents: free_port()?,
+        };
+        let mut cloud = Self {
+            url: format!("http://127.0.0.1:{}", ports.public),
+            password: String::new(),
+            options,
+            folder,
+            ports,
+            controller: None,
+            agents: Vec::new(),
+            users,
+            _guardian: guardian,
+        };
+        cloud.start_controller().await?;
+        for index in 0..cloud.options.agents {
+            cloud.join(index).await?;
+            cloud.start_agent(index)?;
+        }
+        cloud.until_hosts_up().await?;
+        Ok(cloud)
+    }
+
+    /// Starts `fractus serve`, also again after it was killed.
+    pub async fn start_controller(&mut self) -> Result<()> {
+        let state = self.folder.join("controller");
+        let mut arguments = vec![
+            "serve".to_owned(),
+            "--state-dir".to_owned(),
+            state.display().to_string(),
+            "--listen".to_owned(),
+            format!("127.0.0.1:{}", self.ports.public),
+            "--agents-listen".to_owned(),
+            format!("127.0.0.1:{}", self.ports.agents),
+        ];
+        if let Some(url) = &self.options.database {
+            arguments.extend(["--database".to_owned(), url.clone()]);
+        }
+        let log = self.folder.join("controller.log");
+        let process = Process::start("controller", &program("fractus")?, &arguments, &[], &log)?;
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .tls_certs_only([])
+            .build()?;
+        let url = format!("{}/identity/v3", self.url);
+        let process = std::sync::Mutex::new(process);
+        let ready = until("the controller answers", READY, || async {
+            if let Some(status) = lock(&process).ended() {
+                return Err(format!("ended: {status}"));
+            }
+            client
+                .get(&url)
+                .send()
+                .await
+                .map(drop)
+                .map_err(|error| error.to_string())
+        });
+        if let Err(error) = ready.await {
+            bail!("{error}\n{}", lock(&process).tail());
+        }
+        self.controller = process.into_inner().ok();
+        self.password = fs::read_to_string(state.join("admin-password"))
+            .context("the first admin's password")?
+            .trim()
+            .to_owned();
+        Ok(())
+    }
+
+    async fn join(&mut self, index: usize) -> Result<()> {
+        let name = format!("agent-{index}");
+        let port = free_port()?;
+        let first = self.users.start + u32::try_from(index)? * USERS_EACH;
+        let agent = Agent {
+            name,
+            port,
+            users: first..first + USERS_EACH,
+            process: None,
+        };
+        let token = self.join_token().await?;
+        let mut arguments = vec!["join".to_owned()];
+        arguments.extend(self.folders(&agent));
+        let controller = format!("https://127.0.0.1:{}", self.ports.agents);
+        let endpoint = format!("https://127.0.0.1:{port}");
+        for (flag, value) in [
+            ("--controller", controller),
+            ("--token", token),
+            ("--endpoint", endpoint),
+        ] {
+            arguments.extend([flag.to_owned(), value]);
+        }
+        let output = tokio::process::Command::new(program("fractus-agent")?)
+            .args(&arguments)
+            .kill_on_drop(true)
+            .output()
+            .await?;
+        if !output.status.success() {
+            bail!("joining: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        self.agents.push(agent);
+        Ok(())
+    }
+
+    fn folders(&self, agent: &Agent) -> [String; 4] {
+        let folder = |kind: &str| {
+            self.folder
+                .join(&agent.name)
+                .join(kind)
+                .display()
+                .to_string()
+        };
+        [
+            "--state-dir".to_owned(),
+            folder("state"),
+            "--runtime-dir".to_owned(),
+            folder("run"),
+        ]
+    }
+
+    /// A one-time token, as `fractus host join-token` gets it.
+    async fn join_token(&self) -> Result<String> {
+        let admin = self.admin().await?;
+        let body = json!({"join_token": {"ttl_s": 600}});
+        let answer = admin
+            .post("/fractus/v1/join-tokens", body)
+            .await?
+            .expect_status(201)?;
+        Ok(answer.text("/join_token/token"))
+    }
+
+    /// Starts an agent that has joined, also again after it was killed.
+    pub fn start_agent(&mut self, index: usize) -> Result<()> {
+        let agent = &self.agents[index];
+        let mut arguments = vec!["run".to_owned()];
+        arguments.extend(self.folders(agent));
+        for (flag, value) in [
+            ("--listen", format!("127.0.0.1:{}", agent.port)),
+            ("--first-user", agent.users.start.to_string()),
+            ("--users", USERS_EACH.to_string()),
+            ("--shutdown-seconds", "5".to_owned()),
+        ] {
+            arguments.extend([flag.to_owned(), value]);
+        }
+        let log = self.folder.join(format!("{}.log", agent.name));
+        let program = program("fractus-agent")?;
+        let process = Process::start(&agent.name, &program, &arguments, &[], &log)?;
+        self.agents[index].process = Some(process);
+        Ok(())
+    }
+
+    async fn until_hosts_up(&self) -> Result<()> {
+        let admin = self.admin().await?;
+        let wanted = self.agents.len();
+        let seen = until("every host is up", READY, || async {
+            let answer = admin
+                .get("/compute/v2.1/os-hypervisors/detail")
+                .await
+                .map_err(|e| e.to_string())?;
+            let hosts = answer.body["hypervisors"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            let up = hosts.iter().filter(|host| host["state"] == "up").count();
+            if up == wanted {
+                Ok(())
+            } else {
+                Err(format!("{up} of {wanted} up: {}", answer.body))
+            }
+        });
+        seen.await.with_context(|| self.logs())
+    }
+
+    /// A client that is the first admin, in the project admin.
+    pub async fn admin(&self) -> Result<Client> {
+        Client::new(&self.url)?
+            .log_in("admin", &self.password, "admin")
+            .await
+    }
+
+    /// The OS_* variables of its first admin.
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("OS_AUTH_URL", format!("{}/identity/v3", self.url)),
+            ("OS_USERNAME", "admin".to_owned()),
+            ("OS_PASSWORD", self.password.clone()),
+            ("OS_PROJECT_NAME", "admin".to_owned()),
+            ("OS_USER_DOMAIN_ID", "default".to_owned()),
+            ("OS_PROJECT_DOMAIN_ID", "default".to_owned()),
+            ("OS_REGION_NAME", "RegionOne".to_owned()),
+            ("OS_IDENTITY_API_VERSION", "3".to_owned()),
+        ]
+    }
+
+    /// Uploads the probe as an image that boots, with this command line, and waits until it is active.
+    pub async fn probe_image(&self, client: &Client, command_line: &str) -> Result<String> {
+        let kernel = fs::read(probe()?)?;
+        let image =
+            json!({"name": "probe-kernel", "disk_format": "raw", "container_format": "bare"});
+        let kernel_id = self.image(client, image, kernel).await?;
+        let image = json!({"name": "probe", "disk_format": "raw", "container_format": "bare",
+            "kernel_id": kernel_id, "os_command_line": command_line});
+        self.image(client, image, vec![0; 1 << 20]).await
+    }
+
+    async fn image(&self, client: &Client, image: Value, data: Vec<u8>) -> Result<String> {
+        let made = client
+            .post("/image/v2/images", image)
+            .await?
+            .expect_status(201)?;
+        let id = made.text("/id");
+        client
+            .upload(&format!("/image/v2/images/{id}/file"), data)
+            .await?
+            .expect_status(204)?;
+        Ok(id)
+    }
+
+    pub fn kill_controller(&mut self) {
+        self.controller = None;
+    }
+
+    pub fn kill_agent(&mut self, index: usize) {
+        self.agents[index].process = None;
+    }
+
+    pub fn controller(&mut self) -> Option<&mut Process> {
+        self.controller.as_mut()
+    }
+
+    /// The processes of machines, of all agents.
+    pub fn machine_processes(&self) -> Vec<MachineProcess> {
+        machines::processes(&self.users)
+    }
+
+    /// Ids of the machines that an agent has a folder of, tombstones left out.
+    pub fn machine_folders(&self, index: usize) -> Vec<String> {
+        list(
+            &self
+                .folder
+                .join(&self.agents[index].name)
+                .join("state/machines"),
+        )
+    }
+
+    /// What is left of machines in an agent's folder beside records, which are kept as tombstones.
+    pub fn machine_leftovers(&self, index: usize) -> Vec<String> {
+        let machines = self
+            .folder
+            .join(&self.agents[index].name)
+            .join("state/machines");
+        let of = |id: &String| {
+            let files = list(&machines.join(id)).into_iter();
+            files
+                .filter(|name| name != "record.json")
+                .map(|name| format!("{id}/{name}"))
+                .collect()
+        };
+        list(&machines)
+            .iter()
+            .flat_map(|id| -> Vec<String> { of(id) })
+            .collect()
+    }
+
+    /// Names of the sockets of an agent's machines.
+    pub fn machine_sockets(&self, index: usize) -> Vec<String> {
+        list(
+            &self
+                .folder
+                .join(&self.agents[index].name)
+                .join("run/machines"),
+        )
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The ends of all logs, for a test that failed.
+    pub fn logs(&self) -> String {
+        let processes = self
+            .controller
+            .iter()
+            .chain(self.agents.iter().filter_map(|a| a.process.as_ref()));
+        processes.map(Process::tail).collect::<Vec<_>>().join("\n")
+    }
+}
+
+fn list(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    names.sort();
+    names
+}
+
+fn lock(process: &std::sync::Mutex<Process>) -> std::sync::MutexGuard<'_, Process> {
+    process
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
