@@ -1,5 +1,5 @@
 //! Boots a kernel with its serial line on standard output, for work on the VMM:
-//! `boot KERNEL [--memory MIB] [--cpus N] [--initrd FILE] [--disk FILE]... [--command-line TEXT]`.
+//! `boot KERNEL [--memory MIB] [--cpus N] [--initrd FILE] [--disk FILE]... [--append TEXT]`.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
@@ -36,7 +36,7 @@ fn main() -> anyhow::Result<()> {
             "--memory" => config.memory.bytes = value.parse::<u64>()? << 20,
             "--cpus" => config.cpus.count = value.parse()?,
             "--initrd" => files.initrd = Some(File::open(value)?),
-            "--command-line" => config.command_line = value,
+            "--append" => config.command_line = value,
             "--disk" => {
                 files
                     .disks

@@ -59,9 +59,10 @@ pub const KEYBOARD_PORT: u16 = 0x60;
 /// Reset control register (also the FADT's reset register): 0x06 or 0x0e resets.
 pub const RESET_PORT: u16 = 0xcf9;
 pub const PVPANIC_PORT: u16 = 0x505;
-/// ACPI PM1a event (4 bytes), PM1a control (2 bytes), PM timer (4 bytes, at +8), GPE0 (at +16).
+/// Hardware-reduced ACPI: sleep control (+0), sleep status (+1), event register (+4, a byte that
+/// reading clears; bit 0 is the power button).
 pub const ACPI_PM_PORT: u16 = 0x600;
-/// System control interrupt, level, active high.
+/// Interrupt of the generic event device: an edge.
 pub const ACPI_SCI: u8 = 9;
 /// Watchdog registers (16 bytes).
 pub const WATCHDOG_PORT: u16 = 0x620;

@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Guest, PATIENCE, Rig, config, files, kernel_file};
+use fractus_vmm::config::{WatchdogAction, WatchdogConfig};
 use fractus_vmm::machine::{Event, Machine, RunState, StopReason};
 
 #[test]
@@ -126,4 +127,64 @@ fn a_machine_leaves_no_descriptor_and_no_thread_behind() {
         assert_eq!(rig.machine.wait_event(PATIENCE), Some(Event::Running));
     }
     assert_eq!((count("fd"), count("task")), (descriptors, threads));
+}
+
+#[test]
+fn a_guest_that_enters_s5_has_powered_itself_off() {
+    let mut rig = Rig::start(&Guest::new().out(0x600, 5 << 2 | 1 << 5).halt());
+    assert_eq!(rig.wait_stop(), StopReason::GuestPowerOff);
+}
+
+#[test]
+fn a_panic_is_told_and_the_machine_runs_on() {
+    let guest = Guest::new().echo(0x505).out(0x505, 1).say("on").halt();
+    let mut rig = Rig::start(&guest);
+    rig.wait(&Event::Panicked {
+        crash_loaded: false,
+    });
+    assert_eq!(rig.hear(3), "\u{3}on");
+    assert_eq!(rig.machine.state(), RunState::Running);
+}
+
+#[test]
+fn the_power_button_is_read_from_the_event_register() {
+    // 1: in al, 0x604; test al, al; jz 1b; add al, '0'; out
+    let guest = Guest::new()
+        .bytes(&[0x66, 0xba, 0x04, 0x06, 0xec, 0x84, 0xc0, 0x74, 0xfb])
+        .bytes(&[0x04, b'0', 0x66, 0xba, 0xf8, 0x03, 0xee])
+        .halt();
+    let mut rig = Rig::start(&guest);
+    rig.wait(&Event::Running);
+    rig.machine.press_power_button();
+    assert_eq!(rig.hear(1), "1");
+}
+
+/// mov edx, port; mov eax, value; out dx, eax
+fn out32(port: u16, value: u32) -> Vec<u8> {
+    let mut code = vec![0xba];
+    code.extend(u32::from(port).to_le_bytes());
+    code.push(0xb8);
+    code.extend(value.to_le_bytes());
+    code.push(0xef);
+    code
+}
+
+#[test]
+fn a_watchdog_that_is_not_fed_resets_the_machine_and_says_so_afterwards() {
+    let mut config = config();
+    config.watchdog = Some(WatchdogConfig {
+        action: WatchdogAction::Reset,
+    });
+    // Says whether it fired, as '0' or '1'; then counts 100 ms, and is not fed.
+    let guest = Guest::new()
+        .bytes(&[0x66, 0xba, 0x2c, 0x06, 0xec])
+        .bytes(&[0x04, b'0', 0x66, 0xba, 0xf8, 0x03, 0xee])
+        .bytes(&out32(0x624, 1))
+        .bytes(&out32(0x620, 1))
+        .halt();
+    let mut rig = Rig::build(config, &guest);
+    rig.machine.start().unwrap();
+    rig.wait(&Event::WatchdogFired);
+    rig.wait(&Event::GuestReset);
+    assert_eq!(rig.hear(2), "01");
 }

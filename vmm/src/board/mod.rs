@@ -3,29 +3,41 @@
 //! Hardware-reduced ACPI, so no PIC, no PIT, no PM timer: the interrupt controllers are the local
 //! APICs (in the kernel) and one IOAPIC (here, since the chip is split).
 
+pub mod acpi;
 mod ioapic;
 mod ports;
+mod power;
+mod pvpanic;
+mod rtc;
 mod serial;
+mod watchdog;
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 pub use ioapic::IoApic;
 pub use ports::{KeyboardController, ResetRegister};
+pub use power::{PowerPort, PowerResources};
+pub use pvpanic::PvPanic;
+pub use rtc::Rtc;
 pub use serial::{SerialPort, SerialResources};
 
+pub use watchdog::{Watchdog, WatchdogResources};
+
 use crate::bus::BusError;
-use crate::config::MachineFiles;
+use crate::config::{MachineConfig, MachineFiles};
 use crate::device::{Board, Device, DeviceError};
 use crate::layout;
 
 /// The fixed devices of one machine.
 pub struct FixedDevices {
-    pub ioapic: Arc<IoApic>,
+    pub power: Arc<PowerPort>,
     pub all: Vec<Arc<dyn Device>>,
 }
 
 /// Makes the fixed devices and puts them on the buses.
 pub fn attach(
+    config: &MachineConfig,
     files: &MachineFiles,
     ioapic: Arc<IoApic>,
     board: &Board,
@@ -53,6 +65,42 @@ pub fn attach(
         .insert(layout::KEYBOARD_PORT.into(), 5, keyboard)
         .map_err(bus("keyboard"))?;
 
-    let all: Vec<Arc<dyn Device>> = vec![ioapic.clone(), serial];
-    Ok(FixedDevices { ioapic, all })
+    let line = ioapic.line(layout::ACPI_SCI);
+    let resources = PowerResources {
+        line,
+        requests: board.requests.clone(),
+    };
+    let power = Arc::new(PowerPort::new(resources));
+    board
+        .pio
+        .insert(layout::ACPI_PM_PORT.into(), power::SIZE, power.clone())
+        .map_err(bus("power"))?;
+
+    let rtc = Arc::new(Rtc::new(Arc::new(SystemTime::now)));
+    board
+        .pio
+        .insert(layout::RTC_PORT.into(), 2, rtc.clone())
+        .map_err(bus("rtc"))?;
+
+    let mut all: Vec<Arc<dyn Device>> = vec![ioapic, serial, power.clone(), rtc];
+    if config.pvpanic {
+        let port = Arc::new(PvPanic(board.requests.clone()));
+        board
+            .pio
+            .insert(layout::PVPANIC_PORT.into(), 1, port)
+            .map_err(bus("pvpanic"))?;
+    }
+    if config.watchdog.is_some() {
+        let watchdog = Watchdog::new(WatchdogResources::open(board)?);
+        board
+            .pio
+            .insert(
+                layout::WATCHDOG_PORT.into(),
+                watchdog::SIZE,
+                watchdog.clone(),
+            )
+            .map_err(bus("watchdog"))?;
+        all.push(watchdog);
+    }
+    Ok(FixedDevices { power, all })
 }

@@ -16,6 +16,7 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::board::acpi::AcpiError;
 use crate::cpu::BootRegisters;
 use crate::layout::{COMMAND_LINE, HIGH_MEMORY, Layout};
 use crate::memory::{GuestMemory, MemoryError};
@@ -98,6 +99,8 @@ pub enum BootError {
     Initrd(#[source] io::Error),
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
     #[error("write boot data to guest memory")]
     Write(#[from] vm_memory::GuestMemoryError),
 }

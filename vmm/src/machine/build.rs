@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::{Machine, RunState};
-use crate::board::{self, IoApic};
+use crate::board::{self, FixedDevices, IoApic, acpi};
 use crate::boot::{self, Boot, BootError};
 use crate::bus::Bus;
 use crate::config::{ConfigError, MachineConfig, MachineFiles};
@@ -80,7 +80,10 @@ pub(super) fn build(
         requests,
     };
     let mut vcpus = VcpuSet::create(&hypervisor, &vm, &config.cpus, &surroundings, &threads)?;
-    let mut devices = board::attach(&files, ioapic, &board)?.all;
+    let FixedDevices {
+        power,
+        all: mut devices,
+    } = board::attach(&config, &files, ioapic, &board)?;
     devices.extend(virtio::attach(&config, &files, &board)?);
     let reactor_thread = reactor
         .run(&threads)
@@ -95,6 +98,7 @@ pub(super) fn build(
     Ok(Machine {
         vcpus,
         devices,
+        power,
         _reactor: reactor_thread,
         receiver,
         state: RunState::Ready,
@@ -119,7 +123,8 @@ pub(super) fn load(
         kernel: &files.kernel,
         initrd: files.initrd.as_ref(),
         command_line: &config.command_line,
-        rsdp: 0,
+        rsdp: acpi::RSDP,
     };
+    acpi::write(config, layout, memory).map_err(BootError::from)?;
     boot::load(&boot, memory, layout)
 }

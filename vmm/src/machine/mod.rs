@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::board::PowerPort;
 use crate::config::{MachineConfig, MachineFiles, WatchdogAction};
 use crate::cpu::{VcpuError, VcpuSet, VcpuSetError};
 use crate::device::{Board, Device, DeviceError};
@@ -37,6 +38,7 @@ pub struct Machine {
     vcpus: VcpuSet,
     _reactor: ReactorThread,
     devices: Vec<Arc<dyn Device>>,
+    power: Arc<PowerPort>,
     receiver: RequestReceiver,
     state: RunState,
     /// Events that are known and not told yet.
@@ -117,6 +119,11 @@ impl Machine {
     pub fn pause_guard(&mut self) -> Result<PauseGuard<'_>, MachineError> {
         self.pause()?;
         Ok(PauseGuard { machine: self })
+    }
+
+    /// Asks the guest to power itself off, as far as it listens (ACPI power button).
+    pub fn press_power_button(&self) {
+        self.power.press_button();
     }
 
     /// Ends the machine; the guest is not asked.

@@ -1,0 +1,225 @@
+//! The DSDT: the devices that cannot be found by asking.
+
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
+    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify,
+    OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
+};
+use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
+
+use super::{OEM, OEM_REVISION, OEM_TABLE, encode};
+use crate::board::power::{EVENT_POWER_BUTTON, EVENTS, S5};
+use crate::config::MachineConfig;
+use crate::layout::{
+    ACPI_PM_PORT, ACPI_SCI, Layout, PCI_BUSES, PCI_CONFIG_PORT, PCI_ECAM, PCI_IO, PCI_MMIO32,
+    PVPANIC_PORT, RTC_PORT, SERIAL_IRQ, SERIAL_PORT,
+};
+
+/// Status of a device that is there, enabled, shown and working.
+const PRESENT: u8 = 0xf;
+
+pub fn dsdt(config: &MachineConfig, layout: &Layout) -> Vec<u8> {
+    let mut body = Vec::new();
+    let mut devices = Vec::new();
+    pci_root(&mut devices, layout);
+    serial(&mut devices);
+    clock(&mut devices);
+    power(&mut devices);
+    if config.pvpanic {
+        panic_port(&mut devices);
+    }
+    for index in 0..config.cpus.count {
+        processor(&mut devices, index);
+    }
+    body.extend(Scope::raw(Path::new("\\_SB_"), devices));
+    Name::new(
+        Path::new("\\_S5_"),
+        &Package::new(vec![&S5, &ZERO, &ZERO, &ZERO]),
+    )
+    .to_aml_bytes(&mut body);
+    let mut table = Sdt::new(*b"DSDT", 36, 2, OEM, OEM_TABLE, OEM_REVISION);
+    table.append_slice(&body);
+    table.as_slice().to_vec()
+}
+
+fn device(into: &mut Vec<u8>, name: &str, children: Vec<&dyn Aml>) {
+    Device::new(Path::new(name), children).to_aml_bytes(into);
+}
+
+fn name(name: &str, value: &dyn Aml) -> Name {
+    Name::new(Path::new(name), value)
+}
+
+/// AML that is encoded already.
+struct Raw(Vec<u8>);
+
+impl Raw {
+    fn of(aml: &dyn Aml) -> Raw {
+        Raw(encode(aml))
+    }
+}
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+/// The host bridge with its windows, and the board's own claim on the configuration space (PCI
+/// Firmware Specification 3.3 §4.1.2: not as a resource of the bridge). No _PRT: all our functions
+/// interrupt by MSI-X and have no pin.
+fn pci_root(into: &mut Vec<u8>, layout: &Layout) {
+    let last_bus = u16::from(PCI_BUSES - 1);
+    let window64 = layout.pci_mmio64;
+    let resources = name(
+        "_CRS",
+        &ResourceTemplate::new(vec![
+            &AddressSpace::new_bus_number(0u16, last_bus),
+            &IO::new(PCI_CONFIG_PORT, PCI_CONFIG_PORT, 1, 8),
+            &AddressSpace::new_io(PCI_IO.base as u16, (PCI_IO.end() - 1) as u16, None),
+            &AddressSpace::new_memory(
+                AddressSpaceCacheable::NotCacheable,
+                true,
+                PCI_MMIO32.base as u32,
+                (PCI_MMIO32.end() - 1) as u32,
+                None,
+            ),
+            &AddressSpace::new_memory(
+                AddressSpaceCacheable::NotCacheable,
+                true,
+                window64.base,
+                window64.end() - 1,
+                None,
+            ),
+        ]),
+    );
+    device(
+        into,
+        "PCI0",
+        vec![
+            &name("_HID", &EISAName::new("PNP0A08")),
+            &name("_CID", &EISAName::new("PNP0A03")),
+            &name("_UID", &ZERO),
+            &name("_SEG", &ZERO),
+            &name("_BBN", &ZERO),
+            &resources,
+        ],
+    );
+    let ecam = Memory32Fixed::new(true, PCI_ECAM.base as u32, PCI_ECAM.size as u32);
+    device(
+        into,
+        "MBRD",
+        vec![
+            &name("_HID", &EISAName::new("PNP0C02")),
+            &name("_UID", &ZERO),
+            &name("_CRS", &ResourceTemplate::new(vec![&ecam])),
+        ],
+    );
+}
+
+fn serial(into: &mut Vec<u8>) {
+    let resources = name(
+        "_CRS",
+        &ResourceTemplate::new(vec![
+            &Interrupt::new(true, true, false, false, SERIAL_IRQ.into()),
+            &IO::new(SERIAL_PORT, SERIAL_PORT, 1, 8),
+        ]),
+    );
+    device(
+        into,
+        "COM1",
+        vec![
+            &name("_HID", &EISAName::new("PNP0501")),
+            &name("_UID", &ZERO),
+            &name("_DDN", &"COM1"),
+            &resources,
+        ],
+    );
+}
+
+/// Without an interrupt: it tells the time and nothing else.
+fn clock(into: &mut Vec<u8>) {
+    let resources = name(
+        "_CRS",
+        &ResourceTemplate::new(vec![&IO::new(RTC_PORT, RTC_PORT, 1, 2)]),
+    );
+    device(
+        into,
+        "RTC0",
+        vec![&name("_HID", &EISAName::new("PNP0B00")), &resources],
+    );
+}
+
+/// The power button, and the generic event device (ACPI 6.5 §5.6.9) that reads which event it was
+/// from the register that reading clears.
+fn power(into: &mut Vec<u8>) {
+    device(
+        into,
+        "PWRB",
+        vec![
+            &name("_HID", &EISAName::new("PNP0C0C")),
+            &name("_UID", &ZERO),
+        ],
+    );
+
+    let register = ACPI_PM_PORT + EVENTS;
+    let field = Field::new(
+        Path::new("GEDR"),
+        FieldAccessType::Byte,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        vec![FieldEntry::Named(*b"GEDB", 8)],
+    );
+    let event = Raw::of(&Method::new(
+        Path::new("_EVT"),
+        1,
+        true,
+        vec![
+            &Store::new(&Local(0), &Path::new("GEDB")),
+            &And::new(&Local(1), &Local(0), &EVENT_POWER_BUTTON),
+            &If::new(
+                &Local(1),
+                vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
+            ),
+        ],
+    ));
+    let interrupt = Interrupt::new(true, true, false, false, ACPI_SCI.into());
+    device(
+        into,
+        "GED_",
+        vec![
+            &name("_HID", &"ACPI0013"),
+            &name("_UID", &ZERO),
+            &name("_CRS", &ResourceTemplate::new(vec![&interrupt])),
+            &OpRegion::new(Path::new("GEDR"), OpRegionSpace::SystemIO, &register, &1u8),
+            &field,
+            &event,
+        ],
+    );
+}
+
+fn panic_port(into: &mut Vec<u8>) {
+    let resources = name(
+        "_CRS",
+        &ResourceTemplate::new(vec![&IO::new(PVPANIC_PORT, PVPANIC_PORT, 1, 1)]),
+    );
+    device(
+        into,
+        "PEVT",
+        vec![
+            &name("_HID", &"QEMU0001"),
+            &name("_STA", &PRESENT),
+            &resources,
+        ],
+    );
+}
+
+fn processor(into: &mut Vec<u8>, index: u8) {
+    let path = format!("C{index:03}");
+    device(
+        into,
+        &path,
+        vec![&name("_HID", &"ACPI0007"), &name("_UID", &index)],
+    );
+}
