@@ -1,1 +1,207 @@
-fn main() {}
+//! `fractus-agent`: the agent of a host.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use fractus_agent::daemon;
+use fractus_agent::host::inventory::Inventory;
+use fractus_agent::host::join::{Join, join};
+use fractus_agent::host::{check, credentials::Identity};
+use fractus_agent::paths::Paths;
+use fractus_agent_api::identity::{Fingerprint, JoinToken};
+
+#[derive(Parser)]
+#[command(
+    name = "fractus-agent",
+    version,
+    about = "Runs the virtual machines of one host"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the agent
+    Run(Run),
+    /// Make this host part of a cloud
+    Join(JoinArguments),
+    /// Say what this host lacks for machines, and how to get it
+    Check,
+    /// Say the version
+    Version,
+}
+
+#[derive(Args)]
+struct Folders {
+    /// Records, disks, images and identity; survives a reboot
+    #[arg(
+        long,
+        env = "FRACTUS_STATE_DIR",
+        default_value = "/var/lib/fractus-agent"
+    )]
+    state_dir: PathBuf,
+    /// Sockets
+    #[arg(
+        long,
+        env = "FRACTUS_RUNTIME_DIR",
+        default_value = "/run/fractus-agent"
+    )]
+    runtime_dir: PathBuf,
+}
+
+#[derive(Args)]
+struct Run {
+    #[command(flatten)]
+    folders: Folders,
+    /// Where controllers reach this agent
+    #[arg(long, env = "FRACTUS_LISTEN", default_value = "0.0.0.0:9443")]
+    listen: SocketAddr,
+    /// First user id that machines run as; one each
+    #[arg(long, env = "FRACTUS_FIRST_USER", default_value_t = 1_900_000)]
+    first_user: u32,
+    /// How many there are
+    #[arg(long, env = "FRACTUS_USERS", default_value_t = 10_000)]
+    users: u32,
+    /// GiB of images to keep beside those in use
+    #[arg(long, env = "FRACTUS_IMAGE_CACHE_GIB", default_value_t = 20)]
+    image_cache_gib: u64,
+    /// Seconds that a guest may take to power off
+    #[arg(long, env = "FRACTUS_SHUTDOWN_SECONDS", default_value_t = 60)]
+    shutdown_seconds: u64,
+    /// Run stand-ins instead of guests, where there is no KVM
+    #[arg(long, env = "FRACTUS_STAND_INS", hide = true)]
+    stand_ins: bool,
+}
+
+#[derive(Args)]
+struct JoinArguments {
+    #[command(flatten)]
+    folders: Folders,
+    /// A controller's listener for agents, https://ADDRESS:PORT
+    #[arg(long, env = "FRACTUS_CONTROLLER")]
+    controller: String,
+    /// What `fractus host join-token` printed
+    #[arg(long, env = "FRACTUS_JOIN_TOKEN", hide_env_values = true)]
+    token: String,
+    /// SHA-256 of the cloud's root certificate; the token carries it too
+    #[arg(long, env = "FRACTUS_CA_FINGERPRINT")]
+    ca_fingerprint: Option<String>,
+    /// Where controllers will reach this host, https://ADDRESS:PORT
+    #[arg(long, env = "FRACTUS_ENDPOINT")]
+    endpoint: String,
+    /// Succeed when this host has joined before
+    #[arg(long)]
+    if_needed: bool,
+}
+
+fn main() -> ExitCode {
+    // Before all else, and without the rest: a machine's process starts as fast as it can.
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|first| first == fractus_agent::vm::SUBCOMMAND)
+    {
+        return fractus_agent::vm::main();
+    }
+    match start(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("fractus-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(cli: Cli) -> anyhow::Result<ExitCode> {
+    match cli.command {
+        Command::Run(arguments) => {
+            log()?;
+            runtime()?.block_on(daemon::run(config(arguments)?))?;
+        }
+        Command::Join(arguments) => runtime()?.block_on(join_cloud(arguments))?,
+        Command::Check => {
+            if !check::print(std::io::stdout().lock())? {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Command::Version => println!("fractus-agent {}", env!("CARGO_PKG_VERSION")),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(4)
+        .max_blocking_threads(16)
+        .thread_stack_size(1 << 20)
+        .enable_all()
+        .build()
+        .context("starting the runtime")
+}
+
+fn log() -> anyhow::Result<()> {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_env("FRACTUS_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .try_init()
+        .map_err(|e| anyhow::anyhow!("starting the log: {e}"))
+}
+
+fn config(run: Run) -> anyhow::Result<daemon::Config> {
+    let last = run
+        .first_user
+        .checked_add(run.users)
+        .context("too many users")?;
+    anyhow::ensure!(
+        run.first_user > 0,
+        "--first-user 0: no machine may run as root"
+    );
+    Ok(daemon::Config {
+        state: run.folders.state_dir,
+        runtime: run.folders.runtime_dir,
+        listen: run.listen,
+        users: run.first_user..last,
+        image_cache: run.image_cache_gib << 30,
+        shutdown: Duration::from_secs(run.shutdown_seconds),
+        stand_ins: run.stand_ins,
+    })
+}
+
+async fn join_cloud(arguments: JoinArguments) -> anyhow::Result<()> {
+    let paths = Paths::new(arguments.folders.state_dir, arguments.folders.runtime_dir);
+    if arguments.if_needed
+        && let Ok(identity) = Identity::load(&paths.identity())
+    {
+        println!("{}", identity.membership.host_id);
+        return Ok(());
+    }
+    let in_token = arguments.token.parse::<JoinToken>().map(|token| token.root);
+    let root: Fingerprint = match &arguments.ca_fingerprint {
+        Some(text) => text.parse()?,
+        None => in_token?,
+    };
+    std::fs::create_dir_all(&paths.state)
+        .with_context(|| format!("making {}", paths.state.display()))?;
+    let host = Inventory::new(&paths.state)?.report();
+    let identity = join(
+        &paths,
+        Join {
+            controller: arguments.controller,
+            token: arguments.token,
+            root,
+            endpoint: arguments.endpoint,
+        },
+        host,
+    )
+    .await?;
+    println!("{}", identity.membership.host_id);
+    Ok(())
+}

@@ -1,0 +1,103 @@
+//! Accepts connections: TLS with a client certificate of the cloud, HTTP/2 or HTTP/1.1.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use fractus_agent_api::identity::Peer;
+use fractus_agent_api::tls::{self, ClientCertificate, TlsError};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
+use tower::Service;
+
+use crate::host::push::{Cloud, Link};
+
+/// A connection that has not shaken hands by then is dropped.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Connections at once; controllers keep one each, and one a console.
+const CONNECTIONS: usize = 1024;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    #[error("cannot listen on {address}: {source}; is another agent running?")]
+    Bind {
+        address: SocketAddr,
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, ListenError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| ListenError::Bind { address, source })
+}
+
+fn acceptor(link: &Link) -> Result<TlsAcceptor, TlsError> {
+    let config = tls::server(&link.identity.credentials, ClientCertificate::Required)?;
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+/// For the life of the agent. A renewed certificate holds for connections from then on.
+pub async fn serve(listener: TcpListener, cloud: Cloud, router: Router) -> Result<(), ListenError> {
+    let mut links = cloud.watch();
+    let mut tls = acceptor(&links.borrow_and_update())?;
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let Ok((stream, _)) = accepted else {
+                    // Out of descriptors, most likely: let some go first.
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                };
+                let Ok(room) = room.clone().try_acquire_owned() else { continue };
+                let (tls, router) = (tls.clone(), router.clone());
+                tokio::spawn(async move {
+                    connection(stream, tls, router).await;
+                    drop(room);
+                });
+            }
+            Ok(()) = links.changed() => match acceptor(&links.borrow_and_update()) {
+                Ok(renewed) => tls = renewed,
+                Err(error) => tracing::error!(%error, "the renewed identity cannot be used"),
+            },
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, tls: TlsAcceptor, router: Router) {
+    let _ = stream.set_nodelay(true);
+    let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE, tls.accept(stream)).await else {
+        return;
+    };
+    let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+    let peer = chain.first().map(|leaf| Peer::of_certificate(leaf));
+    let Some(Ok(peer)) = peer else { return };
+    let service = hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(peer.clone());
+        router.clone().call(request)
+    });
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HANDSHAKE);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(Some(Duration::from_secs(20)))
+        .max_concurrent_streams(256);
+    if let Err(error) = builder
+        .serve_connection_with_upgrades(TokioIo::new(stream), service)
+        .await
+    {
+        tracing::debug!(%error, "connection");
+    }
+}

@@ -1,0 +1,143 @@
+//! Control groups (v2) of machines: one a machine, below the agent's own.
+//!
+//! Under systemd the agent's group is delegated to it (`Delegate=yes`); a leaf `agent` takes the agent
+//! itself, so that the controllers can be handed down. Where a host has no version 2 hierarchy the
+//! agent does without and says so in its inventory.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use fractus_agent_api::machine::{MachineSpec, ServerId};
+
+#[derive(Debug, Clone)]
+pub struct Cgroups {
+    /// Machines' groups are made in here.
+    top: PathBuf,
+}
+
+/// Controllers wanted for machines; the hierarchy works for holding and killing without them.
+const CONTROLLERS: [&str; 4] = ["cpu", "memory", "io", "pids"];
+
+impl Cgroups {
+    /// The group of this process in the v2 hierarchy, made ready; `None` when there is none.
+    /// `name` keeps agents of one host apart.
+    pub fn of_this_process(name: &str) -> io::Result<Option<Self>> {
+        let Some(mount) = mount(&fs::read_to_string("/proc/self/mountinfo")?) else {
+            return Ok(None);
+        };
+        let own = fs::read_to_string("/proc/self/cgroup")?;
+        let Some(own) = own.lines().find_map(|line| line.strip_prefix("0::/")) else {
+            return Ok(None);
+        };
+        // After an agent's restart in the same unit it is in its leaf already.
+        let own = own.strip_suffix("/agent").unwrap_or(own);
+        let group = mount.join(own);
+        let top = group.join(format!("fractus-{name}"));
+        match fs::create_dir_all(&top) {
+            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => return Ok(None),
+            other => other?,
+        }
+        if own.ends_with(".service") {
+            let leaf = group.join("agent");
+            fs::create_dir_all(&leaf)?;
+            fs::write(leaf.join("cgroup.procs"), std::process::id().to_string())?;
+        }
+        for folder in [&group, &top] {
+            for controller in CONTROLLERS {
+                // Some may be absent, or the group may hold processes of others: do without.
+                let _ = fs::write(
+                    folder.join("cgroup.subtree_control"),
+                    format!("+{controller}"),
+                );
+            }
+        }
+        Ok(Some(Self { top }))
+    }
+
+    /// Controllers that machines' groups do have.
+    pub fn controllers(&self) -> Vec<String> {
+        let text = fs::read_to_string(self.top.join("cgroup.controllers")).unwrap_or_default();
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    pub fn path(&self, id: ServerId) -> PathBuf {
+        self.top.join(id.to_string())
+    }
+
+    /// Makes the machine's group and puts the process in. Limits hold where the controller is.
+    pub fn enter(&self, id: ServerId, pid: i32, spec: &MachineSpec) -> io::Result<()> {
+        let group = self.path(id);
+        fs::create_dir_all(&group)?;
+        let limits = [
+            // Threads: vCPUs, disks, the process's own.
+            ("pids.max", (u64::from(spec.vcpus) + 64).to_string()),
+            // The guest's memory, and room for the process and its page cache.
+            (
+                "memory.max",
+                ((spec.memory_mib << 20) + (256 << 20)).to_string(),
+            ),
+            (
+                "cpu.weight",
+                (u64::from(spec.vcpus) * 100).min(10_000).to_string(),
+            ),
+        ];
+        for (file, limit) in limits {
+            let file = group.join(file);
+            if file.exists() {
+                fs::write(file, limit)?;
+            }
+        }
+        fs::write(group.join("cgroup.procs"), pid.to_string())
+    }
+
+    /// Removes the machine's group; its process has ended.
+    pub async fn remove(&self, id: ServerId) -> io::Result<()> {
+        let group = self.path(id);
+        for _ in 0..50 {
+            match fs::remove_dir(&group) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                // The kernel lets go of an ended process a moment after it was reaped.
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        fs::remove_dir(&group)
+    }
+
+    /// Removes the agent's part of the hierarchy, if no machine is in it.
+    pub fn close(&self) -> io::Result<()> {
+        fs::remove_dir(&self.top)
+    }
+}
+
+/// Where the v2 hierarchy is mounted, writable.
+fn mount(mountinfo: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        let path = mount.split(' ').nth(4)?;
+        file_system
+            .starts_with("cgroup2 ")
+            .then(|| Path::new(path).to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_version_is_found_beside_the_first() {
+        let text = "30 20 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+                    31 20 0:27 / /sys/fs/cgroup/unified rw,nosuid - cgroup2 cgroup2 rw\n";
+        assert_eq!(mount(text).unwrap(), Path::new("/sys/fs/cgroup/unified"));
+        assert_eq!(
+            mount("30 20 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"),
+            None
+        );
+    }
+}

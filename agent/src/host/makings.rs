@@ -1,0 +1,119 @@
+//! What machines are made of, on this host: boot files from the cache, disks in a directory.
+
+use std::fs;
+use std::io;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use fractus_agent_api::machine::{Boot, ImageRef, RootDisk};
+use uuid::Uuid;
+
+use crate::image::cache::{Cache, link_or_copy};
+use crate::machine::make::{MakeError, Makings, Progress};
+use crate::paths::MachinePaths;
+use crate::volume::directory::{self, Cancel};
+
+pub struct HostMakings {
+    pub cache: Arc<Cache>,
+    pub boot_id: Uuid,
+}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> MakeError {
+    let what = what.into();
+    move |source| MakeError::Io { what, source }
+}
+
+impl HostMakings {
+    async fn link(
+        &self,
+        paths: &MachinePaths,
+        image: &ImageRef,
+        progress: &Progress,
+    ) -> Result<(), MakeError> {
+        let place = paths.image(image);
+        if place.exists() {
+            return Ok(());
+        }
+        progress.say(format!("fetching image {}", image.id));
+        let mut file = self.cache.open(image, progress).await?;
+        let from = self.cache.path(image);
+        link_or_copy(&mut file, &from, &place).map_err(failed(place.display().to_string()))
+    }
+}
+
+#[async_trait]
+impl Makings for HostMakings {
+    async fn boot(
+        &self,
+        paths: &MachinePaths,
+        boot: &Boot,
+        progress: &Progress,
+    ) -> Result<(), MakeError> {
+        self.link(paths, &boot.kernel, progress).await?;
+        if let Some(initrd) = &boot.initrd {
+            self.link(paths, initrd, progress).await?;
+        }
+        let wanted: Vec<_> = [Some(&boot.kernel), boot.initrd.as_ref()]
+            .into_iter()
+            .flatten()
+            .collect();
+        let folder = || failed(paths.folder().display().to_string());
+        for entry in fs::read_dir(paths.folder()).map_err(folder())? {
+            let path = entry.map_err(folder())?.path();
+            let old = path
+                .extension()
+                .is_some_and(|extension| extension == "image");
+            if old && !wanted.iter().any(|image| paths.image(image) == path) {
+                fs::remove_file(&path).map_err(failed(path.display().to_string()))?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn disk(
+        &self,
+        paths: &MachinePaths,
+        disk: &RootDisk,
+        progress: &Progress,
+    ) -> Result<(), MakeError> {
+        // What an attempt that was given up has left.
+        sweep(paths, |name| {
+            name.starts_with("root.") && name.ends_with(".new")
+        })?;
+        let image = match &disk.image {
+            None => None,
+            Some(image) => {
+                progress.say(format!("fetching image {}", image.id));
+                Some((self.cache.open(image, progress).await?, image.format))
+            }
+        };
+        progress.say("making the root disk");
+        let (cancel, cancelled) = Cancel::new();
+        let (path, size) = (paths.disk(), disk.size);
+        let made =
+            tokio::task::spawn_blocking(move || directory::make(&path, size, image, &cancelled))
+                .await;
+        drop(cancel);
+        Ok(made.map_err(|e| failed("making the root disk")(io::Error::other(e)))??)
+    }
+
+    fn remove(&self, paths: &MachinePaths) -> Result<(), MakeError> {
+        sweep(paths, |name| name != MachinePaths::RECORD)
+    }
+
+    fn boot_id(&self) -> Option<Uuid> {
+        Some(self.boot_id)
+    }
+}
+
+/// Removes the files of a machine's folder whose name is `unwanted`.
+fn sweep(paths: &MachinePaths, unwanted: impl Fn(&str) -> bool) -> Result<(), MakeError> {
+    let folder = || failed(paths.folder().display().to_string());
+    for entry in fs::read_dir(paths.folder()).map_err(folder())? {
+        let entry = entry.map_err(folder())?;
+        if unwanted(&entry.file_name().to_string_lossy()) {
+            fs::remove_file(entry.path()).map_err(failed(entry.path().display().to_string()))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,288 @@
+//! The cache itself: fetch, check, keep, forget.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use fractus_agent_api::machine::ImageRef;
+use futures::StreamExt;
+use tokio::sync::Mutex;
+
+use super::source::Source;
+use crate::machine::make::Progress;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    #[error("{hash:?} is no BLAKE3 hash of 64 hexadecimal digits")]
+    Hash { hash: String },
+    #[error("image {id} could not be fetched: {detail}")]
+    Fetch { id: uuid::Uuid, detail: String },
+    #[error(
+        "image {id} has BLAKE3 {found}, not {wanted}: what the controller stores is not what it says"
+    )]
+    Mismatch {
+        id: uuid::Uuid,
+        wanted: String,
+        found: String,
+    },
+    #[error("image {id} has {found} bytes, not {wanted}")]
+    Size {
+        id: uuid::Uuid,
+        wanted: u64,
+        found: u64,
+    },
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+}
+
+/// A chunk that takes longer than this is a cut-off download.
+const CHUNK: Duration = Duration::from_secs(30);
+/// How often a controller that does not answer is asked, with growing pauses in between.
+const ATTEMPTS: u32 = 6;
+
+pub struct Cache {
+    folder: PathBuf,
+    /// Bytes of whole images that are kept at most, beside the newest.
+    bound: u64,
+    source: Arc<dyn Source>,
+    /// One download an image at a time.
+    busy: StdMutex<HashMap<String, Arc<Mutex<()>>>>,
+}
+
+impl Cache {
+    pub fn new(folder: PathBuf, bound: u64, source: Arc<dyn Source>) -> Result<Self, ImageError> {
+        fs::create_dir_all(&folder).map_err(|source| ImageError::Io {
+            path: folder.clone(),
+            source,
+        })?;
+        Ok(Self {
+            folder,
+            bound,
+            source,
+            busy: StdMutex::default(),
+        })
+    }
+
+    /// The image, open; its name in the cache may go at any time. Fetched when it is not there.
+    pub async fn open(&self, image: &ImageRef, progress: &Progress) -> Result<File, ImageError> {
+        let hash = sound(&image.blake3)?;
+        let path = self.folder.join(hash);
+        let turn = {
+            let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+            // Nobody else holds what only the map holds.
+            busy.retain(|_, turn| Arc::strong_count(turn) > 1);
+            busy.entry(hash.to_owned()).or_default().clone()
+        };
+        let _turn = turn.lock().await;
+        if let Ok(file) = File::open(&path) {
+            // For the next time something must be forgotten.
+            let _ = file.set_modified(SystemTime::now());
+            return Ok(file);
+        }
+        self.fetch(image, &path, progress).await?;
+        self.forget(&path);
+        File::open(&path).map_err(|source| ImageError::Io { path, source })
+    }
+
+    async fn fetch(
+        &self,
+        image: &ImageRef,
+        path: &Path,
+        progress: &Progress,
+    ) -> Result<(), ImageError> {
+        let part = path.with_extension("part");
+        let mut pause = Duration::from_millis(200);
+        for attempt in 1.. {
+            match self.attempt(image, &part, progress).await {
+                Ok(()) => break,
+                Err(ImageError::Fetch { detail, .. }) if attempt < ATTEMPTS => {
+                    tracing::warn!(image = %image.id, attempt, detail, "image fetch");
+                    progress.say(format!("fetching image {} again: {detail}", image.id));
+                    tokio::time::sleep(pause).await;
+                    pause *= 3;
+                }
+                Err(error) => {
+                    if !matches!(error, ImageError::Fetch { .. }) {
+                        // Wrong, or no room for it: nothing stays behind.
+                        let _ = fs::remove_file(&part);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        let io = |source| ImageError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        fs::rename(&part, path).map_err(io)
+    }
+
+    /// One try: what is there of the download is kept and gone on with.
+    async fn attempt(
+        &self,
+        image: &ImageRef,
+        part: &Path,
+        progress: &Progress,
+    ) -> Result<(), ImageError> {
+        let io = |source| ImageError::Io {
+            path: part.to_owned(),
+            source,
+        };
+        let lost = |detail: String| ImageError::Fetch {
+            id: image.id,
+            detail,
+        };
+        let mut options = File::options();
+        let file = options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(part)
+            .map_err(io)?;
+        let have = file.metadata().map_err(io)?.len();
+        let from = if have < image.size { have } else { 0 };
+        let body = self
+            .source
+            .open(image.id, from)
+            .await
+            .map_err(|e| lost(e.to_string()))?;
+        let mut at = body.offset.min(from);
+        file.set_len(at).map_err(io)?;
+        let mut hasher = hash_of(&file, at).await.map_err(io)?;
+        let mut bytes = body.bytes;
+        let mut said = 0;
+        while let Some(chunk) = tokio::time::timeout(CHUNK, bytes.next())
+            .await
+            .map_err(|_| lost(format!("nothing came for {} s", CHUNK.as_secs())))?
+        {
+            let chunk = chunk.map_err(|e| lost(e.to_string()))?;
+            let end = at + chunk.len() as u64;
+            if end > image.size {
+                return Err(ImageError::Size {
+                    id: image.id,
+                    wanted: image.size,
+                    found: end,
+                });
+            }
+            file.write_all_at(&chunk, at).map_err(io)?;
+            hasher.update(&chunk);
+            at = end;
+            if at - said > 16 << 20 {
+                said = at;
+                progress.say(format!(
+                    "fetching image {}: {} of {} MiB",
+                    image.id,
+                    at >> 20,
+                    image.size >> 20
+                ));
+            }
+        }
+        if at < image.size {
+            return Err(lost(format!("cut off at {at} of {} bytes", image.size)));
+        }
+        let found = hasher.finalize().to_hex().to_string();
+        if !found.eq_ignore_ascii_case(&image.blake3) {
+            let wanted = image.blake3.clone();
+            return Err(ImageError::Mismatch {
+                id: image.id,
+                wanted,
+                found,
+            });
+        }
+        let synced = tokio::task::spawn_blocking(move || file.sync_data()).await;
+        synced.map_err(|e| io(io::Error::other(e)))?.map_err(io)
+    }
+
+    /// Down to the bound, what was not used for longest first; never `newest`.
+    fn forget(&self, newest: &Path) {
+        let Ok(entries) = fs::read_dir(&self.folder) else {
+            return;
+        };
+        let mut images: Vec<(SystemTime, u64, PathBuf)> = entries
+            .flatten()
+            .filter_map(|entry| {
+                let about = entry.metadata().ok()?;
+                Some((about.modified().ok()?, about.len(), entry.path()))
+            })
+            .filter(|(_, _, path)| path != newest)
+            .collect();
+        images.sort();
+        let mut total: u64 = images.iter().map(|(_, size, _)| size).sum();
+        for (_, size, path) in images {
+            if total <= self.bound {
+                break;
+            }
+            if fs::remove_file(&path).is_ok() {
+                total -= size;
+            }
+        }
+    }
+}
+
+/// The hash, if it is one: it becomes a file's name.
+fn sound(hash: &str) -> Result<&str, ImageError> {
+    let digits = hash
+        .bytes()
+        .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+    if hash.len() == 64 && digits {
+        Ok(hash)
+    } else {
+        Err(ImageError::Hash {
+            hash: hash.chars().take(80).collect(),
+        })
+    }
+}
+
+/// Of the first `length` bytes.
+async fn hash_of(file: &File, length: u64) -> io::Result<blake3::Hasher> {
+    if length == 0 {
+        return Ok(blake3::Hasher::new());
+    }
+    let file = file.try_clone()?;
+    let hashed = tokio::task::spawn_blocking(move || {
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < length {
+            let most = buffer.len().min((length - at) as usize);
+            let Some(space) = buffer.get_mut(..most) else {
+                break;
+            };
+            let read = file.read_at(space, at)?;
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            hasher.update(space.get(..read).unwrap_or_default());
+            at += read as u64;
+        }
+        Ok(hasher)
+    });
+    hashed.await.map_err(io::Error::other)?
+}
+
+/// Copies what a link cannot do (another file system).
+pub fn link_or_copy(image: &mut File, from: &Path, to: &Path) -> io::Result<()> {
+    if fs::hard_link(from, to).is_ok() {
+        return Ok(());
+    }
+    let beside = to.with_extension("new");
+    let mut copy = File::create(&beside)?;
+    io::copy(&mut Read::by_ref(image), &mut copy)?;
+    copy.sync_data()?;
+    fs::rename(&beside, to)
+}
+
+impl Cache {
+    /// Where a whole image is while the cache remembers it.
+    pub fn path(&self, image: &ImageRef) -> PathBuf {
+        self.folder.join(&image.blake3)
+    }
+}
+
+#[cfg(test)]
+mod tests;

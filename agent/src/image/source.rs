@@ -1,0 +1,23 @@
+//! Where images come from: any of the controllers.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use uuid::Uuid;
+
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct SourceError(pub String);
+
+/// The bytes of an image from an offset on.
+pub struct Body {
+    /// Where the stream really begins: as asked, or 0.
+    pub offset: u64,
+    pub bytes: BoxStream<'static, Result<Bytes, SourceError>>,
+}
+
+#[async_trait]
+pub trait Source: Send + Sync + 'static {
+    /// Opens image `id` at `offset`, from whichever controller answers.
+    async fn open(&self, id: Uuid, offset: u64) -> Result<Body, SourceError>;
+}

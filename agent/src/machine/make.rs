@@ -1,0 +1,64 @@
+//! What a machine is made of before it has a process: boot files and disks.
+
+use async_trait::async_trait;
+use fractus_agent_api::machine::{Boot, RootDisk};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use crate::image::ImageError;
+use crate::paths::MachinePaths;
+use crate::volume::VolumeError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum MakeError {
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error("{what}: {source}")]
+    Io {
+        what: String,
+        source: std::io::Error,
+    },
+}
+
+/// Says to the outside which step is on.
+#[derive(Debug, Clone)]
+pub struct Progress(watch::Sender<String>);
+
+impl Progress {
+    pub fn new(step: &str) -> (Self, watch::Receiver<String>) {
+        let (sender, receiver) = watch::channel(step.to_owned());
+        (Self(sender), receiver)
+    }
+
+    pub fn say(&self, step: impl Into<String>) {
+        self.0.send_replace(step.into());
+    }
+}
+
+/// Every call may be dropped half-way and repeated.
+#[async_trait]
+pub trait Makings: Send + Sync + 'static {
+    /// Kernel and initrd stand in the machine's folder afterwards, and no others.
+    async fn boot(
+        &self,
+        paths: &MachinePaths,
+        boot: &Boot,
+        progress: &Progress,
+    ) -> Result<(), MakeError>;
+
+    /// The root disk stands in the machine's folder afterwards, new and whole; an old one is gone.
+    async fn disk(
+        &self,
+        paths: &MachinePaths,
+        disk: &RootDisk,
+        progress: &Progress,
+    ) -> Result<(), MakeError>;
+
+    /// All of the machine's folder but its record.
+    fn remove(&self, paths: &MachinePaths) -> Result<(), MakeError>;
+
+    /// Of the host, now.
+    fn boot_id(&self) -> Option<Uuid>;
+}

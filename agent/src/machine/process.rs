@@ -1,0 +1,292 @@
+//! The process of a machine, seen from the agent: started, found again, told, heard, ended.
+//!
+//! [`Launcher`] and [`Process`] are what an actor knows of it; the real ones are here, a double for
+//! tests of the actor in `machine/double.rs`. A process belongs to the record that names it: it gets its
+//! `Go` only after that record is on the disk, and one that no record names is ended
+//! ([`end_strays`]).
+
+pub mod control;
+pub mod identity;
+pub mod launch;
+pub(crate) mod spawn;
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use fractus_agent_api::machine::{MachineSpec, ServerId, StopReason};
+use tokio::io::unix::AsyncFd;
+use uuid::Uuid;
+
+use self::control::Control;
+use super::record::ProcessRecord;
+use crate::vm::protocol::{FromMachine, LastWords, MachineEvent, Role, State, ToMachine, VERSION};
+
+/// What a process is to be made of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    pub id: ServerId,
+    pub spec: MachineSpec,
+    pub user: u32,
+    pub request_id: Option<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    #[error("{what}: {source}")]
+    System {
+        what: String,
+        source: std::io::Error,
+    },
+    #[error("the machine's process: {0}")]
+    Control(#[from] crate::vm::packet::PacketError),
+    #[error("the machine's process does not answer")]
+    Mute,
+    #[error("the machine cannot be described to the VMM: {0}")]
+    Config(String),
+}
+
+#[async_trait]
+pub trait Launcher: Send + Sync + 'static {
+    type Process: Process;
+
+    /// Starts a process that is being jailed and built, and waits for its `Go`.
+    async fn launch(&self, plan: &Plan) -> Result<Self::Process, ProcessError>;
+
+    /// The process that the record names, if it is alive; else how it ended.
+    async fn adopt(&self, id: ServerId, recorded: &ProcessRecord) -> Adoption<Self::Process>;
+
+    /// Removes what is outside of the machine's folder: socket and control group.
+    async fn clear(&self, id: ServerId) -> Result<(), ProcessError>;
+}
+
+pub enum Adoption<P> {
+    Alive(P),
+    Gone(End),
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum End {
+    /// It said why.
+    Said(StopReason),
+    /// It was killed, or fell.
+    Silent { detail: String },
+}
+
+impl End {
+    pub fn reason(self) -> StopReason {
+        match self {
+            Self::Said(reason) => reason,
+            Self::Silent { detail } => StopReason::VmmFault { detail },
+        }
+    }
+}
+
+/// What is heard of a process.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Heard {
+    State(State),
+    Event(MachineEvent),
+    /// The last command was not carried out.
+    Refused(String),
+    /// The machine could not be made; the end follows.
+    Failed(String),
+    Ended(End),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    Go,
+    Pause,
+    Resume,
+    PressPowerButton,
+}
+
+#[async_trait]
+pub trait Process: Send + 'static {
+    fn identity(&self) -> ProcessRecord;
+
+    async fn tell(
+        &mut self,
+        command: Command,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError>;
+
+    /// The next thing that it says or does. May be dropped and called again. After
+    /// [`Heard::Ended`] it is not called any more.
+    async fn hear(&mut self) -> Heard;
+
+    /// Ends it now; returns when it is gone.
+    async fn kill(&mut self) -> Result<End, ProcessError>;
+}
+
+/// A process of this host, held by a descriptor that can mean no other.
+pub struct HostProcess {
+    identity: ProcessRecord,
+    pidfd: AsyncFd<std::os::fd::OwnedFd>,
+    /// `None` while it does not answer.
+    control: Option<Control>,
+    paths: crate::paths::MachinePaths,
+    /// Last of what it said, kept for its end.
+    failure: Option<String>,
+    /// What it answered when it was adopted.
+    greeting: Option<State>,
+}
+
+/// A process that was adopted while it was busy is asked again after this time.
+const AGAIN: Duration = Duration::from_secs(1);
+
+impl HostProcess {
+    async fn connect(&mut self) -> Result<State, ProcessError> {
+        let control =
+            Control::connect(&self.paths.socket, self.identity.pid, Role::Control).await?;
+        let answer = tokio::time::timeout(Duration::from_secs(5), control.receive()).await;
+        match answer.map_err(|_| ProcessError::Mute)?? {
+            FromMachine::Status { version, state, .. } if version <= VERSION => {
+                self.control = Some(control);
+                Ok(state)
+            }
+            other => {
+                tracing::warn!(
+                    ?other,
+                    "a machine's process answered a greeting with something else"
+                );
+                Err(ProcessError::Mute)
+            }
+        }
+    }
+
+    fn end(&self) -> End {
+        let status = identity::reap(self.pidfd.get_ref());
+        let said = std::fs::read(self.paths.last_words()).unwrap_or_default();
+        match serde_json::from_slice::<LastWords>(&said) {
+            Ok(words) => End::Said(words.reason),
+            Err(_) => {
+                let status = status.unwrap_or_else(|| "no reason given".to_owned());
+                let detail = match &self.failure {
+                    Some(failure) => failure.clone(),
+                    None => format!("the machine's process ended: {status}"),
+                };
+                End::Silent { detail }
+            }
+        }
+    }
+
+    /// What it said in the end is still in the socket.
+    fn last_message(&mut self) -> Option<FromMachine> {
+        match self.control.as_ref()?.try_receive() {
+            Some(message) => Some(message),
+            None => {
+                self.control = None;
+                None
+            }
+        }
+    }
+
+    fn heard(&mut self, message: FromMachine) -> Option<Heard> {
+        match message {
+            FromMachine::Ready { .. } => Some(Heard::State(State::Ready)),
+            FromMachine::Status { state, .. } => Some(Heard::State(state)),
+            // The end of the process says so too, and once is enough.
+            FromMachine::Event {
+                event: MachineEvent::Stopped { .. },
+            } => None,
+            FromMachine::Event { event } => Some(Heard::Event(event)),
+            FromMachine::Refused { detail } => Some(Heard::Refused(detail)),
+            FromMachine::Failed { detail } => {
+                self.failure = Some(detail.clone());
+                Some(Heard::Failed(detail))
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Process for HostProcess {
+    fn identity(&self) -> ProcessRecord {
+        self.identity
+    }
+
+    async fn tell(
+        &mut self,
+        command: Command,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        let request_id = request_id.map(str::to_owned);
+        let message = match command {
+            Command::Go => ToMachine::Go,
+            Command::Pause => ToMachine::Pause { request_id },
+            Command::Resume => ToMachine::Resume { request_id },
+            Command::PressPowerButton => ToMachine::PressPowerButton { request_id },
+        };
+        let control = self.control.as_ref().ok_or(ProcessError::Mute)?;
+        Ok(control.send(&message, &[]).await?)
+    }
+
+    async fn hear(&mut self) -> Heard {
+        if let Some(state) = self.greeting.take() {
+            return Heard::State(state);
+        }
+        loop {
+            let Some(control) = &self.control else {
+                tokio::select! {
+                    _ = self.pidfd.readable() => return Heard::Ended(self.end()),
+                    () = tokio::time::sleep(AGAIN) => {}
+                }
+                if let Ok(state) = self.connect().await {
+                    return Heard::State(state);
+                }
+                continue;
+            };
+            let received = tokio::select! {
+                biased;
+                received = control.receive() => Some(received),
+                _ = self.pidfd.readable() => None,
+            };
+            let message = match received {
+                Some(Ok(message)) => Some(message),
+                Some(Err(error)) => {
+                    tracing::debug!(%error, "connection to a machine's process");
+                    self.control = None;
+                    None
+                }
+                None => match self.last_message() {
+                    Some(message) => Some(message),
+                    None => return Heard::Ended(self.end()),
+                },
+            };
+            if let Some(heard) = message.and_then(|message| self.heard(message)) {
+                return heard;
+            }
+        }
+    }
+
+    async fn kill(&mut self) -> Result<End, ProcessError> {
+        identity::kill(self.pidfd.get_ref()).map_err(|source| ProcessError::System {
+            what: "ending the process".into(),
+            source,
+        })?;
+        let _ = self.pidfd.readable().await;
+        self.control = None;
+        Ok(self.end())
+    }
+}
+
+/// Ends every process that carries this agent's mark and that no record names: those of a start that
+/// was cut off before its record was written, which never ran a guest.
+pub fn end_strays(
+    mark: Uuid,
+    is_recorded: impl Fn(ServerId, i32) -> bool,
+) -> std::io::Result<usize> {
+    let mut ended = 0;
+    for process in identity::marked(mark)? {
+        if is_recorded(ServerId(process.machine), process.pid) {
+            continue;
+        }
+        tracing::warn!(pid = process.pid, machine = %process.machine, "ending a process without a record");
+        identity::kill(&process.pidfd)?;
+        identity::reap(&process.pidfd);
+        ended += 1;
+    }
+    Ok(ended)
+}

@@ -1,0 +1,367 @@
+//! Starts real processes: opens what a machine needs and hands it over.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use fractus_agent_api::machine::{MachineSpec, Pages, ServerId};
+use fractus_vmm::config::{
+    CpuConfig, CpuProfile, DiskConfig, MachineConfig, MemoryConfig, PageSize, RngConfig,
+};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socketpair};
+use uuid::Uuid;
+
+use super::control::{Control, watched};
+use super::spawn::{Inherited, spawn};
+use super::{Adoption, End, HostProcess, Launcher, Plan, ProcessError, identity};
+use crate::host::cgroup::Cgroups;
+use crate::machine::record::ProcessRecord;
+use crate::paths::{MachinePaths, Paths};
+use crate::vm::SUBCOMMAND;
+use crate::vm::packet;
+use crate::vm::protocol::{FileRole, JailConfig, Launch};
+
+/// Opened at start, so that a newer binary in its place changes nothing for this agent's machines.
+pub struct HostLauncher {
+    pub binary: OwnedFd,
+    pub null: OwnedFd,
+    pub paths: Paths,
+    /// Marks this agent's processes in /proc.
+    pub mark: Uuid,
+    pub boot_id: Uuid,
+    pub cgroups: Option<Cgroups>,
+    /// No KVM: guests are stand-ins.
+    pub stand_ins: bool,
+}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> ProcessError {
+    let what = what.into();
+    move |source| ProcessError::System { what, source }
+}
+
+/// Files with the roles they are handed over in.
+#[derive(Default)]
+struct Files {
+    roles: Vec<FileRole>,
+    files: Vec<OwnedFd>,
+}
+
+impl Files {
+    fn push(&mut self, role: FileRole, file: impl Into<OwnedFd>) {
+        self.roles.push(role);
+        self.files.push(file.into());
+    }
+}
+
+impl HostLauncher {
+    /// For this process's own binary.
+    pub fn new(
+        paths: Paths,
+        mark: Uuid,
+        cgroups: Option<Cgroups>,
+        stand_ins: bool,
+    ) -> io::Result<Self> {
+        let binary = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_CLOEXEC)
+            .open("/proc/self/exe")?;
+        let null = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/null")?;
+        let boot_id = identity::boot_id()?;
+        let (binary, null) = (binary.into(), null.into());
+        Ok(Self {
+            binary,
+            null,
+            paths,
+            mark,
+            boot_id,
+            cgroups,
+            stand_ins,
+        })
+    }
+
+    fn start(&self, plan: &Plan) -> Result<(ProcessRecord, OwnedFd, OwnedFd), ProcessError> {
+        let paths = self.paths.machine(plan.id);
+        let (config, files) = self.open(plan, &paths)?;
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+            .map_err(|e| failed("a socket for the process")(e.into()))?;
+        let arguments = [
+            "fractus-agent".to_owned(),
+            SUBCOMMAND.to_owned(),
+            plan.id.to_string(),
+            self.mark.hyphenated().to_string(),
+        ]
+        .map(CString::new)
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|e| failed("the process's arguments")(e.into()))?;
+        let null = self.null.as_fd();
+        let spawned = spawn(&Inherited {
+            binary: self.binary.as_fd(),
+            arguments: &arguments,
+            socket: theirs.as_fd(),
+            standard: [null, null, null],
+        })
+        .map_err(failed("starting the machine's process"))?;
+        drop(theirs);
+        if let Some(cgroups) = &self.cgroups {
+            // Before the process has its launch, and so before it uses anything worth counting.
+            cgroups
+                .enter(plan.id, spawned.pid, &plan.spec)
+                .inspect_err(|_| drop(identity::kill(&spawned.pidfd)))
+                .map_err(failed("the machine's control group"))?;
+        }
+        let launch = Launch {
+            id: plan.id,
+            jail: Some(JailConfig {
+                user: plan.user,
+                file_size: file_size(&plan.spec, &paths),
+            }),
+            config,
+            files: files.roles,
+            request_id: plan.request_id.clone(),
+        };
+        let borrowed: Vec<BorrowedFd<'_>> = files.files.iter().map(AsFd::as_fd).collect();
+        let handed = packet::send(&ours, &launch, &borrowed).map_err(ProcessError::from);
+        let identity = handed.and_then(|()| {
+            let start_ticks =
+                identity::start_ticks(spawned.pid).map_err(failed("the process's start time"))?;
+            let (pid, boot_id) = (spawned.pid, self.boot_id);
+            Ok(ProcessRecord {
+                pid,
+                start_ticks,
+                boot_id,
+                ran: false,
+            })
+        });
+        match identity {
+            Ok(identity) => Ok((identity, spawned.pidfd, ours)),
+            Err(error) => {
+                let _ = identity::kill(&spawned.pidfd);
+                identity::reap(&spawned.pidfd);
+                Err(error)
+            }
+        }
+    }
+
+    fn open(
+        &self,
+        plan: &Plan,
+        paths: &MachinePaths,
+    ) -> Result<(MachineConfig, Files), ProcessError> {
+        let at = |path: &Path| failed(format!("opening {}", path.display()));
+        let mut files = Files::default();
+        let mut config = machine_config(plan.id, &plan.spec)?;
+        if !self.stand_ins {
+            let kvm = Path::new("/dev/kvm");
+            files.push(
+                FileRole::Kvm,
+                File::options()
+                    .read(true)
+                    .write(true)
+                    .open(kvm)
+                    .map_err(at(kvm))?,
+            );
+            let kernel = paths.image(&plan.spec.boot.kernel);
+            files.push(FileRole::Kernel, File::open(&kernel).map_err(at(&kernel))?);
+            if let Some(initrd) = &plan.spec.boot.initrd {
+                let initrd = paths.image(initrd);
+                files.push(FileRole::Initrd, File::open(&initrd).map_err(at(&initrd))?);
+            }
+        }
+        if plan.spec.root_disk.is_some() {
+            let disk = paths.disk();
+            let (file, direct) = open_disk(&disk).map_err(at(&disk))?;
+            files.push(FileRole::Disk, file);
+            config.disks.push(DiskConfig {
+                read_only: false,
+                serial_number: plan.id.0.simple().to_string().chars().take(20).collect(),
+                direct,
+                limit: None,
+                queues: 1,
+            });
+        }
+        for (role, path) in [
+            (FileRole::SerialLog, paths.serial_log()),
+            (FileRole::Log, paths.log()),
+        ] {
+            let mut options = File::options();
+            options
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600);
+            files.push(role, options.open(&path).map_err(at(&path))?);
+        }
+        let words = paths.last_words();
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        files.push(
+            FileRole::LastWords,
+            options.open(&words).map_err(at(&words))?,
+        );
+        files.push(
+            FileRole::Control,
+            listener(&paths.socket).map_err(at(&paths.socket))?,
+        );
+        Ok((config, files))
+    }
+}
+
+/// O_DIRECT where the file system has it.
+fn open_disk(path: &Path) -> io::Result<(File, bool)> {
+    let mut options = File::options();
+    options.read(true).write(true);
+    match options.clone().custom_flags(libc::O_DIRECT).open(path) {
+        Ok(file) => Ok((file, true)),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            Ok((options.open(path)?, false))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Bound, not listening: the process listens itself.
+fn listener(path: &Path) -> io::Result<OwnedFd> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+/// A machine may write its disk and its rings, and no file beyond their size.
+fn file_size(spec: &MachineSpec, paths: &MachinePaths) -> u64 {
+    let disk = std::fs::metadata(paths.disk()).map_or(0, |disk| disk.len());
+    // Guest memory is a file too (memfd).
+    disk.max(spec.memory_mib << 20)
+        .max(crate::vm::protocol::SERIAL_LOG + (64 << 10))
+}
+
+fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, ProcessError> {
+    let profile = CpuProfile::by_name(&spec.cpu_profile)
+        .ok_or_else(|| ProcessError::Config(format!("CPU profile {:?}", spec.cpu_profile)))?;
+    let config = MachineConfig {
+        uuid: id.0,
+        cpus: CpuConfig {
+            count: spec.vcpus,
+            profile,
+            host_cpus: spec.cpus.clone(),
+        },
+        memory: MemoryConfig {
+            bytes: spec.memory_mib << 20,
+            pages: match spec.pages {
+                Pages::Small => PageSize::Small,
+                Pages::Transparent => PageSize::Transparent,
+                Pages::Huge2MiB => PageSize::Huge2MiB,
+                Pages::Huge1GiB => PageSize::Huge1GiB,
+            },
+            host_nodes: spec.numa_nodes.clone(),
+        },
+        command_line: spec.boot.command_line.clone(),
+        disks: Vec::new(),
+        console_ports: Vec::new(),
+        rng: Some(RngConfig::default()),
+        watchdog: None,
+        pvpanic: true,
+    };
+    config
+        .validate()
+        .map_err(|e| ProcessError::Config(e.to_string()))?;
+    Ok(config)
+}
+
+/// Whether every agent of this version could build it; asked before an intent is taken.
+pub fn check(id: ServerId, spec: &MachineSpec) -> Result<(), String> {
+    machine_config(id, spec)
+        .map(drop)
+        .map_err(|e| e.to_string())
+}
+
+#[async_trait]
+impl Launcher for Arc<HostLauncher> {
+    type Process = HostProcess;
+
+    async fn launch(&self, plan: &Plan) -> Result<HostProcess, ProcessError> {
+        let (launcher, owned) = (self.clone(), plan.clone());
+        let started = tokio::task::spawn_blocking(move || launcher.start(&owned)).await;
+        let (identity, pidfd, socket) =
+            started.map_err(|e| failed("starting the process")(io::Error::other(e)))??;
+        let pidfd = watched(pidfd).map_err(failed("watching the process"))?;
+        let control = Control::new(socket).map_err(failed("watching the process"))?;
+        let paths = self.paths.machine(plan.id);
+        let control = Some(control);
+        Ok(HostProcess {
+            identity,
+            pidfd,
+            control,
+            paths,
+            failure: None,
+            greeting: None,
+        })
+    }
+
+    async fn adopt(&self, id: ServerId, recorded: &ProcessRecord) -> Adoption<HostProcess> {
+        let paths = self.paths.machine(id);
+        let found = identity::find(recorded, self.boot_id);
+        let held = found.ok().flatten().and_then(|pidfd| watched(pidfd).ok());
+        if let Some(pidfd) = held {
+            let mut process = HostProcess {
+                identity: *recorded,
+                pidfd,
+                control: None,
+                paths,
+                failure: None,
+                greeting: None,
+            };
+            // One that does not answer is alive all the same; it is asked again when it is heard.
+            process.greeting = process.connect().await.ok();
+            return Adoption::Alive(process);
+        }
+        let said = std::fs::read(paths.last_words()).unwrap_or_default();
+        Adoption::Gone(
+            match serde_json::from_slice::<crate::vm::protocol::LastWords>(&said) {
+                Ok(words) => End::Said(words.reason),
+                Err(_) => End::Silent {
+                    detail: "the machine's process was gone when the agent came back".to_owned(),
+                },
+            },
+        )
+    }
+
+    async fn clear(&self, id: ServerId) -> Result<(), ProcessError> {
+        let socket = self.paths.machine(id).socket;
+        match std::fs::remove_file(&socket) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed(format!("removing {}", socket.display()))(error));
+            }
+            _ => {}
+        }
+        match &self.cgroups {
+            Some(cgroups) => cgroups
+                .remove(id)
+                .await
+                .map_err(failed("removing the control group")),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! The record of one machine: what the agent knows of it after a crash, a restart, a reboot.
+//!
+//! One JSON file a machine, replaced whole: written beside, synced, renamed, and the folder synced.
+//! It is versioned; golden ones of every version are kept in `tests/golden`. Whatever runs on this host
+//! is in a record first: an agent that finds a process without one ends it.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use fractus_agent_api::decision::{Done, Intent};
+use fractus_agent_api::machine::{Power, ServerId, StopReason};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// Of the file. Raised when the meaning of a field changes; older ones are read for ever.
+pub const VERSION: u32 = 1;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    pub version: u32,
+    pub id: ServerId,
+    pub intent: Intent,
+    /// Of the request that wanted it.
+    #[serde(default)]
+    pub request_id: Option<String>,
+    #[serde(default)]
+    pub done: Done,
+    /// User and group that the machine's process runs as; no other machine of the host has it.
+    pub user: u32,
+    #[serde(default)]
+    pub process: Option<ProcessRecord>,
+    /// Why the last process ended by itself, under the intent above.
+    #[serde(default)]
+    pub stop: Option<StopReason>,
+    /// Nothing is left of the machine since then (microseconds since the epoch): a tombstone.
+    #[serde(default)]
+    pub gone_at_us: Option<i64>,
+    /// When what was observed last changed.
+    #[serde(default)]
+    pub changed_at_us: i64,
+}
+
+/// A process, so that no other is taken for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessRecord {
+    pub pid: i32,
+    /// Field 22 of /proc/PID/stat: clock ticks since boot.
+    pub start_ticks: u64,
+    pub boot_id: Uuid,
+    /// Its guest has run. One that ended before that was never started.
+    #[serde(default)]
+    pub ran: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{path} is no record of a machine: {detail}")]
+    Damaged { path: PathBuf, detail: String },
+    #[error(
+        "{path} is of version {version}; this agent reads up to {VERSION}: run the newer agent"
+    )]
+    Newer { path: PathBuf, version: u32 },
+}
+
+impl Record {
+    pub fn is_tombstone(&self) -> bool {
+        self.intent.wanted.power == Power::Absent && self.gone_at_us.is_some()
+    }
+
+    pub fn read(path: &Path) -> Result<Self, RecordError> {
+        let bytes = fs::read(path).map_err(|source| RecordError::Io {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&bytes, path)
+    }
+
+    fn parse(bytes: &[u8], path: &Path) -> Result<Self, RecordError> {
+        #[derive(Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        let damaged = |e: serde_json::Error| RecordError::Damaged {
+            path: path.to_owned(),
+            detail: e.to_string(),
+        };
+        let Version { version } = serde_json::from_slice(bytes).map_err(damaged)?;
+        if version == 0 || version > VERSION {
+            return Err(RecordError::Newer {
+                path: path.to_owned(),
+                version,
+            });
+        }
+        serde_json::from_slice(bytes).map_err(damaged)
+    }
+
+    /// Returns once the record is on the disk. The folder is made if it is not there.
+    pub fn write(&self, path: &Path) -> Result<(), RecordError> {
+        self.replace(path, true)
+    }
+
+    /// The same without a sync: for what can be found out again (a crash of the host ends every
+    /// process anyway).
+    pub fn note(&self, path: &Path) -> Result<(), RecordError> {
+        self.replace(path, false)
+    }
+
+    fn replace(&self, path: &Path, sync: bool) -> Result<(), RecordError> {
+        let failed = |source| RecordError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let bytes = serde_json::to_vec(self).map_err(|e| failed(e.into()))?;
+        let folder = path
+            .parent()
+            .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
+        if !folder.exists() {
+            fs::create_dir_all(folder).map_err(failed)?;
+            if let Some(above) = folder.parent() {
+                File::open(above)
+                    .and_then(|above| above.sync_all())
+                    .map_err(failed)?;
+            }
+        }
+        let beside = path.with_extension("new");
+        let written = (|| {
+            let mut file = File::create(&beside)?;
+            file.write_all(&bytes)?;
+            if sync {
+                file.sync_data()?;
+            }
+            fs::rename(&beside, path)?;
+            if sync {
+                File::open(folder)?.sync_all()?;
+            }
+            Ok(())
+        })();
+        if written.is_err() {
+            let _ = fs::remove_file(&beside);
+        }
+        written.map_err(failed)
+    }
+}
+
+/// What a folder of machines holds at start.
+#[derive(Debug, Default)]
+pub struct Found {
+    pub records: Vec<Record>,
+    /// Machines whose record cannot be read: nothing of theirs is touched.
+    pub unreadable: Vec<(ServerId, RecordError)>,
+}
+
+/// Reads every record. A folder without one is what a crash left of a machine that was never taken
+/// (the record is the first file of its folder): it is removed.
+pub fn scan(machines: &Path) -> Result<Found, RecordError> {
+    let failed = |source| RecordError::Io {
+        path: machines.to_owned(),
+        source,
+    };
+    fs::create_dir_all(machines).map_err(failed)?;
+    let mut found = Found::default();
+    for entry in fs::read_dir(machines).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let Some(id) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| Uuid::try_parse(name).ok())
+        else {
+            continue;
+        };
+        let path = entry.path().join(crate::paths::MachinePaths::RECORD);
+        if !path.exists() {
+            fs::remove_dir_all(entry.path()).map_err(failed)?;
+            continue;
+        }
+        match Record::read(&path) {
+            Ok(record) if record.id.0 == id => found.records.push(record),
+            Ok(_) => found.unreadable.push((
+                ServerId(id),
+                RecordError::Damaged {
+                    path,
+                    detail: "it names another machine".to_owned(),
+                },
+            )),
+            Err(error) => found.unreadable.push((ServerId(id), error)),
+        }
+    }
+    Ok(found)
+}

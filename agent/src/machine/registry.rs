@@ -1,0 +1,283 @@
+//! All machines of the host: finds the actor that an intent is for, and makes it when there is none.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use fractus_agent_api::decision::{self, Done, Intent};
+use fractus_agent_api::machine::{MachineReport, Observed, Power, PutMachine, Refusal, ServerId};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::task::TaskTracker;
+
+use super::actor::{Actor, Message, Surroundings};
+use super::process::{Launcher, end_strays};
+use super::record::{self, Record, RecordError, VERSION};
+use crate::clock::now_us;
+use crate::paths::Paths;
+
+/// Tombstones are kept at least this long: no message is later than that.
+const TOMBSTONE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+#[derive(Debug, thiserror::Error)]
+pub enum MachinesError {
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("looking for processes: {0}")]
+    Processes(std::io::Error),
+}
+
+#[derive(Clone)]
+struct Handle {
+    mailbox: mpsc::Sender<Message>,
+    report: watch::Receiver<MachineReport>,
+    /// Of the machine's process; 0: none.
+    pid: Arc<AtomicI32>,
+    user: u32,
+}
+
+struct Inner {
+    handles: BTreeMap<ServerId, Handle>,
+    /// Machines whose record cannot be read, and why. Theirs is not touched.
+    closed: BTreeMap<ServerId, String>,
+}
+
+/// Cheap to clone.
+pub struct Machines<L: Launcher> {
+    paths: Paths,
+    surroundings: Arc<Surroundings<L>>,
+    users: Range<u32>,
+    inner: Arc<Mutex<Inner>>,
+    /// Held while a record is made, so that two first intents for a machine do not make two actors.
+    admission: Arc<Mutex<()>>,
+    tasks: TaskTracker,
+}
+
+impl<L: Launcher> Clone for Machines<L> {
+    fn clone(&self) -> Self {
+        Self {
+            paths: self.paths.clone(),
+            surroundings: self.surroundings.clone(),
+            users: self.users.clone(),
+            inner: self.inner.clone(),
+            admission: self.admission.clone(),
+            tasks: self.tasks.clone(),
+        }
+    }
+}
+
+impl<L: Launcher> Machines<L> {
+    /// Takes up every machine that has a record, ends processes that have none. Call once a life.
+    pub fn take_up(
+        paths: Paths,
+        surroundings: Surroundings<L>,
+        users: Range<u32>,
+        mark: uuid::Uuid,
+    ) -> Result<Self, MachinesError> {
+        let found = record::scan(&paths.machines())?;
+        let closed: BTreeMap<_, _> = found
+            .unreadable
+            .into_iter()
+            .map(|(id, error)| (id, error.to_string()))
+            .collect();
+        for (id, why) in &closed {
+            tracing::error!(machine = %id, why, "its record cannot be read; it is left alone");
+        }
+        let named: BTreeSet<(ServerId, i32)> = found
+            .records
+            .iter()
+            .filter_map(|record| record.process.map(|process| (record.id, process.pid)))
+            .collect();
+        end_strays(mark, |id, pid| {
+            closed.contains_key(&id) || named.contains(&(id, pid))
+        })
+        .map_err(MachinesError::Processes)?;
+        let machines = Self {
+            paths,
+            surroundings: Arc::new(surroundings),
+            users,
+            inner: Arc::new(Mutex::new(Inner {
+                handles: BTreeMap::new(),
+                closed,
+            })),
+            admission: Arc::default(),
+            tasks: TaskTracker::new(),
+        };
+        for record in found.records {
+            if record.is_tombstone() && machines.purge(&record) {
+                continue;
+            }
+            machines.open(&mut machines.lock(), record);
+        }
+        Ok(machines)
+    }
+
+    /// Removes a tombstone that is old enough.
+    fn purge(&self, record: &Record) -> bool {
+        let age = now_us() - record.gone_at_us.unwrap_or_else(now_us);
+        let old = u128::try_from(age).is_ok_and(|age| age > TOMBSTONE.as_micros());
+        old && std::fs::remove_dir_all(self.paths.machine(record.id).folder()).is_ok()
+    }
+
+    fn open(&self, inner: &mut Inner, record: Record) -> Handle {
+        let (mailbox, messages) = mpsc::channel(16);
+        let (id, user) = (record.id, record.user);
+        let paths = self.paths.machine(id);
+        let (actor, report, pid) = Actor::new(self.surroundings.clone(), paths, record, messages);
+        self.tasks.spawn(actor.run());
+        let handle = Handle {
+            mailbox,
+            report,
+            pid,
+            user,
+        };
+        inner.handles.insert(id, handle.clone());
+        let _ = self.surroundings.changed.send(id);
+        handle
+    }
+
+    /// Takes an intent. Answered once it is on the disk.
+    pub async fn put(&self, id: ServerId, put: PutMachine) -> Result<MachineReport, Refusal> {
+        let unavailable = || Refusal::Unavailable {
+            detail: "the agent is ending".to_owned(),
+        };
+        let known = self.lock().handles.get(&id).cloned();
+        let Some(handle) = known else {
+            return self.admit(id, put).await;
+        };
+        let (answer, answered) = oneshot::channel();
+        let message = Message::Put(Box::new(put), answer);
+        handle
+            .mailbox
+            .send(message)
+            .await
+            .map_err(|_| unavailable())?;
+        answered.await.map_err(|_| unavailable())?
+    }
+
+    /// The first intent for a machine: its record is made, then its actor.
+    async fn admit(&self, id: ServerId, put: PutMachine) -> Result<MachineReport, Refusal> {
+        decision::intake(None, &put)?;
+        super::process::launch::check(id, &put.wanted.spec)
+            .map_err(|detail| Refusal::Invalid { detail })?;
+        let machines = self.clone();
+        let admitted = tokio::task::spawn_blocking(move || machines.admit_now(id, put)).await;
+        match admitted {
+            Ok(Ok(handle)) => Ok(handle.report.borrow().clone()),
+            Ok(Err(Admission::Refused(refusal))) => Err(refusal),
+            // Somebody else was first: to its actor, then.
+            Ok(Err(Admission::Known(put))) => Box::pin(self.put(id, *put)).await,
+            Err(error) => Err(Refusal::Unavailable {
+                detail: error.to_string(),
+            }),
+        }
+    }
+
+    fn admit_now(&self, id: ServerId, put: PutMachine) -> Result<Handle, Admission> {
+        let _admission = self
+            .admission
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let unavailable = |detail: String| Admission::Refused(Refusal::Unavailable { detail });
+        let user = {
+            let inner = self.lock();
+            if inner.handles.contains_key(&id) {
+                return Err(Admission::Known(Box::new(put)));
+            }
+            if let Some(why) = inner.closed.get(&id) {
+                return Err(unavailable(why.clone()));
+            }
+            let taken: BTreeSet<u32> = inner.handles.values().map(|handle| handle.user).collect();
+            self.users.clone().find(|user| !taken.contains(user))
+        };
+        let user =
+            user.ok_or_else(|| unavailable("no user id is left for a machine".to_owned()))?;
+        let absent = put.wanted.power == Power::Absent;
+        let record = Record {
+            version: VERSION,
+            id,
+            intent: Intent {
+                generation: put.generation,
+                revision: put.revision,
+                wanted: put.wanted,
+            },
+            request_id: put.request_id,
+            done: Done::default(),
+            user,
+            process: None,
+            stop: None,
+            gone_at_us: absent.then(now_us),
+            changed_at_us: now_us(),
+        };
+        record
+            .write(&self.paths.machine(id).record())
+            .map_err(|e| unavailable(e.to_string()))?;
+        Ok(self.open(&mut self.lock(), record))
+    }
+
+    pub fn get(&self, id: ServerId) -> Option<MachineReport> {
+        self.lock()
+            .handles
+            .get(&id)
+            .map(|handle| handle.report.borrow().clone())
+    }
+
+    /// Of the machine's process, while there is one.
+    pub fn pid(&self, id: ServerId) -> Option<i32> {
+        let pid = self.lock().handles.get(&id)?.pid.load(Ordering::Relaxed);
+        (pid != 0).then_some(pid)
+    }
+
+    /// Follows the reports of one machine.
+    pub fn watch(&self, id: ServerId) -> Option<watch::Receiver<MachineReport>> {
+        self.lock()
+            .handles
+            .get(&id)
+            .map(|handle| handle.report.clone())
+    }
+
+    pub fn list(&self) -> Vec<MachineReport> {
+        self.lock()
+            .handles
+            .values()
+            .map(|handle| handle.report.borrow().clone())
+            .collect()
+    }
+
+    /// Ends the actors, not the machines.
+    pub async fn close(self) {
+        self.lock().handles.clear();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+enum Admission {
+    Refused(Refusal),
+    Known(Box<PutMachine>),
+}
+
+/// For the life of the agent: forgets machines that have been gone for long.
+pub async fn purge_tombstones<L: Launcher>(machines: Machines<L>) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        for report in machines.list() {
+            let age = now_us() - report.changed_at_us;
+            let old = u128::try_from(age).is_ok_and(|age| age > TOMBSTONE.as_micros());
+            if !old || !report.settled || report.observed != Observed::Absent {
+                continue;
+            }
+            // Its actor ends with its mailbox; nobody writes the record any more.
+            machines.lock().handles.remove(&report.id);
+            let folder = machines.paths.machine(report.id);
+            if let Err(error) = std::fs::remove_dir_all(folder.folder()) {
+                tracing::error!(machine = %report.id, %error, "a tombstone");
+            }
+        }
+    }
+}

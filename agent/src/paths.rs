@@ -1,0 +1,91 @@
+//! Where the agent keeps things: the only module that composes paths.
+//!
+//! `state` survives a reboot (records, disks, logs, images, identity), `runtime` does not (sockets).
+
+use std::path::{Path, PathBuf};
+
+use fractus_agent_api::machine::{ImageRef, ServerId};
+
+#[derive(Debug, Clone)]
+pub struct Paths {
+    pub state: PathBuf,
+    pub runtime: PathBuf,
+}
+
+impl Paths {
+    pub fn new(state: impl Into<PathBuf>, runtime: impl Into<PathBuf>) -> Self {
+        Self {
+            state: state.into(),
+            runtime: runtime.into(),
+        }
+    }
+
+    /// Certificate, key, roots and what the controllers said.
+    pub fn identity(&self) -> PathBuf {
+        self.state.join("identity")
+    }
+
+    pub fn images(&self) -> PathBuf {
+        self.state.join("images")
+    }
+
+    pub fn machines(&self) -> PathBuf {
+        self.state.join("machines")
+    }
+
+    pub fn sockets(&self) -> PathBuf {
+        self.runtime.join("machines")
+    }
+
+    pub fn machine(&self, id: ServerId) -> MachinePaths {
+        MachinePaths {
+            folder: self.machines().join(id.to_string()),
+            socket: self.sockets().join(format!("{id}.sock")),
+        }
+    }
+}
+
+/// The places of one machine.
+#[derive(Debug, Clone)]
+pub struct MachinePaths {
+    pub folder: PathBuf,
+    /// By which an agent finds the process again.
+    pub socket: PathBuf,
+}
+
+impl MachinePaths {
+    pub const RECORD: &str = "record.json";
+
+    pub fn record(&self) -> PathBuf {
+        self.folder.join(Self::RECORD)
+    }
+
+    pub fn disk(&self) -> PathBuf {
+        self.folder.join("root.raw")
+    }
+
+    /// The machine's own link to its kernel or initrd: a host starts its machines without a
+    /// controller. The hash has been checked to be one.
+    pub fn image(&self, image: &ImageRef) -> PathBuf {
+        self.folder.join(format!("{}.image", image.blake3))
+    }
+
+    /// Ring of the serial line's output.
+    pub fn serial_log(&self) -> PathBuf {
+        self.folder.join("serial.ring")
+    }
+
+    /// Ring of what the machine's process says of itself.
+    pub fn log(&self) -> PathBuf {
+        self.folder.join("vm.ring")
+    }
+
+    /// Why the process ended, written by itself.
+    pub fn last_words(&self) -> PathBuf {
+        self.folder.join("last-words.json")
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}

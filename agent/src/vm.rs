@@ -1,0 +1,288 @@
+//! A machine's process: `fractus-agent vm`.
+//!
+//! Started by the agent from a descriptor of its own binary, with one inherited socket. It takes its
+//! [`protocol::Launch`] and every descriptor from there, goes into its jail, builds the machine, says
+//! `Ready`, and starts the guest at `Go`, which the agent sends once its record names this process. It
+//! ends with the machine. It must stay lean (no runtime, no argument parser) and must never open a
+//! path, except when run by hand ([`by_hand`]).
+
+pub mod by_hand;
+pub mod guest;
+pub mod jail;
+mod log;
+pub mod packet;
+pub mod protocol;
+pub mod seccomp;
+mod stand_in;
+pub mod supervise;
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use fractus_vmm::config::{ConsoleFiles, MachineFiles};
+use fractus_vmm::machine::Machine;
+use fractus_vmm::thread::{ThreadHook, ThreadKind};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
+
+use self::guest::Guest;
+use self::protocol::{FileRole, FromMachine, Launch, SERIAL_LOG, ToMachine, VERSION};
+use self::supervise::{Supervisor, Terminal};
+use crate::console::ring::RingWriter;
+
+/// Where the inherited socket is.
+pub const SOCKET: i32 = 3;
+
+/// First argument of a machine's process, and how it is told from others in /proc.
+pub const SUBCOMMAND: &str = "vm";
+
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    #[error("{what}: {source}")]
+    System {
+        what: &'static str,
+        source: std::io::Error,
+    },
+    #[error("the agent: {0}")]
+    Agent(#[from] packet::PacketError),
+    #[error("{given} descriptors came for {wanted} roles")]
+    Files { given: usize, wanted: usize },
+    #[error("no descriptor for {0:?} came")]
+    Missing(FileRole),
+    #[error("the jail: {0}")]
+    Jail(#[from] jail::JailError),
+    #[error("seccomp: {0}")]
+    Seccomp(#[from] seccomp::FilterError),
+    #[error("the machine cannot be built: {0}")]
+    Build(String),
+    #[error("{path}: {detail}")]
+    ByHand { path: String, detail: String },
+}
+
+fn system(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> VmError {
+    move |errno| VmError::System {
+        what,
+        source: errno.into(),
+    }
+}
+
+/// `fractus-agent vm ID MARK`, started by the agent.
+pub fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(2).peekable();
+    if arguments
+        .peek()
+        .is_none_or(|first| first.as_encoded_bytes().starts_with(b"-"))
+    {
+        return by_hand::main(arguments);
+    }
+    // SAFETY: the agent puts this process's socket there before exec, and nothing else in this
+    // process has touched descriptors yet.
+    let socket = unsafe { OwnedFd::from_raw_fd(SOCKET) };
+    let (launch, files) = match packet::receive::<Launch>(&socket) {
+        Ok(received) => received,
+        Err(error) => {
+            eprintln!("fractus-agent vm: {error}; this command is for the agent itself");
+            return ExitCode::from(2);
+        }
+    };
+    match assemble(launch, files) {
+        Ok(parts) => live(parts, socket),
+        Err(error) => {
+            log::line(format_args!("failed: {error}"));
+            let failed = FromMachine::Failed {
+                detail: error.to_string(),
+            };
+            let _ = packet::send(&socket, &failed, &[]);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Waits for `Go`, then runs the guest to its end.
+fn live(mut parts: Supervisor, socket: OwnedFd) -> ExitCode {
+    let ready = packet::send(&socket, &FromMachine::Ready { version: VERSION }, &[]);
+    let go = ready.and_then(|()| packet::receive::<ToMachine>(&socket));
+    match go {
+        Ok((ToMachine::Go, _)) => {}
+        Ok((other, _)) => {
+            log::line(format_args!("{other:?} came instead of Go"));
+            return ExitCode::FAILURE;
+        }
+        Err(error) => {
+            log::line(format_args!("no Go came: {error}"));
+            return ExitCode::FAILURE;
+        }
+    }
+    parts.agent = Some(socket);
+    if let Err(error) = parts.guest.start() {
+        log::line(format_args!("failed: {error}"));
+        if let Some(agent) = &parts.agent {
+            let failed = FromMachine::Failed {
+                detail: error.to_string(),
+            };
+            let _ = packet::send(agent, &failed, &[]);
+        }
+        return ExitCode::FAILURE;
+    }
+    parts.run();
+    ExitCode::SUCCESS
+}
+
+/// Descriptors by role.
+struct Files(Vec<(FileRole, Option<OwnedFd>)>);
+
+impl Files {
+    fn new(roles: &[FileRole], files: Vec<OwnedFd>) -> Result<Self, VmError> {
+        if roles.len() != files.len() {
+            return Err(VmError::Files {
+                given: files.len(),
+                wanted: roles.len(),
+            });
+        }
+        Ok(Self(
+            roles
+                .iter()
+                .copied()
+                .zip(files.into_iter().map(Some))
+                .collect(),
+        ))
+    }
+
+    fn take(&mut self, role: FileRole) -> Option<OwnedFd> {
+        self.0
+            .iter_mut()
+            .find(|(is, file)| *is == role && file.is_some())?
+            .1
+            .take()
+    }
+
+    fn file(&mut self, role: FileRole) -> Option<File> {
+        self.take(role).map(File::from)
+    }
+}
+
+/// From a launch to a machine that is jailed, built and locked down, and has not run.
+fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> {
+    let mut files = Files::new(&launch.files, files)?;
+    log::open(files.file(FileRole::Log)).map_err(|source| VmError::System {
+        what: "opening the log",
+        source,
+    })?;
+    log::request(launch.request_id.clone());
+    log::line(format_args!(
+        "machine {}, version {}",
+        launch.id,
+        env!("CARGO_PKG_VERSION")
+    ));
+    if let Some(config) = launch.jail {
+        jail::enter(config)?;
+    }
+    let listener = files.take(FileRole::Control);
+    if let Some(listener) = &listener {
+        listen(listener, 8).map_err(system("listening for the agent"))?;
+    }
+    let serial_log = files
+        .file(FileRole::SerialLog)
+        .map(|file| RingWriter::new(file, SERIAL_LOG))
+        .transpose()
+        .map_err(|source| VmError::System {
+            what: "opening the serial log",
+            source,
+        })?;
+    let last_words = files.file(FileRole::LastWords);
+    let (serial, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(system("the serial line"))?;
+    let filters = launch
+        .jail
+        .map(|_| seccomp::Filters::compile())
+        .transpose()?;
+    let terminal = files.take(FileRole::TerminalOutput).map(|output| Terminal {
+        input: files.take(FileRole::TerminalInput),
+        output,
+    });
+    let guest = build(&launch, &mut files, theirs, filters.clone())?;
+    if let Some(filters) = filters {
+        filters.apply(seccomp::Kind::Main)?;
+    }
+    Ok(Supervisor {
+        id: launch.id,
+        guest,
+        listener,
+        agent: None,
+        serial,
+        serial_log,
+        terminal,
+        last_words,
+    })
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
+fn build(
+    launch: &Launch,
+    files: &mut Files,
+    serial: OwnedFd,
+    filters: Option<seccomp::Filters>,
+) -> Result<Box<dyn Guest>, VmError> {
+    let hook = move |kind| {
+        if let Some(filters) = &filters
+            && let Err(error) = filters.apply(kind)
+        {
+            // A thread that cannot be locked down must not go on.
+            log::line(format_args!("seccomp: {error}"));
+            std::process::abort();
+        }
+    };
+    let Some(kvm) = files.take(FileRole::Kvm) else {
+        let guest = stand_in::StandIn::new(serial, move || hook(seccomp::Kind::Console)).map_err(
+            |source| VmError::System {
+                what: "the stand-in",
+                source,
+            },
+        )?;
+        return Ok(Box::new(guest));
+    };
+    let output = serial.try_clone().map_err(|source| VmError::System {
+        what: "the serial line",
+        source,
+    })?;
+    let mut disks = Vec::new();
+    while let Some(disk) = files.file(FileRole::Disk) {
+        disks.push(disk);
+    }
+    let machine = MachineFiles {
+        kvm,
+        kernel: files
+            .file(FileRole::Kernel)
+            .ok_or(VmError::Missing(FileRole::Kernel))?,
+        initrd: files.file(FileRole::Initrd),
+        disks,
+        serial: ConsoleFiles {
+            output: Some(output),
+            input: Some(serial),
+        },
+        console_ports: Vec::new(),
+    };
+    let hook: ThreadHook = Arc::new(move |kind: ThreadKind| hook(kind.into()));
+    let machine = Machine::build(launch.config.clone(), machine, Some(hook))
+        .map_err(|e| VmError::Build(chain(&e)))?;
+    Ok(Box::new(machine))
+}

@@ -1,0 +1,216 @@
+//! One machine without an agent: `fractus-agent vm --config FILE [--no-jail]`, for benchmarks, tests
+//! and trying things out.
+//!
+//! FILE is JSON:
+//! ```json
+//! { "machine": { "uuid": "…", "cpus": {"count": 1}, "memory": {"bytes": 268435456},
+//!                "command_line": "tick_ms=0" },
+//!   "kernel": "/path/to/vmlinux", "initrd": null,
+//!   "disks": ["/path/to/disk.raw"],
+//!   "user": 1899999 }
+//! ```
+//! `machine` is a [`MachineConfig`] (its `disks` may be left out: one writable disk is assumed for
+//! each path). The serial line is standard input and output. The machine runs in a process of its own,
+//! started and jailed exactly as the agent does it; with `--no-jail` it runs in this very process,
+//! without jail and seccomp. The exit status is 0 when the guest powered off or was stopped, else 1
+//! with the reason on standard error.
+
+use std::ffi::{CString, OsString};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use fractus_agent_api::machine::{ServerId, StopReason};
+use fractus_vmm::config::{DiskConfig, MachineConfig};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use serde::Deserialize;
+
+use super::protocol::{FileRole, FromMachine, JailConfig, Launch, MachineEvent, ToMachine};
+use super::{VmError, packet, system};
+use crate::machine::process::spawn::{Inherited, spawn};
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ByHand {
+    machine: MachineConfig,
+    kernel: PathBuf,
+    #[serde(default)]
+    initrd: Option<PathBuf>,
+    #[serde(default)]
+    disks: Vec<PathBuf>,
+    #[serde(default = "nobody")]
+    user: u32,
+}
+
+fn nobody() -> u32 {
+    1_899_999
+}
+
+/// The arguments after `vm`.
+pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    match run(arguments.collect()) {
+        Ok(StopReason::GuestPowerOff | StopReason::Requested) => ExitCode::SUCCESS,
+        Ok(reason) => {
+            eprintln!("fractus-agent vm: the machine ended: {reason:?}");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("fractus-agent vm: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
+    let usage = || VmError::ByHand {
+        path: "vm".to_owned(),
+        detail: "usage: fractus-agent vm --config FILE [--no-jail]".to_owned(),
+    };
+    let [flag, path, rest @ ..] = arguments.as_slice() else {
+        return Err(usage());
+    };
+    let jailed = match rest {
+        [] => true,
+        [no] if no == "--no-jail" => false,
+        _ => return Err(usage()),
+    };
+    if flag != "--config" {
+        return Err(usage());
+    }
+    let text = std::fs::read_to_string(path).map_err(|e| named(path.display(), &e))?;
+    let by_hand: ByHand = serde_json::from_str(&text).map_err(|e| named(path.display(), &e))?;
+    let (launch, files) = open(by_hand, jailed)?;
+    if jailed {
+        return apart(&launch, &files);
+    }
+    let mut parts = super::assemble(launch, files)?;
+    parts
+        .guest
+        .start()
+        .map_err(|e| VmError::Build(e.to_string()))?;
+    Ok(parts.run())
+}
+
+fn named(path: impl std::fmt::Display, detail: &dyn std::fmt::Display) -> VmError {
+    VmError::ByHand {
+        path: path.to_string(),
+        detail: detail.to_string(),
+    }
+}
+
+fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError> {
+    let ByHand {
+        machine: mut config,
+        kernel,
+        initrd,
+        disks,
+        user,
+    } = by_hand;
+    let (mut roles, mut files) = (Vec::new(), Vec::<OwnedFd>::new());
+    let mut add = |role, path: &PathBuf, writable| {
+        let file = File::options().read(true).write(writable).open(path);
+        roles.push(role);
+        files.push(file.map_err(|e| named(path.display(), &e))?.into());
+        Ok::<(), VmError>(())
+    };
+    add(FileRole::Kvm, &PathBuf::from("/dev/kvm"), true)?;
+    add(FileRole::Kernel, &kernel, false)?;
+    if let Some(initrd) = &initrd {
+        add(FileRole::Initrd, initrd, false)?;
+    }
+    let mut largest = config.memory.bytes;
+    let assumed = config.disks.is_empty();
+    for disk in &disks {
+        add(FileRole::Disk, disk, true)?;
+        largest = largest.max(std::fs::metadata(disk).map_or(0, |disk| disk.len()));
+        if assumed {
+            config.disks.push(DiskConfig {
+                read_only: false,
+                serial_number: String::new(),
+                direct: false,
+                limit: None,
+                queues: 1,
+            });
+        }
+    }
+    for (role, terminal) in [
+        (
+            FileRole::TerminalInput,
+            std::io::stdin().as_fd().try_clone_to_owned(),
+        ),
+        (
+            FileRole::TerminalOutput,
+            std::io::stdout().as_fd().try_clone_to_owned(),
+        ),
+    ] {
+        roles.push(role);
+        let what = "the terminal";
+        files.push(terminal.map_err(|source| VmError::System { what, source })?);
+    }
+    let jail = jailed.then_some(JailConfig {
+        user,
+        file_size: largest.max(1 << 30),
+    });
+    let id = ServerId(config.uuid);
+    Ok((
+        Launch {
+            id,
+            config,
+            jail,
+            files: roles,
+            request_id: None,
+        },
+        files,
+    ))
+}
+
+/// In a process of its own, as the agent would.
+fn apart(launch: &Launch, files: &[OwnedFd]) -> Result<StopReason, VmError> {
+    let io = |what| move |source| VmError::System { what, source };
+    let binary = File::open("/proc/self/exe").map_err(io("opening our binary"))?;
+    let (ours, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(system("a socket for the process"))?;
+    let arguments = [c"fractus-agent", c"vm", c"by-hand"].map(CString::from);
+    let (input, output, error) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    let spawned = spawn(&Inherited {
+        binary: binary.as_fd(),
+        arguments: &arguments,
+        socket: theirs.as_fd(),
+        standard: [input.as_fd(), output.as_fd(), error.as_fd()],
+    })
+    .map_err(io("starting the process"))?;
+    drop(theirs);
+    let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    packet::send(&ours, launch, &borrowed)?;
+    packet::send(&ours, &ToMachine::Go, &[])?;
+    let mut outcome = Err(VmError::Build(
+        "the process ended without a word".to_owned(),
+    ));
+    loop {
+        match packet::receive::<FromMachine>(&ours) {
+            Ok((
+                FromMachine::Event {
+                    event: MachineEvent::Stopped { reason },
+                },
+                _,
+            )) => {
+                outcome = Ok(reason);
+            }
+            Ok((FromMachine::Failed { detail }, _)) => outcome = Err(VmError::Build(detail)),
+            Ok(_) => {}
+            Err(_) => break,
+        }
+    }
+    let status = crate::machine::process::identity::reap(&spawned.pidfd);
+    if let (Err(VmError::Build(detail)), Some(status)) = (&mut outcome, status) {
+        detail.push_str(": ");
+        detail.push_str(&status);
+    }
+    outcome
+}

@@ -1,0 +1,106 @@
+//! What the machine's process owns: the machine itself, or a stand-in where there is no KVM.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use fractus_agent_api::machine::StopReason;
+use fractus_vmm::machine;
+
+use super::protocol::{MachineEvent, State};
+
+/// Owned by value by the process's one loop; nobody else can reach it.
+pub trait Guest {
+    fn start(&mut self) -> Result<(), GuestError>;
+    fn pause(&mut self) -> Result<(), GuestError>;
+    fn resume(&mut self) -> Result<(), GuestError>;
+    fn press_power_button(&mut self) -> Result<(), GuestError>;
+    /// An event says when it is done.
+    fn stop(&mut self) -> Result<(), GuestError>;
+    fn state(&self) -> State;
+    /// Readable while there are events.
+    fn event_fd(&self) -> BorrowedFd<'_>;
+    fn next_event(&mut self) -> Option<MachineEvent>;
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    #[error("the machine: {0}")]
+    Machine(String),
+    #[error("the stand-in: {0}")]
+    StandIn(#[from] io::Error),
+}
+
+impl From<machine::MachineError> for GuestError {
+    fn from(error: machine::MachineError) -> Self {
+        Self::Machine(error.to_string())
+    }
+}
+
+impl Guest for machine::Machine {
+    fn start(&mut self) -> Result<(), GuestError> {
+        Ok(Self::start(self)?)
+    }
+
+    fn pause(&mut self) -> Result<(), GuestError> {
+        Ok(Self::pause(self)?)
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        Ok(Self::resume(self)?)
+    }
+
+    fn press_power_button(&mut self) -> Result<(), GuestError> {
+        Err(GuestError::Machine("it has no power button yet".to_owned()))
+    }
+
+    fn stop(&mut self) -> Result<(), GuestError> {
+        Self::stop(self);
+        Ok(())
+    }
+
+    fn state(&self) -> State {
+        match Self::state(self) {
+            machine::RunState::Ready => State::Ready,
+            machine::RunState::Running => State::Running,
+            machine::RunState::Paused => State::Paused,
+            machine::RunState::Stopped => State::Stopped,
+        }
+    }
+
+    fn event_fd(&self) -> BorrowedFd<'_> {
+        Self::event_fd(self)
+    }
+
+    fn next_event(&mut self) -> Option<MachineEvent> {
+        Self::next_event(self).map(event)
+    }
+}
+
+/// The machine's reasons in the words of the wire.
+pub fn reason(reason: machine::StopReason) -> StopReason {
+    use machine::StopReason as Machine;
+    let text = reason.to_string();
+    match reason {
+        Machine::Requested => StopReason::Requested,
+        Machine::GuestPowerOff => StopReason::GuestPowerOff,
+        Machine::TripleFault { .. } => StopReason::TripleFault,
+        Machine::InternalError { .. } => StopReason::InternalError { detail: text },
+        Machine::Watchdog | Machine::DeviceFault { .. } | Machine::VmmFault { .. } => {
+            StopReason::VmmFault { detail: text }
+        }
+    }
+}
+
+pub fn event(event: machine::Event) -> MachineEvent {
+    use machine::Event as Machine;
+    match event {
+        Machine::Running => MachineEvent::Running,
+        Machine::Paused => MachineEvent::Paused,
+        Machine::Stopped(why) => MachineEvent::Stopped {
+            reason: reason(why),
+        },
+        Machine::GuestReset => MachineEvent::GuestReset,
+        Machine::Panicked { .. } => MachineEvent::Panicked,
+        Machine::WatchdogFired => MachineEvent::WatchdogFired,
+    }
+}

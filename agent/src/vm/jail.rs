@@ -1,0 +1,133 @@
+//! The jail that a machine's process puts itself in, before it builds the machine.
+//!
+//! Its parent has made it with PID, mount, network, IPC and UTS namespaces of its own (and put it into
+//! a control group). Here it loses the file system (an empty read-only tmpfs is its root), its user,
+//! every capability, the way back to any of them, and by Landlock the right to name a file, a port or
+//! a process outside. What is left is the descriptors it was given; [`super::seccomp`] then takes the
+//! system calls that it does not need.
+
+use std::io;
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, Scope,
+};
+use rustix::fs::{CWD, Mode};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_remount, unmount,
+};
+use rustix::process::{Resource, Rlimit, chdir, pivot_root, setrlimit, umask};
+use rustix::thread::{Gid, Uid, set_no_new_privs, set_thread_groups, set_thread_res_gid};
+
+use super::protocol::JailConfig;
+
+#[derive(Debug, thiserror::Error)]
+pub enum JailError {
+    #[error("{step}: {source}")]
+    Step {
+        step: &'static str,
+        source: io::Error,
+    },
+    #[error("Landlock: {0}")]
+    Landlock(#[from] landlock::RulesetError),
+}
+
+trait During<T> {
+    fn during(self, step: &'static str) -> Result<T, JailError>;
+}
+
+impl<T, E: Into<io::Error>> During<T> for Result<T, E> {
+    fn during(self, step: &'static str) -> Result<T, JailError> {
+        self.map_err(|e| JailError::Step {
+            step,
+            source: e.into(),
+        })
+    }
+}
+
+/// Goes in. There must be one thread only; there is no way out, and after an error the process must
+/// end.
+pub fn enter(config: JailConfig) -> Result<(), JailError> {
+    leave_file_system()?;
+    limit_resources(config)?;
+    drop_privileges(config)?;
+    set_no_new_privs(true).during("no_new_privs")?;
+    landlock()?;
+    Ok(())
+}
+
+fn leave_file_system() -> Result<(), JailError> {
+    umask(Mode::RWXG | Mode::RWXO);
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )
+    .during("making the mounts private")?;
+    // Any folder that surely exists; nobody else sees this mount.
+    let root = c"/dev";
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount(
+        c"jail",
+        root,
+        c"tmpfs",
+        flags,
+        c"size=4k,nr_inodes=1,mode=0555",
+    )
+    .during("mounting an empty root")?;
+    chdir(root).during("entering the empty root")?;
+    pivot_root(c".", c".").during("pivot_root")?;
+    unmount(c".", UnmountFlags::DETACH).during("leaving the host's mounts")?;
+    chdir(c"/").during("entering the empty root")?;
+    mount_remount(c"/", flags | MountFlags::RDONLY, c"").during("making the root read-only")?;
+    let _ = CWD;
+    Ok(())
+}
+
+fn limit_resources(config: JailConfig) -> Result<(), JailError> {
+    let limits = [
+        (Resource::Core, 0, "RLIMIT_CORE"),
+        (Resource::Nofile, 512, "RLIMIT_NOFILE"),
+        (Resource::Msgqueue, 0, "RLIMIT_MSGQUEUE"),
+        (Resource::Fsize, config.file_size, "RLIMIT_FSIZE"),
+    ];
+    for (resource, most, step) in limits {
+        let limit = Rlimit {
+            current: Some(most),
+            maximum: Some(most),
+        };
+        setrlimit(resource, limit).during(step)?;
+    }
+    Ok(())
+}
+
+fn drop_privileges(config: JailConfig) -> Result<(), JailError> {
+    for capability in 0..64 {
+        // SAFETY: PR_CAPBSET_DROP takes a number and touches no memory of ours.
+        let refused = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0;
+        if refused {
+            let error = io::Error::last_os_error();
+            // The first number that this kernel has no capability for.
+            if error.raw_os_error() == Some(libc::EINVAL) {
+                break;
+            }
+            return Err(error).during("dropping the bounding set");
+        }
+    }
+    let (user, group) = (Uid::from_raw(config.user), Gid::from_raw(config.user));
+    set_thread_groups(&[]).during("dropping the groups")?;
+    set_thread_res_gid(group, group, group).during("changing the group")?;
+    // From here on the permitted and effective sets are empty: nobody asked to keep them.
+    rustix::thread::set_thread_res_uid(user, user, user).during("changing the user")?;
+    Ok(())
+}
+
+/// No right to anything: no rule is added. What this kernel does not know is left out.
+fn landlock() -> Result<(), JailError> {
+    Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(ABI::V6))?
+        .handle_access(AccessNet::from_all(ABI::V6))?
+        .scope(Scope::from_all(ABI::V6))?
+        .create()?
+        .restrict_self()?;
+    Ok(())
+}

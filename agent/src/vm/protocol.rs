@@ -1,0 +1,223 @@
+//! What agent and machine process say to each other: JSON in the packets of a SEQPACKET socket.
+//!
+//! The process outlives the agent that started it, so a newer agent meets older processes: [`VERSION`]
+//! is exchanged in the first packet, golden packets of every version are kept in `tests/golden`, and
+//! fields are only added. [`Launch`] alone is between one binary and itself.
+
+use fractus_agent_api::machine::{ServerId, StopReason};
+use fractus_vmm::config::MachineConfig;
+use serde::{Deserialize, Serialize};
+
+/// Raised when the meaning of a message changes.
+pub const VERSION: u32 = 1;
+
+/// Most bytes of a packet; a reason with registers in it is the longest.
+pub const MOST: usize = 64 << 10;
+
+/// Bytes kept of the serial line, and of the process's own log.
+pub const SERIAL_LOG: u64 = 1 << 20;
+pub const LOG: u64 = 64 << 10;
+
+/// What a connection to the control socket is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Messages of this module. The newest such connection is the one that counts.
+    Control,
+    /// After the `Hello`: raw bytes of the serial line, both ways.
+    Console,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "snake_case")]
+pub enum ToMachine {
+    /// First on every connection to the control socket. `Control` is answered by `Status`.
+    Hello {
+        version: u32,
+        role: Role,
+    },
+    /// The record names this process now: start the guest. A process whose agent goes away before
+    /// that ends, so that none runs without a record.
+    Go,
+    Status,
+    Pause {
+        request_id: Option<String>,
+    },
+    Resume {
+        request_id: Option<String>,
+    },
+    PressPowerButton {
+        request_id: Option<String>,
+    },
+    /// End the machine and the process.
+    Stop {
+        request_id: Option<String>,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "snake_case")]
+pub enum FromMachine {
+    /// Jailed and built; waits for `Go`.
+    Ready {
+        version: u32,
+    },
+    Status {
+        version: u32,
+        id: ServerId,
+        state: State,
+    },
+    Event {
+        event: MachineEvent,
+    },
+    /// The last command could not be carried out; the machine is as before.
+    Refused {
+        detail: String,
+    },
+    /// The machine could not be made; the process ends.
+    Failed {
+        detail: String,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    Ready,
+    Running,
+    Paused,
+    Stopped,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum MachineEvent {
+    Running,
+    Paused,
+    Stopped { reason: StopReason },
+    GuestReset,
+    Panicked,
+    WatchdogFired,
+}
+
+/// Written to a file of the machine's folder just before the process ends, for an agent that was not
+/// there to hear it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LastWords {
+    pub version: u32,
+    pub reason: StopReason,
+}
+
+/// The first packet that a new process gets; the descriptors come with it, in the order of `files`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Launch {
+    pub id: ServerId,
+    pub config: MachineConfig,
+    /// `None` only for trying things out by hand.
+    pub jail: Option<JailConfig>,
+    pub files: Vec<FileRole>,
+    pub request_id: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JailConfig {
+    /// User and group of the process.
+    pub user: u32,
+    /// The largest file that it may write (RLIMIT_FSIZE), bytes.
+    pub file_size: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileRole {
+    Kvm,
+    Kernel,
+    Initrd,
+    /// In the order of `config.disks`.
+    Disk,
+    SerialLog,
+    Log,
+    LastWords,
+    /// A bound SEQPACKET socket, on which the process listens itself so that its credentials show.
+    Control,
+    /// Only when run by hand: where the serial line also comes from and goes to.
+    TerminalInput,
+    TerminalOutput,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read<T: serde::de::DeserializeOwned>(name: &str) -> Vec<T> {
+        let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+        let text = std::fs::read_to_string(path).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    fn text<T: Serialize>(messages: &[T]) -> Vec<String> {
+        messages
+            .iter()
+            .map(|message| serde_json::to_string(message).unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn packets_of_version_1_are_still_understood() {
+        let id = ServerId(uuid::Uuid::from_u128(0xabc));
+        let request_id = Some("req-1".to_owned());
+        let sent = [
+            ToMachine::Hello {
+                version: 1,
+                role: Role::Control,
+            },
+            ToMachine::Go,
+            ToMachine::Status,
+            ToMachine::Pause {
+                request_id: request_id.clone(),
+            },
+            ToMachine::Resume { request_id: None },
+            ToMachine::PressPowerButton {
+                request_id: request_id.clone(),
+            },
+            ToMachine::Stop { request_id },
+        ];
+        assert_eq!(
+            read::<ToMachine>("to-machine-v1.jsonl"),
+            sent,
+            "{:#?}",
+            text(&sent)
+        );
+        let stopped = MachineEvent::Stopped {
+            reason: StopReason::InternalError {
+                detail: "rip 0".into(),
+            },
+        };
+        let heard = [
+            FromMachine::Ready { version: 1 },
+            FromMachine::Status {
+                version: 1,
+                id,
+                state: State::Paused,
+            },
+            FromMachine::Event {
+                event: MachineEvent::Running,
+            },
+            FromMachine::Event { event: stopped },
+            FromMachine::Refused {
+                detail: "no".into(),
+            },
+            FromMachine::Failed {
+                detail: "no memory".into(),
+            },
+        ];
+        assert_eq!(
+            read::<FromMachine>("from-machine-v1.jsonl"),
+            heard,
+            "{:#?}",
+            text(&heard)
+        );
+    }
+}

@@ -1,0 +1,272 @@
+//! The system calls that each kind of thread of a machine's process may make; any other ends it.
+//!
+//! A list of what is allowed, never of what is forbidden. No thread may open, create, connect, run or
+//! trace anything; memory never becomes executable; `ioctl` is only for KVM's run-time requests;
+//! signals go only to the process itself. Filters are compiled before the first thread starts.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use fractus_vmm::thread::ThreadKind;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter,
+};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Main,
+    Vcpu,
+    Block,
+    Console,
+}
+
+impl From<ThreadKind> for Kind {
+    fn from(kind: ThreadKind) -> Self {
+        match kind {
+            ThreadKind::Main => Self::Main,
+            ThreadKind::Vcpu => Self::Vcpu,
+            ThreadKind::Block => Self::Block,
+            ThreadKind::Console => Self::Console,
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the filter for {kind:?} threads: {detail}")]
+pub struct FilterError {
+    kind: Kind,
+    detail: String,
+}
+
+/// One compiled program a kind.
+#[derive(Clone)]
+pub struct Filters(Arc<[(Kind, BpfProgram); 4]>);
+
+impl Filters {
+    pub fn compile() -> Result<Self, FilterError> {
+        Ok(Self(Arc::new([
+            (Kind::Main, program(Kind::Main)?),
+            (Kind::Vcpu, program(Kind::Vcpu)?),
+            (Kind::Block, program(Kind::Block)?),
+            (Kind::Console, program(Kind::Console)?),
+        ])))
+    }
+
+    /// For the calling thread, for good.
+    pub fn apply(&self, kind: Kind) -> Result<(), FilterError> {
+        let failed = |detail: String| FilterError { kind, detail };
+        let (_, program) = self
+            .0
+            .iter()
+            .find(|(is, _)| *is == kind)
+            .ok_or_else(|| failed("there is none".to_owned()))?;
+        apply_filter(program).map_err(|e| failed(e.to_string()))
+    }
+}
+
+/// What every thread needs to live, to log and to end.
+const ALL: &[i64] = &[
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_close,
+    libc::SYS_futex,
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_restart_syscall,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_ctl,
+    libc::SYS_timerfd_settime,
+    libc::SYS_membarrier,
+    libc::SYS_rseq,
+    libc::SYS_set_robust_list,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+const MAIN: &[i64] = &[
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_accept4,
+    libc::SYS_ftruncate,
+    // A reset gives the guest's memory back.
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
+    libc::SYS_io_uring_enter,
+    libc::SYS_lseek,
+];
+
+const BLOCK: &[i64] = &[
+    libc::SYS_io_uring_enter,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
+    libc::SYS_fallocate,
+    libc::SYS_lseek,
+];
+
+const CONSOLE: &[i64] = &[libc::SYS_recvfrom, libc::SYS_sendto];
+
+/// KVM's ioctls (type 0xAE) that a running machine makes; creating a VM, a vCPU or a device is not
+/// among them.
+const KVM_RUNTIME: &[u64] = &[
+    0xae80,      // KVM_RUN
+    0x8090_ae81, // KVM_GET_REGS
+    0x4090_ae82, // KVM_SET_REGS
+    0x8138_ae83, // KVM_GET_SREGS
+    0x4138_ae84, // KVM_SET_SREGS
+    0xc008_ae88, // KVM_GET_MSRS
+    0x4008_ae89, // KVM_SET_MSRS
+    0x81a0_ae8c, // KVM_GET_FPU
+    0x41a0_ae8d, // KVM_SET_FPU
+    0x8400_ae8e, // KVM_GET_LAPIC
+    0x4400_ae8f, // KVM_SET_LAPIC
+    0x4008_ae90, // KVM_SET_CPUID2
+    0x8004_ae98, // KVM_GET_MP_STATE
+    0x4004_ae99, // KVM_SET_MP_STATE
+    0x8040_ae9f, // KVM_GET_VCPU_EVENTS
+    0x4040_aea0, // KVM_SET_VCPU_EVENTS
+    0x8080_aea1, // KVM_GET_DEBUGREGS
+    0x4080_aea2, // KVM_SET_DEBUGREGS
+    0x9000_aea4, // KVM_GET_XSAVE
+    0x5000_aea5, // KVM_SET_XSAVE
+    0x8188_aea6, // KVM_GET_XCRS
+    0x4188_aea7, // KVM_SET_XCRS
+    0xaead,      // KVM_KVMCLOCK_CTRL
+    0x4020_aea5, // KVM_SIGNAL_MSI
+    0x4020_ae76, // KVM_IRQFD
+    0x4040_ae79, // KVM_IOEVENTFD
+    0x4008_ae6a, // KVM_SET_GSI_ROUTING
+    0x8030_ae7c, // KVM_GET_CLOCK
+    0x4030_ae7b, // KVM_SET_CLOCK
+    0x4020_ae46, // KVM_SET_USER_MEMORY_REGION
+    0x4010_ae42, // KVM_GET_DIRTY_LOG
+    0xc018_aec0, // KVM_CLEAR_DIRTY_LOG
+];
+
+/// FIONBIO, by which the standard library makes a descriptor non-blocking.
+const FIONBIO: u64 = 0x5421;
+
+fn program(kind: Kind) -> Result<BpfProgram, FilterError> {
+    let failed = |detail: String| FilterError { kind, detail };
+    let more: &[i64] = match kind {
+        Kind::Main => MAIN,
+        Kind::Vcpu => &[libc::SYS_sendto],
+        Kind::Block => BLOCK,
+        Kind::Console => CONSOLE,
+    };
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALL
+        .iter()
+        .chain(more)
+        .map(|call| (*call, Vec::new()))
+        .collect();
+    let mut conditional = conditional(kind).map_err(|e| failed(e.to_string()))?;
+    rules.append(&mut conditional);
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )
+    .map_err(|e| failed(e.to_string()))?;
+    filter
+        .try_into()
+        .map_err(|e: seccompiler::BackendError| failed(e.to_string()))
+}
+
+/// Calls that are allowed for some arguments only.
+fn conditional(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
+    let when = |argument, operator, value| {
+        let length = SeccompCmpArgLen::Dword;
+        SeccompRule::new(vec![SeccompCondition::new(
+            argument, length, operator, value,
+        )?])
+    };
+    let not_executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
+    let own = u64::from(std::process::id());
+    let mut rules = BTreeMap::new();
+    rules.insert(libc::SYS_mmap, vec![when(2, not_executable.clone(), 0)?]);
+    rules.insert(libc::SYS_mprotect, vec![when(2, not_executable, 0)?]);
+    rules.insert(libc::SYS_tgkill, vec![when(0, SeccompCmpOp::Eq, own)?]);
+    rules.insert(libc::SYS_kill, vec![when(0, SeccompCmpOp::Eq, own)?]);
+    // F_GETFD: the standard library looks at what it closes, in debug builds.
+    let commands = [
+        libc::F_GETFD,
+        libc::F_GETFL,
+        libc::F_SETFL,
+        libc::F_DUPFD_CLOEXEC,
+    ];
+    let commands: Result<Vec<_>, _> = commands
+        .into_iter()
+        .map(|command| when(1, SeccompCmpOp::Eq, command as u64))
+        .collect();
+    rules.insert(libc::SYS_fcntl, commands?);
+    if kind != Kind::Block {
+        let ioctls = KVM_RUNTIME.iter().chain([&FIONBIO]);
+        let ioctls: Result<Vec<_>, _> = ioctls
+            .map(|request| when(1, SeccompCmpOp::Eq, *request))
+            .collect();
+        rules.insert(libc::SYS_ioctl, ioctls?);
+    }
+    Ok(rules)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_thread_has_a_program_and_none_may_open_a_file() {
+        Filters::compile().unwrap();
+        for list in [ALL, MAIN, BLOCK, CONSOLE] {
+            for forbidden in [
+                libc::SYS_open,
+                libc::SYS_openat,
+                libc::SYS_openat2,
+                libc::SYS_socket,
+                libc::SYS_connect,
+                libc::SYS_execve,
+                libc::SYS_execveat,
+                libc::SYS_ptrace,
+                libc::SYS_mount,
+                libc::SYS_clone,
+                libc::SYS_clone3,
+                libc::SYS_io_uring_setup,
+                libc::SYS_io_uring_register,
+                libc::SYS_unshare,
+                libc::SYS_setns,
+                libc::SYS_bpf,
+            ] {
+                assert!(!list.contains(&forbidden), "{forbidden}");
+            }
+        }
+    }
+}

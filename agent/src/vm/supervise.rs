@@ -1,0 +1,342 @@
+//! The one loop of a machine's process: owns the guest, hears the agent, carries the serial line.
+//!
+//! A state machine at rest in `poll`. It must never block elsewhere: a console that does not read
+//! loses bytes (the log has them), an agent that does not read loses its connection and comes back.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use fractus_agent_api::machine::{ServerId, StopReason};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
+
+use super::guest::{Guest, GuestError};
+use super::protocol::{
+    self, FromMachine, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
+};
+use super::{log, packet};
+use crate::console::ring::RingWriter;
+
+/// All that the loop owns.
+pub struct Supervisor {
+    pub id: ServerId,
+    pub guest: Box<dyn Guest>,
+    /// Listening; `None` only when run by hand.
+    pub listener: Option<OwnedFd>,
+    /// The agent, if it is there.
+    pub agent: Option<OwnedFd>,
+    /// Our end of the guest's serial line, a stream socket.
+    pub serial: OwnedFd,
+    pub serial_log: Option<RingWriter>,
+    /// Where the serial line also goes, and comes from, when run by hand.
+    pub terminal: Option<Terminal>,
+    pub last_words: Option<File>,
+}
+
+pub struct Terminal {
+    pub input: Option<OwnedFd>,
+    pub output: OwnedFd,
+}
+
+/// The sides of the loop that come and go.
+#[derive(Default)]
+struct Guests {
+    /// Connections that have not said what they are for.
+    new: Option<OwnedFd>,
+    console: Option<OwnedFd>,
+}
+
+impl Supervisor {
+    /// Until the machine has ended; says why it did.
+    pub fn run(mut self) -> StopReason {
+        let mut others = Guests::default();
+        loop {
+            let ready = match self.wait(&others) {
+                Ok(ready) => ready,
+                Err(errno) => {
+                    return self.end(StopReason::VmmFault {
+                        detail: format!("poll: {errno}"),
+                    });
+                }
+            };
+            if ready.serial {
+                self.carry_output(&mut others);
+            }
+            if ready.guest
+                && let Some(reason) = self.hear_guest()
+            {
+                // What the guest said last is in the socket still.
+                self.carry_output(&mut others);
+                return self.end(reason);
+            }
+            if ready.agent {
+                self.hear_agent();
+            }
+            if ready.console {
+                self.carry_input(&mut others);
+            }
+            if ready.terminal {
+                self.carry_terminal();
+            }
+            if ready.new {
+                self.greet(&mut others);
+            }
+            if ready.listener {
+                self.accept(&mut others);
+            }
+        }
+    }
+
+    fn wait(&self, others: &Guests) -> Result<Ready, Errno> {
+        let terminal = self.terminal.as_ref().and_then(|t| t.input.as_ref());
+        let sources: [(Option<BorrowedFd<'_>>, Source); 7] = [
+            (Some(self.serial.as_fd()), |ready| &mut ready.serial),
+            (Some(self.guest.event_fd()), |ready| &mut ready.guest),
+            (self.agent.as_ref().map(AsFd::as_fd), |ready| {
+                &mut ready.agent
+            }),
+            (others.console.as_ref().map(AsFd::as_fd), |ready| {
+                &mut ready.console
+            }),
+            (terminal.map(AsFd::as_fd), |ready| &mut ready.terminal),
+            (others.new.as_ref().map(AsFd::as_fd), |ready| &mut ready.new),
+            (self.listener.as_ref().map(AsFd::as_fd), |ready| {
+                &mut ready.listener
+            }),
+        ];
+        let mut polled = Vec::with_capacity(sources.len());
+        let mut flags = Vec::with_capacity(sources.len());
+        for (fd, source) in &sources {
+            if let Some(fd) = fd {
+                polled.push(PollFd::from_borrowed_fd(*fd, PollFlags::IN));
+                flags.push(*source);
+            }
+        }
+        match poll(&mut polled, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+        let mut ready = Ready::default();
+        for (fd, source) in polled.iter().zip(flags) {
+            *source(&mut ready) = !fd.revents().is_empty();
+        }
+        Ok(ready)
+    }
+
+    /// Serial output: to the log, and to whoever watches.
+    fn carry_output(&mut self, others: &mut Guests) {
+        let mut bytes = [0; 4096];
+        loop {
+            let length = match recv(&self.serial, &mut bytes, RecvFlags::DONTWAIT) {
+                Ok((length, _)) if length > 0 => length,
+                Err(Errno::INTR) => continue,
+                Ok(_) | Err(_) => return,
+            };
+            let Some(bytes) = bytes.get(..length) else {
+                return;
+            };
+            if let Some(log) = &mut self.serial_log
+                && let Err(error) = log.write(bytes)
+            {
+                log::line(format_args!("serial log: {error}"));
+            }
+            if let Some(terminal) = &self.terminal {
+                let _ = rustix::io::write(&terminal.output, bytes);
+            }
+            if let Some(console) = &others.console
+                && let Err(errno) = send(console, bytes, SEND)
+                && errno != Errno::AGAIN
+            {
+                others.console = None;
+            }
+        }
+    }
+
+    fn carry_input(&mut self, others: &mut Guests) {
+        let Some(console) = &others.console else {
+            return;
+        };
+        let mut bytes = [0; 4096];
+        match recv(console, &mut bytes, RecvFlags::DONTWAIT) {
+            Ok((length, _)) if length > 0 => self.type_in(bytes.get(..length).unwrap_or_default()),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Ok(_) | Err(_) => others.console = None,
+        }
+    }
+
+    fn carry_terminal(&mut self) {
+        let Some(terminal) = &mut self.terminal else {
+            return;
+        };
+        let Some(input) = &terminal.input else { return };
+        let mut bytes = [0; 4096];
+        match rustix::io::read(input, &mut bytes) {
+            Ok(0) => terminal.input = None,
+            Ok(length) => self.type_in(bytes.get(..length).unwrap_or_default()),
+            Err(_) => {}
+        }
+    }
+
+    fn type_in(&self, bytes: &[u8]) {
+        let _ = send(&self.serial, bytes, SEND);
+    }
+
+    /// What the machine has to say; a reason when it has ended.
+    fn hear_guest(&mut self) -> Option<StopReason> {
+        while let Some(event) = self.guest.next_event() {
+            log::line(format_args!("{event:?}"));
+            if let MachineEvent::Stopped { reason } = event {
+                return Some(reason);
+            }
+            self.tell(&FromMachine::Event { event });
+        }
+        None
+    }
+
+    fn hear_agent(&mut self) {
+        let Some(agent) = &self.agent else { return };
+        match packet::receive::<ToMachine>(agent) {
+            Ok((message, _)) => self.obey(message),
+            Err(error) if error.would_block() => {}
+            Err(error) => {
+                log::line(format_args!("the agent: {error}"));
+                self.agent = None;
+            }
+        }
+    }
+
+    fn obey(&mut self, message: ToMachine) {
+        log::line(format_args!("agent: {message:?}"));
+        let done = match message {
+            ToMachine::Hello { .. } | ToMachine::Status => {
+                self.tell(&self.status());
+                Ok(())
+            }
+            ToMachine::Go => self.guest.start(),
+            ToMachine::Pause { request_id } => {
+                log::request(request_id);
+                self.only_in(State::Running)
+                    .and_then(|()| self.guest.pause())
+            }
+            ToMachine::Resume { request_id } => {
+                log::request(request_id);
+                self.only_in(State::Paused)
+                    .and_then(|()| self.guest.resume())
+            }
+            ToMachine::PressPowerButton { request_id } => {
+                log::request(request_id);
+                self.guest.press_power_button()
+            }
+            ToMachine::Stop { request_id } => {
+                log::request(request_id);
+                self.guest.stop()
+            }
+        };
+        if let Err(error) = done {
+            log::line(format_args!("refused: {error}"));
+            self.tell(&FromMachine::Refused {
+                detail: error.to_string(),
+            });
+        }
+    }
+
+    fn only_in(&self, state: State) -> Result<(), GuestError> {
+        match self.guest.state() {
+            is if is == state => Ok(()),
+            is => Err(GuestError::Machine(format!("is {is:?}, not {state:?}"))),
+        }
+    }
+
+    fn status(&self) -> FromMachine {
+        FromMachine::Status {
+            version: VERSION,
+            id: self.id,
+            state: self.guest.state(),
+        }
+    }
+
+    fn tell(&mut self, message: &FromMachine) {
+        let Some(agent) = &self.agent else { return };
+        if let Err(error) = packet::send(agent, message, &[]) {
+            log::line(format_args!("the agent: {error}"));
+            self.agent = None;
+        }
+    }
+
+    fn accept(&mut self, others: &mut Guests) {
+        let Some(listener) = &self.listener else {
+            return;
+        };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        if let Ok(connection) = accept_with(listener, flags) {
+            others.new = Some(connection);
+        }
+    }
+
+    /// The first packet of a connection says what it is for.
+    fn greet(&mut self, others: &mut Guests) {
+        let Some(connection) = others.new.take() else {
+            return;
+        };
+        match packet::receive::<ToMachine>(&connection) {
+            Ok((
+                ToMachine::Hello {
+                    role: Role::Control,
+                    ..
+                },
+                _,
+            )) => {
+                self.agent = Some(connection);
+                self.tell(&self.status());
+            }
+            Ok((
+                ToMachine::Hello {
+                    role: Role::Console,
+                    ..
+                },
+                _,
+            )) => {
+                others.console = Some(connection);
+            }
+            Ok((other, _)) => log::line(format_args!("{other:?} came before a Hello")),
+            Err(error) if error.would_block() => others.new = Some(connection),
+            Err(error) => log::line(format_args!("a connection: {error}")),
+        }
+    }
+
+    fn end(&mut self, reason: StopReason) -> StopReason {
+        let words = LastWords {
+            version: protocol::VERSION,
+            reason: reason.clone(),
+        };
+        if let (Some(file), Ok(bytes)) = (&self.last_words, serde_json::to_vec(&words))
+            && let Err(error) = file.write_all_at(&bytes, 0)
+        {
+            log::line(format_args!("last words: {error}"));
+        }
+        self.tell(&FromMachine::Event {
+            event: MachineEvent::Stopped {
+                reason: reason.clone(),
+            },
+        });
+        log::line(format_args!("ended: {reason:?}"));
+        reason
+    }
+}
+
+const SEND: SendFlags = SendFlags::NOSIGNAL.union(SendFlags::DONTWAIT);
+
+#[derive(Default)]
+struct Ready {
+    serial: bool,
+    guest: bool,
+    agent: bool,
+    console: bool,
+    terminal: bool,
+    new: bool,
+    listener: bool,
+}
+
+type Source = fn(&mut Ready) -> &mut bool;

@@ -1,0 +1,190 @@
+//! Disks as raw files in the machine's folder.
+//!
+//! A disk is made beside its place and renamed when it is whole, so that whatever stands there is
+//! whole. A qcow2 image is converted; one that names a backing or data file is refused, since those
+//! would be files of the host.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use fractus_agent_api::machine::ImageFormat;
+use imago::file::File as ImagoFile;
+use imago::qcow2::Qcow2;
+use imago::{FormatAccess, FormatDriverBuilder};
+
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    #[error("making {path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("the image is no qcow2 that can be used: {detail}")]
+    Qcow2 { detail: String },
+    #[error("no longer wanted")]
+    Cancelled,
+}
+
+/// Ends the work when dropped: the caller no longer waits for it.
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    pub fn new() -> (Self, Arc<AtomicBool>) {
+        let flag = Arc::new(AtomicBool::new(false));
+        (Self(flag.clone()), flag)
+    }
+}
+
+impl Drop for Cancel {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+const CHUNK: usize = 1 << 20;
+
+/// Makes a raw disk at `path` of `size` bytes or the image's virtual size, whichever is larger. Holes
+/// stay holes. Blocks.
+pub fn make(
+    path: &Path,
+    size: u64,
+    image: Option<(File, ImageFormat)>,
+    cancelled: &AtomicBool,
+) -> Result<(), VolumeError> {
+    let io = |source| VolumeError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    // A name of its own: an earlier attempt that was given up may still be writing.
+    let beside = path.with_extension(format!("{}.new", uuid::Uuid::new_v4().simple()));
+    let made = (|| {
+        let disk = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&beside)
+            .map_err(io)?;
+        let content = match image {
+            None => 0,
+            Some((image, ImageFormat::Raw)) => copy_raw(&image, &disk, cancelled, &io)?,
+            Some((image, ImageFormat::Qcow2)) => copy_qcow2(image, &disk, cancelled, &io)?,
+        };
+        // A disk has whole blocks.
+        disk.set_len(size.max(content).next_multiple_of(4096))
+            .map_err(io)?;
+        disk.sync_all().map_err(io)?;
+        if cancelled.load(Ordering::Relaxed) {
+            return Err(VolumeError::Cancelled);
+        }
+        fs::rename(&beside, path).map_err(io)
+    })();
+    if made.is_err() {
+        let _ = fs::remove_file(&beside);
+    }
+    made
+}
+
+fn copy_raw(
+    image: &File,
+    disk: &File,
+    cancelled: &AtomicBool,
+    io: &dyn Fn(io::Error) -> VolumeError,
+) -> Result<u64, VolumeError> {
+    let length = image.metadata().map_err(io)?.len();
+    // A clone shares the blocks, where the file system can.
+    if rustix::fs::ioctl_ficlone(disk.as_fd(), image.as_fd()).is_ok() {
+        return Ok(length);
+    }
+    disk.set_len(length).map_err(io)?;
+    copy(length, disk, cancelled, io, |buffer, at| {
+        image.read_exact_at(buffer, at)
+    })?;
+    Ok(length)
+}
+
+fn copy_qcow2(
+    image: File,
+    disk: &File,
+    cancelled: &AtomicBool,
+    io: &dyn Fn(io::Error) -> VolumeError,
+) -> Result<u64, VolumeError> {
+    let unusable = |e: io::Error| VolumeError::Qcow2 {
+        detail: e.to_string(),
+    };
+    refuse_outside_files(&image)?;
+    let storage = ImagoFile::try_from(image).map_err(unusable)?;
+    let qcow2 = Qcow2::<ImagoFile>::builder(storage)
+        .backing(None)
+        .write(false)
+        .open(imago::DenyImplicitOpenGate::default())
+        .map_err(unusable)?;
+    let image = FormatAccess::new(qcow2);
+    let length = image.size();
+    if length > 1 << 46 {
+        return Err(VolumeError::Qcow2 {
+            detail: format!("virtual size of {length} bytes"),
+        });
+    }
+    disk.set_len(length).map_err(io)?;
+    copy(length, disk, cancelled, io, |buffer, at| {
+        image.read(buffer, at)
+    })?;
+    Ok(length)
+}
+
+/// The qcow2 header (docs/interop/qcow2.txt): bytes 8-15 say where a backing file's name is, bit 2 of
+/// the incompatible features (bytes 72-79, version 3) that there is a data file.
+fn refuse_outside_files(image: &File) -> Result<(), VolumeError> {
+    let refused = |detail: &str| {
+        Err(VolumeError::Qcow2 {
+            detail: detail.to_owned(),
+        })
+    };
+    let mut header = [0; 80];
+    if image.read_exact_at(&mut header, 0).is_err() || !header.starts_with(b"QFI\xfb") {
+        return refused("it is too short, or has no qcow2 header");
+    }
+    let [.., features_end] = header;
+    if header.get(8..16).is_some_and(|backing| backing != [0; 8]) {
+        return refused("it has a backing file");
+    }
+    let version = header
+        .get(4..8)
+        .map_or(0, |bytes| u8::from(bytes.ends_with(&[3])));
+    if version == 1 && features_end & 0b100 != 0 {
+        return refused("it has an external data file");
+    }
+    Ok(())
+}
+
+/// Leaves out what is zero: the disk is sparse.
+fn copy(
+    length: u64,
+    disk: &File,
+    cancelled: &AtomicBool,
+    io: &dyn Fn(io::Error) -> VolumeError,
+    read: impl Fn(&mut [u8], u64) -> io::Result<()>,
+) -> Result<(), VolumeError> {
+    let mut buffer = vec![0; CHUNK];
+    let mut at = 0;
+    while at < length {
+        if cancelled.load(Ordering::Relaxed) {
+            return Err(VolumeError::Cancelled);
+        }
+        let now = CHUNK.min((length - at) as usize);
+        let Some(chunk) = buffer.get_mut(..now) else {
+            break;
+        };
+        read(chunk, at).map_err(io)?;
+        if chunk.iter().any(|byte| *byte != 0) {
+            disk.write_all_at(chunk, at).map_err(io)?;
+        }
+        at += now as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
