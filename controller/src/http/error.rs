@@ -14,7 +14,10 @@ use crate::http::{Service, webob};
 /// A status, words for the user, and what else some bodies carry. As a response it stands empty
 /// with itself in the extensions until the frame gives it its form.
 #[derive(Debug, Clone)]
-pub struct ApiError {
+pub struct ApiError(Box<Parts>);
+
+#[derive(Debug, Clone)]
+struct Parts {
     status: StatusCode,
     kind: Option<&'static str>,
     message: String,
@@ -37,7 +40,7 @@ enum Origin {
 
 impl ApiError {
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Parts {
             status,
             kind: None,
             message: message.into(),
@@ -45,16 +48,15 @@ impl ApiError {
             extra: Map::new(),
             headers: Vec::new(),
             origin: Origin::Handler,
-        }
+        }))
     }
 
     /// With the name of the fault in nova's and cinder's bodies, where the status alone would give
     /// another.
     pub fn of_kind(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            kind: Some(kind),
-            ..Self::new(status, message)
-        }
+        let mut error = Self::new(status, message);
+        error.0.kind = Some(kind);
+        error
     }
 
     pub fn bad_request(message: impl Into<String>) -> Self {
@@ -87,13 +89,12 @@ impl ApiError {
 
     /// 401: no token, or one that does not count.
     pub fn unauthorized() -> Self {
-        Self {
-            origin: Origin::Authentication,
-            ..Self::new(
-                StatusCode::UNAUTHORIZED,
-                "The request you have made requires authentication.",
-            )
-        }
+        let mut error = Self::new(
+            StatusCode::UNAUTHORIZED,
+            "The request you have made requires authentication.",
+        );
+        error.0.origin = Origin::Authentication;
+        error
     }
 
     /// No such path (or method) in this service.
@@ -102,35 +103,34 @@ impl ApiError {
             StatusCode::METHOD_NOT_ALLOWED => "The method is not allowed for this resource.",
             _ => "The resource could not be found.",
         };
-        Self {
-            origin: Origin::Router,
-            ..Self::new(status, message)
-        }
+        let mut error = Self::new(status, message);
+        error.0.origin = Origin::Router;
+        error
     }
 
     /// A second sentence, in the forms that have one (glance).
     pub fn with_detail(mut self, detail: impl Into<String>) -> Self {
-        self.detail = detail.into();
+        self.0.detail = detail.into();
         self
     }
 
     /// A further member of the body's inner object.
     pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
-        self.extra.insert(name.to_owned(), value.into());
+        self.0.extra.insert(name.to_owned(), value.into());
         self
     }
 
     pub fn with_header(mut self, name: HeaderName, value: HeaderValue) -> Self {
-        self.headers.push((name, value));
+        self.0.headers.push((name, value));
         self
     }
 
     pub fn status(&self) -> StatusCode {
-        self.status
+        self.0.status
     }
 
     pub fn message(&self) -> &str {
-        &self.message
+        &self.0.message
     }
 
     /// The answer in the form of `service`.
@@ -140,31 +140,31 @@ impl ApiError {
         asked: &HeaderMap,
         identity_url: &str,
     ) -> Response {
-        let code = self.status.as_u16();
-        let reason = self.status.canonical_reason().unwrap_or("Error");
-        let mut answer = match (service, self.origin) {
+        let code = self.0.status.as_u16();
+        let reason = self.0.status.canonical_reason().unwrap_or("Error");
+        let mut answer = match (service, self.0.origin) {
             (Service::Image, _) | (Service::Compute | Service::Volume, Origin::Router) => {
-                webob::render(self.status, &self.message, &self.detail, asked)
+                webob::render(self.0.status, &self.0.message, &self.0.detail, asked)
             }
-            (Service::Identity, Origin::Router) => not_in_keystone(self.status),
+            (Service::Identity, Origin::Router) => not_in_keystone(self.0.status),
             (Service::Identity, _) => {
                 let mut inner = Map::new();
                 inner.insert("code".to_owned(), code.into());
-                inner.extend(self.extra.clone());
-                inner.insert("message".to_owned(), self.message.clone().into());
+                inner.extend(self.0.extra.clone());
+                inner.insert("message".to_owned(), self.0.message.clone().into());
                 inner.insert("title".to_owned(), reason.into());
                 Json(json!({ "error": inner })).into_response()
             }
             (_, Origin::Authentication) => {
-                Json(json!({"error": {"code": code, "title": reason, "message": self.message}}))
+                Json(json!({"error": {"code": code, "title": reason, "message": self.0.message}}))
                     .into_response()
             }
             (Service::Compute | Service::Volume, Origin::Handler) => {
                 let mut inner = Map::new();
                 inner.insert("code".to_owned(), code.into());
-                inner.insert("message".to_owned(), self.message.clone().into());
-                inner.extend(self.extra.clone());
-                let kind = self.kind.unwrap_or(fault(self.status));
+                inner.insert("message".to_owned(), self.0.message.clone().into());
+                inner.extend(self.0.extra.clone());
+                let kind = self.0.kind.unwrap_or(fault(self.0.status));
                 let mut answer = Json(json!({ kind: inner })).into_response();
                 if service == Service::Compute {
                     answer.headers_mut().insert(
@@ -175,19 +175,19 @@ impl ApiError {
                 answer
             }
             (Service::Network, _) => Json(json!({"NeutronError": {
-                "type": self.kind.unwrap_or(reason),
-                "message": self.message,
-                "detail": self.detail,
+                "type": self.0.kind.unwrap_or(reason),
+                "message": self.0.message,
+                "detail": self.0.detail,
             }}))
             .into_response(),
         };
-        *answer.status_mut() = self.status;
-        if self.status == StatusCode::UNAUTHORIZED
+        *answer.status_mut() = self.0.status;
+        if self.0.status == StatusCode::UNAUTHORIZED
             && let Ok(value) = HeaderValue::from_str(&format!("Keystone uri=\"{identity_url}\""))
         {
             answer.headers_mut().insert(header::WWW_AUTHENTICATE, value);
         }
-        for (name, value) in &self.headers {
+        for (name, value) in &self.0.headers {
             answer.headers_mut().insert(name, value.clone());
         }
         answer
@@ -230,7 +230,7 @@ fn not_in_keystone(status: StatusCode) -> Response {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut answer = self.status.into_response();
+        let mut answer = self.0.status.into_response();
         answer.extensions_mut().insert(self);
         answer
     }
