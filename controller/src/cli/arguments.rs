@@ -121,6 +121,8 @@ pub enum Command {
     /// The hosts that servers run on (administrators)
     #[command(subcommand)]
     Host(commands::host::Command),
+    /// Run the controller of a cloud
+    Serve(Box<crate::serve::Options>),
     /// Print completions for a shell
     Completions { shell: clap_complete::Shell },
     /// Print the manual page (man fractus.1), or with a folder write one a command

@@ -25,8 +25,8 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
         Command::Server(command) => server::execute(*command, session, output).await,
         Command::Console(attach) => console::attach(attach, session, output).await,
         Command::Host(command) => host::execute(command, session, output).await,
-        // Carried out before there was a session.
-        Command::Completions { .. } | Command::Man { .. } => Ok(()),
+        // Carried out before there was a session, or (the controller) instead of it.
+        Command::Completions { .. } | Command::Man { .. } | Command::Serve(_) => Ok(()),
     }
 }
 

@@ -9,7 +9,6 @@ pub mod model;
 pub mod ops;
 pub mod quota;
 pub mod store;
-#[cfg(test)]
 pub mod testing;
 
 pub use api::routes;

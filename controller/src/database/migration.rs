@@ -6,6 +6,7 @@
 //! run). Only column types that both engines have: `text`, `big_integer`, `integer`, `boolean`,
 //! `binary`, `double`.
 
+mod m0001_identity;
 mod m0002_image;
 mod m0003_compute;
 mod m0004_operation;
@@ -21,6 +22,7 @@ use super::OpenError;
 /// Every change, in order. One line a service; never reordered.
 fn changes() -> Vec<Box<dyn MigrationTrait>> {
     vec![
+        Box::new(m0001_identity::Migration),
         Box::new(m0002_image::Migration),
         Box::new(m0003_compute::Migration),
         Box::new(m0004_operation::Migration),

@@ -7,6 +7,7 @@ use crate::clock::Clock;
 use crate::compute::Compute;
 use crate::database::Database;
 use crate::http::{Authenticate, PublicUrl};
+use crate::identity::Realm;
 use crate::image::Images;
 use crate::random::Random;
 
@@ -23,6 +24,7 @@ pub struct AppParts {
     pub authenticator: Arc<dyn Authenticate>,
     pub images: Images,
     pub compute: Compute,
+    pub realm: Arc<Realm>,
 }
 
 impl App {
@@ -60,8 +62,14 @@ impl App {
         &self.0.images
     }
 
+    /// Validates tokens.
     pub fn authenticator(&self) -> &dyn Authenticate {
         &*self.0.authenticator
+    }
+
+    /// Passwords and token keys.
+    pub fn realm(&self) -> &Realm {
+        &self.0.realm
     }
 }
 

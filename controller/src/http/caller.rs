@@ -41,6 +41,8 @@ pub struct Identity {
     pub project: Option<Project>,
     /// The domain that the token is scoped to, if it is.
     pub domain: Option<Domain>,
+    /// Scoped to the whole cloud.
+    pub system: bool,
     pub roles: Vec<Role>,
     pub methods: Vec<String>,
     /// This token's audit id and, if it came from another token, the first one's.

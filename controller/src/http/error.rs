@@ -25,6 +25,8 @@ struct Parts {
     extra: Map<String, Value>,
     headers: Vec<(HeaderName, HeaderValue)>,
     origin: Origin,
+    /// For the log, when the error is shown.
+    cause: Option<String>,
 }
 
 /// Where in the original an error arises; its form depends on it.
@@ -48,6 +50,7 @@ impl ApiError {
             extra: Map::new(),
             headers: Vec::new(),
             origin: Origin::Handler,
+            cause: None,
         }))
     }
 
@@ -81,10 +84,12 @@ impl ApiError {
             .with_header(header::RETRY_AFTER, HeaderValue::from_static("1"))
     }
 
-    /// 500. What happened goes to the log, not to the user.
+    /// 500. What happened goes to the log (once the answer is made: a write that lost a race and is
+    /// repeated is no news), not to the user.
     pub fn internal(what: impl std::fmt::Display) -> Self {
-        tracing::error!(error = %what, "internal error");
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, UNEXPECTED)
+        let mut error = Self::new(StatusCode::INTERNAL_SERVER_ERROR, UNEXPECTED);
+        error.0.cause = Some(what.to_string());
+        error
     }
 
     /// 401: no token, or one that does not count.
@@ -133,6 +138,11 @@ impl ApiError {
         &self.0.message
     }
 
+    /// What happened, of an internal error: for the log.
+    pub fn cause(&self) -> Option<&str> {
+        self.0.cause.as_deref()
+    }
+
     /// The answer in the form of `service`.
     pub(super) fn render(
         &self,
@@ -140,6 +150,9 @@ impl ApiError {
         asked: &HeaderMap,
         identity_url: &str,
     ) -> Response {
+        if let Some(cause) = &self.0.cause {
+            tracing::error!(%cause, "internal error");
+        }
         let code = self.0.status.as_u16();
         let reason = self.0.status.canonical_reason().unwrap_or("Error");
         let mut answer = match (service, self.0.origin) {

@@ -1,75 +1,13 @@
 //! The frame's forms, checked against the recorded ones.
 
-use std::collections::HashMap;
-use std::sync::Arc;
-
-use axum::body::Body;
 use axum::response::IntoResponse;
-use http::{Method, Request, StatusCode};
-use http_body_util::BodyExt;
+use http::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::clock::SystemClock;
-use crate::database::testing;
-use crate::image::Images;
-use crate::image::blob::FileStore;
-use crate::random::SystemRandom;
+use crate::testing::{self, Answer};
 
-#[derive(Debug)]
-struct Tokens(HashMap<&'static str, Arc<Identity>>);
-
-#[async_trait::async_trait]
-impl Authenticate for Tokens {
-    async fn authenticate(&self, token: &str) -> Result<Arc<Identity>, Refused> {
-        self.0.get(token).cloned().ok_or(Refused::Invalid)
-    }
-}
-
-fn identity(role: &str) -> Arc<Identity> {
-    let domain = Domain {
-        id: "default".into(),
-        name: "Default".into(),
-    };
-    Arc::new(Identity {
-        user_id: "u".into(),
-        user_name: "u".into(),
-        user_domain: domain.clone(),
-        project: Some(Project {
-            id: "p".into(),
-            name: "p".into(),
-            domain,
-        }),
-        domain: None,
-        roles: vec![Role {
-            id: "r".into(),
-            name: role.into(),
-        }],
-        methods: vec!["password".into()],
-        audit_ids: vec!["a".into()],
-        issued_at_us: 0,
-        expires_at_us: i64::MAX,
-    })
-}
-
-async fn public() -> (Public, testing::TestDatabase) {
-    let database = testing::sqlite().await;
-    let tokens = Tokens(HashMap::from([
-        ("admin", identity("admin")),
-        ("reader", identity("reader")),
-    ]));
-    let app = App::new(AppParts {
-        public_url: PublicUrl::parse("http://127.0.0.1:5000").unwrap(),
-        database: database.database.clone(),
-        clock: SystemClock::shared(),
-        random: SystemRandom::shared(),
-        authenticator: Arc::new(tokens),
-        images: Images::new(
-            database.database.clone(),
-            Arc::new(FileStore::at("/nowhere", "t")),
-        ),
-        compute: crate::compute::testing::idle(&database.database),
-    });
+fn routes() -> Vec<Routes> {
     let routes = |service| {
         Routes::new(service)
             .get("/", Rule::open(), || async { "root" })
@@ -85,8 +23,11 @@ async fn public() -> (Public, testing::TestDatabase) {
             )
             .get("/v2.1/panic", Rule::reader("x"), boom)
     };
-    let services = [Service::Compute, Service::Image, Service::Identity];
-    (Public::new(app, services.map(routes).into()), database)
+    vec![
+        routes(Service::Compute),
+        routes(Service::Image),
+        crate::identity::routes(),
+    ]
 }
 
 async fn link(ctx: RequestContext) -> Result<axum::Json<Value>, ApiError> {
@@ -103,43 +44,18 @@ async fn boom() -> Result<(), ApiError> {
     panic!("meant by the test")
 }
 
-struct Answer {
-    status: u16,
-    headers: http::HeaderMap,
-    text: String,
-}
-
-impl Answer {
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.text).unwrap_or_else(|_| panic!("no JSON: {}", self.text))
-    }
-
-    fn header(&self, name: &str) -> String {
-        let all = self
-            .headers
-            .get_all(name)
-            .iter()
-            .map(|value| value.to_str().unwrap());
-        all.collect::<Vec<_>>().join(", ")
-    }
-}
-
+/// The names `admin` and `reader` in X-Auth-Token stand for tokens of such callers.
 async fn ask(method: Method, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-    let mut request = Request::builder().method(method).uri(path);
-    for (name, value) in headers {
-        request = request.header(*name, *value);
-    }
-    let (public, _database) = public().await;
-    let answer = public
-        .serve(request.body(Body::from(body.to_owned())).unwrap())
-        .await;
-    let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
-    let text = answer.into_body().collect().await.unwrap().to_bytes();
-    Answer {
-        status,
-        headers,
-        text: String::from_utf8(text.to_vec()).unwrap(),
-    }
+    let cloud = testing::with_services(routes()).await;
+    let headers: Vec<_> = headers
+        .iter()
+        .map(|(name, value)| match *value {
+            "admin" => (*name, cloud.admin.as_str()),
+            "reader" => (*name, cloud.reader.as_str()),
+            other => (*name, other),
+        })
+        .collect();
+    cloud.send(method, path, &headers, body.to_owned()).await
 }
 
 async fn get(path: &str, headers: &[(&str, &str)]) -> Answer {
@@ -149,9 +65,9 @@ async fn get(path: &str, headers: &[(&str, &str)]) -> Answer {
 #[tokio::test]
 async fn without_a_token_each_service_says_401_in_its_own_form() {
     let nova = get("/compute/v2.1/flavors", &[]).await;
-    assert_eq!(nova.status, 401);
+    assert_eq!(nova.status.as_u16(), 401);
     assert_eq!(
-        nova.text,
+        nova.text(),
         r#"{"error":{"code":401,"title":"Unauthorized","message":"The request you have made requires authentication."}}"#
     );
     assert_eq!(
@@ -166,15 +82,18 @@ async fn without_a_token_each_service_says_401_in_its_own_form() {
 
     let keystone = get("/identity/v2.1/flavors", &[]).await;
     assert_eq!(
-        (keystone.status, keystone.json()["error"]["title"].clone()),
+        (
+            keystone.status.as_u16(),
+            keystone.json()["error"]["title"].clone()
+        ),
         (401, "Unauthorized".into())
     );
     assert_eq!(keystone.header("vary"), "X-Auth-Token");
 
     let glance = get("/image/v2.1/flavors", &[("accept", "*/*")]).await;
-    assert_eq!(glance.status, 401);
+    assert_eq!(glance.status.as_u16(), 401);
     assert_eq!(
-        glance.text,
+        glance.text(),
         "<html>\n <head>\n  <title>401 Unauthorized</title>\n </head>\n <body>\n  <h1>401 \
          Unauthorized</h1>\n  This server could not verify that you are authorized to access the \
          document you requested. Either you supplied the wrong credentials (e.g., bad password), \
@@ -185,11 +104,11 @@ async fn without_a_token_each_service_says_401_in_its_own_form() {
 
 #[tokio::test]
 async fn a_token_is_asked_for_before_the_path_is_looked_at_but_not_by_open_paths() {
-    assert_eq!(get("/compute/v2.1/nosuch", &[]).await.status, 401);
-    assert_eq!(get("/identity/v2.1/nosuch", &[]).await.status, 404);
-    assert_eq!(get("/compute", &[]).await.status, 200);
-    assert_eq!(get("/compute/", &[]).await.status, 200);
-    assert_eq!(get("/elsewhere", &[]).await.status, 404);
+    assert_eq!(get("/compute/v2.1/nosuch", &[]).await.status.as_u16(), 401);
+    assert_eq!(get("/identity/v2.1/nosuch", &[]).await.status.as_u16(), 404);
+    assert_eq!(get("/compute", &[]).await.status.as_u16(), 200);
+    assert_eq!(get("/compute/", &[]).await.status.as_u16(), 200);
+    assert_eq!(get("/elsewhere", &[]).await.status.as_u16(), 404);
 }
 
 #[tokio::test]
@@ -200,7 +119,7 @@ async fn an_unknown_path_is_webobs_404() {
     )
     .await;
     assert_eq!(
-        html.text,
+        html.text(),
         "<html>\n <head>\n  <title>404 Not Found</title>\n </head>\n <body>\n  <h1>404 Not \
          Found</h1>\n  The resource could not be found.<br /><br />\n\n\n\n </body>\n</html>"
     );
@@ -216,7 +135,7 @@ async fn an_unknown_path_is_webobs_404() {
     );
     let plain = get("/image/v2/no", &[("x-auth-token", "admin")]).await;
     assert_eq!(
-        plain.text,
+        plain.text(),
         "404 Not Found\n\nThe resource could not be found.\n\n   "
     );
     let put = ask(
@@ -226,7 +145,7 @@ async fn an_unknown_path_is_webobs_404() {
         "",
     )
     .await;
-    assert_eq!(put.status, 405);
+    assert_eq!(put.status.as_u16(), 405);
     assert!(put.header("allow").contains("GET"), "{:?}", put.headers);
 }
 
@@ -272,7 +191,7 @@ async fn microversions_are_echoed_and_refused_as_recorded() {
         ("x-openstack-nova-api-version", "2.999"),
     ];
     let beyond = get("/compute/v2.1/flavors", &beyond).await;
-    assert_eq!(beyond.status, 406);
+    assert_eq!(beyond.status.as_u16(), 406);
     assert_eq!(
         beyond.json(),
         json!({"computeFault": {"code": 406, "message": "Version 2.999 is not supported by the \
@@ -288,7 +207,10 @@ async fn bad_bodies_are_answers() {
         ask(Method::POST, "/compute/v2.1/flavors", &headers, &body).await
     };
     assert_eq!(
-        post("application/json", r#"{"a": 1}"#.into()).await.status,
+        post("application/json", r#"{"a": 1}"#.into())
+            .await
+            .status
+            .as_u16(),
         201
     );
     let xml = post("application/xml", "<x/>".into()).await;
@@ -302,13 +224,17 @@ async fn bad_bodies_are_answers() {
         json!({"badRequest": {"code": 400, "message": "Malformed request body"}})
     );
     assert_eq!(
-        post("application/json", "[".repeat(100_000)).await.status,
+        post("application/json", "[".repeat(100_000))
+            .await
+            .status
+            .as_u16(),
         400
     );
     assert_eq!(
         post("application/json", " ".repeat(BODY_LIMIT + 1))
             .await
-            .status,
+            .status
+            .as_u16(),
         413
     );
 }
@@ -316,14 +242,15 @@ async fn bad_bodies_are_answers() {
 #[tokio::test]
 async fn a_panic_is_a_500_in_the_form_of_the_service() {
     let answer = get("/compute/v2.1/panic", &[("x-auth-token", "reader")]).await;
-    assert_eq!(answer.status, 500);
+    assert_eq!(answer.status.as_u16(), 500);
     assert_eq!(answer.json()["computeFault"]["code"], 500);
 }
 
 #[tokio::test]
 async fn the_table_lists_every_endpoint() {
-    let (public, _database) = public().await;
-    let of_nova: Vec<_> = public
+    let cloud = testing::with_services(routes()).await;
+    let of_nova: Vec<_> = cloud
+        .public
         .endpoints()
         .filter(|endpoint| endpoint.service == Service::Compute)
         .map(|endpoint| format!("{} {}", endpoint.method, endpoint.path))

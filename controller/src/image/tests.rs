@@ -16,6 +16,7 @@ use crate::database::testing;
 use crate::http::{
     App, AppParts, Authenticate, Domain, Identity, Project, Public, PublicUrl, Refused, Role,
 };
+use crate::identity::Realm;
 use crate::image::blob::FileStore;
 use crate::random::SystemRandom;
 
@@ -44,6 +45,7 @@ fn identity(project: &str, role: &str) -> Arc<Identity> {
             domain,
         }),
         domain: None,
+        system: false,
         roles: vec![Role {
             id: "r".into(),
             name: role.into(),
@@ -77,6 +79,7 @@ async fn cloud(database: Database) -> Cloud {
         clock: SystemClock::shared(),
         random: SystemRandom::shared(),
         authenticator: Arc::new(tokens),
+        realm: Realm::idle(&database).await,
         images: images.clone(),
         compute: crate::compute::testing::idle(&database),
     });

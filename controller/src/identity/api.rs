@@ -1,0 +1,29 @@
+//! Identity's endpoints.
+
+mod assignment;
+mod auth;
+mod catalog;
+mod list;
+mod members;
+mod project;
+mod role;
+mod user;
+mod version;
+
+use crate::http::{Routes, Rule, Service};
+
+pub fn routes() -> Routes {
+    let routes = Routes::new(Service::Identity)
+        .get("/", Rule::open(), version::versions)
+        .get("/v3", Rule::open(), version::version)
+        .get("/v3/", Rule::open(), version::version);
+    [
+        auth::routes,
+        project::routes,
+        user::routes,
+        role::routes,
+        assignment::routes,
+    ]
+    .into_iter()
+    .fold(routes, |routes, add| add(routes))
+}

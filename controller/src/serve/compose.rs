@@ -1,0 +1,289 @@
+//! The parts of a controller, made and put together in the order in which they need each other.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use fractus_agent_api::tls::Credentials;
+use sea_orm::DbErr;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use fractus_agent_api::machine::ServerId;
+
+use super::{Config, ServeError, services};
+use crate::agents::fleet::Fleet;
+use crate::agents::host;
+use crate::agents::http::HttpAgents;
+use crate::agents::listener::{Blob, BlobSource, Listener, Parts};
+use crate::clock::{Clock, SystemClock};
+use crate::compute::{self, Compute, ServerObserver};
+use crate::database::Database;
+use crate::http::{App, AppParts, Routes, Service};
+use crate::identity::{Realm, boot};
+use crate::image::blob::FileStore;
+use crate::image::{Images, store};
+use crate::operation::{Engine, Kinds};
+use crate::random::{Random, SystemRandom};
+use crate::reconcile::{Machines, Reconciler};
+use crate::secret::MasterKey;
+use crate::tls::Authority;
+
+/// How long before the end of its certificate a controller takes a new one is a matter of days:
+/// this is much less.
+const RENEWAL: Duration = Duration::from_secs(6 * 3600);
+
+/// A controller that has not begun to answer.
+pub struct Controller {
+    pub app: App,
+    engine: Arc<Engine>,
+    reconciler: Arc<Reconciler>,
+    wakes: mpsc::UnboundedReceiver<ServerId>,
+    agents: AgentsSide,
+}
+
+/// What the network between controllers and agents needs.
+struct AgentsSide {
+    authority: Authority,
+    http: Arc<HttpAgents>,
+    fleet: Arc<Fleet>,
+    name: String,
+    addresses: Vec<String>,
+    credentials: Credentials,
+}
+
+impl Controller {
+    /// Opens the database, brings it up to date, makes what a new cloud needs.
+    pub async fn compose(config: &Config) -> Result<Self, ServeError> {
+        let database = Database::connect(&config.database).await?;
+        database.migrate().await?;
+        let (clock, random) = (SystemClock::shared(), SystemRandom::shared());
+        let master = MasterKey::load_or_create(&config.state_dir.join("master.key"))?;
+        let realm = Realm::open(database.clone(), Arc::clone(&clock), master.clone()).await?;
+        let realm = Arc::new(realm);
+        first_boot(config, &database, &realm, &clock, &random).await?;
+        let images = images(config, &database, &*clock).await?;
+        let agents = AgentsSide::open(config, &database, master, &clock, &random).await?;
+
+        let callers: Arc<dyn crate::agents::Agents> = Arc::clone(&agents.http) as _;
+        let machines = Machines::new(
+            database.clone(),
+            callers,
+            Arc::clone(&agents.fleet),
+            Arc::clone(&clock),
+        );
+        let mut kinds = Kinds::default();
+        compute::register(&mut kinds, &machines, &clock);
+        let engine = Engine::new(
+            database.clone(),
+            kinds,
+            Arc::clone(&clock),
+            Arc::clone(&random),
+        );
+        let (reconciler, wakes) = Reconciler::new(
+            database.clone(),
+            machines.clone(),
+            Arc::clone(&engine),
+            Arc::new(ServerObserver::new(Arc::clone(&clock))),
+            Arc::clone(&clock),
+            Arc::clone(&random),
+        );
+        let app = App::new(AppParts {
+            public_url: config.public_url.clone(),
+            database,
+            clock,
+            random,
+            authenticator: Arc::clone(&realm) as _,
+            realm,
+            images,
+            compute: Compute {
+                engine: Arc::clone(&engine),
+                machines,
+            },
+        });
+        Ok(Self {
+            app,
+            engine,
+            reconciler,
+            wakes,
+            agents,
+        })
+    }
+
+    /// Begins: agents are listened to, operations go on, the reconciler looks. Ends with `stop`.
+    pub async fn begin(
+        self,
+        config: &Config,
+        stop: &CancellationToken,
+        tasks: &TaskTracker,
+    ) -> Result<(), ServeError> {
+        let Self {
+            app,
+            engine,
+            reconciler,
+            wakes,
+            agents,
+        } = self;
+        let parts = Parts {
+            database: app.database().clone(),
+            authority: agents.authority.clone(),
+            fleet: Arc::clone(&agents.fleet),
+            reconciler: Arc::clone(&reconciler),
+            blobs: Arc::new(ImageBlobs(app.images().clone())),
+            clock: Arc::clone(app.clock()),
+            random: Arc::clone(app.random()),
+            controllers: vec![config.agents_url.clone()],
+        };
+        let listener = Listener::bind(config.agents_listen, &agents.credentials, parts).await?;
+        let renewer = listener.renewer();
+        tasks.spawn(listener.run(stop.clone()));
+        let until = stop.clone();
+        tasks.spawn(async move { reconciler.run(wakes, until).await });
+        engine.start().await.map_err(ServeError::Start)?;
+        let until = stop.clone();
+        tasks.spawn(async move {
+            until.cancelled().await;
+            engine.stop().await;
+        });
+        tasks.spawn(renew(agents, renewer, stop.clone()));
+        Ok(())
+    }
+}
+
+async fn first_boot(
+    config: &Config,
+    database: &Database,
+    realm: &Realm,
+    clock: &Arc<dyn Clock>,
+    random: &Arc<dyn Random>,
+) -> Result<(), ServeError> {
+    let file = config.state_dir.join("admin-password");
+    let first = boot::first(database, realm, &**random, clock.now_us(), &file).await?;
+    if first.is_some() {
+        tracing::info!(file = %file.display(), "a new cloud; the admin's password is in the file");
+    }
+    let listed: Vec<Service> = services().iter().map(Routes::service).collect();
+    boot::catalog(database, &**random, &config.public_url, &listed).await?;
+    Ok(())
+}
+
+async fn images(
+    config: &Config,
+    database: &Database,
+    clock: &dyn Clock,
+) -> Result<Images, ServeError> {
+    let folder = config.state_dir.join("images");
+    let files = FileStore::open(folder, &config.name)
+        .await
+        .map_err(ServeError::Images)?;
+    let images = Images::new(database.clone(), Arc::new(files));
+    images
+        .recover(clock.now_us())
+        .await
+        .map_err(ServeError::Recover)?;
+    Ok(images)
+}
+
+impl AgentsSide {
+    async fn open(
+        config: &Config,
+        database: &Database,
+        master: MasterKey,
+        clock: &Arc<dyn Clock>,
+        random: &Arc<dyn Random>,
+    ) -> Result<Self, ServeError> {
+        let authority = Authority::open(
+            database.clone(),
+            master,
+            Arc::clone(clock),
+            Arc::clone(random),
+        )
+        .await?;
+        let addresses = config.agents_addresses();
+        let credentials = authority.certify_controller(&config.name, &addresses)?;
+        let fleet = Arc::new(Fleet::default());
+        for row in host::all(database.reader())
+            .await
+            .map_err(ServeError::Start)?
+        {
+            fleet.admit(row.host_id(), &row.endpoint);
+        }
+        let http = Arc::new(HttpAgents::new(Arc::clone(&fleet), credentials.clone()));
+        Ok(Self {
+            authority,
+            http,
+            fleet,
+            name: config.name.clone(),
+            addresses,
+            credentials,
+        })
+    }
+}
+
+/// Takes a new certificate every few hours, and learns of new roots.
+async fn renew<E: std::error::Error>(
+    agents: AgentsSide,
+    renewer: impl Fn(&Credentials) -> Result<(), E>,
+    stop: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(RENEWAL) => {}
+            () = stop.cancelled() => return,
+        }
+        if let Err(error) = agents.authority.refresh().await {
+            tracing::error!(%error, "the authority's roots could not be read");
+        }
+        match agents
+            .authority
+            .certify_controller(&agents.name, &agents.addresses)
+        {
+            Ok(credentials) => {
+                agents.http.renew(credentials.clone());
+                if let Err(error) = renewer(&credentials) {
+                    tracing::error!(%error, "the agents listener keeps its old certificate");
+                }
+            }
+            Err(error) => tracing::error!(%error, "no new certificate for this controller"),
+        }
+    }
+}
+
+/// The images, as agents fetch them.
+struct ImageBlobs(Images);
+
+#[async_trait]
+impl BlobSource for ImageBlobs {
+    async fn open(&self, image: Uuid, offset: u64) -> io::Result<Option<Blob>> {
+        let found = store::find(self.0.database.reader(), &image.to_string()).await;
+        let Some(found) = found.map_err(io::Error::other)? else {
+            return Ok(None);
+        };
+        let (Some(key), Some(size)) = (&found.row.blob, found.row.size) else {
+            return Ok(None);
+        };
+        let size = size.unsigned_abs();
+        if offset > size {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "beyond the image's end",
+            ));
+        }
+        let bytes = self
+            .0
+            .blobs
+            .open(key, offset..size)
+            .await
+            .map_err(io::Error::other)?;
+        Ok(Some(Blob { size, bytes }))
+    }
+}
+
+impl From<DbErr> for ServeError {
+    fn from(error: DbErr) -> Self {
+        Self::Start(error)
+    }
+}

@@ -1,0 +1,320 @@
+//! What can be configured: flags, environment variables (FRACTUS_*), and a YAML file, in this order.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::http::PublicUrl;
+
+/// Flags of `fractus serve`; the file has the same names.
+#[derive(Debug, Clone, Default, clap::Args, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Options {
+    /// YAML file with these same options (names without the dashes in front).
+    #[arg(long, env = "FRACTUS_CONFIG")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Folder for the database, keys and images [default: /var/lib/fractus].
+    #[arg(long, env = "FRACTUS_STATE_DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Address and port of the public API [default: 127.0.0.1:8443].
+    #[arg(long, env = "FRACTUS_LISTEN")]
+    pub listen: Option<String>,
+    /// Where clients reach the API, such as https://cloud.example [default: from --listen].
+    #[arg(long, env = "FRACTUS_PUBLIC_URL")]
+    pub public_url: Option<String>,
+    /// sqlite:///PATH or postgres://... [default: a file in the state folder].
+    #[arg(long, env = "FRACTUS_DATABASE")]
+    pub database: Option<String>,
+    /// Certificate (with its chain, PEM) of the public API [default: one of its own].
+    #[arg(long, env = "FRACTUS_TLS_CERTIFICATE", requires = "tls_key")]
+    pub tls_certificate: Option<PathBuf>,
+    /// Key of that certificate, PEM.
+    #[arg(long, env = "FRACTUS_TLS_KEY", requires = "tls_certificate")]
+    pub tls_key: Option<PathBuf>,
+    /// Speak HTTP without TLS: for a loopback address only, or behind a proxy.
+    #[arg(long, env = "FRACTUS_PLAIN_HTTP")]
+    pub plain_http: bool,
+    /// A proxy in front ends TLS: plain HTTP is then allowed on any address.
+    #[arg(long, env = "FRACTUS_BEHIND_PROXY")]
+    pub behind_proxy: bool,
+    /// Address and port of the listener for agents [default: 0.0.0.0:8444].
+    #[arg(long, env = "FRACTUS_AGENTS_LISTEN")]
+    pub agents_listen: Option<String>,
+    /// How agents reach that listener, https://NAME:PORT [default: from --agents-listen].
+    #[arg(long, env = "FRACTUS_AGENTS_URL")]
+    pub agents_url: Option<String>,
+    /// Name of this controller among those of the cloud: letters, digits and `-` [default: the
+    /// host's name].
+    #[arg(long, env = "FRACTUS_NAME")]
+    pub name: Option<String>,
+    /// Address and port of metrics and health, not public [default: 127.0.0.1:9464; empty: none].
+    #[arg(long, env = "FRACTUS_METRICS_LISTEN")]
+    pub metrics_listen: Option<String>,
+}
+
+/// Where the public certificate comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TlsSource {
+    /// Made once, kept in the state folder.
+    Own,
+    Given {
+        certificate: PathBuf,
+        key: PathBuf,
+    },
+}
+
+/// The configuration with all defaults filled in.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub state_dir: PathBuf,
+    pub listen: String,
+    pub public_url: PublicUrl,
+    pub database: String,
+    /// `None`: plain HTTP.
+    pub tls: Option<TlsSource>,
+    pub metrics_listen: Option<String>,
+    pub agents_listen: SocketAddr,
+    pub agents_url: String,
+    pub name: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("reading {path}")]
+    Read {
+        path: String,
+        source: std::io::Error,
+    },
+    #[error("{path}: {source}")]
+    Parse {
+        path: String,
+        source: serde_yaml_ng::Error,
+    },
+    #[error("--public-url {0}")]
+    PublicUrl(String),
+    #[error("--listen {0}: give it as ADDRESS:PORT")]
+    Listen(String),
+    #[error(
+        "--plain-http on {0} would send passwords in the clear: listen on a loopback address, leave \
+         the flag out, or say --behind-proxy if a proxy in front speaks TLS"
+    )]
+    PlainHttp(String),
+    #[error("--agents-listen {0}: give it as ADDRESS:PORT")]
+    AgentsListen(String),
+    #[error("--agents-url {0}")]
+    AgentsUrl(String),
+    #[error("--name {0}: letters, digits and - only")]
+    Name(String),
+    #[error("tls-certificate and tls-key go together: {0} is missing")]
+    HalfTls(&'static str),
+}
+
+impl Config {
+    pub fn resolve(options: Options) -> Result<Self, ConfigError> {
+        let file = options
+            .config
+            .as_deref()
+            .map(read)
+            .transpose()?
+            .unwrap_or_default();
+        let options = options.or(file);
+        let state_dir = options
+            .state_dir
+            .unwrap_or_else(|| "/var/lib/fractus".into());
+        let listen = options
+            .listen
+            .unwrap_or_else(|| "127.0.0.1:8443".to_owned());
+        let address: SocketAddr = listen
+            .parse()
+            .map_err(|_| ConfigError::Listen(listen.clone()))?;
+        if options.plain_http && !address.ip().is_loopback() && !options.behind_proxy {
+            return Err(ConfigError::PlainHttp(listen));
+        }
+        let tls = match (options.plain_http, options.tls_certificate, options.tls_key) {
+            (true, ..) => None,
+            (false, Some(certificate), Some(key)) => Some(TlsSource::Given { certificate, key }),
+            (false, None, None) => Some(TlsSource::Own),
+            (false, Some(_), None) => return Err(ConfigError::HalfTls("tls-key")),
+            (false, None, Some(_)) => return Err(ConfigError::HalfTls("tls-certificate")),
+        };
+        let public_url = options.public_url.unwrap_or_else(|| {
+            let scheme = if tls.is_some() { "https" } else { "http" };
+            format!("{scheme}://{}:{}", reachable(address.ip()), address.port())
+        });
+        let database = options.database.unwrap_or_else(|| {
+            format!(
+                "sqlite://{}",
+                absolute(&state_dir).join("fractus.sqlite").display()
+            )
+        });
+        let agents_listen = options
+            .agents_listen
+            .unwrap_or_else(|| "0.0.0.0:8444".to_owned());
+        let agents_listen: SocketAddr = agents_listen
+            .parse()
+            .map_err(|_| ConfigError::AgentsListen(agents_listen.clone()))?;
+        let agents_url = options.agents_url.unwrap_or_else(|| {
+            format!(
+                "https://{}:{}",
+                reachable(agents_listen.ip()),
+                agents_listen.port()
+            )
+        });
+        let agents_url = PublicUrl::parse(&agents_url).map_err(ConfigError::AgentsUrl)?;
+        let name = options.name.unwrap_or_else(|| plain(&hostname()));
+        if name != plain(&name) || name.is_empty() {
+            return Err(ConfigError::Name(name));
+        }
+        let metrics_listen = options
+            .metrics_listen
+            .unwrap_or_else(|| "127.0.0.1:9464".to_owned());
+        Ok(Self {
+            state_dir,
+            listen,
+            public_url: PublicUrl::parse(&public_url).map_err(ConfigError::PublicUrl)?,
+            database,
+            tls,
+            metrics_listen: Some(metrics_listen).filter(|address| !address.is_empty()),
+            agents_listen,
+            agents_url: agents_url.as_str().to_owned(),
+            name,
+        })
+    }
+
+    /// Names and addresses that the certificate of the agents listener is for.
+    pub fn agents_addresses(&self) -> Vec<String> {
+        let uri: Option<http::Uri> = self.agents_url.parse().ok();
+        let host = uri
+            .as_ref()
+            .and_then(http::Uri::host)
+            .map(|host| host.trim_matches(['[', ']']));
+        let mut names: Vec<String> = host.into_iter().map(str::to_owned).collect();
+        for name in ["localhost", "127.0.0.1", "::1"] {
+            if names.iter().all(|known| known != name) {
+                names.push(name.to_owned());
+            }
+        }
+        let own = self.agents_listen.ip();
+        if !own.is_unspecified() && names.iter().all(|known| *known != own.to_string()) {
+            names.push(own.to_string());
+        }
+        names
+    }
+}
+
+impl Options {
+    /// These, and `file`'s where they say nothing.
+    fn or(self, file: Self) -> Self {
+        Self {
+            config: self.config,
+            state_dir: self.state_dir.or(file.state_dir),
+            listen: self.listen.or(file.listen),
+            public_url: self.public_url.or(file.public_url),
+            database: self.database.or(file.database),
+            tls_certificate: self.tls_certificate.or(file.tls_certificate),
+            tls_key: self.tls_key.or(file.tls_key),
+            plain_http: self.plain_http || file.plain_http,
+            behind_proxy: self.behind_proxy || file.behind_proxy,
+            metrics_listen: self.metrics_listen.or(file.metrics_listen),
+            agents_listen: self.agents_listen.or(file.agents_listen),
+            agents_url: self.agents_url.or(file.agents_url),
+            name: self.name.or(file.name),
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<Options, ConfigError> {
+    let shown = || path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        path: shown(),
+        source,
+    })?;
+    serde_yaml_ng::from_str(&text).map_err(|source| ConfigError::Parse {
+        path: shown(),
+        source,
+    })
+}
+
+fn hostname() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() {
+        "localhost".to_owned()
+    } else {
+        name.to_owned()
+    }
+}
+
+/// What of a name is letters, digits and `-`.
+fn plain(name: &str) -> String {
+    name.chars()
+        .filter(|c| c.is_ascii_alphanumeric() || *c == '-')
+        .collect()
+}
+
+/// A name for the address that a client on this host can use.
+fn reachable(address: IpAddr) -> String {
+    if address.is_unspecified() {
+        return hostname();
+    }
+    match address {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => format!("[{address}]"),
+    }
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_http_is_for_loopback_or_behind_a_proxy() {
+        let options = |listen: &str, behind_proxy| Options {
+            listen: Some(listen.to_owned()),
+            plain_http: true,
+            behind_proxy,
+            ..Options::default()
+        };
+        let config = Config::resolve(options("127.0.0.1:80", false)).unwrap();
+        assert_eq!(
+            (config.tls, config.public_url.as_str()),
+            (None, "http://127.0.0.1:80")
+        );
+        assert!(matches!(
+            Config::resolve(options("0.0.0.0:80", false)),
+            Err(ConfigError::PlainHttp(_))
+        ));
+        assert!(Config::resolve(options("0.0.0.0:80", true)).is_ok());
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file_and_unknown_names_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fractus.yaml");
+        std::fs::write(
+            &path,
+            "listen: 127.0.0.1:1\npublic-url: https://cloud.example\n",
+        )
+        .unwrap();
+        let flags = |listen: Option<&str>| Options {
+            config: Some(path.clone()),
+            listen: listen.map(str::to_owned),
+            ..Options::default()
+        };
+        assert_eq!(Config::resolve(flags(None)).unwrap().listen, "127.0.0.1:1");
+        let config = Config::resolve(flags(Some("127.0.0.1:2"))).unwrap();
+        assert_eq!(config.listen, "127.0.0.1:2");
+        assert_eq!(config.public_url.as_str(), "https://cloud.example");
+        std::fs::write(&path, "lisen: x\n").unwrap();
+        assert!(matches!(
+            Config::resolve(flags(None)),
+            Err(ConfigError::Parse { .. })
+        ));
+    }
+}
