@@ -80,7 +80,7 @@ async fn without_a_token_each_service_says_401_in_its_own_form() {
         nova.header("x-openstack-request-id")
     );
 
-    let keystone = get("/identity/v2.1/flavors", &[]).await;
+    let keystone = get("/identity/v3/projects", &[]).await;
     assert_eq!(
         (
             keystone.status.as_u16(),
