@@ -83,6 +83,7 @@ pub enum Command {
         wait: Wait,
     },
     /// What the server wrote to its serial console
+    #[command(visible_alias = "console-log")]
     Log {
         server: String,
         /// The last lines only

@@ -1,3 +1,5 @@
+//! The table of state and action, and what users read when the answer is no.
+
 use super::*;
 
 /// Columns of the table: every state, in the order of its rows' marks.

@@ -116,6 +116,13 @@ fn a_lint_switched_off_without_a_reason_is_found() {
 fn a_sleeping_test_is_found_but_not_a_sleeping_program() {
     let text = "fn a() { sleep(B); }\n#[cfg(test)]\nmod tests {\n    fn c() { std::thread::sleep(D); }\n}\n";
     assert_eq!(lines(&sleeping_tests(&rust(text))), [4]);
+    assert_eq!(
+        sleeping_tests(&Source::new(
+            "tests/tests/a.rs",
+            "simulated_clock.sleep(A);"
+        )),
+        []
+    );
     let said = "// sleeps because the kernel sends no event\nsleep(A);\n";
     assert_eq!(sleeping_tests(&Source::new("tests/tests/a.rs", said)), []);
     assert_eq!(

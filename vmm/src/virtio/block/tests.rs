@@ -1,3 +1,5 @@
+//! Disks by ring and by threads, driven as a guest would, honestly and not.
+
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 

@@ -1,3 +1,5 @@
+//! Random numbers, driven as a guest would.
+
 use super::*;
 use crate::device::Device;
 use crate::virtio::testing::{Driver, Rig, read_part, write_part};
