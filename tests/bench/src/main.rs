@@ -3,6 +3,8 @@
 //! Each figure is a median over rounds; where there is a peer its rounds alternate with ours, so that
 //! what else the machine does hits both. A table for people; with `--json` one line a figure.
 
+mod api;
+mod cloud;
 mod figure;
 mod process;
 mod vmm;
@@ -32,6 +34,26 @@ const BENCHES: &[Bench] = &[
         name: "vmm-memory",
         about: "PSS of a machine's process beyond guest memory, 256 MiB, probe booted",
         run: vmm::memory,
+    },
+    Bench {
+        name: "api-memory",
+        about: "resident memory of controller and agent at rest",
+        run: api::memory_at_rest,
+    },
+    Bench {
+        name: "api-tokens",
+        about: "token validation, logins, `fractus token issue`",
+        run: api::tokens,
+    },
+    Bench {
+        name: "api-servers",
+        about: "POST servers to ACTIVE; 64 servers, 8 at a time, created and deleted",
+        run: api::servers,
+    },
+    Bench {
+        name: "api-listing",
+        about: "GET servers/detail with 10 servers",
+        run: api::listing,
     },
 ];
 

@@ -1,0 +1,268 @@
+//! A client of a running cloud, by the OS_* variables that `scripts/up --env` prints: the few
+//! requests that are measured, over the public API.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use reqwest::{Certificate, Client, Method, StatusCode};
+use serde_json::{Value, json};
+
+/// A server that is not ACTIVE, or not gone, after this time never will be.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Between two looks at a server. Short against what is measured, long enough not to be the load.
+const LOOK: Duration = Duration::from_millis(2);
+
+#[derive(Clone)]
+pub struct Cloud {
+    client: Client,
+    identity: String,
+    compute: String,
+    image: String,
+    token: String,
+}
+
+fn variable(name: &str) -> anyhow::Result<String> {
+    std::env::var(name).with_context(|| format!("{name} is not set: see scripts/up --env"))
+}
+
+fn password_request() -> anyhow::Result<Value> {
+    let domain = std::env::var("OS_USER_DOMAIN_NAME").unwrap_or_else(|_| "Default".to_owned());
+    Ok(json!({"auth": {
+        "identity": {"methods": ["password"], "password": {"user": {
+            "name": variable("OS_USERNAME")?,
+            "domain": {"name": domain},
+            "password": variable("OS_PASSWORD")?,
+        }}},
+        "scope": {"project": {
+            "name": variable("OS_PROJECT_NAME")?,
+            "domain": {"name": domain},
+        }},
+    }}))
+}
+
+impl Cloud {
+    /// Logs in and reads the catalogue.
+    pub async fn login() -> anyhow::Result<Self> {
+        let mut builder = Client::builder().timeout(PATIENCE);
+        if let Ok(path) = std::env::var("OS_CACERT") {
+            let pem = std::fs::read(&path).with_context(|| path.clone())?;
+            builder = builder.tls_certs_only(Certificate::from_pem_bundle(&pem)?);
+        }
+        let mut cloud = Self {
+            client: builder.build()?,
+            identity: variable("OS_AUTH_URL")?.trim_end_matches('/').to_owned(),
+            compute: String::new(),
+            image: String::new(),
+            token: String::new(),
+        };
+        if !cloud.identity.ends_with("/v3") {
+            cloud.identity.push_str("/v3");
+        }
+        let (token, body) = cloud.password().await?;
+        cloud.token = token;
+        cloud.compute = endpoint(&body, "compute")?;
+        cloud.image = endpoint(&body, "image")?;
+        if !cloud.image.ends_with("/v2") {
+            cloud.image.push_str("/v2");
+        }
+        Ok(cloud)
+    }
+
+    /// A token by password, and the body that came with it.
+    pub async fn password(&self) -> anyhow::Result<(String, Value)> {
+        let url = format!("{}/auth/tokens", self.identity);
+        let answer = self
+            .client
+            .post(url)
+            .json(&password_request()?)
+            .send()
+            .await?;
+        let answer = answer.error_for_status()?;
+        let token = answer
+            .headers()
+            .get("x-subject-token")
+            .context("no token in the answer")?;
+        let token = token.to_str()?.to_owned();
+        Ok((token, answer.json().await?))
+    }
+
+    async fn send(&self, method: Method, url: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+        let mut request = self
+            .client
+            .request(method.clone(), url)
+            .header("x-auth-token", &self.token)
+            .header("openstack-api-version", "compute 2.96");
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let answer = request.send().await?;
+        let status = answer.status();
+        let bytes = answer.bytes().await?;
+        if !status.is_success() {
+            bail!(
+                "{method} {url}: {status}: {}",
+                String::from_utf8_lossy(&bytes)
+            );
+        }
+        Ok(serde_json::from_slice(&bytes).unwrap_or(Value::Null))
+    }
+
+    pub async fn validate_token(&self) -> anyhow::Result<()> {
+        let url = format!("{}/auth/tokens", self.identity);
+        let answer = self
+            .client
+            .get(url)
+            .header("x-auth-token", &self.token)
+            .header("x-subject-token", &self.token)
+            .send()
+            .await?
+            .error_for_status()?;
+        answer.bytes().await?;
+        Ok(())
+    }
+
+    pub async fn list_servers(&self) -> anyhow::Result<usize> {
+        let body = self
+            .send(
+                Method::GET,
+                &format!("{}/servers/detail", self.compute),
+                None,
+            )
+            .await?;
+        Ok(body["servers"].as_array().map_or(0, Vec::len))
+    }
+
+    /// An image with `bytes` and properties; its id.
+    pub async fn upload(
+        &self,
+        name: &str,
+        properties: Value,
+        bytes: Vec<u8>,
+    ) -> anyhow::Result<String> {
+        let mut body = json!({
+            "name": name, "disk_format": "raw", "container_format": "bare", "visibility": "private",
+        });
+        if let (Some(body), Value::Object(properties)) = (body.as_object_mut(), properties) {
+            body.extend(properties);
+        }
+        let images = format!("{}/images", self.image);
+        let made = self.send(Method::POST, &images, Some(&body)).await?;
+        let id = made["id"]
+            .as_str()
+            .context("an image without an id")?
+            .to_owned();
+        self.client
+            .put(format!("{images}/{id}/file"))
+            .header("x-auth-token", &self.token)
+            .header("content-type", "application/octet-stream")
+            .body(bytes)
+            .send()
+            .await?
+            .error_for_status()?;
+        Ok(id)
+    }
+
+    /// A flavor with 1 vCPU and 256 MiB; its id.
+    pub async fn flavor(&self, name: &str) -> anyhow::Result<String> {
+        let body = json!({"flavor": {"name": name, "vcpus": 1, "ram": 256, "disk": 1}});
+        let made = self
+            .send(
+                Method::POST,
+                &format!("{}/flavors", self.compute),
+                Some(&body),
+            )
+            .await?;
+        Ok(made["flavor"]["id"]
+            .as_str()
+            .context("a flavor without an id")?
+            .to_owned())
+    }
+
+    /// Creates a server and waits for ACTIVE: its id, and the time from the request on.
+    pub async fn create(
+        &self,
+        name: &str,
+        image: &str,
+        flavor: &str,
+    ) -> anyhow::Result<(String, Duration)> {
+        let body = json!({"server": {
+            "name": name, "imageRef": image, "flavorRef": flavor, "networks": "none",
+        }});
+        let began = Instant::now();
+        let made = self
+            .send(
+                Method::POST,
+                &format!("{}/servers", self.compute),
+                Some(&body),
+            )
+            .await?;
+        let id = made["server"]["id"]
+            .as_str()
+            .context("a server without an id")?
+            .to_owned();
+        let url = format!("{}/servers/{id}", self.compute);
+        loop {
+            let server = self.send(Method::GET, &url, None).await?;
+            match server["server"]["status"].as_str() {
+                Some("ACTIVE") => return Ok((id, began.elapsed())),
+                Some("BUILD") if began.elapsed() < PATIENCE => tokio::time::sleep(LOOK).await,
+                other => bail!("server {id} is {other:?}: {}", server["server"]["fault"]),
+            }
+        }
+    }
+
+    /// Deletes a server and waits until it is gone.
+    pub async fn delete(&self, id: &str) -> anyhow::Result<()> {
+        let url = format!("{}/servers/{id}", self.compute);
+        self.send(Method::DELETE, &url, None).await?;
+        let began = Instant::now();
+        loop {
+            let answer = self
+                .client
+                .get(&url)
+                .header("x-auth-token", &self.token)
+                .send()
+                .await?;
+            if answer.status() == StatusCode::NOT_FOUND {
+                return Ok(());
+            }
+            if began.elapsed() > PATIENCE {
+                bail!("server {id} is still there");
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    pub async fn forget_image(&self, id: &str) -> anyhow::Result<()> {
+        self.send(Method::DELETE, &format!("{}/images/{id}", self.image), None)
+            .await
+            .map(drop)
+    }
+
+    pub async fn forget_flavor(&self, id: &str) -> anyhow::Result<()> {
+        self.send(
+            Method::DELETE,
+            &format!("{}/flavors/{id}", self.compute),
+            None,
+        )
+        .await
+        .map(drop)
+    }
+}
+
+fn endpoint(body: &Value, kind: &str) -> anyhow::Result<String> {
+    let services = body["token"]["catalog"]
+        .as_array()
+        .context("a token without a catalogue")?;
+    let service = services.iter().find(|service| service["type"] == kind);
+    let endpoints = service.and_then(|service| service["endpoints"].as_array());
+    let public = endpoints
+        .into_iter()
+        .flatten()
+        .find(|e| e["interface"] == "public");
+    let url = public.and_then(|endpoint| endpoint["url"].as_str());
+    Ok(url
+        .with_context(|| format!("no {kind} in the catalogue"))?
+        .trim_end_matches('/')
+        .to_owned())
+}

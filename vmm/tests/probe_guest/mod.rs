@@ -1,0 +1,320 @@
+//! The probe as a guest under test: boots it on this host's KVM, talks with it over the serial line,
+//! and carries out what it asks of its machine meanwhile. What it says is written to the test's
+//! output, where it is seen when the test fails.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::collections::{HashMap, VecDeque};
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use fractus_vmm::config::{
+    ConsoleFiles, ConsolePortConfig, DiskConfig, MachineConfig, MachineFiles, RngConfig,
+};
+use fractus_vmm::machine::{Event, Machine, StopReason};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// For anything that a healthy guest does at once, on a machine that is busy with other tests.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The probe image: of FRACTUS_PROBE, else built now (a matter of milliseconds when it is there).
+pub fn image() -> PathBuf {
+    if let Some(path) = std::env::var_os("FRACTUS_PROBE") {
+        return path.into();
+    }
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../images/probe/build.sh");
+    let output = Command::new(script).output().expect("run images/probe/build.sh");
+    assert!(
+        output.status.success(),
+        "images/probe/build.sh: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).expect("a path").trim_end().into()
+}
+
+/// A machine to be: config and files grow together.
+pub struct Setup {
+    pub config: MachineConfig,
+    files: MachineFiles,
+    serial: UnixStream,
+    ports: Vec<UnixStream>,
+}
+
+impl Setup {
+    /// One vCPU, 64 MiB, the serial line, an entropy device. Fails without /dev/kvm: these tests are
+    /// about it.
+    pub fn new() -> Self {
+        let (serial, end) = UnixStream::pair().expect("a socket pair");
+        let mut config = MachineConfig::minimal(64 << 20);
+        config.command_line = "tick_ms=0".to_owned();
+        config.rng = Some(RngConfig::default());
+        let files = MachineFiles {
+            kvm: open_kvm(),
+            kernel: File::open(image()).expect("the probe image"),
+            initrd: None,
+            disks: Vec::new(),
+            serial: both_ways(&end),
+            console_ports: Vec::new(),
+        };
+        Self {
+            config,
+            files,
+            serial,
+            ports: Vec::new(),
+        }
+    }
+
+    pub fn cpus(mut self, count: u8) -> Self {
+        self.config.cpus.count = count;
+        self
+    }
+
+    pub fn memory_mib(mut self, mib: u64) -> Self {
+        self.config.memory.bytes = mib << 20;
+        self
+    }
+
+    pub fn command_line(mut self, text: &str) -> Self {
+        self.config.command_line = text.to_owned();
+        self
+    }
+
+    /// A disk on `file`; the rest of its config by `adjust`.
+    pub fn disk(mut self, file: &File, adjust: impl FnOnce(&mut DiskConfig)) -> Self {
+        let mut disk = DiskConfig {
+            read_only: false,
+            serial_number: String::new(),
+            direct: false,
+            limit: None,
+            queues: 1,
+        };
+        adjust(&mut disk);
+        self.config.disks.push(disk);
+        self.files.disks.push(file.try_clone().expect("duplicate a disk"));
+        self
+    }
+
+    pub fn console_port(mut self, name: &str) -> Self {
+        let (near, far) = UnixStream::pair().expect("a socket pair");
+        self.config.console_ports.push(ConsolePortConfig {
+            name: name.to_owned(),
+            console: true,
+        });
+        self.files.console_ports.push(both_ways(&far));
+        self.ports.push(near);
+        self
+    }
+
+    /// Builds and starts it, and waits for the line that ends its boot.
+    pub fn boot(self) -> Guest {
+        let mut guest = self.start();
+        guest.booted();
+        guest
+    }
+
+    pub fn start(self) -> Guest {
+        let mut machine = Machine::build(self.config, self.files, None).expect("build the machine");
+        machine.start().expect("start the machine");
+        self.serial.set_nonblocking(true).expect("fcntl");
+        Guest {
+            machine,
+            serial: self.serial,
+            ports: self.ports,
+            partial: Vec::new(),
+            lines: VecDeque::new(),
+            events: VecDeque::new(),
+        }
+    }
+}
+
+fn open_kvm() -> OwnedFd {
+    let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    kvm.expect("open /dev/kvm: the probe tests need it").into()
+}
+
+fn both_ways(end: &UnixStream) -> ConsoleFiles {
+    let duplicate = || Some(end.as_fd().try_clone_to_owned().expect("duplicate a socket"));
+    ConsoleFiles {
+        output: duplicate(),
+        input: duplicate(),
+    }
+}
+
+/// A running probe.
+pub struct Guest {
+    pub machine: Machine,
+    serial: UnixStream,
+    pub ports: Vec<UnixStream>,
+    partial: Vec<u8>,
+    lines: VecDeque<String>,
+    events: VecDeque<Event>,
+}
+
+impl Guest {
+    /// The fields of the next `boot` line.
+    pub fn booted(&mut self) -> HashMap<String, String> {
+        fields(&self.line("boot nonce="))
+    }
+
+    /// The next line that begins with `prefix`; those before it are dropped.
+    pub fn line(&mut self, prefix: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            while let Some(line) = self.lines.pop_front() {
+                if line.starts_with(prefix) {
+                    return line;
+                }
+            }
+            assert!(
+                self.pump(deadline),
+                "no line {prefix:?} within {PATIENCE:?}; events: {:?}",
+                self.events
+            );
+        }
+    }
+
+    /// Sends a command and returns its answer: `ok …` or `err …`.
+    pub fn ask(&mut self, command: &str) -> String {
+        self.send(command);
+        let name = command.split(' ').next().unwrap_or(command);
+        let (ok, err) = (format!("ok {name}"), format!("err {name}"));
+        loop {
+            let line = self.line("");
+            if line.starts_with(&ok) || line.starts_with(&err) {
+                return line;
+            }
+        }
+    }
+
+    /// Like [`Guest::ask`], for a command that must succeed: what follows `ok NAME`.
+    pub fn ok(&mut self, command: &str) -> String {
+        let answer = self.ask(command);
+        let name = command.split(' ').next().unwrap_or(command);
+        match answer.strip_prefix(&format!("ok {name}")) {
+            Some(rest) => rest.trim().to_owned(),
+            None => panic!("{command}: {answer}"),
+        }
+    }
+
+    /// Sends a line without waiting for anything.
+    pub fn send(&mut self, command: &str) {
+        let mut bytes = format!("{command}\n").into_bytes();
+        let deadline = Instant::now() + PATIENCE;
+        while !bytes.is_empty() {
+            match self.serial.write(&bytes) {
+                Ok(count) => drop(bytes.drain(..count)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    assert!(self.pump(deadline), "the guest reads nothing");
+                }
+                Err(error) => panic!("write to the serial line: {error}"),
+            }
+        }
+    }
+
+    /// The next event for which `wanted` is true; others are dropped.
+    pub fn event(&mut self, wanted: impl Fn(&Event) -> bool) -> Event {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            while let Some(event) = self.events.pop_front() {
+                if wanted(&event) {
+                    return event;
+                }
+            }
+            assert!(self.pump(deadline), "no such event within {PATIENCE:?}");
+        }
+    }
+
+    /// Waits for its end.
+    pub fn stopped(&mut self) -> StopReason {
+        match self.event(|event| matches!(event, Event::Stopped(_))) {
+            Event::Stopped(reason) => reason,
+            other => panic!("not asked for: {other:?}"),
+        }
+    }
+
+    /// What it says within `time`, which passes in full.
+    pub fn overheard(&mut self, time: Duration) -> Vec<String> {
+        let deadline = Instant::now() + time;
+        while self.pump(deadline) {}
+        self.lines.drain(..).collect()
+    }
+
+    /// Waits for output or an event until `deadline` and takes it in; false when that has passed.
+    fn pump(&mut self, deadline: Instant) -> bool {
+        // Some events are known at once (`pause`, `stop`): no descriptor tells of them.
+        if self.take_events() {
+            return true;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        let event_fd = self.machine.event_fd();
+        let mut fds = [
+            PollFd::new(&self.serial, PollFlags::IN),
+            PollFd::from_borrowed_fd(event_fd, PollFlags::IN),
+        ];
+        let timeout = Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: i64::from(left.subsec_nanos()),
+        };
+        poll(&mut fds, Some(&timeout)).expect("poll");
+        self.take_events();
+        self.take_output();
+        true
+    }
+
+    /// True if there were any.
+    fn take_events(&mut self) -> bool {
+        let before = self.events.len();
+        while let Some(event) = self.machine.next_event() {
+            println!("[{event:?}]");
+            self.events.push_back(event);
+        }
+        self.events.len() > before
+    }
+
+    fn take_output(&mut self) {
+        let mut buffer = [0; 4096];
+        while let Ok(count @ 1..) = self.serial.read(&mut buffer) {
+            self.partial.extend_from_slice(&buffer[..count]);
+        }
+        while let Some(end) = self.partial.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = self.partial.drain(..=end).collect();
+            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+            println!("{line}");
+            self.lines.push_back(line);
+        }
+    }
+}
+
+/// `name=value` words of a line.
+pub fn fields(line: &str) -> HashMap<String, String> {
+    let pairs = line.split(' ').filter_map(|word| word.split_once('='));
+    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+/// FNV-1a, 64 bit: what `disk-hash` says.
+pub fn fnv(bytes: &[u8]) -> String {
+    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    });
+    format!("{hash:016x}")
+}
+
+/// What `disk-write` writes for `seed` at `offset`.
+pub fn pattern(seed: u64, offset: u64, length: usize) -> Vec<u8> {
+    let mix = |value: u64| {
+        let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        value ^ value >> 31
+    };
+    let word = |index: u64| mix(seed ^ (offset / 8 + index).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    (0..length as u64 / 8).flat_map(|index| word(index).to_le_bytes()).collect()
+}
