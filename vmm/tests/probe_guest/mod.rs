@@ -20,7 +20,7 @@ use fractus_vmm::machine::{Event, Machine, StopReason};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// For anything that a healthy guest does at once, on a machine that is busy with other tests.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The probe image: of FRACTUS_PROBE, else built now (a matter of milliseconds when it is there).
 pub fn image() -> PathBuf {
@@ -28,13 +28,18 @@ pub fn image() -> PathBuf {
         return path.into();
     }
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../images/probe/build.sh");
-    let output = Command::new(script).output().expect("run images/probe/build.sh");
+    let output = Command::new(script)
+        .output()
+        .expect("run images/probe/build.sh");
     assert!(
         output.status.success(),
         "images/probe/build.sh: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-    String::from_utf8(output.stdout).expect("a path").trim_end().into()
+    String::from_utf8(output.stdout)
+        .expect("a path")
+        .trim_end()
+        .into()
 }
 
 /// A machine to be: config and files grow together.
@@ -95,7 +100,9 @@ impl Setup {
         };
         adjust(&mut disk);
         self.config.disks.push(disk);
-        self.files.disks.push(file.try_clone().expect("duplicate a disk"));
+        self.files
+            .disks
+            .push(file.try_clone().expect("duplicate a disk"));
         self
     }
 
@@ -138,7 +145,13 @@ fn open_kvm() -> OwnedFd {
 }
 
 fn both_ways(end: &UnixStream) -> ConsoleFiles {
-    let duplicate = || Some(end.as_fd().try_clone_to_owned().expect("duplicate a socket"));
+    let duplicate = || {
+        Some(
+            end.as_fd()
+                .try_clone_to_owned()
+                .expect("duplicate a socket"),
+        )
+    };
     ConsoleFiles {
         output: duplicate(),
         input: duplicate(),
@@ -296,7 +309,9 @@ impl Guest {
 /// `name=value` words of a line.
 pub fn fields(line: &str) -> HashMap<String, String> {
     let pairs = line.split(' ').filter_map(|word| word.split_once('='));
-    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    pairs
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect()
 }
 
 /// FNV-1a, 64 bit: what `disk-hash` says.
@@ -316,5 +331,7 @@ pub fn pattern(seed: u64, offset: u64, length: usize) -> Vec<u8> {
         value ^ value >> 31
     };
     let word = |index: u64| mix(seed ^ (offset / 8 + index).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    (0..length as u64 / 8).flat_map(|index| word(index).to_le_bytes()).collect()
+    (0..length as u64 / 8)
+        .flat_map(|index| word(index).to_le_bytes())
+        .collect()
 }
