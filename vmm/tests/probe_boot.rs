@@ -5,7 +5,7 @@ mod probe_guest;
 use std::time::{Duration, Instant};
 
 use fractus_vmm::machine::{Event, RunState, StopReason};
-use probe_guest::{Setup, fields};
+use probe_guest::{PATIENCE, Setup, fields};
 use rstest::rstest;
 
 #[test]
@@ -78,10 +78,16 @@ fn all_processors_of_a_paused_machine_stand_still() {
     guest.machine.pause().unwrap();
     guest.overheard(Duration::from_millis(300));
     guest.machine.resume().unwrap();
-    let gaps = guest.ok("gaps");
-    let gaps: Vec<u64> = gaps.split(' ').map(|gap| gap.parse().unwrap()).collect();
-    assert_eq!(gaps.len(), 3);
-    assert!(gaps.iter().all(|&us| us >= 300_000), "{gaps:?}");
+    // A processor that has not run again since the pause tells of nothing but the time before.
+    let deadline = Instant::now() + PATIENCE;
+    let mut largest = [0u64; 3];
+    while largest.iter().any(|&us| us < 300_000) && Instant::now() < deadline {
+        let gaps = guest.ok("gaps");
+        for (largest, gap) in largest.iter_mut().zip(gaps.split(' ')) {
+            *largest = (*largest).max(gap.parse().unwrap());
+        }
+    }
+    assert!(largest.iter().all(|&us| us >= 300_000), "{largest:?}");
 }
 
 #[test]

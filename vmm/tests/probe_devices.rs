@@ -3,11 +3,10 @@
 mod probe_guest;
 
 use std::fs::File;
-use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use probe_guest::{PATIENCE, Setup, fields, fnv, pattern};
+use probe_guest::{Setup, fields, fnv, pattern};
 use rstest::rstest;
 
 const MIB: usize = 1 << 20;
@@ -32,7 +31,11 @@ fn what_the_guest_writes_is_in_the_file_and_nowhere_else() {
     guest.ok("disk-write 0 1048576 786432 42");
     assert!(contents(&file, 1 << 20, 786_432) == pattern(42, 1 << 20, 786_432));
     assert!(contents(&file, 0, MIB).iter().all(|&byte| byte == 0xaa));
-    assert!(contents(&file, (1 << 20) + 786_432, MIB).iter().all(|&byte| byte == 0xaa));
+    assert!(
+        contents(&file, (1 << 20) + 786_432, MIB)
+            .iter()
+            .all(|&byte| byte == 0xaa)
+    );
 }
 
 #[test]
@@ -53,7 +56,9 @@ fn several_disks_keep_their_order_and_their_names() {
     let files = [disk_file(MIB), disk_file(2 * MIB), disk_file(3 * MIB)];
     let mut setup = Setup::new();
     for (index, file) in files.iter().enumerate() {
-        setup = setup.disk(file, |disk| disk.serial_number = format!("disk-number-{index}"));
+        setup = setup.disk(file, |disk| {
+            disk.serial_number = format!("disk-number-{index}")
+        });
     }
     let mut guest = setup.boot();
     for index in 0..3 {
@@ -70,7 +75,9 @@ fn several_disks_keep_their_order_and_their_names() {
 #[test]
 fn a_read_only_disk_takes_no_writes() {
     let file = disk_file(MIB);
-    let mut guest = Setup::new().disk(&file, |disk| disk.read_only = true).boot();
+    let mut guest = Setup::new()
+        .disk(&file, |disk| disk.read_only = true)
+        .boot();
     assert_eq!(fields(&guest.ok("disk-info 0"))["ro"], "1");
     assert!(guest.ask("disk-write 0 0 4096 1").starts_with("err "));
     assert!(contents(&file, 0, MIB).iter().all(|&byte| byte == 0));
@@ -86,17 +93,33 @@ fn cleared_ranges_read_as_zeroes(#[case] command: &str) {
     let mut guest = Setup::new().disk(&file, |_| {}).boot();
     guest.ok(&format!("{command} 0 1048576 65536"));
     guest.ok("disk-flush 0");
-    assert!(contents(&file, 1 << 20, 65536).iter().all(|&byte| byte == 0));
+    assert!(
+        contents(&file, 1 << 20, 65536)
+            .iter()
+            .all(|&byte| byte == 0)
+    );
     assert!(contents(&file, 0, MIB).iter().all(|&byte| byte == 0xbb));
-    assert!(contents(&file, (1 << 20) + 65536, 65536).iter().all(|&byte| byte == 0xbb));
+    assert!(
+        contents(&file, (1 << 20) + 65536, 65536)
+            .iter()
+            .all(|&byte| byte == 0xbb)
+    );
 }
 
 #[test]
 fn beyond_the_end_of_a_disk_is_an_error_and_the_disk_goes_on() {
     let file = disk_file(MIB);
     let mut guest = Setup::new().disk(&file, |_| {}).boot();
-    assert!(guest.ask("disk-write 0 1048064 4096 1").starts_with("err disk-write"));
-    assert!(guest.ask("disk-hash 0 0x7ffffffffffffe00 512").starts_with("err disk-hash"));
+    assert!(
+        guest
+            .ask("disk-write 0 1048064 4096 1")
+            .starts_with("err disk-write")
+    );
+    assert!(
+        guest
+            .ask("disk-hash 0 0x7ffffffffffffe00 512")
+            .starts_with("err disk-hash")
+    );
     guest.ok("disk-write 0 1044480 4096 1");
     assert_eq!(file.metadata().unwrap().len(), 1 << 20);
 }
@@ -136,21 +159,6 @@ fn random_bytes_are_not_twice_the_same() {
     assert_eq!(first.len(), 128);
     assert_ne!(first, second);
     assert!(first.bytes().any(|byte| byte != first.as_bytes()[0]));
-}
-
-#[test]
-fn the_first_console_port_carries_commands_and_answers() {
-    let mut guest = Setup::new().console_port("org.fractus.test").boot();
-    let mut port = guest.ports.remove(0);
-    port.set_read_timeout(Some(PATIENCE)).unwrap();
-    for round in 0..20 {
-        port.write_all(format!("echo over the port {round}\n").as_bytes()).unwrap();
-        guest.line("ok echo over the port");
-        let wanted = format!("ok echo over the port {round}\n");
-        let mut answer = vec![0; wanted.len()];
-        port.read_exact(&mut answer).unwrap();
-        assert_eq!(String::from_utf8(answer).unwrap(), wanted);
-    }
 }
 
 #[test]

@@ -40,7 +40,10 @@ fn a_queue_that_lies_is_the_device_s_own_trouble(#[case] act: u64, #[case] notic
         let status = answer.strip_prefix(&format!("{act}:")).unwrap();
         let status = u8::from_str_radix(status, 16).unwrap();
         if noticed {
-            assert!(status & NEEDS_RESET != 0, "act {act}{device}: status {status:02x}");
+            assert!(
+                status & NEEDS_RESET != 0,
+                "act {act}{device}: status {status:02x}"
+            );
         }
     }
     guest.ok("disk-write 0 0 4096 3");

@@ -25,7 +25,13 @@ fn the_power_button_reaches_the_guest() {
 fn a_panic_is_reported_and_the_machine_runs_on() {
     let mut guest = Setup::new().boot();
     guest.ok("panic");
-    guest.event(|event| matches!(event, Event::Panicked { crash_loaded: false }));
+    guest.event(|event| {
+        matches!(
+            event,
+            Event::Panicked {
+                crash_loaded: false
+            }
+        )
+    });
     assert_eq!(guest.ok("echo alive"), "alive");
 }
-

@@ -9,6 +9,8 @@ const RSDP: u64 = u64::from_le_bytes(*b"RSD PTR ");
 const SLEEP_ENABLE_PM1: u16 = 1 << 13;
 const SLEEP_ENABLE_REDUCED: u8 = 1 << 5;
 const POWER_BUTTON: u16 = 1 << 8;
+/// The power button in our DSDT's event register.
+const EVENT_BUTTON: u8 = 1;
 
 /// A register as a generic address structure names it.
 #[derive(Clone, Copy)]
@@ -47,6 +49,8 @@ pub struct Acpi {
     pub pm1a_event: Option<u16>,
     pub pm1a_control: Option<u16>,
     pub sci: u8,
+    /// Port of the generic event device's register: which events there were, cleared by reading.
+    events: Option<u16>,
     /// SLP_TYP of S5.
     pub sleep_type: u8,
     interrupts: u64,
@@ -66,6 +70,7 @@ impl Acpi {
             pm1a_event: None,
             pm1a_control: None,
             sci: 9,
+            events: None,
             sleep_type: 5,
             interrupts: 0,
         };
@@ -152,6 +157,10 @@ impl Acpi {
         };
         if dsdt != 0 && memory::map(dsdt, 1 << 20) {
             self.sleep_type = sleep_type(dsdt).unwrap_or(self.sleep_type);
+            if let Some((interrupt, port)) = event_device(dsdt).filter(|_| self.hardware_reduced) {
+                self.sci = interrupt;
+                self.events = Some(port);
+            }
         }
     }
 
@@ -176,8 +185,11 @@ impl Acpi {
         cpu::outb(0xcf9, 0x06);
     }
 
-    /// Lets the power button raise the SCI. False where there are no PM1 registers.
+    /// Lets the power button raise the SCI. False where there is nothing to hear it by.
     pub fn listen_to_button(&self) -> bool {
+        if self.events.is_some() {
+            return true;
+        }
         let Some(port) = self.pm1a_event else {
             return false;
         };
@@ -193,10 +205,16 @@ impl Acpi {
     /// True once for each press. `interrupts`: how many SCIs there were; asks the register only when
     /// that number has changed.
     pub fn button_pressed_since(&mut self, interrupts: u64) -> bool {
-        let Some(port) = self.pm1a_event.filter(|_| interrupts != self.interrupts) else {
+        if interrupts == self.interrupts {
+            return false;
+        }
+        self.interrupts = interrupts;
+        if let Some(port) = self.events {
+            return cpu::inb(port) & EVENT_BUTTON != 0;
+        }
+        let Some(port) = self.pm1a_event else {
             return false;
         };
-        self.interrupts = interrupts;
         let pressed = cpu::inw(port) & POWER_BUTTON != 0;
         if pressed {
             cpu::outw(port, POWER_BUTTON);
@@ -231,4 +249,19 @@ fn sleep_type(dsdt: u64) -> Option<u8> {
         0x0b | 0x0c => Some(read_u8(element + 1)),
         _ => None,
     }
+}
+
+/// Interrupt and register of the generic event device, as our DSDT (and others of its kind) describe
+/// it: an extended interrupt descriptor, then an operation region in I/O space.
+fn event_device(dsdt: u64) -> Option<(u8, u16)> {
+    let end = dsdt + u64::from(read_u32(dsdt + 4)).min(1 << 20);
+    let id = u64::from_le_bytes(*b"ACPI0013");
+    let device = (dsdt + 36..end.saturating_sub(64)).find(|&at| read_u64(at) == id)?;
+    // Descriptor type, length of 6 (one interrupt), flags, count; then the number.
+    let interrupt = (device..end - 16)
+        .find(|&at| read_u8(at) == 0x89 && read_u16(at + 1) == 6 && read_u8(at + 4) == 1)?;
+    // ExtOp OpRegion, name of 4, space 1 (I/O), a word.
+    let region = (interrupt..end - 16)
+        .find(|&at| read_u16(at) == 0x805b && read_u8(at + 6) == 1 && read_u8(at + 7) == 0x0b)?;
+    Some((read_u8(interrupt + 5), read_u16(region + 8)))
 }

@@ -16,7 +16,7 @@ fn ours(probe: &Path) -> anyhow::Result<Command> {
     command
         .arg(probe)
         .args(["--memory", &GUEST_MIB.to_string()])
-        .args(["--command-line", "tick_ms=0"]);
+        .args(["--append", "tick_ms=0"]);
     Ok(command)
 }
 
