@@ -6,8 +6,6 @@
 //! Nothing here decides that a machine should move or be destroyed: only an intent does.
 
 pub mod actor;
-#[cfg(test)]
-mod double;
 pub mod make;
 pub mod process;
 pub mod record;

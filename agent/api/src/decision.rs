@@ -93,7 +93,24 @@ pub fn intake(held: Option<&Intent>, put: &PutMachine) -> Result<Intake, Refusal
     {
         return invalid("a root disk has at most 64 TiB".to_owned());
     }
+    let images = [Some(&spec.boot.kernel), spec.boot.initrd.as_ref()]
+        .into_iter()
+        .chain([spec.root_disk.as_ref().and_then(|disk| disk.image.as_ref())])
+        .flatten();
+    for image in images {
+        if !is_hash(&image.blake3) {
+            return invalid(format!("{:?} is no BLAKE3 hash", image.blake3));
+        }
+    }
     Ok(Intake::New)
+}
+
+/// 64 hexadecimal digits in lower case: it becomes the name of a file.
+fn is_hash(text: &str) -> bool {
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
 /// The machine's process, as far as the agent knows.
@@ -204,7 +221,7 @@ mod tests {
                     kernel: ImageRef {
                         id: uuid::Uuid::from_u128(1),
                         size: 1,
-                        blake3: String::new(),
+                        blake3: "0f".repeat(32),
                         format: ImageFormat::Raw,
                     },
                     initrd: None,

@@ -161,6 +161,12 @@ impl<L: Launcher> Actor<L> {
                 };
                 self.start_by = (!recorded.ran).then(|| Instant::now() + START);
                 tracing::info!(machine = %self.record.id, pid = recorded.pid, "found its process");
+                // Decisions are made on what it says it is; one that is busy is heard later.
+                if let Some(process) = &mut self.process
+                    && let Ok(heard) = tokio::time::timeout(AGAIN, process.hear()).await
+                {
+                    self.heard(heard);
+                }
             }
             Adoption::Gone(end) => self.ended(end),
         }

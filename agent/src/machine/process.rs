@@ -1,7 +1,7 @@
 //! The process of a machine, seen from the agent: started, found again, told, heard, ended.
 //!
-//! [`Launcher`] and [`Process`] are what an actor knows of it; the real ones are here, a double for
-//! tests of the actor in `machine/double.rs`. A process belongs to the record that names it: it gets its
+//! [`Launcher`] and [`Process`] are what an actor knows of it; the real ones are here.
+//! A process belongs to the record that names it: it gets its
 //! `Go` only after that record is on the disk, and one that no record names is ended
 //! ([`end_strays`]).
 

@@ -215,6 +215,15 @@ impl Supervisor {
                 Ok(())
             }
             ToMachine::Go => self.guest.start(),
+            // Repeated, because the agent did not hear that it was done.
+            ToMachine::Pause { .. } if self.guest.state() == State::Paused => {
+                self.tell(&self.status());
+                Ok(())
+            }
+            ToMachine::Resume { .. } if self.guest.state() == State::Running => {
+                self.tell(&self.status());
+                Ok(())
+            }
             ToMachine::Pause { request_id } => {
                 log::request(request_id);
                 self.only_in(State::Running)

@@ -1,1 +1,0 @@
-//! Doubles for tests of the actor: a host in memory whose processes do what they are told.

@@ -1,0 +1,346 @@
+//! The whole agent, as a program, with stand-ins for guests: intents in, processes and reports out.
+
+mod common;
+
+use std::time::Instant;
+
+use common::*;
+use fractus_agent_api::client::CallError;
+use fractus_agent_api::client::agent::AgentClient;
+use fractus_agent_api::host::HostId;
+use fractus_agent_api::identity::Peer;
+use fractus_agent_api::machine::{Observed, Power, Refusal, StopReason};
+use futures::{SinkExt, StreamExt};
+use tokio_tungstenite::tungstenite::Message;
+use uuid::Uuid;
+
+#[test]
+fn a_machine_is_made_reported_and_removed_without_a_trace() -> Result {
+    block_on(async {
+        let cloud = Cloud::start().await;
+        let agent = Agent::start(&cloud, true).await?;
+        let kernel = image_of(b"kernel");
+        cloud.add_image(&kernel, b"kernel");
+        let id = new_id();
+        let first = agent
+            .put(id, &put(1, wanted(&kernel, Power::Running)))
+            .await?;
+        assert!(!first.settled);
+        let report = agent.settled(id, 1, is_running).await?;
+        assert_eq!(report.starts, 1);
+        assert_eq!(agent.processes(id).len(), 1);
+        agent.console_says(id, "stand-in boot").await?;
+        let by = Instant::now() + PATIENCE;
+        while cloud.heard(|heard| heard.reports.get(&id).cloned()) != Some(report.clone()) {
+            anyhow::ensure!(Instant::now() < by, "the controller was not told");
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        let absent = put(2, wanted(&kernel, Power::Absent));
+        agent.put(id, &absent).await?;
+        agent
+            .settled(id, 2, |report| report.observed == Observed::Absent)
+            .await?;
+        assert_eq!(agent.leftovers(id), Vec::<String>::new());
+        // The tombstone keeps a late message from bringing it back.
+        let late = agent
+            .client
+            .put(id, &put(1, wanted(&kernel, Power::Running)))
+            .await;
+        assert!(matches!(
+            late.unwrap_err().refusal(),
+            Some(Refusal::Stale { .. })
+        ));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_killed_agent_finds_its_machines_again_and_they_never_notice() -> Result {
+    block_on(async {
+        let cloud = Cloud::start().await;
+        let mut agent = Agent::start(&cloud, true).await?;
+        let kernel = image_of(b"kernel");
+        cloud.add_image(&kernel, b"kernel");
+        let id = new_id();
+        agent
+            .put(id, &put(1, wanted(&kernel, Power::Running)))
+            .await?;
+        agent.settled(id, 1, is_running).await?;
+        let before = (agent.processes(id), agent.console_says(id, "boot").await?);
+        agent.restart().await?;
+        let report = agent.settled(id, 1, is_running).await?;
+        assert_eq!(report.starts, 1);
+        assert_eq!(
+            (agent.processes(id), agent.console_says(id, "boot").await?),
+            before
+        );
+        // And it obeys the new agent.
+        agent
+            .put(id, &put(2, wanted(&kernel, Power::Paused)))
+            .await?;
+        agent
+            .settled(id, 2, |report| report.observed == Observed::Paused)
+            .await?;
+        agent.restart().await?;
+        agent
+            .settled(id, 2, |report| report.observed == Observed::Paused)
+            .await?;
+        agent
+            .put(id, &put(3, wanted(&kernel, Power::Running)))
+            .await?;
+        agent.settled(id, 3, is_running).await?;
+        assert_eq!(agent.processes(id), before.0);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_guest_that_powers_off_while_the_agent_is_away_is_reported_with_its_reason() -> Result {
+    block_on(async {
+        let cloud = Cloud::start().await;
+        let mut agent = Agent::start(&cloud, true).await?;
+        let kernel = image_of(b"kernel");
+        cloud.add_image(&kernel, b"kernel");
+        let id = new_id();
+        agent
+            .put(id, &put(1, wanted(&kernel, Power::Running)))
+            .await?;
+        agent.settled(id, 1, is_running).await?;
+        let mut console = agent.client.console(id).await?;
+        agent.kill();
+        // The agent's death has closed the console; the machine's own socket is still there.
+        while let Some(Ok(_)) = console.next().await {}
+        type_in(&agent, id, b"off\n");
+        let by = Instant::now() + PATIENCE;
+        while !agent.processes(id).is_empty() {
+            anyhow::ensure!(Instant::now() < by, "it did not go");
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        agent.run().await?;
+        let off = Observed::Stopped {
+            reason: StopReason::GuestPowerOff,
+        };
+        let report = agent
+            .settled(id, 1, |report| report.observed == off)
+            .await?;
+        assert_eq!(report.starts, 1);
+        // A newer intent starts it again.
+        agent
+            .put(id, &put(2, wanted(&kernel, Power::Running)))
+            .await?;
+        assert_eq!(agent.settled(id, 2, is_running).await?.starts, 2);
+        Ok(())
+    })
+}
+
+/// Straight to the machine's process, past the agent.
+fn type_in(agent: &Agent, id: fractus_agent_api::machine::ServerId, bytes: &[u8]) {
+    use rustix::net::*;
+    let path = agent.folder.path().join(format!("run/machines/{id}.sock"));
+    let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    let hello = br#"{"message":"hello","version":1,"role":"console"}"#;
+    send(&socket, hello, SendFlags::empty()).unwrap();
+    send(&socket, bytes, SendFlags::empty()).unwrap();
+}
+
+#[test]
+fn a_killed_machine_is_a_fault_and_stays_down_until_it_is_wanted_anew() -> Result {
+    block_on(async {
+        let cloud = Cloud::start().await;
+        let agent = Agent::start(&cloud, true).await?;
+        let kernel = image_of(b"kernel");
+        cloud.add_image(&kernel, b"kernel");
+        let id = new_id();
+        agent
+            .put(id, &put(1, wanted(&kernel, Power::Running)))
+            .await?;
+        agent.settled(id, 1, is_running).await?;
+        for pid in agent.processes(id) {
+            let pid = rustix::process::Pid::from_raw(pid).unwrap();
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+        }
+        let fault = |report: &fractus_agent_api::machine::MachineReport| {
+            matches!(
+                &report.observed,
+                Observed::Stopped { reason: StopReason::VmmFault { detail } }
+                    if detail.contains("signal 9")
+            )
+        };
+        agent.settled(id, 1, fault).await?;
+        assert_eq!(agent.processes(id), Vec::<i32>::new());
+        agent
+            .put(id, &put(2, wanted(&kernel, Power::Running)))
+            .await?;
+        assert_eq!(agent.settled(id, 2, is_running).await?.starts, 2);
+        Ok(())
+    })
+}
+
+#[test]
+fn reboots_and_rebuilds_are_carried_out_once_each() -> Result {
+    block_on(async {
+        let cloud = Cloud::start().await;
+        let agent = Agent::start(&cloud, true).await?;
+        let kernel = image_of(b"kernel");
+        cloud.add_image(&kernel, b"kernel");
+        let id = new_id();
+        let mut wanted = wanted(&kernel, Power::Running);
+        agent.put(id, &put(1, wanted.clone())).await?;
+        agent.settled(id, 1, is_running).await?;
+
+        wanted.soft_reboots = 1;
+        agent.put(id, &put(2, wanted.clone())).await?;
+        let report = agent.settled(id, 2, is_running).await?;
+        assert_eq!((report.soft_reboots, report.starts), (1, 2));
+        let log = agent.console_says(id, "power button").await?;
+        assert_eq!(log.matches("stand-in boot").count(), 2);
+
+        wanted.hard_reboots = 3;
+        agent.put(id, &put(3, wanted.clone())).await?;
+        let report = agent.settled(id, 3, is_running).await?;
+        assert_eq!((report.hard_reboots, report.starts), (3, 3));
+
+        let disk = agent.machine_folder(id).join("root.raw");
+        std::fs::write(&disk, b"old")?;
+        wanted.rebuilds = 1;
+        agent.put(id, &put(4, wanted.clone())).await?;
+        let report = agent.settled(id, 4, is_running).await?;
+        assert_eq!((report.rebuilds, report.starts), (1, 4));
+        assert_eq!(std::fs::metadata(&disk)?.len(), 1 << 20);
+
+        // A guest that does not hear its button is ended after a while.
+        type_in(&agent, id, b"deaf\n");
+        agent.console_says(id, "heard deaf").await?;
+        wanted.power = Power::Stopped;
+        agent.put(id, &put(5, wanted.clone())).await?;
+        let stopped = Observed::Stopped {
+            reason: StopReason::Requested,
+        };
+        agent
+            .settled(id, 5, |report| report.observed == stopped)
+            .await?;
+        assert_eq!(agent.processes(id), Vec::<i32>::new());
+        Ok(())
+    })
+}
+
+#[test]
+fn several_watchers_share_the_console_and_can_type() -> Result {
+    block_on(async {
+        let cloud = Cloud::start().await;
+        let agent = Agent::start(&cloud, true).await?;
+        let kernel = image_of(b"kernel");
+        cloud.add_image(&kernel, b"kernel");
+        let id = new_id();
+        let none = agent.client.console(id).await.unwrap_err();
+        assert_eq!(none.refusal(), Some(&Refusal::Unknown));
+        agent
+            .put(id, &put(1, wanted(&kernel, Power::Running)))
+            .await?;
+        agent.settled(id, 1, is_running).await?;
+        let mut one = agent.client.console(id).await?;
+        let mut two = agent.client.console(id).await?;
+        one.send(Message::binary("hello there\n")).await?;
+        for console in [&mut one, &mut two] {
+            let mut seen = Vec::new();
+            while !String::from_utf8_lossy(&seen).contains("heard hello there") {
+                let next = tokio::time::timeout(PATIENCE, console.next()).await?;
+                if let Some(Message::Binary(bytes)) = next.transpose()? {
+                    seen.extend_from_slice(&bytes);
+                }
+            }
+        }
+        let log = agent.client.console_log(id, Some(1)).await?;
+        assert_eq!(String::from_utf8_lossy(&log), "heard hello there\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_download_that_is_cut_off_is_resumed_and_a_wrong_image_leaves_nothing() -> Result {
+    block_on(async {
+        let cloud = Cloud::start().await;
+        let agent = Agent::start(&cloud, true).await?;
+        let bytes = vec![7; 1 << 20];
+        let kernel = image_of(&bytes);
+        cloud.add_image(&kernel, &bytes);
+        cloud.cut_next_download_at(300_000);
+        let id = new_id();
+        agent
+            .put(id, &put(1, wanted(&kernel, Power::Running)))
+            .await?;
+        agent.settled(id, 1, is_running).await?;
+        assert_eq!(cloud.heard(|heard| heard.fetches[&kernel.id]), 2);
+
+        let lie = image_of(b"what it says");
+        cloud.add_image(&lie, b"what it is!!");
+        let other = new_id();
+        agent
+            .put(other, &put(1, wanted(&lie, Power::Running)))
+            .await?;
+        let failed = |report: &fractus_agent_api::machine::MachineReport| matches!(&report.observed, Observed::Failed { reason } if reason.contains("BLAKE3"));
+        agent.settled(other, 1, failed).await?;
+        let cached: Vec<_> = std::fs::read_dir(agent.folder.path().join("state/images"))?
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        assert_eq!(cached, [kernel.blake3]);
+        Ok(())
+    })
+}
+
+#[test]
+fn only_controllers_may_call_and_bad_bodies_are_answered() -> Result {
+    block_on(async {
+        let cloud = Cloud::start().await;
+        let agent = Agent::start(&cloud, true).await?;
+        // Another host of the cloud, with a good certificate.
+        let other = cloud.authority().issue(&Peer::Host(HostId(Uuid::new_v4())));
+        let endpoint = format!("https://{}", agent.address);
+        let client = AgentClient::new(agent.host, &endpoint, &other)?;
+        assert_eq!(
+            client
+                .host()
+                .await
+                .unwrap_err()
+                .status()
+                .map(|s| s.as_u16()),
+            Some(403)
+        );
+        // A controller of another cloud.
+        let stranger = Cloud::start().await;
+        let client = AgentClient::new(agent.host, &endpoint, &stranger.credentials)?;
+        assert!(matches!(
+            client.host().await,
+            Err(CallError::Unreachable { .. })
+        ));
+        // The right controller, but another host than it means.
+        let client = AgentClient::new(HostId(Uuid::new_v4()), &endpoint, &cloud.credentials)?;
+        assert!(matches!(
+            client.host().await,
+            Err(CallError::Unreachable { .. })
+        ));
+
+        let kernel = image_of(b"kernel");
+        let mut wrong = put(1, wanted(&kernel, Power::Running));
+        wrong.wanted.spec.cpu_profile = "z80".into();
+        let id = new_id();
+        let refused = agent.client.put(id, &wrong).await.unwrap_err();
+        assert!(
+            matches!(refused.refusal(), Some(Refusal::Invalid { .. })),
+            "{refused}"
+        );
+        wrong = put(1, wanted(&kernel, Power::Running));
+        wrong.wanted.spec.boot.kernel.blake3 = "../../../../etc/passwd".into();
+        let refused = agent.client.put(id, &wrong).await.unwrap_err();
+        assert!(
+            matches!(refused.refusal(), Some(Refusal::Invalid { .. })),
+            "{refused}"
+        );
+        assert_eq!(
+            agent.client.get(id).await.unwrap_err().refusal(),
+            Some(&Refusal::Unknown)
+        );
+        Ok(())
+    })
+}

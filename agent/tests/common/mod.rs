@@ -1,0 +1,390 @@
+//! A cloud for one agent: an authority, a controller that takes what agents say and gives out images,
+//! and the real program `fractus-agent` in a process of its own.
+
+#![allow(dead_code)]
+
+pub mod controller;
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use fractus_agent_api::client::agent::AgentClient;
+use fractus_agent_api::host::HostId;
+use fractus_agent_api::machine::{
+    Boot, Generation, ImageFormat, ImageRef, MachineReport, MachineSpec, Observed, Pages, Power,
+    PutMachine, Revision, RootDisk, ServerId, Wanted,
+};
+use uuid::Uuid;
+
+pub use controller::Cloud;
+
+pub type Result<T = ()> = anyhow::Result<T>;
+
+/// How long anything may take on a loaded machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs the future on a runtime of its own.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Runtime::new().unwrap().block_on(future)
+}
+
+pub fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+}
+
+/// The agent's program with folders of its own. Dropping it ends the agent and every machine of it,
+/// and fails when anything stayed behind.
+pub struct Agent {
+    pub folder: tempfile::TempDir,
+    pub address: SocketAddr,
+    pub host: HostId,
+    pub client: AgentClient,
+    child: Option<Child>,
+    stand_ins: bool,
+    first_user: u32,
+}
+
+impl Agent {
+    /// Joins the cloud and runs.
+    pub async fn start(cloud: &Cloud, stand_ins: bool) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let address = free_address();
+        let endpoint = format!("https://{address}");
+        let joined = Command::new(env!("CARGO_BIN_EXE_fractus-agent"))
+            .args([
+                "join",
+                "--controller",
+                &cloud.endpoint,
+                "--token",
+                &cloud.token(),
+            ])
+            .args(["--endpoint", &endpoint, "--state-dir"])
+            .arg(folder.path().join("state"))
+            .output()?;
+        let said = String::from_utf8_lossy(&joined.stdout).trim().to_owned();
+        let error = String::from_utf8_lossy(&joined.stderr).into_owned();
+        anyhow::ensure!(joined.status.success(), "join: {error}");
+        let host = HostId(Uuid::try_parse(&said)?);
+        let client = AgentClient::new(host, &endpoint, &cloud.credentials)?;
+        // Each agent of this test run has users of its own.
+        let first_user = 1_000_000_000 + u32::from(address.port()) * 1000;
+        let mut agent = Self {
+            folder,
+            address,
+            host,
+            client,
+            child: None,
+            stand_ins,
+            first_user,
+        };
+        agent.run().await?;
+        Ok(agent)
+    }
+
+    /// Starts the program and waits until it answers.
+    pub async fn run(&mut self) -> Result {
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.folder.path().join("log"))?;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fractus-agent"));
+        command
+            .args([
+                "run",
+                "--listen",
+                &self.address.to_string(),
+                "--users",
+                "1000",
+            ])
+            .args(["--first-user", &self.first_user.to_string()])
+            .args(["--shutdown-seconds", "3"])
+            .arg("--state-dir")
+            .arg(self.folder.path().join("state"))
+            .arg("--runtime-dir")
+            .arg(self.folder.path().join("run"))
+            .env(
+                "FRACTUS_LOG",
+                "debug,h2=info,hyper_util=info,rustls=info,reqwest=info",
+            )
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        if self.stand_ins {
+            command.arg("--stand-ins");
+        }
+        self.child = Some(command.spawn()?);
+        let by = Instant::now() + PATIENCE;
+        while let Err(error) = self.client.host().await {
+            anyhow::ensure!(
+                Instant::now() < by,
+                "the agent does not answer: {error}\n{}",
+                self.log()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// `kill -9` of the agent alone.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    pub async fn restart(&mut self) -> Result {
+        self.kill();
+        self.run().await
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    pub fn machine_folder(&self, id: ServerId) -> PathBuf {
+        self.folder
+            .path()
+            .join("state/machines")
+            .join(id.to_string())
+    }
+
+    /// Of the machine's process, from /proc: all that carry its id.
+    pub fn processes(&self, id: ServerId) -> Vec<i32> {
+        processes_with(&id.to_string())
+    }
+
+    pub async fn put(&self, id: ServerId, put: &PutMachine) -> Result<MachineReport> {
+        Ok(self.client.put(id, put).await?)
+    }
+
+    /// Until the machine is settled at this revision, and as asked.
+    pub async fn settled(
+        &self,
+        id: ServerId,
+        revision: u64,
+        is: impl Fn(&MachineReport) -> bool,
+    ) -> Result<MachineReport> {
+        let what = |report: &MachineReport| {
+            report.settled && report.revision == Revision(revision) && is(report)
+        };
+        self.until(id, what).await
+    }
+
+    pub async fn until(
+        &self,
+        id: ServerId,
+        is: impl Fn(&MachineReport) -> bool,
+    ) -> Result<MachineReport> {
+        let by = Instant::now() + PATIENCE;
+        loop {
+            let report = self.client.get(id).await?;
+            if is(&report) {
+                return Ok(report);
+            }
+            if Instant::now() > by {
+                anyhow::bail!("it stays {report:?}\n{}\n{}", self.log(), self.vm_log(id));
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Until the serial log holds `text`.
+    pub async fn console_says(&self, id: ServerId, text: &str) -> Result<String> {
+        let by = Instant::now() + PATIENCE;
+        loop {
+            let log = self.client.console_log(id, None).await?;
+            let log = String::from_utf8_lossy(&log).into_owned();
+            if log.contains(text) {
+                return Ok(log);
+            }
+            anyhow::ensure!(
+                Instant::now() < by,
+                "{text:?} is not in {log:?}\n{}",
+                self.log()
+            );
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    pub fn vm_log(&self, id: ServerId) -> String {
+        let log = std::fs::read(self.machine_folder(id).join("vm.ring")).unwrap_or_default();
+        String::from_utf8_lossy(log.get(16..).unwrap_or_default())
+            .trim_end_matches('\0')
+            .to_owned()
+    }
+
+    /// All that an ended machine could have left: processes, files, sockets, control groups.
+    pub fn leftovers(&self, id: ServerId) -> Vec<String> {
+        let mut left: Vec<String> = self
+            .processes(id)
+            .iter()
+            .map(|pid| format!("process {pid}"))
+            .collect();
+        if let Ok(entries) = std::fs::read_dir(self.machine_folder(id)) {
+            left.extend(
+                entries
+                    .flatten()
+                    .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                    .filter(|name| name != "record.json"),
+            );
+        }
+        if self
+            .folder
+            .path()
+            .join(format!("run/machines/{id}.sock"))
+            .exists()
+        {
+            left.push("socket".to_owned());
+        }
+        left.extend(
+            groups()
+                .into_iter()
+                .filter(|path| path.contains(&id.to_string())),
+        );
+        left
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.kill();
+        let mark = std::fs::read_to_string(self.folder.path().join("state/lock"));
+        let mark = mark.unwrap_or_default();
+        if mark.len() < 36 {
+            return;
+        }
+        for pid in processes_with(mark.trim()) {
+            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+        let by = Instant::now() + PATIENCE;
+        while !processes_with(mark.trim()).is_empty() && Instant::now() < by {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let name = format!("fractus-{}", mark.trim().replace('-', ""));
+        for group in groups()
+            .into_iter()
+            .filter(|path| path.contains(&name))
+            .rev()
+        {
+            let _ = std::fs::remove_dir(group);
+        }
+    }
+}
+
+/// Pids of `fractus-agent vm` processes with this argument.
+pub fn processes_with(argument: &str) -> Vec<i32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let pids = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid: &i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut arguments = line.split(|byte| *byte == 0).skip(1);
+        arguments.next() == Some(b"vm") && arguments.any(|is| is == argument.as_bytes())
+    })
+    .collect()
+}
+
+/// Control groups of agents, outer ones first.
+fn groups() -> Vec<String> {
+    let mut found = Vec::new();
+    let mut stack = vec![
+        PathBuf::from("/sys/fs/cgroup/unified"),
+        PathBuf::from("/sys/fs/cgroup"),
+    ];
+    while let Some(folder) = stack.pop() {
+        let Ok(entries) = std::fs::read_dir(&folder) else {
+            continue;
+        };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            let ours = path.to_string_lossy().contains("fractus-");
+            if ours && path.is_dir() {
+                found.push(path.to_string_lossy().into_owned());
+                stack.push(path);
+            }
+        }
+    }
+    found.sort();
+    found.dedup();
+    found
+}
+
+pub fn new_id() -> ServerId {
+    ServerId(Uuid::new_v4())
+}
+
+/// A machine of 1 vCPU and a disk of 1 MiB, that boots `kernel`.
+pub fn wanted(kernel: &ImageRef, power: Power) -> Wanted {
+    Wanted {
+        power,
+        soft_reboots: 0,
+        hard_reboots: 0,
+        rebuilds: 0,
+        spec: MachineSpec {
+            vcpus: 1,
+            memory_mib: 64,
+            pages: Pages::Small,
+            numa_nodes: vec![],
+            cpus: vec![],
+            cpu_profile: "host".into(),
+            boot: Boot {
+                kernel: kernel.clone(),
+                initrd: None,
+                command_line: "tick_ms=100".into(),
+            },
+            root_disk: Some(RootDisk {
+                image: None,
+                size: 1 << 20,
+            }),
+        },
+    }
+}
+
+pub fn put(revision: u64, wanted: Wanted) -> PutMachine {
+    PutMachine {
+        version: 1,
+        generation: Generation(1),
+        revision: Revision(revision),
+        wanted,
+        request_id: Some(format!("req-{revision}")),
+    }
+}
+
+pub fn is_running(report: &MachineReport) -> bool {
+    report.observed == Observed::Running
+}
+
+/// Any bytes as an image.
+pub fn image_of(bytes: &[u8]) -> ImageRef {
+    ImageRef {
+        id: Uuid::new_v4(),
+        size: bytes.len() as u64,
+        blake3: blake3::hash(bytes).to_hex().to_string(),
+        format: ImageFormat::Raw,
+    }
+}
+
+/// The probe, built on first use; `None` where there is no KVM.
+pub fn probe() -> Option<Vec<u8>> {
+    if !Path::new("/dev/kvm").exists() {
+        return None;
+    }
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../images/probe/build.sh");
+    let built = Command::new(script)
+        .stderr(Stdio::inherit())
+        .output()
+        .ok()?;
+    assert!(built.status.success(), "the probe does not build");
+    std::fs::read(String::from_utf8_lossy(&built.stdout).trim()).ok()
+}
