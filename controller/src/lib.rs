@@ -22,5 +22,7 @@ pub mod reconcile;
 pub mod scheduler;
 pub mod secret;
 pub mod serve;
+#[cfg(test)]
+mod simulation;
 pub mod testing;
 pub mod tls;

@@ -2,12 +2,15 @@
 //! machine. In memory; after a start it is empty, and full again once the agents' heartbeats were
 //! answered with "send a full report". Decides nothing.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fractus_agent_api::host::{Changes, FullReport, Heartbeat, HostId, HostReport};
 use fractus_agent_api::machine::{MachineReport, ServerId};
+use sea_orm::DbErr;
 use uuid::Uuid;
+
+use crate::database::Database;
 
 /// Seconds between heartbeats that agents are told.
 pub const HEARTBEAT_INTERVAL_S: u32 = 10;
@@ -27,7 +30,7 @@ struct Live {
     /// By our clock.
     heard_at_us: Option<i64>,
     pushes: Option<Pushes>,
-    machines: HashMap<ServerId, MachineReport>,
+    machines: BTreeMap<ServerId, MachineReport>,
 }
 
 /// Where in an agent's pushes we are.
@@ -56,6 +59,14 @@ impl Fleet {
     /// Takes a host in: at the start from the database, and when one joins.
     pub fn admit(&self, host: HostId, endpoint: &str) {
         self.hosts().entry(host).or_default().endpoint = Some(endpoint.to_owned());
+    }
+
+    /// Takes in all hosts of the database; called before the first agent is listened to.
+    pub async fn admit_all(&self, database: &Database) -> Result<(), DbErr> {
+        for row in super::host::all(database.reader()).await? {
+            self.admit(row.host_id(), &row.endpoint);
+        }
+        Ok(())
     }
 
     /// Forgets a host that was removed.

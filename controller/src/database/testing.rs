@@ -47,6 +47,24 @@ pub async fn sqlite() -> TestDatabase {
     }
 }
 
+/// An SQLite database in a file in memory: syncs cost nothing.
+pub async fn sqlite_in_memory() -> TestDatabase {
+    let shared = std::path::Path::new("/dev/shm");
+    let folder = if shared.is_dir() {
+        Folder::within(shared)
+    } else {
+        Folder::new()
+    };
+    let url = format!("sqlite://{}/fractus.sqlite", folder.0.display());
+    let database = open(&url).await;
+    TestDatabase {
+        database,
+        engine: "sqlite",
+        url,
+        _folder: Some(folder),
+    }
+}
+
 /// A PostgreSQL database of its own on the run's server.
 pub async fn postgres() -> TestDatabase {
     let url = postgres_url().await;
@@ -89,7 +107,11 @@ struct Folder(std::path::PathBuf);
 
 impl Folder {
     fn new() -> Self {
-        let path = std::env::temp_dir().join(format!("fractus-test-{}", uuid::Uuid::new_v4()));
+        Self::within(&std::env::temp_dir())
+    }
+
+    fn within(parent: &std::path::Path) -> Self {
+        let path = parent.join(format!("fractus-test-{}", uuid::Uuid::new_v4()));
         if let Err(error) = std::fs::create_dir(&path) {
             panic!("making {}: {error}", path.display());
         }

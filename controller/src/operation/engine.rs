@@ -90,6 +90,11 @@ impl Engine {
         })
     }
 
+    /// The kinds that it knows.
+    pub fn kinds(&self) -> &Kinds {
+        &self.kinds
+    }
+
     /// A new operation of the newest version of `kind`. An error is a mistake of the caller: the kind
     /// is not registered, or the state is not JSON.
     pub fn prepare<S: Serialize>(

@@ -1,0 +1,170 @@
+//! What must be true: always, often, and at rest.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use fractus_agent_api::host::HostId;
+use fractus_agent_api::machine::{Observed, ServerId};
+use sea_orm::EntityTrait;
+
+use super::world::World;
+use crate::agents::host;
+use crate::compute::model::state::ServerState;
+use crate::compute::store::server;
+use crate::operation;
+use crate::reconcile::machine::{self, Machine};
+
+impl World {
+    /// Always: never two processes of a server.
+    pub fn check_processes(&self) {
+        let mut seen: BTreeMap<ServerId, HostId> = BTreeMap::new();
+        for host in &self.hosts {
+            for server in host.processes() {
+                if let Some(other) = seen.insert(server, host.id()) {
+                    panic!(
+                        "seed {}: {server} runs on {} and {other}",
+                        self.seed,
+                        host.id()
+                    );
+                }
+            }
+        }
+    }
+
+    /// Often: a process has a record, and the record names its host.
+    pub async fn check_records(&self) {
+        for host in &self.hosts {
+            for server in host.processes() {
+                let row = machine::find(self.database().reader(), server)
+                    .await
+                    .unwrap();
+                let owner = row.and_then(|machine| machine.host);
+                assert_eq!(
+                    owner,
+                    Some(host.id()),
+                    "seed {}: {server} runs on {} and is owned by {owner:?}",
+                    self.seed,
+                    host.id()
+                );
+            }
+        }
+    }
+
+    /// At rest: everything is what it should be, and nothing is left of what is gone.
+    pub async fn check_rest(&self) {
+        let seed = self.seed;
+        self.check_processes();
+        self.check_records().await;
+        let reader = self.database().reader();
+        let open = operation::unfinished(reader, None).await.unwrap();
+        assert!(open.is_empty(), "seed {seed}: stuck or parked: {open:?}");
+        let mut alive = BTreeSet::new();
+        for id in &self.servers {
+            let server = ServerId(*id);
+            let row = server::find_any(reader, &id.to_string()).await.unwrap();
+            let machine = machine::find(reader, server).await.unwrap();
+            // A create that died before its transaction was never there.
+            let Some(row) = row else {
+                assert_eq!(machine, None, "seed {seed}: {id} has a machine and no row");
+                continue;
+            };
+            let state = row.state();
+            assert!(!state.in_transit(), "seed {seed}: {id} is left {state:?}");
+            assert!(
+                !matches!(state, ServerState::Building(_)),
+                "seed {seed}: {id} is {state:?}"
+            );
+            self.check_server(server, state, machine.as_ref());
+            if machine.is_some_and(|machine| machine.host.is_some()) {
+                alive.insert(server);
+            }
+        }
+        self.check_hosts(&alive).await;
+    }
+
+    fn check_server(&self, server: ServerId, state: ServerState, machine: Option<&Machine>) {
+        let seed = self.seed;
+        let place = machine.and_then(|machine| Some((machine.host?, machine)));
+        let Some((owner, machine)) = place else {
+            assert!(
+                matches!(state, ServerState::Deleted | ServerState::Error),
+                "seed {seed}: {server} is {state:?} and has no host"
+            );
+            return;
+        };
+        assert_ne!(
+            state,
+            ServerState::Deleted,
+            "seed {seed}: {server} is deleted and owned"
+        );
+        let host = self.network.hosts.host(owner).unwrap();
+        let report = host.report(server).unwrap();
+        assert!(
+            report.settled,
+            "seed {seed}: {server} is not settled: {report:?}"
+        );
+        assert_eq!(
+            (report.generation, report.revision),
+            machine.age(),
+            "seed {seed}: {server}"
+        );
+        let fits = match state {
+            ServerState::Active => report.observed == Observed::Running,
+            ServerState::Paused => report.observed == Observed::Paused,
+            ServerState::Stopped => matches!(report.observed, Observed::Stopped { .. }),
+            ServerState::Error => true,
+            _ => false,
+        };
+        assert!(
+            fits,
+            "seed {seed}: {server} is {state:?} and {:?}",
+            report.observed
+        );
+        let done = (report.soft_reboots, report.hard_reboots, report.rebuilds);
+        let wanted = &machine.wanted;
+        let asked = (wanted.soft_reboots, wanted.hard_reboots, wanted.rebuilds);
+        assert_eq!(
+            done, asked,
+            "seed {seed}: {server}: what was asked for was done"
+        );
+        let disks = host.disks(server);
+        assert!(
+            disks <= 1 + wanted.rebuilds,
+            "seed {seed}: {server} lost a disk: {disks} made"
+        );
+    }
+
+    async fn check_hosts(&self, alive: &BTreeSet<ServerId>) {
+        let seed = self.seed;
+        for host in &self.hosts {
+            for server in host.remains() {
+                assert!(
+                    alive.contains(&server),
+                    "seed {seed}: {server} is left on {}",
+                    host.id()
+                );
+            }
+        }
+        let reader = self.database().reader();
+        let reservations = host::reservation::Entity::find().all(reader).await.unwrap();
+        let reserved: BTreeSet<ServerId> = reservations
+            .iter()
+            .map(|row| ServerId(row.server_id.parse().unwrap()))
+            .collect();
+        assert_eq!(
+            &reserved, alive,
+            "seed {seed}: reservations are of servers with a host"
+        );
+        for row in host::all(reader).await.unwrap() {
+            let here = reservations
+                .iter()
+                .filter(|reservation| reservation.host_id == row.id);
+            let memory: i64 = here.map(|reservation| reservation.memory_mib).sum();
+            assert_eq!(
+                row.memory_mib_used, memory,
+                "seed {seed}: host {}",
+                row.hostname
+            );
+            assert!(row.memory_mib_used <= row.memory_mib_limit, "seed {seed}");
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! What users ask for: the compute service's own requests, without HTTP.
+
+use fractus_agent_api::machine::{Boot, ImageFormat, ImageRef, MachineSpec, Pages, RootDisk};
+use uuid::Uuid;
+
+use crate::compute::model::flavor::FlavorSnapshot;
+use crate::compute::model::server::BootPlan;
+use crate::compute::model::state::{self, Action, Build, ServerState, Situation};
+use crate::compute::ops::change::{self, Change, Wish};
+use crate::compute::ops::create::{self, NewServer};
+use crate::compute::ops::{RequestError, delete};
+use crate::compute::store::server;
+use crate::event::Origin;
+use crate::http::App;
+use crate::scheduler::Amounts;
+
+pub const MEMORY_MIB: i64 = 512;
+
+fn origin() -> Origin {
+    Origin {
+        request_id: Some("req-simulated".to_owned()),
+        ..Origin::default()
+    }
+}
+
+fn plan() -> BootPlan {
+    let image = |id| ImageRef {
+        id: Uuid::from_u128(id),
+        size: 1,
+        blake3: String::new(),
+        format: ImageFormat::Raw,
+    };
+    BootPlan {
+        kernel: image(1),
+        initrd: None,
+        command_line: String::new(),
+        root_disk: Some(RootDisk {
+            image: Some(image(2)),
+            size: 1 << 30,
+        }),
+    }
+}
+
+fn spec() -> MachineSpec {
+    let plan = plan();
+    MachineSpec {
+        vcpus: 1,
+        memory_mib: MEMORY_MIB.unsigned_abs(),
+        pages: Pages::Transparent,
+        numa_nodes: vec![],
+        cpus: vec![],
+        cpu_profile: "host".to_owned(),
+        boot: Boot {
+            kernel: plan.kernel,
+            initrd: None,
+            command_line: String::new(),
+        },
+        root_disk: plan.root_disk,
+    }
+}
+
+pub async fn create(app: &App, id: Uuid) -> Result<(), RequestError> {
+    let now = app.now_us();
+    let flavor = FlavorSnapshot {
+        id: "1".to_owned(),
+        name: "tiny".to_owned(),
+        vcpus: 1,
+        ram: MEMORY_MIB.unsigned_abs(),
+        disk: 1,
+        ephemeral: 0,
+        swap: 0,
+        extra_specs: Default::default(),
+    };
+    let row = server::Model {
+        id: id.to_string(),
+        // A project a server, so that no quota is in the way.
+        project_id: format!("project-{id}"),
+        user_id: "user".to_owned(),
+        name: "simulated".to_owned(),
+        description: None,
+        hostname: "simulated".to_owned(),
+        state: ServerState::Building(Build::Scheduling).key(),
+        flavor: serde_json::to_string(&flavor).unwrap(),
+        flavor_id: flavor.id,
+        vcpus: 1,
+        ram: MEMORY_MIB,
+        image_id: Uuid::from_u128(2).to_string(),
+        kernel_id: String::new(),
+        ramdisk_id: String::new(),
+        boot: serde_json::to_string(&plan()).unwrap(),
+        metadata: "{}".to_owned(),
+        tags: "[]".to_owned(),
+        key_name: None,
+        user_data: None,
+        personality: "[]".to_owned(),
+        availability_zone: "nova".to_owned(),
+        pinned_zone: None,
+        config_drive: String::new(),
+        disk_config: "MANUAL".to_owned(),
+        access_ip_v4: String::new(),
+        access_ip_v6: String::new(),
+        reservation_id: "r-1".to_owned(),
+        launch_index: 0,
+        locked_by: None,
+        locked_reason: None,
+        trusted_certificates: None,
+        scheduler_hints: "{}".to_owned(),
+        fault_code: None,
+        fault_message: None,
+        fault_details: None,
+        fault_at_us: None,
+        created_at_us: now,
+        updated_at_us: now,
+        launched_at_us: None,
+        terminated_at_us: None,
+        deleted_at_us: None,
+    };
+    let amounts = Amounts {
+        vcpus: 1,
+        memory_mib: MEMORY_MIB,
+        disk_gib: 1,
+    };
+    create::request(
+        app,
+        origin(),
+        vec![NewServer {
+            row,
+            spec: spec(),
+            amounts,
+            host: None,
+        }],
+    )
+    .await
+}
+
+pub async fn delete(app: &App, id: Uuid) -> Result<(), RequestError> {
+    delete::request(app, origin(), &id.to_string()).await
+}
+
+/// Asks for the change if the server's state admits it; false if it does not.
+pub async fn change(app: &App, id: Uuid, change: Change) -> Result<bool, RequestError> {
+    let id = id.to_string();
+    let Some(row) = server::find(app.database().reader(), &id).await? else {
+        return Ok(false);
+    };
+    let action = match change {
+        Change::Start => Action::Start,
+        Change::Stop => Action::Stop,
+        Change::SoftReboot => Action::SoftReboot,
+        Change::HardReboot => Action::HardReboot,
+        Change::Pause => Action::Pause,
+        Change::Unpause => Action::Unpause,
+        Change::Rebuild => Action::Rebuild,
+    };
+    let situation = Situation {
+        server: &id,
+        state: row.state(),
+        placed: true,
+        launched: row.launched_at_us.is_some(),
+        locked: false,
+    };
+    if state::admit(action, situation).is_err() {
+        return Ok(false);
+    }
+    let spec = (change == Change::Rebuild).then(spec);
+    let wish = Wish {
+        change,
+        from: row.state(),
+        columns: Default::default(),
+        spec,
+    };
+    match change::request(app, origin(), &id, wish).await {
+        Ok(()) => Ok(true),
+        Err(RequestError::Overtaken) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
