@@ -6,6 +6,7 @@
 
 mod bzimage;
 mod elf;
+mod fuzz;
 mod linux64;
 mod map;
 mod pvh;
@@ -23,6 +24,7 @@ use crate::memory::{GuestMemory, MemoryError};
 
 pub use bzimage::BzImage;
 pub use elf::{ElfKernel, Segment};
+pub use fuzz::fuzz_load;
 
 /// Something that can be read at any place; short at its end.
 pub trait Source {

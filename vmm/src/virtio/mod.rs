@@ -11,6 +11,7 @@ mod attach;
 pub mod block;
 mod bucket;
 mod device;
+mod fuzz;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
@@ -19,6 +20,7 @@ pub mod transport;
 
 pub use attach::attach;
 pub use device::{Activation, DeviceType, VirtioDevice};
+pub use fuzz::fuzz_queue;
 pub use queue::{Chain, QueueFault, Segment, Virtqueue};
 pub use transport::{VirtioPci, VirtioPciDevice};
 
