@@ -1,6 +1,7 @@
 //! The virtio devices as a guest sees them: the probe drives them by PCI, MSI-X and all, on the real
 //! KVM.
 
+#[allow(dead_code, reason = "other tests use the rest of it")]
 mod common;
 
 use std::fs::File;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::block::Block;
+use super::console::Console;
 use super::rng::Rng;
 use super::{VirtioDevice, VirtioPciDevice};
 use crate::config::{MachineConfig, MachineFiles};
@@ -27,6 +28,11 @@ pub fn attach(
             .map_err(|error| DeviceError::new(&id, "duplicate its descriptor", error))?;
         let block = Block::open(&id, disk, file, &board.threads)?;
         devices.push(plug(&id, Box::new(block), bus.root(), board)?);
+    }
+    if !config.console_ports.is_empty() {
+        let (ports, files) = (&config.console_ports, &files.console_ports);
+        let console = Console::new("console0", ports, files, &board.reactor)?;
+        devices.push(plug("console0", Box::new(console), bus.root(), board)?);
     }
     if let Some(rng) = &config.rng {
         let device = Rng::new("rng0", rng, &board.reactor)?;

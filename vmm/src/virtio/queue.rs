@@ -242,6 +242,11 @@ impl Virtqueue {
         self.kick.take();
     }
 
+    /// Has the device look at the queue again, after others had their turn.
+    pub fn kick_again(&self) {
+        self.kick.signal();
+    }
+
     /// Where the device is: next available, next used.
     pub fn position(&self) -> (u16, u16) {
         (self.queue.next_avail(), self.queue.next_used())
