@@ -13,6 +13,8 @@ mod bucket;
 pub mod console;
 mod device;
 mod fuzz;
+#[cfg(test)]
+mod hostile;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]

@@ -440,3 +440,6 @@ impl Table {
             })
     }
 }
+
+#[cfg(test)]
+mod tests;

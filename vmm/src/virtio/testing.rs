@@ -190,7 +190,11 @@ impl Driver {
 
     pub(crate) fn initialise(&mut self, features: u64) {
         self.set(0x14, 0, 1);
-        assert_eq!(self.get(0x14, 1), 0, "reset is done");
+        let begin = std::time::Instant::now();
+        while self.status() != 0 {
+            assert!(begin.elapsed() < DEADLINE, "the reset is done in time");
+            std::thread::yield_now();
+        }
         self.set(0x14, u64::from(status::ACKNOWLEDGE | status::DRIVER), 1);
         let offered = self.offered();
         let wanted = offered & features;
@@ -339,10 +343,15 @@ impl Driver {
     }
 
     pub(crate) fn make_available(&mut self, queue: usize, head: u16) {
+        self.make_available_by(queue, head, 1);
+    }
+
+    /// Puts a head into the ring and moves the index on by any number.
+    pub(crate) fn make_available_by(&mut self, queue: usize, head: u16, jump: u16) {
         let ring = &mut self.rings[queue];
         let slot = ring.driver() + 4 + 2 * u64::from(ring.available % ring.size);
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
-        ring.available = ring.available.wrapping_add(1);
+        ring.available = ring.available.wrapping_add(jump);
         self.memory
             .write_obj(ring.available, GuestAddress(ring.driver() + 2))
             .unwrap();

@@ -1,0 +1,220 @@
+//! A driver that means harm, against every device: whatever it does, nothing panics, the device comes
+//! to rest in time, and after a reset it serves as if nothing had been.
+
+use std::fs::File;
+
+use proptest::prelude::*;
+
+use super::block::Block;
+use super::console::Console;
+use super::rng::Rng;
+use super::testing::{Driver, MEMORY, Rig, read_part, write_part};
+use super::{VirtioDevice, VirtioPciDevice};
+use crate::config::{ConsoleFiles, ConsolePortConfig, DiskConfig, RngConfig};
+use crate::device::Device;
+
+#[derive(Debug, Clone)]
+enum Act {
+    /// Writes any register of the BAR.
+    Register {
+        offset: u64,
+        value: u64,
+        length: usize,
+    },
+    /// Writes configuration space.
+    Config {
+        offset: u16,
+        value: u32,
+        length: usize,
+    },
+    /// Puts a descriptor anywhere into a queue's table.
+    Descriptor {
+        queue: usize,
+        at: u16,
+        address: u64,
+        length: u32,
+        flags: u16,
+        next: u16,
+    },
+    /// Makes heads available, counted or not.
+    Available {
+        queue: usize,
+        head: u16,
+        jump: u16,
+    },
+    /// Scribbles over the rings.
+    Scribble {
+        queue: usize,
+        offset: u64,
+        value: u64,
+    },
+    Kick {
+        queue: usize,
+    },
+    Pause,
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let address = prop_oneof![
+        4 => 0u64..0x2_0000,
+        1 => (8u64 << 20)..(9 << 20),
+        1 => MEMORY - 0x1000..MEMORY + 0x1000,
+        1 => any::<u64>(),
+    ];
+    let length = prop_oneof![4 => 0u32..0x2000, 1 => any::<u32>()];
+    let act = prop_oneof![
+        2 => (0u64..0x40, any::<u64>(), 1usize..9)
+            .prop_map(|(offset, value, length)| Act::Register { offset, value, length }),
+        1 => (0u64..0x9000, any::<u64>(), 1usize..9)
+            .prop_map(|(offset, value, length)| Act::Register { offset, value, length }),
+        1 => (0u16..0x110, any::<u32>(), 1usize..5)
+            .prop_map(|(offset, value, length)| Act::Config { offset, value, length }),
+        8 => (0usize..6, 0u16..8, address, length, 0u16..8, 0u16..10).prop_map(
+            |(queue, at, address, length, flags, next)| Act::Descriptor {
+                queue, at, address, length, flags, next
+            }
+        ),
+        6 => (0usize..6, 0u16..9, prop_oneof![8 => Just(1u16), 1 => any::<u16>()])
+            .prop_map(|(queue, head, jump)| Act::Available { queue, head, jump }),
+        1 => (0usize..6, 0u64..0x4000, any::<u64>())
+            .prop_map(|(queue, offset, value)| Act::Scribble { queue, offset, value }),
+        4 => (0usize..6).prop_map(|queue| Act::Kick { queue }),
+        1 => Just(Act::Pause),
+    ];
+    prop::collection::vec(act, 1..80)
+}
+
+/// Fills low memory with what looks like requests of all kinds, so that many are half right.
+fn tempt(driver: &Driver) {
+    for at in 0..0x200u64 {
+        let kind = [0u32, 1, 4, 8, 11, 13, 99][at as usize % 7];
+        driver.put(
+            at * 256,
+            &[&kind.to_le_bytes()[..], &[0; 4], &(at % 40).to_le_bytes()].concat(),
+        );
+    }
+}
+
+fn perform(driver: &mut Driver, act: &Act) {
+    let count = driver.rings.len();
+    match *act {
+        Act::Register {
+            offset,
+            value,
+            length,
+        } => {
+            driver.write(offset, &value.to_le_bytes()[..length]);
+            let mut data = [0; 8];
+            driver.read(offset, &mut data[..length]);
+        }
+        Act::Config {
+            offset,
+            value,
+            length,
+        } => {
+            let function = driver.device.function();
+            let mut function = function.lock().unwrap();
+            function.write_config(offset, &value.to_le_bytes()[..length]);
+            function.read_config(offset, &mut [0; 8][..length]);
+        }
+        Act::Descriptor {
+            queue,
+            at,
+            address,
+            length,
+            flags,
+            next,
+        } => {
+            let table = driver.rings[queue % count].base;
+            let part = super::testing::Part {
+                address,
+                length,
+                writable: false,
+            };
+            driver.descriptor(table, at, part, flags, next);
+        }
+        Act::Available { queue, head, jump } => driver.make_available_by(queue % count, head, jump),
+        Act::Scribble {
+            queue,
+            offset,
+            value,
+        } => {
+            let base = driver.rings[queue % count].base;
+            driver.put(base + offset, &value.to_le_bytes());
+        }
+        Act::Kick { queue } => driver.kick(queue % count),
+        Act::Pause => {
+            driver.device.pause().unwrap();
+            driver.device.save().unwrap();
+            driver.device.resume().unwrap();
+        }
+    }
+}
+
+fn attack(acts: &[Act], make: impl Fn(&Rig) -> Box<dyn VirtioDevice>, serve: impl Fn(&mut Driver)) {
+    let rig = Rig::new();
+    let (board, recorder) = rig.with_recorder();
+    let device = VirtioPciDevice::new("victim", make(&rig), &board).unwrap();
+    let mut driver = Driver::start(&rig, device, recorder);
+    tempt(&driver);
+    for act in acts {
+        perform(&mut driver, act);
+    }
+    driver.initialise(u64::MAX);
+    serve(&mut driver);
+    drop(driver);
+    assert_eq!(rig.requests.try_next(), None, "no thread panicked");
+}
+
+fn disk_file() -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    file
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn against_a_disk(acts in acts(), queues in 1u16..3) {
+        let config = DiskConfig {
+            read_only: false,
+            serial_number: "victim".to_owned(),
+            direct: false,
+            limit: None,
+            queues,
+        };
+        attack(
+            &acts,
+            |rig| Box::new(Block::open("victim", &config, disk_file(), &rig.board.threads).unwrap()),
+            |driver| {
+                driver.put(0x1000, &[&8u64.to_le_bytes()[..], &[0; 8]].concat());
+                let parts = [read_part(0x1000, 16), write_part(0x2000, 20), write_part(0x3000, 1)];
+                assert_eq!(driver.request(0, &parts), 21);
+                assert_eq!(driver.take(0x2000, 6), b"victim");
+            },
+        );
+    }
+
+    #[test]
+    fn against_random_numbers(acts in acts()) {
+        attack(
+            &acts,
+            |rig| Box::new(Rng::new("victim", &RngConfig { bytes_per_second: Some(1 << 30) }, &rig.board.reactor).unwrap()),
+            |driver| assert_eq!(driver.request(0, &[write_part(0x1000, 16)]), 16),
+        );
+    }
+
+    #[test]
+    fn against_a_console(acts in acts()) {
+        let ports = [("a", true), ("b", false)]
+            .map(|(name, console)| ConsolePortConfig { name: name.to_owned(), console });
+        // Nobody is at the other end: the queues alone matter here.
+        let files = [ConsoleFiles::default(), ConsoleFiles::default()];
+        attack(
+            &acts,
+            |rig| Box::new(Console::new("victim", &ports, &files, &rig.board.reactor).unwrap()),
+            |driver| assert_eq!(driver.request(1, &[read_part(0x1000, 16)]), 0),
+        );
+    }
+}
