@@ -8,6 +8,7 @@ use sea_orm::sea_query::{Expr, ExprTrait, Func, Query};
 use sea_orm::{ConnectionTrait, DbErr, FromQueryResult, StatementBuilder};
 
 use super::ops::RequestError;
+use super::store::quota as store;
 use super::store::server::Model;
 
 /// Amounts of what is limited.
@@ -79,13 +80,69 @@ pub async fn claim(connection: &impl ConnectionTrait, rows: &[&Model]) -> Result
     Ok(())
 }
 
-/// Nova's defaults, until an administrator says otherwise.
-const DEFAULTS: Usage = Usage {
-    instances: 10,
-    cores: 20,
-    ram: 51200,
-};
+/// A thing that is limited, with nova's default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resource {
+    pub name: &'static str,
+    pub default: i64,
+    pub shown: Shown,
+}
 
-async fn limits(_: &impl ConnectionTrait, _: &str) -> Result<Usage, DbErr> {
-    Ok(DEFAULTS)
+/// At which microversions a resource is part of quotas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shown {
+    Always,
+    /// Up to 2.35; the network service's since.
+    Network,
+    /// Up to 2.56.
+    Injected,
+    /// Always in quota sets, from 2.50 in quota classes.
+    Groups,
+}
+
+const fn resource(name: &'static str, default: i64, shown: Shown) -> Resource {
+    Resource { name, default, shown }
+}
+
+/// In the order in which answers list them.
+pub const RESOURCES: [Resource; 14] = [
+    resource("cores", 20, Shown::Always),
+    resource("fixed_ips", -1, Shown::Network),
+    resource("floating_ips", -1, Shown::Network),
+    resource("injected_file_content_bytes", 10240, Shown::Injected),
+    resource("injected_file_path_bytes", 255, Shown::Injected),
+    resource("injected_files", 5, Shown::Injected),
+    resource("instances", 10, Shown::Always),
+    resource("key_pairs", 100, Shown::Always),
+    resource("metadata_items", 128, Shown::Always),
+    resource("ram", 51200, Shown::Always),
+    resource("security_group_rules", -1, Shown::Network),
+    resource("security_groups", -1, Shown::Network),
+    resource("server_group_members", 10, Shown::Groups),
+    resource("server_groups", 10, Shown::Groups),
+];
+
+/// The limits of one project, or (`None`) the defaults, of every resource.
+pub async fn limits_of(
+    connection: &impl ConnectionTrait,
+    project: Option<&str>,
+) -> Result<Vec<(Resource, i64)>, DbErr> {
+    let defaults = store::of_project(connection, "").await?;
+    let own = match project {
+        Some(project) => store::of_project(connection, project).await?,
+        None => Default::default(),
+    };
+    let limit = |resource: &Resource| {
+        let set = own.get(resource.name).or_else(|| defaults.get(resource.name));
+        set.copied().unwrap_or(resource.default)
+    };
+    Ok(RESOURCES.iter().map(|resource| (*resource, limit(resource))).collect())
+}
+
+async fn limits(connection: &impl ConnectionTrait, project: &str) -> Result<Usage, DbErr> {
+    let limits = limits_of(connection, Some(project)).await?;
+    let of = |name: &str| {
+        limits.iter().find(|(resource, _)| resource.name == name).map_or(-1, |(_, limit)| *limit)
+    };
+    Ok(Usage { instances: of("instances"), cores: of("cores"), ram: of("ram") })
 }

@@ -11,13 +11,11 @@ use serde_json::{Value, json};
 use super::call::Call;
 use super::schemas::{self, More};
 use crate::compute::model::{keypair as keys, time};
+use crate::compute::quota;
 use crate::compute::store::keypair::{self, Model};
 use crate::http::schema::Schema;
 use crate::http::{ApiError, JsonBody, Routes};
 use crate::policy::Rule;
-
-/// What a user may have, until quotas say otherwise.
-const MOST: u64 = 100;
 
 pub fn routes(routes: Routes) -> Routes {
     const ALL: &str = "/v2.1/os-keypairs";
@@ -224,6 +222,9 @@ fn created(call: &Call, row: &Model, private_key: Option<String>) -> Response {
 }
 
 async fn insert(call: &Call, row: Model) -> Result<(), ApiError> {
+    let limits = quota::limits_of(call.reader(), call.caller.project_id()).await?;
+    let most = limits.iter().find(|(resource, _)| resource.name == "key_pairs");
+    let most = most.and_then(|(_, limit)| u64::try_from(*limit).ok()).unwrap_or(u64::MAX);
     call.app
         .database()
         .write(move |tx| {
@@ -235,7 +236,7 @@ async fn insert(call: &Call, row: Model) -> Result<(), ApiError> {
                         "Key pair '{name}' already exists."
                     )));
                 }
-                if keypair::count(tx, &row.user_id).await? >= MOST {
+                if keypair::count(tx, &row.user_id).await? >= most {
                     return Err(ApiError::forbidden("Maximum number of key pairs exceeded"));
                 }
                 Ok(keypair::insert(tx, row).await?)

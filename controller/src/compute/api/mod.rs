@@ -5,7 +5,11 @@ mod actions;
 mod call;
 mod consoles;
 mod flavors;
+mod hosts;
+mod hypervisors;
+mod instance_actions;
 mod keypairs;
+mod quotas;
 pub mod schemas;
 mod servers;
 mod versions;
@@ -20,7 +24,12 @@ pub fn routes() -> Routes {
     let routes = flavors::routes(routes);
     let routes = keypairs::routes(routes);
     let routes = servers::routes(routes);
-    actions::routes(routes)
+    let routes = actions::routes(routes);
+    let routes = consoles::routes(routes);
+    let routes = instance_actions::routes(routes);
+    let routes = hosts::routes(routes);
+    let routes = hypervisors::routes(routes);
+    quotas::routes(routes)
 }
 
 /// Who asked, for operations and events.

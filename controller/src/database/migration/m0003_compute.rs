@@ -17,6 +17,8 @@ impl MigrationTrait for Migration {
         let mut unique = index("keypair_user_name", "keypair", &["user_id", "name"]);
         manager.create_index(unique.unique().to_owned()).await?;
         manager.create_table(server()).await?;
+        manager.create_table(quota()).await?;
+        manager.create_table(console_token()).await?;
         // Keyset pages: of a project, of all projects; and what changed lately.
         for (name, columns) in [
             (
@@ -119,6 +121,25 @@ fn server() -> TableCreateStatement {
         .col(big_integer_null("launched_at_us"))
         .col(big_integer_null("terminated_at_us"))
         .col(big_integer_null("deleted_at_us"))
+        .to_owned()
+}
+
+fn quota() -> TableCreateStatement {
+    Table::create()
+        .table("compute_quota")
+        .col(text("project_id"))
+        .col(text("resource"))
+        .col(big_integer("most"))
+        .primary_key(Index::create().col("project_id").col("resource"))
+        .to_owned()
+}
+
+fn console_token() -> TableCreateStatement {
+    Table::create()
+        .table("console_token")
+        .col(text("hash").primary_key())
+        .col(text("server_id"))
+        .col(big_integer("expires_at_us"))
         .to_owned()
 }
 

@@ -112,7 +112,7 @@ fn common(
             ("flavor", flavor(call, row)?),
             (
                 "hostId",
-                json!(placed.map_or(String::new(), |host| host_id(row, host))),
+                json!(placed.map_or(String::new(), |host| host_digest(&row.project_id, &host.hostname))),
             ),
             ("id", json!(row.id)),
             ("image", image(call, row)),
@@ -150,9 +150,9 @@ fn common(
 }
 
 /// A name for the host that tells nothing of it, and differs from project to project.
-fn host_id(row: &Model, host: &Placement) -> String {
+pub fn host_digest(project: &str, hostname: &str) -> String {
     use std::fmt::Write as _;
-    let digest = Sha224::digest(format!("{}{}", row.project_id, host.hostname));
+    let digest = Sha224::digest(format!("{project}{hostname}"));
     let mut text = String::with_capacity(56);
     for byte in digest.iter() {
         let _ = write!(text, "{byte:02x}");
