@@ -13,3 +13,6 @@ pub mod testing;
 
 pub use api::routes;
 pub use ops::{Compute, ServerObserver, register};
+
+#[cfg(test)]
+mod tests;

@@ -101,7 +101,11 @@ pub enum Shown {
 }
 
 const fn resource(name: &'static str, default: i64, shown: Shown) -> Resource {
-    Resource { name, default, shown }
+    Resource {
+        name,
+        default,
+        shown,
+    }
 }
 
 /// In the order in which answers list them.
@@ -133,16 +137,28 @@ pub async fn limits_of(
         None => Default::default(),
     };
     let limit = |resource: &Resource| {
-        let set = own.get(resource.name).or_else(|| defaults.get(resource.name));
+        let set = own
+            .get(resource.name)
+            .or_else(|| defaults.get(resource.name));
         set.copied().unwrap_or(resource.default)
     };
-    Ok(RESOURCES.iter().map(|resource| (*resource, limit(resource))).collect())
+    Ok(RESOURCES
+        .iter()
+        .map(|resource| (*resource, limit(resource)))
+        .collect())
 }
 
 async fn limits(connection: &impl ConnectionTrait, project: &str) -> Result<Usage, DbErr> {
     let limits = limits_of(connection, Some(project)).await?;
     let of = |name: &str| {
-        limits.iter().find(|(resource, _)| resource.name == name).map_or(-1, |(_, limit)| *limit)
+        limits
+            .iter()
+            .find(|(resource, _)| resource.name == name)
+            .map_or(-1, |(_, limit)| *limit)
     };
-    Ok(Usage { instances: of("instances"), cores: of("cores"), ram: of("ram") })
+    Ok(Usage {
+        instances: of("instances"),
+        cores: of("cores"),
+        ram: of("ram"),
+    })
 }

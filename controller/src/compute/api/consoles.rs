@@ -103,7 +103,12 @@ fn unavailable(kind: &str) -> ApiError {
 }
 
 /// `os-getSerialConsole` and its kin, up to 2.5. Only serial consoles are to be had.
-pub async fn of_old(call: &Call, id: &str, action: &str, body: &Value) -> Result<Response, ApiError> {
+pub async fn of_old(
+    call: &Call,
+    id: &str,
+    action: &str,
+    body: &Value,
+) -> Result<Response, ApiError> {
     call.until(6)?;
     let kinds: &[&str] = match action {
         "os-getSerialConsole" => &["serial"],
@@ -155,7 +160,9 @@ async fn create(
         return Err(unavailable(kind));
     }
     let url = url(&call, &id).await?;
-    Ok(Json(json!({"remote_console": {"protocol": protocol, "type": kind, "url": url}})))
+    Ok(Json(
+        json!({"remote_console": {"protocol": protocol, "type": kind, "url": url}}),
+    ))
 }
 
 /// Where console URLs lead.
@@ -181,7 +188,9 @@ async fn attach(
     let refused = || ApiError::forbidden("The console's token is unknown or has expired.");
     let token = query.last("token").ok_or_else(refused)?;
     let reader = app.database().reader();
-    let id = store::server_of(reader, token, app.now_us()).await?.ok_or_else(refused)?;
+    let id = store::server_of(reader, token, app.now_us())
+        .await?
+        .ok_or_else(refused)?;
     let upgrade = upgrade
         .map_err(|_| ApiError::bad_request("A console is opened as a WebSocket."))?
         .protocols(["binary"]);
@@ -196,7 +205,10 @@ async fn attach(
 /// Until either side ends.
 async fn bridge(socket: WebSocket, console: Console) {
     let (mut to_client, mut from_client) = socket.split();
-    let Console { mut output, mut input } = console;
+    let Console {
+        mut output,
+        mut input,
+    } = console;
     let out = async {
         while let Some(Ok(bytes)) = output.next().await {
             if to_client.send(Message::Binary(bytes)).await.is_err() {

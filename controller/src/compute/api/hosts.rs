@@ -25,10 +25,26 @@ const BINARY: &str = "nova-compute";
 pub fn routes(routes: Routes) -> Routes {
     const SERVICE: &str = "/v2.1/os-services/{id}";
     routes
-        .get("/v2.1/os-services", Rule::admin("os_compute_api:os-services:list"), services)
-        .put(SERVICE, Rule::admin("os_compute_api:os-services:update"), update)
-        .delete(SERVICE, Rule::admin("os_compute_api:os-services:delete"), delete)
-        .get("/v2.1/os-availability-zone", Rule::reader("os_compute_api:os-availability-zone:list"), zones)
+        .get(
+            "/v2.1/os-services",
+            Rule::admin("os_compute_api:os-services:list"),
+            services,
+        )
+        .put(
+            SERVICE,
+            Rule::admin("os_compute_api:os-services:update"),
+            update,
+        )
+        .delete(
+            SERVICE,
+            Rule::admin("os_compute_api:os-services:delete"),
+            delete,
+        )
+        .get(
+            "/v2.1/os-availability-zone",
+            Rule::reader("os_compute_api:os-availability-zone:list"),
+            zones,
+        )
         .get(
             "/v2.1/os-availability-zone/detail",
             Rule::admin("os_compute_api:os-availability-zone:detail"),
@@ -44,7 +60,11 @@ pub fn number(row: &Model) -> u32 {
 
 /// The host's id: an integer below 2.53, a UUID from there on.
 pub fn id_of(call: &Call, row: &Model) -> Value {
-    if call.at_least(53) { json!(row.id) } else { json!(number(row)) }
+    if call.at_least(53) {
+        json!(row.id)
+    } else {
+        json!(number(row))
+    }
 }
 
 pub fn is_up(call: &Call, row: &Model) -> bool {
@@ -91,9 +111,11 @@ async fn services(call: Call) -> Result<Json<Value>, ApiError> {
 
 async fn by_name(call: &Call, name: &str) -> Result<Model, ApiError> {
     let rows = host::all(call.reader()).await?;
-    rows.into_iter().find(|row| row.hostname == name).ok_or_else(|| {
-        ApiError::not_found(format!("Could not find binary {BINARY} on host {name}."))
-    })
+    rows.into_iter()
+        .find(|row| row.hostname == name)
+        .ok_or_else(|| {
+            ApiError::not_found(format!("Could not find binary {BINARY} on host {name}."))
+        })
 }
 
 /// What is to be changed of a host.
@@ -127,7 +149,11 @@ async fn update(
     Path(id): Path<String>,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
-    if call.at_least(53) { by_id(&call, &id, &body.0).await } else { by_word(&call, &id, &body.0).await }
+    if call.at_least(53) {
+        by_id(&call, &id, &body.0).await
+    } else {
+        by_word(&call, &id, &body.0).await
+    }
 }
 
 async fn by_id(call: &Call, id: &str, body: &Value) -> Result<Json<Value>, ApiError> {
@@ -166,9 +192,11 @@ async fn by_id(call: &Call, id: &str, body: &Value) -> Result<Json<Value>, ApiEr
 
 async fn find(call: &Call, id: &str) -> Result<Model, ApiError> {
     let missing = || ApiError::not_found(format!("Service {id} could not be found."));
-    let uuid = Uuid::parse_str(id)
-        .map_err(|_| ApiError::bad_request(format!("Invalid uuid {id}")))?;
-    host::find(call.reader(), HostId(uuid)).await?.ok_or_else(missing)
+    let uuid =
+        Uuid::parse_str(id).map_err(|_| ApiError::bad_request(format!("Invalid uuid {id}")))?;
+    host::find(call.reader(), HostId(uuid))
+        .await?
+        .ok_or_else(missing)
 }
 
 async fn by_word(call: &Call, word: &str, body: &Value) -> Result<Json<Value>, ApiError> {
@@ -224,7 +252,9 @@ async fn delete(call: Call, Path(id): Path<String>) -> Result<StatusCode, ApiErr
         let missing = || ApiError::not_found(format!("Service {id} not found."));
         let uuid = Uuid::parse_str(&id)
             .map_err(|_| ApiError::bad_request(format!("Invalid uuid {id}")))?;
-        host::find(call.reader(), HostId(uuid)).await?.ok_or_else(missing)?
+        host::find(call.reader(), HostId(uuid))
+            .await?
+            .ok_or_else(missing)?
     } else {
         let rows = host::all(call.reader()).await?;
         rows.into_iter()

@@ -21,7 +21,11 @@ const VERSION: u32 = 1000;
 pub fn routes(routes: Routes) -> Routes {
     const ONE: &str = "/v2.1/os-hypervisors/{id}";
     routes
-        .get("/v2.1/os-hypervisors", Rule::admin("os_compute_api:os-hypervisors:list"), list)
+        .get(
+            "/v2.1/os-hypervisors",
+            Rule::admin("os_compute_api:os-hypervisors:list"),
+            list,
+        )
         .get(
             "/v2.1/os-hypervisors/detail",
             Rule::admin("os_compute_api:os-hypervisors:list-detail"),
@@ -64,7 +68,10 @@ impl Hosts {
     }
 
     fn on(&self, row: &Model) -> usize {
-        self.placed.iter().filter(|placed| placed.host_id == row.id).count()
+        self.placed
+            .iter()
+            .filter(|placed| placed.host_id == row.id)
+            .count()
     }
 
     fn servers(&self, row: &Model) -> Value {
@@ -140,7 +147,11 @@ fn whole(call: &Call, hosts: &Hosts, row: &Model) -> Value {
         })
     });
     // Up to 2.27 the document was text within the document.
-    view["cpu_info"] = if call.at_least(28) { cpu } else { json!(cpu.to_string()) };
+    view["cpu_info"] = if call.at_least(28) {
+        cpu
+    } else {
+        json!(cpu.to_string())
+    };
     view
 }
 
@@ -154,14 +165,18 @@ fn merge(view: &mut Value, more: Value) {
 fn address(endpoint: &str) -> String {
     let authority = endpoint.split("://").nth(1).unwrap_or(endpoint);
     let authority = authority.split('/').next().unwrap_or(authority);
-    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+    let host = authority
+        .rsplit_once(':')
+        .map_or(authority, |(host, _)| host);
     host.trim_matches(['[', ']']).to_owned()
 }
 
 /// As the command `uptime` says it; `None` for a host that is not heard.
 fn uptime_line(call: &Call, row: &Model) -> Option<String> {
     let fleet = call.app.compute().machines.fleet();
-    let report = fleet.host_report(row.host_id()).or_else(|| row.inventory())?;
+    let report = fleet
+        .host_report(row.host_id())
+        .or_else(|| row.inventory())?;
     let (days, rest) = (report.uptime_s / 86_400, report.uptime_s % 86_400);
     let [one, five, fifteen] = report.load;
     Some(format!(
@@ -205,7 +220,11 @@ async fn page(call: &Call, path: &str, detailed: bool) -> Result<Json<Value>, Ap
         .rows
         .iter()
         .map(|row| {
-            let mut view = if detailed { whole(call, &hosts, row) } else { brief(call, row) };
+            let mut view = if detailed {
+                whole(call, &hosts, row)
+            } else {
+                brief(call, row)
+            };
             if with_servers {
                 put_servers(call, &hosts, row, &mut view);
             }
@@ -214,7 +233,11 @@ async fn page(call: &Call, path: &str, detailed: bool) -> Result<Json<Value>, Ap
         .collect();
     let mut answer = json!({"hypervisors": views});
     if let Some(last) = hosts.rows.last().filter(|_| more) {
-        let last = if call.at_least(53) { last.id.clone() } else { number(last).to_string() };
+        let last = if call.at_least(53) {
+            last.id.clone()
+        } else {
+            number(last).to_string()
+        };
         answer["hypervisors_links"] = call.next(path, &last);
     }
     Ok(Json(answer))
@@ -228,7 +251,11 @@ fn put_servers(call: &Call, hosts: &Hosts, row: &Model, view: &mut Value) {
 }
 
 fn named(call: &Call, row: &Model, id: &str) -> bool {
-    if call.at_least(53) { row.id == id } else { number(row).to_string() == id }
+    if call.at_least(53) {
+        row.id == id
+    } else {
+        number(row).to_string() == id
+    }
 }
 
 fn unknown(id: &str) -> ApiError {
@@ -236,14 +263,21 @@ fn unknown(id: &str) -> ApiError {
 }
 
 fn no_match(pattern: &str) -> ApiError {
-    ApiError::not_found(format!("No hypervisor matching '{pattern}' could be found."))
+    ApiError::not_found(format!(
+        "No hypervisor matching '{pattern}' could be found."
+    ))
 }
 
 async fn find(call: &Call, hosts: &Hosts, id: &str) -> Result<Model, ApiError> {
     if call.at_least(53) && Uuid::parse_str(id).is_err() {
         return Err(ApiError::bad_request(format!("Invalid uuid {id}")));
     }
-    hosts.rows.iter().find(|row| named(call, row, id)).cloned().ok_or_else(|| unknown(id))
+    hosts
+        .rows
+        .iter()
+        .find(|row| named(call, row, id))
+        .cloned()
+        .ok_or_else(|| unknown(id))
 }
 
 async fn show(call: Call, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
@@ -263,7 +297,8 @@ async fn statistics(call: Call) -> Result<Json<Value>, ApiError> {
     let sum = |of: fn(&Model) -> i64| counted.iter().map(|row| of(row)).sum::<i64>();
     let vcpus = |row: &Model| row.inventory().map_or(0, |report| i64::from(report.cpus));
     let free = |row: &Model| {
-        row.inventory().map_or(0, |r| i64::try_from(r.disk_free_gib).unwrap_or(i64::MAX))
+        row.inventory()
+            .map_or(0, |r| i64::try_from(r.disk_free_gib).unwrap_or(i64::MAX))
     };
     let running: usize = counted.iter().map(|row| hosts.on(row)).sum();
     Ok(Json(json!({"hypervisor_statistics": {
@@ -287,7 +322,11 @@ async fn matching(call: &Call, pattern: &str) -> Result<Hosts, ApiError> {
     call.until(53)?;
     let mut hosts = Hosts::read(call).await?;
     hosts.rows.retain(|row| row.hostname.contains(pattern));
-    if hosts.rows.is_empty() { Err(no_match(pattern)) } else { Ok(hosts) }
+    if hosts.rows.is_empty() {
+        Err(no_match(pattern))
+    } else {
+        Ok(hosts)
+    }
 }
 
 async fn search(call: Call, Path(pattern): Path<String>) -> Result<Json<Value>, ApiError> {

@@ -37,7 +37,9 @@ async fn find(call: &Call, id: &str) -> Result<server::Model, ApiError> {
     } else {
         server::find(call.reader(), id).await?
     };
-    found.filter(|row| call.caller.may_see(&row.project_id)).ok_or_else(|| missing(id))
+    found
+        .filter(|row| call.caller.may_see(&row.project_id))
+        .ok_or_else(|| missing(id))
 }
 
 /// Nova's name of an action, and of its one event.
@@ -58,7 +60,10 @@ fn names(kind: &str) -> (&str, &'static str) {
 }
 
 fn view(call: &Call, id: &str, action: &Action) -> Value {
-    let failed = action.ended.as_ref().is_some_and(|end| end.failure.is_some());
+    let failed = action
+        .ended
+        .as_ref()
+        .is_some_and(|end| end.failure.is_some());
     let mut view = json!({
         "action": names(&action.kind).0,
         "instance_uuid": id,
@@ -96,7 +101,10 @@ async fn list(call: Call, Path(id): Path<String>) -> Result<Json<Value>, ApiErro
     let row = find(&call, &id).await?;
     let mut actions = action::of_server(call.reader(), &row.id).await?;
     if !paged {
-        let views: Vec<Value> = actions.iter().map(|action| view(&call, &id, action)).collect();
+        let views: Vec<Value> = actions
+            .iter()
+            .map(|action| view(&call, &id, action))
+            .collect();
         return Ok(Json(json!({"instanceActions": views})));
     }
     let moment = |name: &str| call.query.last(name).and_then(time::parse);
@@ -107,18 +115,25 @@ async fn list(call: Call, Path(id): Path<String>) -> Result<Json<Value>, ApiErro
         actions.retain(|action| action.updated_at_us() <= before);
     }
     if let Some(marker) = call.marker() {
-        let at = actions.iter().position(|action| action.request_id == marker);
+        let at = actions
+            .iter()
+            .position(|action| action.request_id == marker);
         let at = at.ok_or_else(|| ApiError::bad_request(format!("marker [{marker}] not found")))?;
         actions.drain(..=at);
     }
     let limit = usize::try_from(call.limit()?).unwrap_or(usize::MAX);
     let more = actions.len() > limit;
     actions.truncate(limit);
-    let views: Vec<Value> = actions.iter().map(|action| view(&call, &id, action)).collect();
+    let views: Vec<Value> = actions
+        .iter()
+        .map(|action| view(&call, &id, action))
+        .collect();
     let mut answer = json!({"instanceActions": views});
     if let Some(last) = actions.last().filter(|_| more) {
-        answer["links"] =
-            call.next(&format!("servers/{id}/os-instance-actions"), &last.request_id);
+        answer["links"] = call.next(
+            &format!("servers/{id}/os-instance-actions"),
+            &last.request_id,
+        );
     }
     Ok(Json(answer))
 }
@@ -135,18 +150,24 @@ async fn show(
         .ok_or_else(|| ApiError::not_found(format!("Action {request_id} not found")))?;
     let mut view = view(&call, &id, action);
     if call.at_least(51) || call.caller.is_admin() {
-        let events: Vec<Value> =
-            if action.operation { vec![event(&call, &row, action)] } else { Vec::new() };
+        let events: Vec<Value> = if action.operation {
+            vec![event(&call, &row, action)]
+        } else {
+            Vec::new()
+        };
         view["events"] = json!(events);
     }
     Ok(Json(json!({"instanceAction": view})))
 }
 
 fn event(call: &Call, row: &server::Model, action: &Action) -> Value {
-    let result = action
-        .ended
-        .as_ref()
-        .map(|end| if end.failure.is_some() { "Error" } else { "Success" });
+    let result = action.ended.as_ref().map(|end| {
+        if end.failure.is_some() {
+            "Error"
+        } else {
+            "Success"
+        }
+    });
     let mut event = json!({
         "event": names(&action.kind).1,
         "start_time": time::micros(action.started_at_us),

@@ -223,8 +223,12 @@ fn created(call: &Call, row: &Model, private_key: Option<String>) -> Response {
 
 async fn insert(call: &Call, row: Model) -> Result<(), ApiError> {
     let limits = quota::limits_of(call.reader(), call.caller.project_id()).await?;
-    let most = limits.iter().find(|(resource, _)| resource.name == "key_pairs");
-    let most = most.and_then(|(_, limit)| u64::try_from(*limit).ok()).unwrap_or(u64::MAX);
+    let most = limits
+        .iter()
+        .find(|(resource, _)| resource.name == "key_pairs");
+    let most = most
+        .and_then(|(_, limit)| u64::try_from(*limit).ok())
+        .unwrap_or(u64::MAX);
     call.app
         .database()
         .write(move |tx| {

@@ -19,7 +19,11 @@ pub fn routes(routes: Routes) -> Routes {
     const SET: &str = "/v2.1/os-quota-sets/{id}";
     const CLASS: &str = "/v2.1/os-quota-class-sets/{id}";
     routes
-        .get("/v2.1/limits", Rule::reader("os_compute_api:limits"), limits)
+        .get(
+            "/v2.1/limits",
+            Rule::reader("os_compute_api:limits"),
+            limits,
+        )
         .get(SET, Rule::reader("os_compute_api:os-quota-sets:show"), show)
         .get(
             "/v2.1/os-quota-sets/{id}/defaults",
@@ -31,10 +35,26 @@ pub fn routes(routes: Routes) -> Routes {
             Rule::reader("os_compute_api:os-quota-sets:detail"),
             detail,
         )
-        .put(SET, Rule::admin("os_compute_api:os-quota-sets:update"), update)
-        .delete(SET, Rule::admin("os_compute_api:os-quota-sets:delete"), delete)
-        .get(CLASS, Rule::admin("os_compute_api:os-quota-class-sets:show"), show_class)
-        .put(CLASS, Rule::admin("os_compute_api:os-quota-class-sets:update"), update_class)
+        .put(
+            SET,
+            Rule::admin("os_compute_api:os-quota-sets:update"),
+            update,
+        )
+        .delete(
+            SET,
+            Rule::admin("os_compute_api:os-quota-sets:delete"),
+            delete,
+        )
+        .get(
+            CLASS,
+            Rule::admin("os_compute_api:os-quota-class-sets:show"),
+            show_class,
+        )
+        .put(
+            CLASS,
+            Rule::admin("os_compute_api:os-quota-class-sets:update"),
+            update_class,
+        )
 }
 
 fn shown(call: &Call, resource: &Resource, class: bool) -> bool {
@@ -68,7 +88,11 @@ fn with_id(id: &str, set: Map<String, Value>) -> Map<String, Value> {
 
 /// Quotas of other projects are for administrators.
 fn own(call: &Call, project: &str, rule: &'static str) -> Result<(), ApiError> {
-    if call.caller.project_id() == Some(project) { Ok(()) } else { call.require(Rule::admin(rule)) }
+    if call.caller.project_id() == Some(project) {
+        Ok(())
+    } else {
+        call.require(Rule::admin(rule))
+    }
 }
 
 async fn show(call: Call, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
@@ -98,9 +122,12 @@ async fn detail(call: Call, Path(id): Path<String>) -> Result<Json<Value>, ApiEr
     own(&call, &id, "os_compute_api:os-quota-sets:detail")?;
     let limits = quota::limits_of(call.reader(), Some(&id)).await?;
     let usage = quota::usage(call.reader(), &id).await?;
-    let set = set(&call, &limits, false, |resource, limit| {
-        json!({"limit": limit, "in_use": used(&usage, resource), "reserved": 0})
-    });
+    let set = set(
+        &call,
+        &limits,
+        false,
+        |resource, limit| json!({"limit": limit, "in_use": used(&usage, resource), "reserved": 0}),
+    );
     Ok(Json(json!({"quota_set": with_id(&id, set)})))
 }
 
@@ -108,20 +135,32 @@ async fn detail(call: Call, Path(id): Path<String>) -> Result<Json<Value>, ApiEr
 fn schema(call: &Call, class: bool) -> &'static Schema {
     static SCHEMAS: LazyLock<Vec<Schema>> = LazyLock::new(|| {
         let mut schemas = Vec::new();
-        for (class, age) in [(false, 0), (false, 1), (false, 2), (true, 0), (true, 1), (true, 2)] {
+        for (class, age) in [
+            (false, 0),
+            (false, 1),
+            (false, 2),
+            (true, 0),
+            (true, 1),
+            (true, 2),
+        ] {
             let named = RESOURCES.iter().filter(|resource| match resource.shown {
                 Shown::Always => true,
                 Shown::Network => age < 1,
                 Shown::Injected => age < 2,
                 Shown::Groups => !class || age >= 1,
             });
-            let mut properties: Map<String, Value> =
-                named.map(|resource| (resource.name.to_owned(), schemas::quota())).collect();
+            let mut properties: Map<String, Value> = named
+                .map(|resource| (resource.name.to_owned(), schemas::quota()))
+                .collect();
             if !class {
                 properties.insert("force".to_owned(), schemas::boolean());
             }
             let inner = schemas::closed(Value::Object(properties), &[]);
-            let name = if class { "quota_class_set" } else { "quota_set" };
+            let name = if class {
+                "quota_class_set"
+            } else {
+                "quota_set"
+            };
             schemas.push(Schema::of(wrapped(name, inner)));
         }
         schemas
@@ -156,7 +195,9 @@ async fn update(
     }
     write(&call, rows).await?;
     let limits = quota::limits_of(call.reader(), Some(&id)).await?;
-    Ok(Json(json!({"quota_set": set(&call, &limits, false, |_, limit| json!(limit))})))
+    Ok(Json(
+        json!({"quota_set": set(&call, &limits, false, |_, limit| json!(limit))}),
+    ))
 }
 
 fn rows(project: &str, given: &Value) -> Vec<store::Model> {
@@ -216,7 +257,9 @@ async fn update_class(
         write(&call, rows("", &body.0["quota_class_set"])).await?;
     }
     let limits = quota::limits_of(call.reader(), None).await?;
-    Ok(Json(json!({"quota_class_set": set(&call, &limits, true, |_, limit| json!(limit))})))
+    Ok(Json(
+        json!({"quota_class_set": set(&call, &limits, true, |_, limit| json!(limit))}),
+    ))
 }
 
 async fn limits(call: Call) -> Result<Json<Value>, ApiError> {
@@ -235,7 +278,10 @@ async fn limits(call: Call) -> Result<Json<Value>, ApiError> {
     let limits = quota::limits_of(call.reader(), Some(&project)).await?;
     let usage = quota::usage(call.reader(), &project).await?;
     let of = |name: &str| {
-        limits.iter().find(|(resource, _)| resource.name == name).map_or(-1, |(_, limit)| *limit)
+        limits
+            .iter()
+            .find(|(resource, _)| resource.name == name)
+            .map_or(-1, |(_, limit)| *limit)
     };
     let mut absolute = Map::new();
     let mut put = |name: &str, value: i64| {

@@ -31,9 +31,19 @@ pub async fn insert(
     now_us: i64,
     expires_at_us: i64,
 ) -> Result<(), DbErr> {
-    Entity::delete_many().filter(Column::ExpiresAtUs.lt(now_us)).exec(connection).await?;
-    let row = Model { hash: hash(token), server_id: server.to_owned(), expires_at_us };
-    Entity::insert(row.into_active_model()).exec_without_returning(connection).await.map(|_| ())
+    Entity::delete_many()
+        .filter(Column::ExpiresAtUs.lt(now_us))
+        .exec(connection)
+        .await?;
+    let row = Model {
+        hash: hash(token),
+        server_id: server.to_owned(),
+        expires_at_us,
+    };
+    Entity::insert(row.into_active_model())
+        .exec_without_returning(connection)
+        .await
+        .map(|_| ())
 }
 
 /// The server that a token opens.
@@ -43,5 +53,7 @@ pub async fn server_of(
     now_us: i64,
 ) -> Result<Option<String>, DbErr> {
     let row = Entity::find_by_id(hash(token)).one(connection).await?;
-    Ok(row.filter(|row| row.expires_at_us > now_us).map(|row| row.server_id))
+    Ok(row
+        .filter(|row| row.expires_at_us > now_us)
+        .map(|row| row.server_id))
 }

@@ -28,8 +28,14 @@ pub async fn of_project(
     connection: &impl ConnectionTrait,
     project: &str,
 ) -> Result<BTreeMap<String, i64>, DbErr> {
-    let rows = Entity::find().filter(Column::ProjectId.eq(project)).all(connection).await?;
-    Ok(rows.into_iter().map(|row| (row.resource, row.most)).collect())
+    let rows = Entity::find()
+        .filter(Column::ProjectId.eq(project))
+        .all(connection)
+        .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| (row.resource, row.most))
+        .collect())
 }
 
 pub async fn set(connection: &impl ConnectionTrait, row: Model) -> Result<(), DbErr> {
@@ -45,5 +51,9 @@ pub async fn set(connection: &impl ConnectionTrait, row: Model) -> Result<(), Db
 
 /// The project has the defaults again.
 pub async fn clear(connection: &impl ConnectionTrait, project: &str) -> Result<(), DbErr> {
-    Entity::delete_many().filter(Column::ProjectId.eq(project)).exec(connection).await.map(|_| ())
+    Entity::delete_many()
+        .filter(Column::ProjectId.eq(project))
+        .exec(connection)
+        .await
+        .map(|_| ())
 }

@@ -112,7 +112,10 @@ fn common(
             ("flavor", flavor(call, row)?),
             (
                 "hostId",
-                json!(placed.map_or(String::new(), |host| host_digest(&row.project_id, &host.hostname))),
+                json!(placed.map_or(String::new(), |host| host_digest(
+                    &row.project_id,
+                    &host.hostname
+                ))),
             ),
             ("id", json!(row.id)),
             ("image", image(call, row)),

@@ -1,0 +1,22 @@
+//! The compute API as clients see it, over a simulated host.
+
+mod flavors;
+mod servers;
+
+use http::Method;
+use serde_json::{Value, json};
+
+use super::testing::{Answer, Cloud, DISK, KERNEL};
+
+fn keys(value: &Value) -> Vec<&str> {
+    let mut keys: Vec<&str> = value
+        .as_object()
+        .map(|map| map.keys().map(String::as_str).collect())
+        .unwrap_or_default();
+    keys.sort_unstable();
+    keys
+}
+
+fn status(answer: &Answer) -> u16 {
+    answer.status.as_u16()
+}

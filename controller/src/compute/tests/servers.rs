@@ -1,0 +1,836 @@
+//! Servers: their life, their views, what is refused.
+
+use fractus_agent_api::machine::{ServerId, StopReason};
+use sea_orm::prelude::Uuid;
+
+use super::*;
+
+fn machine(id: &str) -> ServerId {
+    ServerId(Uuid::parse_str(id).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_is_created_runs_and_is_deleted() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let server = cloud
+        .get("one", &format!("/v2.1/servers/{id}"), "2.96")
+        .await
+        .json;
+    let server = &server["server"];
+    assert_eq!(server["OS-EXT-STS:power_state"], 1);
+    assert_eq!(server["OS-EXT-AZ:availability_zone"], "nova");
+    assert_eq!(server["hostId"].as_str().unwrap().len(), 56);
+    assert!(server["OS-SRV-USG:launched_at"].is_string());
+    assert_eq!(cloud.host.processes(), [machine(&id)]);
+
+    let path = format!("/v2.1/servers/{id}");
+    let deleted = cloud
+        .call("one", Method::DELETE, &path, "", Value::Null)
+        .await;
+    assert_eq!(status(&deleted), 204);
+    cloud.until_gone("one", &id).await;
+    assert!(cloud.host.remains().is_empty());
+    let hosts = crate::agents::host::all(cloud.app.database().reader())
+        .await
+        .unwrap();
+    assert_eq!((hosts[0].vcpus_used, hosts[0].memory_mib_used), (0, 0));
+    let usage = cloud.get("one", "/v2.1/limits", "").await.json;
+    assert_eq!(usage["limits"]["absolute"]["totalInstancesUsed"], 0);
+    // Its actions can still be looked up, from 2.21.
+    let actions = format!("/v2.1/servers/{id}/os-instance-actions");
+    assert_eq!(status(&cloud.get("one", &actions, "2.20").await), 404);
+    let actions = cloud.get("one", &actions, "2.58").await.json;
+    let names: Vec<&str> = actions["instanceActions"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|action| action["action"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["delete", "create"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_machine_is_what_image_and_flavor_say() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let row = crate::reconcile::machine::find(cloud.app.database().reader(), machine(&id)).await;
+    let machine = row.unwrap().unwrap();
+    let spec = &machine.wanted.spec;
+    assert_eq!((spec.vcpus, spec.memory_mib), (1, 256));
+    assert_eq!(spec.boot.kernel.id.to_string(), KERNEL);
+    assert_eq!(spec.boot.command_line, "console=ttyS0 x=1");
+    let disk = spec.root_disk.as_ref().unwrap();
+    assert_eq!(
+        (disk.size, disk.image.as_ref().unwrap().id.to_string()),
+        (1 << 30, DISK.to_owned())
+    );
+    assert!(machine.request_id.unwrap().starts_with("req-"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_without_a_kernel_is_refused_with_what_to_do() {
+    let cloud = Cloud::new().await;
+    let bare = "0a11ce00-0000-4000-8000-000000000003";
+    cloud.image(bare, "raw", &[]).await;
+    let body = json!({"server": {"name": "x", "imageRef": bare, "flavorRef": "1"}});
+    let refused = cloud
+        .call("one", Method::POST, "/v2.1/servers", "", body)
+        .await;
+    assert_eq!(status(&refused), 400);
+    assert!(
+        refused.message().contains("set its property kernel_id"),
+        "{}",
+        refused.message()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_are_refused_in_novas_words() {
+    let cloud = Cloud::new().await;
+    let post = async |version, change: Value| {
+        let mut server = json!({"name": "n", "imageRef": DISK, "flavorRef": "1"});
+        for (name, value) in change.as_object().unwrap() {
+            server[name] = value.clone();
+        }
+        let body = json!({"server": server});
+        cloud
+            .call("one", Method::POST, "/v2.1/servers", version, body)
+            .await
+    };
+    for (version, change, words) in [
+        (
+            "",
+            json!({"flavorRef": "99"}),
+            "Flavor 99 could not be found.",
+        ),
+        (
+            "",
+            json!({"flavorRef": -1}),
+            "Flavor -1 could not be found.",
+        ),
+        (
+            "",
+            json!({"imageRef": "0a11ce00-0000-4000-8000-00000000ffff"}),
+            "Can not find requested image",
+        ),
+        (
+            "",
+            json!({"key_name": "none"}),
+            "Invalid key_name provided.",
+        ),
+        (
+            "",
+            json!({"min_count": 2, "max_count": 1}),
+            "min_count must be <= max_count",
+        ),
+        (
+            "",
+            json!({"max_count": 0}),
+            "Invalid input for field/attribute max_count. Value: 0. 0 is less than the minimum of 1",
+        ),
+        (
+            "",
+            json!({"name": ""}),
+            "Invalid input for field/attribute name. Value: . '' should be non-empty",
+        ),
+        (
+            "",
+            json!({"imageRef": -1}),
+            "Invalid input for field/attribute imageRef. Value: -1. -1 is not valid under any of \
+             the given schemas",
+        ),
+        (
+            "",
+            json!({"networks": [{"uuid": "a-b-c"}]}),
+            "Bad networks format: network uuid is not in proper format (a-b-c)",
+        ),
+        (
+            "",
+            json!({"security_groups": [{"name": "does_not_exist"}]}),
+            "Unable to find security_group with name or id 'does_not_exist'",
+        ),
+        (
+            "",
+            json!({"accessIPv4": "1.1.1.1.1"}),
+            "Invalid input for field/attribute accessIPv4. Value: 1.1.1.1.1. '1.1.1.1.1' is not a \
+             'ipv4'",
+        ),
+        (
+            "",
+            json!({"metadata": {"": "data1"}}),
+            "Invalid input for field/attribute metadata. Value: {'': 'data1'}. '' does not match \
+             any of the regexes: '^[a-zA-Z0-9-_:. ]{1,255}$'",
+        ),
+        (
+            "",
+            json!({"availability_zone": "moon"}),
+            "The requested availability zone is not available",
+        ),
+    ] {
+        let refused = post(version, change.clone()).await;
+        assert_eq!(
+            (status(&refused), refused.message()),
+            (400, words),
+            "{change}"
+        );
+    }
+    // From 2.37 networks must be said; from 2.52 tags may, from 2.57 files may not.
+    assert_eq!(status(&post("2.37", json!({})).await), 400);
+    assert_eq!(
+        status(&post("2.51", json!({"networks": "none", "tags": ["a"]})).await),
+        400
+    );
+    assert_eq!(
+        status(&post("2.52", json!({"networks": "none", "tags": ["a"]})).await),
+        202
+    );
+    let files = json!({"networks": "none", "personality": []});
+    assert_eq!(status(&post("2.56", files.clone()).await), 202);
+    assert_eq!(status(&post("2.57", files).await), 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn power_pause_and_reboot_change_the_machine() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let starts = async || cloud.host.report(machine(&id)).unwrap().starts;
+    for (body, wanted) in [
+        (json!({"pause": null}), "PAUSED"),
+        (json!({"unpause": null}), "ACTIVE"),
+        (json!({"os-stop": null}), "SHUTOFF"),
+        (json!({"os-start": null}), "ACTIVE"),
+        (json!({"reboot": {"type": "SOFT"}}), "ACTIVE"),
+        (json!({"reboot": {"type": "HARD"}}), "ACTIVE"),
+    ] {
+        let answer = cloud.act("one", &id, "2.96", body.clone()).await;
+        assert_eq!(status(&answer), 202, "{body}: {}", answer.json);
+        cloud
+            .until("one", &id, |server| server["status"] == wanted)
+            .await;
+    }
+    assert!(
+        starts().await >= 3,
+        "started, started again, and rebooted hard"
+    );
+    let refused = cloud.act("one", &id, "", json!({"unpause": null})).await;
+    assert_eq!(status(&refused), 409);
+    assert_eq!(
+        refused.message(),
+        format!("Cannot 'unpause' instance {id} while it is in vm_state active")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hard_reboot_is_the_way_out_of_what_hangs() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    cloud.frozen.send_replace(true);
+    assert_eq!(
+        status(&cloud.act("one", &id, "", json!({"pause": null})).await),
+        202
+    );
+    let soft = cloud
+        .act("one", &id, "", json!({"reboot": {"type": "SOFT"}}))
+        .await;
+    assert_eq!(
+        soft.message(),
+        format!("Cannot 'reboot' instance {id} while it is in task_state pausing")
+    );
+    let hard = cloud
+        .act("one", &id, "", json!({"reboot": {"type": "HARD"}}))
+        .await;
+    assert_eq!(status(&hard), 202);
+    cloud.frozen.send_replace(false);
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_being_built_can_be_deleted() {
+    let cloud = Cloud::new().await;
+    cloud.frozen.send_replace(true);
+    let id = cloud.create("one", "web").await;
+    let path = format!("/v2.1/servers/{id}");
+    assert_eq!(
+        status(
+            &cloud
+                .call("one", Method::DELETE, &path, "", Value::Null)
+                .await
+        ),
+        204
+    );
+    assert_eq!(
+        status(
+            &cloud
+                .call("one", Method::DELETE, &path, "", Value::Null)
+                .await
+        ),
+        204
+    );
+    cloud.frozen.send_replace(false);
+    cloud.until_gone("one", &id).await;
+    assert!(cloud.host.remains().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_fits_nowhere_is_an_error_that_says_why() {
+    let cloud = Cloud::new().await;
+    let flavor =
+        json!({"flavor": {"name": "huge", "id": "9", "ram": 40000, "vcpus": 2, "disk": 5000}});
+    cloud
+        .call("admin", Method::POST, "/v2.1/flavors", "", flavor)
+        .await;
+    let body = json!({"server": {"name": "x", "imageRef": DISK, "flavorRef": "9"}});
+    let made = cloud
+        .call("one", Method::POST, "/v2.1/servers", "", body)
+        .await;
+    let id = made.json["server"]["id"].as_str().unwrap();
+    let server = cloud
+        .until("one", id, |server| server["status"] == "ERROR")
+        .await;
+    assert_eq!(server["fault"]["code"], 500);
+    let message = server["fault"]["message"].as_str().unwrap();
+    assert!(message.starts_with("No valid host was found."), "{message}");
+    assert!(
+        message.contains("host-1: 5000 GiB of disk needed, 1000 free"),
+        "{message}"
+    );
+    assert!(server["fault"].get("details").is_none());
+    let path = format!("/v2.1/servers/{id}");
+    cloud
+        .call("one", Method::DELETE, &path, "", Value::Null)
+        .await;
+    cloud.until_gone("one", id).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guests_own_end_is_seen() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    cloud
+        .host
+        .end_process(machine(&id), StopReason::GuestPowerOff);
+    let server = cloud
+        .until("one", &id, |server| server["status"] == "SHUTOFF")
+        .await;
+    assert_eq!(server["OS-EXT-STS:power_state"], 4);
+    cloud.act("one", &id, "", json!({"os-start": null})).await;
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    let crash = StopReason::InternalError {
+        detail: "rip=0xdead".to_owned(),
+    };
+    cloud.host.end_process(machine(&id), crash);
+    let server = cloud
+        .until("admin", &id, |server| server["status"] == "ERROR")
+        .await;
+    assert_eq!(server["fault"]["details"], "rip=0xdead");
+    cloud
+        .act("one", &id, "", json!({"reboot": {"type": "HARD"}}))
+        .await;
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rebuild_makes_the_disk_anew_and_shows_what_its_microversion_has() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let other = "0a11ce00-0000-4000-8000-000000000004";
+    cloud.image(other, "raw", &[("kernel_id", KERNEL)]).await;
+    let disks = cloud.host.disks(machine(&id));
+    let body = json!({"rebuild": {"imageRef": other, "name": "new", "metadata": {"a": "b"}}});
+    let old = cloud.act("one", &id, "2.54", body.clone()).await;
+    assert_eq!(status(&old), 202, "{}", old.json);
+    assert_eq!(
+        keys(&old.json["server"]),
+        [
+            "OS-DCF:diskConfig",
+            "accessIPv4",
+            "accessIPv6",
+            "addresses",
+            "adminPass",
+            "created",
+            "description",
+            "flavor",
+            "hostId",
+            "id",
+            "image",
+            "key_name",
+            "links",
+            "locked",
+            "metadata",
+            "name",
+            "progress",
+            "status",
+            "tags",
+            "tenant_id",
+            "updated",
+            "user_id",
+        ]
+    );
+    assert_eq!(old.json["server"]["status"], "REBUILD");
+    let server = cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    assert_eq!(server["name"], "new");
+    assert_eq!(server["image"]["id"], other);
+    assert!(cloud.host.disks(machine(&id)) > disks);
+    let new = cloud.act("one", &id, "2.75", body).await.json;
+    assert!(new["server"].get("OS-EXT-STS:vm_state").is_some());
+    assert!(new["server"].get("user_data").is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_stops_users_and_not_administrators() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let lock = json!({"lock": {"locked_reason": "careful"}});
+    assert_eq!(status(&cloud.act("one", &id, "2.73", lock).await), 202);
+    let path = format!("/v2.1/servers/{id}");
+    let server = cloud.get("one", &path, "2.73").await.json["server"].clone();
+    assert_eq!(
+        (&server["locked"], &server["locked_reason"]),
+        (&json!(true), &json!("careful"))
+    );
+    let stop = cloud.act("one", &id, "", json!({"os-stop": null})).await;
+    assert_eq!(
+        (status(&stop), stop.message()),
+        (409, format!("Instance {id} is locked").as_str())
+    );
+    assert_eq!(
+        status(
+            &cloud
+                .call("one", Method::DELETE, &path, "", Value::Null)
+                .await
+        ),
+        409
+    );
+    assert_eq!(
+        status(&cloud.act("admin", &id, "", json!({"os-stop": null})).await),
+        202
+    );
+    cloud
+        .until("one", &id, |server| server["status"] == "SHUTOFF")
+        .await;
+    assert_eq!(
+        status(&cloud.act("one", &id, "", json!({"unlock": null})).await),
+        202
+    );
+    assert_eq!(
+        cloud.get("one", &path, "2.9").await.json["server"]["locked"],
+        false
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_actions_are_refused() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    for (body, words) in [
+        (json!({"nosuch": null}), "There is no such action: nosuch"),
+        (json!({}), "Malformed request body"),
+        (
+            json!({"forceDelete": null, "x": 1}),
+            "Malformed request body",
+        ),
+        (
+            json!({"reboot": {}}),
+            "Invalid input for field/attribute reboot. Value: {}. 'type' is a required property",
+        ),
+        (
+            json!({"reboot": {"type": "BAD"}}),
+            "Invalid input for field/attribute type. Value: BAD. 'BAD' is not one of ['HARD', \
+             'Hard', 'hard', 'SOFT', 'Soft', 'soft']",
+        ),
+    ] {
+        let refused = cloud.act("one", &id, "2.96", body).await;
+        assert_eq!((status(&refused), refused.message()), (400, words));
+    }
+    let reader = cloud.act("reader", &id, "", json!({"os-stop": null})).await;
+    assert_eq!(status(&reader), 403);
+    let reset = cloud
+        .act("one", &id, "", json!({"os-resetState": {"state": "error"}}))
+        .await;
+    assert_eq!(status(&reset), 403);
+    let stranger = cloud.act("two", &id, "", json!({"os-stop": null})).await;
+    assert_eq!(
+        (status(&stranger), stranger.message()),
+        (404, format!("Instance {id} could not be found.").as_str())
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_fields_of_a_server_come_with_their_microversions() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let path = format!("/v2.1/servers/{id}");
+    for (field, minor, admin) in [
+        ("OS-EXT-SRV-ATTR:hostname", 3, true),
+        ("OS-EXT-SRV-ATTR:user_data", 3, true),
+        ("locked", 9, false),
+        ("host_status", 16, true),
+        ("description", 19, false),
+        ("tags", 26, false),
+        ("trusted_image_certificates", 63, false),
+        ("server_groups", 71, false),
+        ("locked_reason", 73, false),
+        ("OS-EXT-SRV-ATTR:hostname", 90, false),
+        ("pinned_availability_zone", 96, false),
+    ] {
+        let who = if admin { "admin" } else { "one" };
+        for (version, there) in [(minor - 1, false), (minor, true)] {
+            let shown = cloud.get(who, &path, &format!("2.{version}")).await.json;
+            assert_eq!(
+                shown["server"].get(field).is_some(),
+                there,
+                "{field} at 2.{version}"
+            );
+        }
+        if admin && minor < 90 {
+            let shown = cloud.get("one", &path, "2.89").await.json;
+            assert!(
+                shown["server"].get(field).is_none(),
+                "{field} is for administrators"
+            );
+        }
+    }
+    let old = cloud.get("one", &path, "2.46").await.json;
+    assert_eq!(keys(&old["server"]["flavor"]), ["id", "links"]);
+    let new = cloud.get("one", &path, "2.47").await.json;
+    assert_eq!(
+        keys(&new["server"]["flavor"]),
+        [
+            "disk",
+            "ephemeral",
+            "extra_specs",
+            "original_name",
+            "ram",
+            "swap",
+            "vcpus"
+        ]
+    );
+    let update = async |version| {
+        let body = json!({"server": {}});
+        cloud
+            .call("one", Method::PUT, &path, version, body)
+            .await
+            .json["server"]
+            .clone()
+    };
+    assert!(update("2.74").await.get("OS-EXT-STS:vm_state").is_none());
+    assert!(update("2.75").await.get("OS-EXT-STS:vm_state").is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_are_filtered_sorted_and_paged() {
+    let cloud = Cloud::new().await;
+    let mut ids = Vec::new();
+    for name in ["b", "a", "c"] {
+        ids.push(cloud.running("one", name).await);
+    }
+    cloud.running("two", "other").await;
+    let names = async |who, query: &str, version| -> Vec<String> {
+        let list = cloud
+            .get(who, &format!("/v2.1/servers?{query}"), version)
+            .await
+            .json;
+        let servers = list["servers"]
+            .as_array()
+            .unwrap_or_else(|| panic!("{query}: {list}"));
+        servers
+            .iter()
+            .map(|server| server["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    assert_eq!(names("one", "", "").await, ["c", "a", "b"]);
+    assert_eq!(
+        names("one", "sort_key=display_name&sort_dir=asc", "").await,
+        ["a", "b", "c"]
+    );
+    assert_eq!(names("one", "name=a", "").await, ["a"]);
+    assert_eq!(names("one", "name=^[^a]", "").await, Vec::<String>::new());
+    assert_eq!(names("one", "status=active", "").await.len(), 3);
+    assert_eq!(names("one", "status=SHUTOFF", "").await.len(), 0);
+    assert_eq!(names("one", "flavor=2", "").await.len(), 0);
+    assert_eq!(names("one", &format!("image={DISK}"), "").await.len(), 3);
+    assert_eq!(
+        names("one", "changes-since=2051-01-01T12:34:00Z", "")
+            .await
+            .len(),
+        0
+    );
+    assert_eq!(names("admin", "all_tenants=1", "").await.len(), 4);
+    assert_eq!(
+        names("admin", "all_tenants=1&host=host-1&project_id=two", "").await,
+        ["other"]
+    );
+    assert_eq!(
+        names("admin", "all_tenants=1&host=nowhere", "").await.len(),
+        0
+    );
+    let tags = format!("/v2.1/servers/{}/tags", ids[0]);
+    let set = json!({"tags": ["t1", "t2"]});
+    assert_eq!(
+        status(&cloud.call("one", Method::PUT, &tags, "2.26", set).await),
+        200
+    );
+    assert_eq!(names("one", "tags=t1,t2", "2.26").await, ["b"]);
+    assert_eq!(names("one", "not-tags=t1", "2.26").await, ["c", "a"]);
+    assert_eq!(names("one", "tags-any=t2,t9", "2.26").await, ["b"]);
+
+    let mut seen = Vec::new();
+    let mut path = "/v2.1/servers/detail?limit=2&sort_key=display_name&sort_dir=asc".to_owned();
+    loop {
+        let page = cloud.get("one", &path, "").await.json;
+        for server in page["servers"].as_array().unwrap() {
+            seen.push(server["name"].as_str().unwrap().to_owned());
+        }
+        let Some(next) = page["servers_links"][0]["href"].as_str() else {
+            break;
+        };
+        path = next
+            .strip_prefix("http://cloud:5000/compute")
+            .unwrap()
+            .to_owned();
+    }
+    assert_eq!(seen, ["a", "b", "c"]);
+
+    for (query, version, words) in [
+        ("marker=nosuch", "2.96", "marker [nosuch] not found"),
+        (
+            "limit=-1",
+            "",
+            "Invalid input for query parameters limit. Value: -1. '-1' does not match '^[0-9]*$'",
+        ),
+        (
+            "foo=bar",
+            "2.96",
+            "'foo' does not match any of the regexes: '^_'",
+        ),
+        (
+            "changes-since=2011/01/01",
+            "",
+            "Invalid input for query parameters changes-since. Value: 2011/01/01. '2011/01/01' is \
+             not a 'date-time'",
+        ),
+    ] {
+        let refused = cloud
+            .get("one", &format!("/v2.1/servers?{query}"), version)
+            .await;
+        assert_eq!((status(&refused), refused.message()), (400, words));
+    }
+    assert_eq!(
+        status(&cloud.get("one", "/v2.1/servers?all_tenants=1", "").await),
+        403
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metadata_and_tags_are_resources_of_their_own() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let metadata = format!("/v2.1/servers/{id}/metadata");
+    let add = json!({"metadata": {"a": "1", "b": "2"}});
+    let added = cloud
+        .call("one", Method::POST, &metadata, "", add.clone())
+        .await;
+    assert_eq!(added.json, add);
+    let one = format!("{metadata}/a");
+    let put = cloud
+        .call("one", Method::PUT, &one, "", json!({"meta": {"a": "3"}}))
+        .await;
+    assert_eq!(put.json, json!({"meta": {"a": "3"}}));
+    let other = cloud
+        .call("one", Method::PUT, &one, "", json!({"meta": {"b": "3"}}))
+        .await;
+    assert_eq!(other.message(), "Request body and URI mismatch");
+    assert_eq!(
+        status(
+            &cloud
+                .call("one", Method::DELETE, &one, "", Value::Null)
+                .await
+        ),
+        204
+    );
+    let gone = cloud.get("one", &one, "").await;
+    assert_eq!(gone.message(), "Metadata item was not found");
+    let none = cloud
+        .call("one", Method::PUT, &metadata, "", json!({"metadata": null}))
+        .await;
+    assert_eq!(status(&none), 400);
+    let many: serde_json::Map<String, Value> =
+        (0..129).map(|at| (format!("k{at}"), json!("v"))).collect();
+    let many = cloud
+        .call("one", Method::PUT, &metadata, "", json!({"metadata": many}))
+        .await;
+    assert_eq!(
+        (status(&many), many.message()),
+        (403, "Maximum number of metadata items exceeds 128")
+    );
+
+    let tag = format!("/v2.1/servers/{id}/tags/x");
+    assert_eq!(
+        status(
+            &cloud
+                .call("one", Method::PUT, &tag, "2.25", Value::Null)
+                .await
+        ),
+        404
+    );
+    let put = cloud
+        .call("one", Method::PUT, &tag, "2.26", Value::Null)
+        .await;
+    assert_eq!(status(&put), 201);
+    assert_eq!(
+        put.headers["location"],
+        format!("http://cloud:5000/compute/v2.1/servers/{id}/tags/x")
+    );
+    assert_eq!(
+        status(
+            &cloud
+                .call("one", Method::PUT, &tag, "2.26", Value::Null)
+                .await
+        ),
+        204
+    );
+    assert_eq!(
+        status(
+            &cloud
+                .call("one", Method::DELETE, &tag, "2.26", Value::Null)
+                .await
+        ),
+        204
+    );
+    let gone = cloud.get("one", &tag, "2.26").await;
+    assert_eq!(gone.message(), format!("Server {id} has no tag 'x'"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn consoles_are_read_and_opened_by_a_token() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let log = cloud
+        .act(
+            "one",
+            &id,
+            "",
+            json!({"os-getConsoleOutput": {"length": 1}}),
+        )
+        .await;
+    assert_eq!(log.json, json!({"output": "start 1\n"}));
+    let path = format!("/v2.1/servers/{id}/remote-consoles");
+    let serial = json!({"remote_console": {"protocol": "serial", "type": "serial"}});
+    let made = cloud
+        .call("one", Method::POST, &path, "2.6", serial.clone())
+        .await;
+    let url = made.json["remote_console"]["url"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert!(
+        url.starts_with("ws://cloud:5000/compute/console?token="),
+        "{url}"
+    );
+    let vnc = json!({"remote_console": {"protocol": "vnc", "type": "novnc"}});
+    let vnc = cloud.call("one", Method::POST, &path, "2.6", vnc).await;
+    assert_eq!(
+        (status(&vnc), vnc.message()),
+        (400, "Unavailable console type novnc.")
+    );
+    let plain = url.strip_prefix("ws://cloud:5000/compute").unwrap();
+    let plain = cloud.get("nobody", plain, "").await;
+    assert_eq!(
+        (status(&plain), plain.message()),
+        (400, "A console is opened as a WebSocket.")
+    );
+    let forged = cloud.get("nobody", "/console?token=x", "").await;
+    assert_eq!(status(&forged), 403);
+    let old = cloud
+        .act(
+            "one",
+            &id,
+            "2.5",
+            json!({"os-getSerialConsole": {"type": "serial"}}),
+        )
+        .await;
+    assert!(
+        old.json["console"]["url"]
+            .as_str()
+            .unwrap()
+            .starts_with("ws://")
+    );
+    assert_eq!(
+        status(
+            &cloud
+                .act(
+                    "one",
+                    &id,
+                    "2.6",
+                    json!({"os-getSerialConsole": {"type": "serial"}})
+                )
+                .await
+        ),
+        404
+    );
+    cloud.act("one", &id, "", json!({"os-stop": null})).await;
+    cloud
+        .until("one", &id, |server| server["status"] == "SHUTOFF")
+        .await;
+    let off = cloud.call("one", Method::POST, &path, "2.6", serial).await;
+    assert_eq!(
+        (status(&off), off.message()),
+        (409, format!("Instance {id} is not ready").as_str())
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_action_tells_its_events() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let stop = cloud.act("one", &id, "", json!({"os-stop": null})).await;
+    cloud
+        .until("one", &id, |server| server["status"] == "SHUTOFF")
+        .await;
+    let request = stop.headers["x-openstack-request-id"].to_str().unwrap();
+    let path = format!("/v2.1/servers/{id}/os-instance-actions/{request}");
+    let action = cloud.get("admin", &path, "2.84").await.json["instanceAction"].clone();
+    assert_eq!(action["action"], "stop");
+    assert_eq!(action["project_id"], "one");
+    let event = &action["events"][0];
+    assert_eq!(event["event"], "compute_stop_instance");
+    assert_eq!(event["result"], "Success");
+    assert_eq!(
+        keys(event),
+        [
+            "details",
+            "event",
+            "finish_time",
+            "host",
+            "hostId",
+            "result",
+            "start_time",
+            "traceback",
+        ]
+    );
+    assert!(
+        cloud.get("one", &path, "2.50").await.json["instanceAction"]
+            .get("events")
+            .is_none()
+    );
+    let missing = cloud
+        .get(
+            "one",
+            &format!("/v2.1/servers/{id}/os-instance-actions/999"),
+            "",
+        )
+        .await;
+    assert_eq!(
+        (status(&missing), missing.message()),
+        (404, "Action 999 not found")
+    );
+}
