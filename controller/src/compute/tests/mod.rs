@@ -1,12 +1,13 @@
 //! The compute API as clients see it, over a simulated host.
 
+mod cloud;
 mod flavors;
 mod servers;
 
 use http::Method;
 use serde_json::{Value, json};
 
-use super::testing::{Answer, Cloud, DISK, KERNEL};
+use self::cloud::{Answer, Cloud, DISK, KERNEL};
 
 fn keys(value: &Value) -> Vec<&str> {
     let mut keys: Vec<&str> = value
