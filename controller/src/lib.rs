@@ -12,6 +12,7 @@ pub mod clock;
 pub mod compute;
 pub mod database;
 pub mod event;
+pub mod hosts;
 pub mod http;
 pub mod identity;
 pub mod image;

@@ -37,6 +37,7 @@ pub fn services() -> Vec<Routes> {
         crate::identity::routes(),
         crate::image::routes(),
         crate::compute::routes(),
+        crate::hosts::routes(),
     ]
 }
 

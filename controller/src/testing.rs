@@ -88,6 +88,7 @@ async fn build(services: Vec<Routes>) -> Result<TestApp, Box<dyn std::error::Err
         public_url,
         images: Images::new(db.clone(), Arc::new(files)),
         compute: crate::compute::testing::idle(&db),
+        hosts: crate::hosts::Hosts::idle(&db).await?,
         database: db,
         clock,
         random,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::clock::Clock;
 use crate::compute::Compute;
 use crate::database::Database;
+use crate::hosts::Hosts;
 use crate::http::{Authenticate, PublicUrl};
 use crate::identity::Realm;
 use crate::image::Images;
@@ -25,6 +26,7 @@ pub struct AppParts {
     pub images: Images,
     pub compute: Compute,
     pub realm: Arc<Realm>,
+    pub hosts: Hosts,
 }
 
 impl App {
@@ -56,6 +58,11 @@ impl App {
     /// Compute's operations and machines.
     pub fn compute(&self) -> &Compute {
         &self.0.compute
+    }
+
+    /// What is known of hosts, and how they join.
+    pub fn hosts(&self) -> &Hosts {
+        &self.0.hosts
     }
 
     pub fn images(&self) -> &Images {

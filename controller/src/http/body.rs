@@ -105,6 +105,8 @@ fn malformed(service: Service) -> ApiError {
         ),
         Service::Image => "Malformed JSON in request body.".to_owned(),
         Service::Network => "Unable to parse JSON".to_owned(),
-        Service::Compute | Service::Volume => "Malformed request body".to_owned(),
+        Service::Compute | Service::Volume | Service::Fractus => {
+            "Malformed request body".to_owned()
+        }
     })
 }

@@ -160,7 +160,7 @@ impl ApiError {
                 webob::render(self.0.status, &self.0.message, &self.0.detail, asked)
             }
             (Service::Identity, Origin::Router) => not_in_keystone(self.0.status),
-            (Service::Identity, _) => {
+            (Service::Identity | Service::Fractus, _) => {
                 let mut inner = Map::new();
                 inner.insert("code".to_owned(), code.into());
                 inner.extend(self.0.extra.clone());

@@ -10,15 +10,18 @@ pub enum Service {
     Compute,
     Volume,
     Network,
+    /// What no OpenStack service has: hosts.
+    Fractus,
 }
 
 impl Service {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Identity,
         Self::Image,
         Self::Compute,
         Self::Volume,
         Self::Network,
+        Self::Fractus,
     ];
 
     /// First segment of the service's paths, without a slash.
@@ -29,6 +32,7 @@ impl Service {
             Self::Compute => "compute",
             Self::Volume => "volume",
             Self::Network => "network",
+            Self::Fractus => "fractus",
         }
     }
 
@@ -40,6 +44,7 @@ impl Service {
             Self::Compute => ("compute", "nova"),
             Self::Volume => ("block-storage", "cinder"),
             Self::Network => ("network", "neutron"),
+            Self::Fractus => ("fractus", "fractus"),
         }
     }
 
@@ -49,6 +54,7 @@ impl Service {
             Self::Identity => "/v3",
             Self::Compute => "/v2.1",
             Self::Volume => "/v3",
+            Self::Fractus => "/v1",
             Self::Image | Self::Network => "",
         }
     }

@@ -82,6 +82,7 @@ async fn cloud(database: Database) -> Cloud {
         realm: Realm::idle(&database).await,
         images: images.clone(),
         compute: crate::compute::testing::idle(&database),
+        hosts: crate::hosts::Hosts::idle(&database).await.unwrap(),
     });
     let public = Public::new(app, vec![routes()]);
     Cloud {

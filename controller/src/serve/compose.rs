@@ -22,6 +22,7 @@ use crate::agents::listener::{Blob, BlobSource, Listener, Parts};
 use crate::clock::{Clock, SystemClock};
 use crate::compute::{self, Compute, ServerObserver};
 use crate::database::Database;
+use crate::hosts::Hosts;
 use crate::http::{App, AppParts, Routes, Service};
 use crate::identity::{Realm, boot};
 use crate::image::blob::FileStore;
@@ -91,6 +92,12 @@ impl Controller {
             Arc::clone(&clock),
             Arc::clone(&random),
         );
+        let hosts = Hosts {
+            fleet: Arc::clone(&agents.fleet),
+            authority: agents.authority.clone(),
+            agents_url: config.agents_url.clone(),
+            since_us: clock.now_us(),
+        };
         let app = App::new(AppParts {
             public_url: config.public_url.clone(),
             database,
@@ -103,6 +110,7 @@ impl Controller {
                 engine: Arc::clone(&engine),
                 machines,
             },
+            hosts,
         });
         Ok(Self {
             app,
