@@ -24,6 +24,7 @@ use crate::compute::ops::change::Change;
 use crate::compute::{Compute, ServerObserver, register};
 use crate::database::Database;
 use crate::database::testing::{self, TestDatabase};
+use crate::hosts::Hosts;
 use crate::http::{App, AppParts, Authenticate, Identity, PublicUrl, Refused};
 use crate::identity::Realm;
 use crate::image::Images;
@@ -173,6 +174,7 @@ impl World {
         let blobs = FileStore::open(self.folder.path(), "simulated")
             .await
             .unwrap();
+        let hosts = Hosts::idle(&database).await.unwrap();
         let app = App::new(AppParts {
             public_url: PublicUrl::parse("http://127.0.0.1:5000").unwrap(),
             images: Images::new(database.clone(), Arc::new(blobs)),
@@ -185,6 +187,7 @@ impl World {
                 engine: Arc::clone(&engine),
                 machines,
             },
+            hosts,
         });
         self.controller = Some(Controller {
             app,
