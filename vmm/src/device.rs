@@ -3,6 +3,7 @@
 //! Saving is a method, restoring is a constructor ([`Restore`]): a device is made from its saved
 //! state, never patched into it, so that no half-restored device can exist.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -48,8 +49,15 @@ pub trait Restore: Sized {
     type State: Serialize + DeserializeOwned;
     /// What belongs to the new process: descriptors, interrupt lines, memory.
     type Resources;
+    /// Of the state's form.
+    const VERSION: u32;
 
     fn restore(resources: Self::Resources, state: Self::State) -> Result<Self, DeviceError>;
+
+    /// [`Restore::restore`] from what [`Device::save`] gave.
+    fn restore_saved(resources: Self::Resources, saved: &SavedDevice) -> Result<Self, DeviceError> {
+        Self::restore(resources, saved.unpack(Self::VERSION)?)
+    }
 }
 
 /// State of a device in a stream.
@@ -81,6 +89,47 @@ impl SavedDevice {
         }
         postcard::from_bytes(&self.state)
             .map_err(|error| DeviceError::new(&self.id, "read its saved state", error))
+    }
+}
+
+/// The states that a machine is restored from, handed out by id while its devices are made; empty for
+/// a machine that starts anew.
+#[derive(Debug, Default)]
+pub struct SavedDevices {
+    /// `None`: nothing is restored.
+    states: Option<BTreeMap<String, SavedDevice>>,
+}
+
+impl SavedDevices {
+    pub fn new(states: Vec<SavedDevice>) -> SavedDevices {
+        let by_id = |state: SavedDevice| (state.id.clone(), state);
+        SavedDevices {
+            states: Some(states.into_iter().map(by_id).collect()),
+        }
+    }
+
+    /// The state of the device `id`; `None` if the machine starts anew. That a restored machine has
+    /// no state for it is an error.
+    pub fn take(&mut self, id: &str) -> Result<Option<SavedDevice>, DeviceError> {
+        match &mut self.states {
+            None => Ok(None),
+            Some(states) => match states.remove(id) {
+                Some(state) => Ok(Some(state)),
+                None => Err(DeviceError::new(id, "be restored", "it was not saved")),
+            },
+        }
+    }
+
+    /// Fails if a saved device has not been made: this machine has no such device.
+    pub fn finish(self) -> Result<(), DeviceError> {
+        match self.states.and_then(|states| states.into_keys().next()) {
+            Some(id) => Err(DeviceError::new(
+                &id,
+                "be restored",
+                "this machine has no such device",
+            )),
+            None => Ok(()),
+        }
     }
 }
 

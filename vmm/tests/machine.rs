@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::os::fd::AsFd;
+
 use common::{Guest, PATIENCE, Rig, config, files, kernel_file};
 use fractus_vmm::config::{WatchdogAction, WatchdogConfig};
 use fractus_vmm::machine::{Event, Machine, RunState, StopReason};
@@ -187,4 +189,92 @@ fn a_watchdog_that_is_not_fed_resets_the_machine_and_says_so_afterwards() {
     rig.wait(&Event::WatchdogFired);
     rig.wait(&Event::GuestReset);
     assert_eq!(rig.hear(2), "01");
+}
+
+/// Says a letter, notes in memory that it has, says the next.
+fn counting() -> Guest {
+    // 1: inc dword [0x200000]; mov al, [0x200000]; and al, 0x0f; add al, 'a'; mov dx, 0x3f8;
+    // out dx, al; mov ecx, 1000; 2: dec ecx; jnz 2b; jmp 1b
+    Guest::new()
+        .bytes(&[0xff, 0x05, 0, 0, 0x20, 0, 0xa0, 0, 0, 0x20, 0, 0x24, 0x0f])
+        .bytes(&[0x04, b'a', 0x66, 0xba, 0xf8, 0x03, 0xee])
+        .bytes(&[0xb9, 0xe8, 0x03, 0, 0, 0x49, 0x75, 0xfd, 0xeb, 0xe2])
+}
+
+/// Every letter follows the one before it.
+fn assert_unbroken(said: &str) {
+    for pair in said.as_bytes().windows(2) {
+        let wanted = (pair[0] - b'a' + 1) % 16 + b'a';
+        assert_eq!(pair[1], wanted, "broken: {said}");
+    }
+}
+
+#[test]
+fn a_restored_machine_goes_on_with_the_very_next_instruction() {
+    let mut config = config();
+    config.cpus.count = 2;
+    config.rng = Some(Default::default());
+    config.watchdog = Some(WatchdogConfig {
+        action: WatchdogAction::None,
+    });
+    let guest = counting();
+    let mut rig = Rig::build(config, &guest);
+    rig.machine.start().unwrap();
+    let mut said = rig.hear(100);
+    for _ in 0..5 {
+        rig.machine.pause().unwrap();
+        let bytes = postcard::to_stdvec(&rig.machine.save().unwrap()).unwrap();
+        let memory = rig.machine.memory().as_fd().try_clone_to_owned().unwrap();
+        drop(rig.machine);
+        std::io::Read::read_to_string(&mut rig.serial, &mut said).unwrap();
+        let saved = postcard::from_bytes(&bytes).unwrap();
+        let (files, serial) = files(kernel_file(&guest.elf()));
+        let machine = Machine::restore(saved, memory.into(), files, None).unwrap();
+        rig = Rig { machine, serial };
+        assert_eq!(rig.machine.state(), RunState::Paused);
+        rig.machine.resume().unwrap();
+        said += &rig.hear(100);
+    }
+    assert_unbroken(&said);
+}
+
+#[test]
+fn a_running_machine_cannot_be_saved() {
+    let rig = Rig::start(&Guest::new().halt());
+    assert!(rig.machine.save().is_err());
+}
+
+#[test]
+fn a_bzimage_finds_its_header_initrd_and_command_line() {
+    // Says 'L'; then the first bytes of what the zero page at RSI says: header, initrd, command line.
+    let say = [0x66, 0xba, 0xf8, 0x03, 0xee];
+    let code = Guest::new()
+        .say("L")
+        .bytes(&[0x8a, 0x86, 0x02, 0x02, 0, 0])
+        .bytes(&say)
+        .bytes(&[0x8b, 0x9e, 0x18, 0x02, 0, 0, 0x8a, 0x03])
+        .bytes(&say)
+        .bytes(&[0x8b, 0x9e, 0x28, 0x02, 0, 0, 0x8a, 0x03])
+        .bytes(&say)
+        .halt();
+    let (mut files, serial) = files(kernel_file(&code.bz_image()));
+    files.initrd = Some(kernel_file(b"initrd"));
+    let mut config = config();
+    config.command_line = "command line".to_owned();
+    let mut machine = Machine::build(config, files, None).unwrap();
+    machine.start().unwrap();
+    let mut rig = Rig { machine, serial };
+    assert_eq!(rig.hear(4), "LHic");
+}
+
+#[test]
+fn a_vcpu_that_kvm_cannot_run_stops_the_machine_with_its_registers() {
+    // Executes from an address where no memory is: mov eax, 0xd0000000; jmp eax
+    let mut rig = Rig::start(&Guest::new().bytes(&[0xb8, 0, 0, 0, 0xd0, 0xff, 0xe0]));
+    let StopReason::InternalError { vcpu, detail } = rig.wait_stop() else {
+        panic!("another reason");
+    };
+    assert_eq!(vcpu, 0);
+    assert!(detail.contains("suberror 1"), "{detail}");
+    assert!(detail.contains("0xd0000000"), "{detail}");
 }

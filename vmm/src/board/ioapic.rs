@@ -13,7 +13,7 @@ use crate::interrupt::{Gsi, InterruptLine, MsiController, MsiMessage};
 use crate::layout::IOAPIC_PINS;
 
 const PINS: usize = IOAPIC_PINS as usize;
-const ID: &str = "ioapic";
+pub(super) const ID: &str = "ioapic";
 const STATE_VERSION: u32 = 1;
 
 /// Registers in memory.
@@ -269,6 +269,7 @@ impl Device for IoApic {
 impl Restore for IoApic {
     type State = IoApicState;
     type Resources = Arc<dyn MsiController>;
+    const VERSION: u32 = STATE_VERSION;
 
     fn restore(msi: Self::Resources, state: Self::State) -> Result<Self, DeviceError> {
         let ioapic = IoApic {

@@ -26,7 +26,8 @@ pub use watchdog::{Watchdog, WatchdogResources};
 
 use crate::bus::BusError;
 use crate::config::{MachineConfig, MachineFiles};
-use crate::device::{Board, Device, DeviceError};
+use crate::device::{Board, Device, DeviceError, Restore, SavedDevices};
+use crate::interrupt::MsiController;
 use crate::layout;
 
 /// The fixed devices of one machine.
@@ -35,12 +36,24 @@ pub struct FixedDevices {
     pub all: Vec<Arc<dyn Device>>,
 }
 
+/// The interrupt controller comes first: vCPUs report to it, devices pull at its pins.
+pub fn interrupts(
+    msi: Arc<dyn MsiController>,
+    saved: &mut SavedDevices,
+) -> Result<Arc<IoApic>, DeviceError> {
+    Ok(Arc::new(match saved.take(ioapic::ID)? {
+        Some(state) => IoApic::restore_saved(msi, &state)?,
+        None => IoApic::new(msi),
+    }))
+}
+
 /// Makes the fixed devices and puts them on the buses.
 pub fn attach(
     config: &MachineConfig,
     files: &MachineFiles,
     ioapic: Arc<IoApic>,
     board: &Board,
+    saved: &mut SavedDevices,
 ) -> Result<FixedDevices, DeviceError> {
     let bus = |device: &'static str| {
         move |error: BusError| DeviceError::new(device, "take its addresses", error)
@@ -52,7 +65,10 @@ pub fn attach(
 
     let line = ioapic.line(layout::SERIAL_IRQ);
     let resources = SerialResources::open("serial0", &files.serial, line, board)?;
-    let serial = SerialPort::new(resources)?;
+    let serial = match saved.take("serial0")? {
+        Some(state) => <Arc<SerialPort>>::restore_saved(resources, &state)?,
+        None => SerialPort::new(resources)?,
+    };
     board
         .pio
         .insert(layout::SERIAL_PORT.into(), 8, serial.clone())
@@ -70,13 +86,20 @@ pub fn attach(
         line,
         requests: board.requests.clone(),
     };
-    let power = Arc::new(PowerPort::new(resources));
+    let power = Arc::new(match saved.take(power::ID)? {
+        Some(state) => PowerPort::restore_saved(resources, &state)?,
+        None => PowerPort::new(resources),
+    });
     board
         .pio
         .insert(layout::ACPI_PM_PORT.into(), power::SIZE, power.clone())
         .map_err(bus("power"))?;
 
-    let rtc = Arc::new(Rtc::new(Arc::new(SystemTime::now)));
+    let now: rtc::Now = Arc::new(SystemTime::now);
+    let rtc = Arc::new(match saved.take(rtc::ID)? {
+        Some(state) => Rtc::restore_saved(now, &state)?,
+        None => Rtc::new(now),
+    });
     board
         .pio
         .insert(layout::RTC_PORT.into(), 2, rtc.clone())
@@ -91,7 +114,11 @@ pub fn attach(
             .map_err(bus("pvpanic"))?;
     }
     if config.watchdog.is_some() {
-        let watchdog = Watchdog::new(WatchdogResources::open(board)?);
+        let resources = WatchdogResources::open(board)?;
+        let watchdog = match saved.take(watchdog::ID)? {
+            Some(state) => <Arc<Watchdog>>::restore_saved(resources, &state)?,
+            None => Watchdog::new(resources),
+        };
         board
             .pio
             .insert(

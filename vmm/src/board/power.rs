@@ -9,7 +9,7 @@ use crate::device::{BusDevice, Device, DeviceError, Restore, SavedDevice};
 use crate::interrupt::InterruptLine;
 use crate::request::{Request, RequestSender};
 
-const ID: &str = "power";
+pub(super) const ID: &str = "power";
 const STATE_VERSION: u32 = 1;
 
 /// Offsets from `layout::ACPI_PM_PORT`, a byte each.
@@ -101,6 +101,7 @@ impl Device for PowerPort {
 impl Restore for PowerPort {
     type State = PowerState;
     type Resources = PowerResources;
+    const VERSION: u32 = STATE_VERSION;
 
     fn restore(resources: PowerResources, state: PowerState) -> Result<Self, DeviceError> {
         Ok(PowerPort {

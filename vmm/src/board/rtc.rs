@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{BusDevice, Device, DeviceError, Restore, SavedDevice};
 
-const ID: &str = "rtc";
+pub(super) const ID: &str = "rtc";
 const STATE_VERSION: u32 = 1;
 
 /// Where the clock gets the time from.
@@ -156,6 +156,7 @@ impl Device for Rtc {
 impl Restore for Rtc {
     type State = RtcState;
     type Resources = Now;
+    const VERSION: u32 = STATE_VERSION;
 
     fn restore(now: Now, mut state: RtcState) -> Result<Self, DeviceError> {
         state.memory.resize(128, 0);

@@ -297,6 +297,7 @@ impl Device for SerialPort {
 impl Restore for Arc<SerialPort> {
     type State = SerialState;
     type Resources = SerialResources;
+    const VERSION: u32 = STATE_VERSION;
 
     fn restore(resources: SerialResources, state: SerialState) -> Result<Self, DeviceError> {
         let [baud_divisor_low, baud_divisor_high] = state.divisor;

@@ -19,7 +19,7 @@ use crate::device::{Board, BusDevice, Device, DeviceError, Restore, SavedDevice}
 use crate::reactor::{Interest, Reactor, Ready, Registration, Subscriber};
 use crate::request::{Request, RequestSender};
 
-const ID: &str = "watchdog";
+pub(super) const ID: &str = "watchdog";
 const STATE_VERSION: u32 = 1;
 
 /// Offsets of the registers, 4 bytes each.
@@ -258,6 +258,7 @@ impl Device for Watchdog {
 impl Restore for Arc<Watchdog> {
     type State = WatchdogState;
     type Resources = WatchdogResources;
+    const VERSION: u32 = STATE_VERSION;
 
     fn restore(resources: WatchdogResources, state: WatchdogState) -> Result<Self, DeviceError> {
         Ok(Watchdog::with_state(resources, state))

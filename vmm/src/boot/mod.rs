@@ -10,6 +10,8 @@ mod fuzz;
 mod linux64;
 mod map;
 mod pvh;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io;

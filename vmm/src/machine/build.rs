@@ -1,15 +1,17 @@
 //! How a machine is put together, in the order that keeps its start short: memory and VM, then the
 //! vCPUs' threads, which prepare themselves while the board is made and the kernel loaded.
 
+use std::fs::File;
 use std::sync::Arc;
 
+use super::state::{MachineState, STATE_VERSION};
 use super::{Machine, RunState};
-use crate::board::{self, FixedDevices, IoApic, acpi};
+use crate::board::{self, FixedDevices, acpi};
 use crate::boot::{self, Boot, BootError};
 use crate::bus::Bus;
 use crate::config::{ConfigError, MachineConfig, MachineFiles};
 use crate::cpu::{BootRegisters, Surroundings, VcpuSet, VcpuSetError};
-use crate::device::{Board, DeviceError};
+use crate::device::{Board, DeviceError, SavedDevices};
 use crate::kvm::{Hypervisor, KvmError, controllers};
 use crate::layout::Layout;
 use crate::memory::{GuestMemory, MemoryError};
@@ -33,6 +35,10 @@ pub enum BuildError {
     Device(#[from] DeviceError),
     #[error("the kernel cannot be booted")]
     Boot(#[from] BootError),
+    #[error("a saved machine of version {version}; this build reads version {STATE_VERSION}")]
+    StateVersion { version: u32 },
+    #[error("a saved machine with {states} vCPU states for {count} vCPUs")]
+    VcpuStates { states: usize, count: u8 },
     #[error("{what}")]
     Host {
         what: &'static str,
@@ -40,15 +46,64 @@ pub enum BuildError {
     },
 }
 
+/// A machine that starts anew.
 pub(super) fn build(
     config: MachineConfig,
-    mut files: MachineFiles,
+    files: MachineFiles,
     hook: Option<ThreadHook>,
 ) -> Result<Machine, BuildError> {
     config.validate()?;
+    let memory = GuestMemory::create(&config.memory)?;
+    let mut parts = assemble(config, files, memory, SavedDevices::default(), hook)?;
+    let boot = load(&parts.config, &parts.files, &parts.memory, &parts.layout)?;
+    parts.vcpus.ready().map_err(VcpuSetError::from)?;
+    parts.vcpus.power_on(boot).map_err(VcpuSetError::from)?;
+    Ok(parts)
+}
+
+/// A machine that goes on where another was saved, on the memory that the other had.
+pub(super) fn restore(
+    saved: MachineState,
+    memory: File,
+    files: MachineFiles,
+    hook: Option<ThreadHook>,
+) -> Result<Machine, BuildError> {
+    let MachineState {
+        version,
+        config,
+        clock,
+        vcpus,
+        devices,
+    } = saved;
+    if version != STATE_VERSION {
+        return Err(BuildError::StateVersion { version });
+    }
+    config.validate()?;
+    if vcpus.len() != usize::from(config.cpus.count) {
+        return Err(BuildError::VcpuStates {
+            states: vcpus.len(),
+            count: config.cpus.count,
+        });
+    }
+    let memory = GuestMemory::map(memory, &config.memory)?;
+    let mut machine = assemble(config, files, memory, SavedDevices::new(devices), hook)?;
+    machine.vcpus.ready().map_err(VcpuSetError::from)?;
+    machine.vcpus.load(vcpus).map_err(VcpuSetError::from)?;
+    machine.vm.set_clock(&clock)?;
+    machine.state = RunState::Paused;
+    Ok(machine)
+}
+
+/// All but what the guest starts with.
+fn assemble(
+    config: MachineConfig,
+    mut files: MachineFiles,
+    memory: GuestMemory,
+    mut saved: SavedDevices,
+    hook: Option<ThreadHook>,
+) -> Result<Machine, BuildError> {
     config.validate_files(&files)?;
     let host = |what| move |source| BuildError::Host { what, source };
-    let memory = GuestMemory::create(&config.memory)?;
     let layout = Layout::new(config.memory.bytes);
     let kvm = files
         .kvm
@@ -72,29 +127,26 @@ pub(super) fn build(
         requests: requests.clone(),
         layout,
     };
-    let ioapic = Arc::new(IoApic::new(msi));
+    let ioapic = board::interrupts(msi, &mut saved)?;
     let surroundings = Surroundings {
         pio: Arc::clone(&board.pio),
         mmio: Arc::clone(&board.mmio),
         end_of_interrupt: ioapic.clone(),
         requests,
     };
-    let mut vcpus = VcpuSet::create(&hypervisor, &vm, &config.cpus, &surroundings, &threads)?;
+    let vcpus = VcpuSet::create(&hypervisor, &vm, &config.cpus, &surroundings, &threads)?;
     let FixedDevices {
         power,
         all: mut devices,
-    } = board::attach(&config, &files, ioapic, &board)?;
-    devices.extend(virtio::attach(&config, &files, &board)?);
+    } = board::attach(&config, &files, ioapic, &board, &mut saved)?;
+    devices.extend(virtio::attach(&config, &files, &board, &mut saved)?);
+    saved.finish()?;
     let reactor_thread = reactor
         .run(&threads)
         .map_err(host("start the reactor's thread"))?;
     // Descriptors that devices have duplicated are not needed again; the kernel is, by a reset.
     files.disks.clear();
     files.console_ports.clear();
-
-    let boot = load(&config, &files, &memory, &layout)?;
-    vcpus.ready().map_err(VcpuSetError::from)?;
-    vcpus.power_on(boot).map_err(VcpuSetError::from)?;
     Ok(Machine {
         vcpus,
         devices,
@@ -108,7 +160,7 @@ pub(super) fn build(
         memory,
         layout,
         _board: board,
-        _vm: vm,
+        vm,
     })
 }
 

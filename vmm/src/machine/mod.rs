@@ -10,8 +10,10 @@
 
 mod build;
 mod event;
+mod state;
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +24,7 @@ use crate::board::PowerPort;
 use crate::config::{MachineConfig, MachineFiles, WatchdogAction};
 use crate::cpu::{VcpuError, VcpuSet, VcpuSetError};
 use crate::device::{Board, Device, DeviceError};
-use crate::kvm::Vm;
+use crate::kvm::{KvmError, Vm};
 use crate::layout::Layout;
 use crate::memory::GuestMemory;
 use crate::reactor::ReactorThread;
@@ -31,6 +33,7 @@ use crate::thread::ThreadHook;
 
 pub use build::BuildError;
 pub use event::{Event, Registers, RunState, StopReason};
+pub use state::MachineState;
 
 /// One virtual machine of this process. Dropping it ends it.
 pub struct Machine {
@@ -48,7 +51,7 @@ pub struct Machine {
     memory: GuestMemory,
     layout: Layout,
     _board: Board,
-    _vm: Arc<Vm>,
+    vm: Arc<Vm>,
 }
 
 /// Why a machine could not be started, paused or resumed.
@@ -63,6 +66,8 @@ pub enum MachineError {
     Vcpus(#[from] VcpuSetError),
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error(transparent)]
@@ -80,6 +85,30 @@ impl Machine {
         hook: Option<ThreadHook>,
     ) -> Result<Machine, BuildError> {
         build::build(config, files, hook)
+    }
+
+    /// Makes a machine that goes on, at `resume`, where [`Machine::save`] found another; `memory` is
+    /// what the other's memory was (the descriptor itself, or a copy of the same size).
+    pub fn restore(
+        saved: MachineState,
+        memory: File,
+        files: MachineFiles,
+        hook: Option<ThreadHook>,
+    ) -> Result<Machine, BuildError> {
+        build::restore(saved, memory, files, hook)
+    }
+
+    /// All that a paused machine is, but its memory and descriptors.
+    pub fn save(&self) -> Result<MachineState, MachineError> {
+        self.expect(RunState::Paused, "saved")?;
+        let devices: Result<_, _> = self.devices.iter().map(|device| device.save()).collect();
+        Ok(MachineState {
+            version: state::STATE_VERSION,
+            config: self.config.clone(),
+            clock: self.vm.clock()?,
+            vcpus: self.vcpus.save()?,
+            devices: devices?,
+        })
     }
 
     pub fn state(&self) -> RunState {

@@ -7,7 +7,7 @@ use super::console::Console;
 use super::rng::Rng;
 use super::{VirtioDevice, VirtioPciDevice};
 use crate::config::{MachineConfig, MachineFiles};
-use crate::device::{Board, Device, DeviceError};
+use crate::device::{Board, Device, DeviceError, SavedDevice, SavedDevices};
 use crate::pci::{PciBus, RootComplex};
 
 /// Makes the root complex and all virtio devices of a machine. What it keeps of `files` it duplicates.
@@ -18,6 +18,7 @@ pub fn attach(
     config: &MachineConfig,
     files: &MachineFiles,
     board: &Board,
+    saved: &mut SavedDevices,
 ) -> Result<Vec<Arc<dyn Device>>, DeviceError> {
     let bus = PciBus::plug(board)?;
     let mut devices: Vec<Arc<dyn Device>> = Vec::new();
@@ -26,8 +27,14 @@ pub fn attach(
         let file = file
             .try_clone()
             .map_err(|error| DeviceError::new(&id, "duplicate its descriptor", error))?;
-        let block = Block::open(&id, disk, file, &board.threads)?;
-        devices.push(plug(&id, Box::new(block), bus.root(), board)?);
+        let make = |saved: Option<&SavedDevice>| {
+            let block = Block::open(&id, disk, file, &board.threads)?;
+            Ok(Box::new(match saved {
+                Some(saved) => Block::restore(saved, block)?,
+                None => block,
+            }) as Box<dyn VirtioDevice>)
+        };
+        devices.push(plug(&id, make, bus.root(), board, saved)?);
     }
     if !config.console_ports.is_empty() {
         let (ports, files) = (&config.console_ports, &files.console_ports);
@@ -35,21 +42,34 @@ pub fn attach(
         devices.push(plug("console0", Box::new(console), bus.root(), board)?);
     }
     if let Some(rng) = &config.rng {
-        let device = Rng::new("rng0", rng, &board.reactor)?;
-        devices.push(plug("rng0", Box::new(device), bus.root(), board)?);
+        let make = |saved: Option<&SavedDevice>| {
+            Ok(Box::new(match saved {
+                Some(saved) => Rng::restore(saved, rng, &board.reactor)?,
+                None => Rng::new("rng0", rng, &board.reactor)?,
+            }) as Box<dyn VirtioDevice>)
+        };
+        devices.push(plug("rng0", make, bus.root(), board, saved)?);
+    }
+    if let Some(state) = saved.take(bus.id())? {
+        bus.load(&state)?;
     }
     // After the functions: its reset looks at where theirs has put their BARs.
     devices.push(Arc::new(bus));
     Ok(devices)
 }
 
+/// Puts a device on the bus, new or as it was saved; `make` makes it from the state of its own.
 fn plug(
     id: &str,
-    device: Box<dyn VirtioDevice>,
+    make: impl FnOnce(Option<&SavedDevice>) -> Result<Box<dyn VirtioDevice>, DeviceError>,
     root: &RootComplex,
     board: &Board,
+    saved: &mut SavedDevices,
 ) -> Result<Arc<dyn Device>, DeviceError> {
-    let device = VirtioPciDevice::new(id, device, board)?;
+    let device = match saved.take(id)? {
+        Some(state) => VirtioPciDevice::restore(&state, board, |state| make(Some(state)))?,
+        None => VirtioPciDevice::new(id, make(None)?, board)?,
+    };
     let slot = root.free_slot().unwrap_or(usize::MAX);
     root.insert(slot, device.function())
         .map_err(|error| DeviceError::new(id, "take its place on the PCI bus", error))?;

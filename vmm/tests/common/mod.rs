@@ -1,5 +1,7 @@
 //! Tiny guests of a few hand-assembled bytes, and a machine around them.
 
+#![allow(dead_code, reason = "not every test program uses all of it")]
+
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -66,6 +68,27 @@ impl Guest {
     /// ud2, with no table to handle it.
     pub fn triple_fault(self) -> Guest {
         self.bytes(&[0x0f, 0x0b])
+    }
+
+    /// As a bzImage whose 64-bit entry is the code.
+    pub fn bz_image(&self) -> Vec<u8> {
+        let mut file = vec![0; 2 * 512 + 0x200];
+        let mut put = |offset: usize, bytes: &[u8]| {
+            file[offset..offset + bytes.len()].copy_from_slice(bytes);
+        };
+        let paragraphs = (0x200 + self.0.len()).div_ceil(16) as u32;
+        // One setup sector; size; magic; a header of 0x6a bytes; protocol 2.15; 64-bit entry;
+        // initrd anywhere below 2 GiB; a command line of 2047 bytes; 1 MiB of memory.
+        put(0x1f1, &[1]);
+        put(0x1f4, &paragraphs.to_le_bytes());
+        put(0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]);
+        put(0x202, b"HdrS\x0f\x02");
+        put(0x22c, &0x7fff_ffffu32.to_le_bytes());
+        put(0x236, &[1]);
+        put(0x238, &2047u32.to_le_bytes());
+        put(0x260, &(1u32 << 20).to_le_bytes());
+        file.extend_from_slice(&self.0);
+        file
     }
 
     /// As an ELF file with a PVH note.
