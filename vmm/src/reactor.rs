@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::eventfd::EventFd;
@@ -65,10 +65,13 @@ pub struct Reactor {
     shared: Arc<Shared>,
 }
 
+/// By token, with the tag that each gave itself.
+type Subscribers = HashMap<u64, (Arc<dyn Subscriber>, u32)>;
+
 struct Shared {
     epoll: OwnedFd,
     next: AtomicU64,
-    subscribers: Mutex<HashMap<u64, (Arc<dyn Subscriber>, u32)>>,
+    subscribers: Mutex<Subscribers>,
     stop: AtomicBool,
     wake: EventFd,
 }
@@ -171,7 +174,7 @@ impl Drop for Registration {
 }
 
 impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, (Arc<dyn Subscriber>, u32)>> {
+    fn lock(&self) -> MutexGuard<'_, Subscribers> {
         self.subscribers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

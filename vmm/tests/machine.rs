@@ -5,7 +5,7 @@ mod common;
 use std::os::fd::AsFd;
 
 use common::{Guest, PATIENCE, Rig, config, files, kernel_file};
-use fractus_vmm::config::{WatchdogAction, WatchdogConfig};
+use fractus_vmm::config::{ConsoleFiles, ConsolePortConfig, WatchdogAction, WatchdogConfig};
 use fractus_vmm::machine::{Event, Machine, RunState, StopReason};
 
 #[test]
@@ -214,11 +214,18 @@ fn a_restored_machine_goes_on_with_the_very_next_instruction() {
     let mut config = config();
     config.cpus.count = 2;
     config.rng = Some(Default::default());
+    config.console_ports = vec![ConsolePortConfig {
+        name: "agent".to_owned(),
+        console: false,
+    }];
     config.watchdog = Some(WatchdogConfig {
         action: WatchdogAction::None,
     });
     let guest = counting();
-    let mut rig = Rig::build(config, &guest);
+    let (mut descriptors, serial) = files(kernel_file(&guest.elf()));
+    descriptors.console_ports = vec![ConsoleFiles::default()];
+    let machine = Machine::build(config, descriptors, None).unwrap();
+    let mut rig = Rig { machine, serial };
     rig.machine.start().unwrap();
     let mut said = rig.hear(100);
     for _ in 0..5 {
@@ -228,8 +235,9 @@ fn a_restored_machine_goes_on_with_the_very_next_instruction() {
         drop(rig.machine);
         std::io::Read::read_to_string(&mut rig.serial, &mut said).unwrap();
         let saved = postcard::from_bytes(&bytes).unwrap();
-        let (files, serial) = files(kernel_file(&guest.elf()));
-        let machine = Machine::restore(saved, memory.into(), files, None).unwrap();
+        let (mut descriptors, serial) = files(kernel_file(&guest.elf()));
+        descriptors.console_ports = vec![ConsoleFiles::default()];
+        let machine = Machine::restore(saved, memory.into(), descriptors, None).unwrap();
         rig = Rig { machine, serial };
         assert_eq!(rig.machine.state(), RunState::Paused);
         rig.machine.resume().unwrap();

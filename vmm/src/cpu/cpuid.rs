@@ -132,7 +132,7 @@ fn place(entry: &mut kvm_cpuid_entry2, id: u32, count: u32, amd: bool, tsc_deadl
         0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         0x8000_0001 if count > 1 && amd => entry.ecx |= 1 << 1,
         // Address sizes; threads, and the bits of the APIC id that count them.
-        0x8000_0008 if amd => entry.ecx = count - 1 | id_bits(count) << 12,
+        0x8000_0008 if amd => entry.ecx = (count - 1) | id_bits(count) << 12,
         0x8000_001d if entry.eax & 0x1f != 0 => {
             let level = entry.eax >> 5 & 7;
             let sharing = if level >= 3 { count - 1 } else { 0 };

@@ -43,9 +43,11 @@ pub enum Exit<'a> {
 /// Runs the guest until it leaves.
 pub fn enter(fd: &mut VcpuFd) -> Exit<'_> {
     let run: *const kvm_bindings::kvm_run = fd.get_kvm_run();
-    // SAFETY (of all reads through it): `run` points into the mapping that `fd` owns; the fields read
-    // are plain integers which the kernel wrote before KVM_RUN returned, and nothing else writes them.
-    let access_size = || usize::from(unsafe { (*run).__bindgen_anon_1.io.size }).max(1);
+    let access_size = || {
+        // SAFETY: `run` points into the mapping that `fd` owns. The field is a plain integer (any bits
+        // are valid) that the kernel wrote before KVM_RUN returned, and that nothing else writes.
+        usize::from(unsafe { (*run).__bindgen_anon_1.io.size }).max(1)
+    };
     match fd.run() {
         Ok(VcpuExit::IoIn(port, data)) => Exit::PortRead {
             port,

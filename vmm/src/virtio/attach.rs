@@ -38,8 +38,14 @@ pub fn attach(
     }
     if !config.console_ports.is_empty() {
         let (ports, files) = (&config.console_ports, &files.console_ports);
-        let console = Console::new("console0", ports, files, &board.reactor)?;
-        devices.push(plug("console0", Box::new(console), bus.root(), board)?);
+        let make = |saved: Option<&SavedDevice>| {
+            let console = Console::new("console0", ports, files, &board.reactor)?;
+            Ok(Box::new(match saved {
+                Some(saved) => Console::restore(saved, console)?,
+                None => console,
+            }) as Box<dyn VirtioDevice>)
+        };
+        devices.push(plug("console0", make, bus.root(), board, saved)?);
     }
     if let Some(rng) = &config.rng {
         let make = |saved: Option<&SavedDevice>| {

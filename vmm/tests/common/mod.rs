@@ -1,6 +1,10 @@
 //! Tiny guests of a few hand-assembled bytes, and a machine around them.
 
 #![allow(dead_code, reason = "not every test program uses all of it")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a fault here fails the test, as it should"
+)]
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
