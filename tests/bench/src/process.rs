@@ -72,12 +72,30 @@ impl Running {
         Ok(bytes)
     }
 
-    /// Proportional set size without the mappings that are guest memory (those of `guest` bytes and
+    /// Proportional set size of the process that runs the machine (the last of its descendants: the
+    /// others only started it) without the mappings that are guest memory (those of `guest` bytes and
     /// those of a memfd), bytes.
     pub fn pss_beyond(&self, guest: u64) -> anyhow::Result<u64> {
-        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.child.id()))?;
+        let mut pid = self.child.id();
+        while let Some(child) = last_child(pid)? {
+            pid = child;
+        }
+        let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
         Ok(pss_beyond(&smaps, guest))
     }
+}
+
+fn last_child(pid: u32) -> anyhow::Result<Option<u32>> {
+    let mut found = None;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let children = fs::read_to_string(task?.path().join("children"))?;
+        found = children
+            .split_ascii_whitespace()
+            .filter_map(|word| word.parse().ok())
+            .next_back()
+            .or(found);
+    }
+    Ok(found)
 }
 
 impl Drop for Running {

@@ -1,8 +1,12 @@
-//! The VMM alone: how soon a guest runs, and what a machine costs beyond the guest's memory. The peer
-//! is Debian's QEMU, machine type microvm, with all that can be left out left out.
+//! The VMM alone: how soon a guest runs, and what a machine costs beyond the guest's memory; bare, and
+//! jailed as the agent does it. The peer is Debian's QEMU, machine type microvm, with all that can be
+//! left out left out.
 
-use std::path::Path;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use tempfile::TempPath;
 
 use crate::figure::{Figure, median};
 use crate::process::{Running, built, probe};
@@ -11,13 +15,43 @@ const MIB: u64 = 1 << 20;
 const GUEST_MIB: u64 = 256;
 const PEER: &str = "QEMU microvm";
 
-fn ours(probe: &Path) -> anyhow::Result<Command> {
-    let mut command = Command::new(built("examples/boot")?);
-    command
-        .arg(probe)
-        .args(["--memory", &GUEST_MIB.to_string()])
-        .args(["--append", "tick_ms=0"]);
-    Ok(command)
+/// What both of ours need on disk: the machine as `fractus-agent vm` reads it.
+struct Bed {
+    probe: PathBuf,
+    config: TempPath,
+}
+
+impl Bed {
+    fn make() -> anyhow::Result<Self> {
+        let probe = probe()?;
+        let machine = serde_json::json!({
+            "machine": {
+                "uuid": "00000000-0000-0000-0000-000000000000",
+                "cpus": {"count": 1},
+                "memory": {"bytes": GUEST_MIB * MIB},
+                "command_line": "tick_ms=0",
+            },
+            "kernel": probe,
+        });
+        let mut file = tempfile::NamedTempFile::new()?;
+        file.write_all(machine.to_string().as_bytes())?;
+        Ok(Self {
+            probe,
+            config: file.into_temp_path(),
+        })
+    }
+
+    fn bare(&self) -> anyhow::Result<Command> {
+        let mut command = self.jailed()?;
+        command.arg("--no-jail");
+        Ok(command)
+    }
+
+    fn jailed(&self) -> anyhow::Result<Command> {
+        let mut command = Command::new(built("fractus-agent")?);
+        command.args(["vm", "--config"]).arg(&self.config);
+        Ok(command)
+    }
 }
 
 fn theirs(probe: &Path) -> Command {
@@ -43,51 +77,75 @@ fn theirs(probe: &Path) -> Command {
     command
 }
 
-/// Milliseconds to the first byte of the probe's first line.
+/// Milliseconds from exec to the first byte of the probe's first line. Jailed, that includes the
+/// process that starts the machine's.
 pub fn start(rounds: usize) -> anyhow::Result<Vec<Figure>> {
-    let probe = probe()?;
-    let (mut mine, mut peers) = (Vec::new(), Vec::new());
-    // One round unmeasured: the first run reads both programs from disk.
-    for round in 0..=rounds {
-        let our_time = Running::start(&mut ours(&probe)?)?.first_byte()?;
-        let their_time = Running::start(&mut theirs(&probe))?.first_byte()?;
-        if round > 0 {
-            mine.push(our_time.as_secs_f64() * 1e3);
-            peers.push(their_time.as_secs_f64() * 1e3);
-        }
-    }
-    Ok(vec![Figure {
-        name: "vmm-start".to_owned(),
-        unit: "ms",
-        ours: median(mine).unwrap_or(f64::NAN),
-        peer: median(peers).map(|value| (PEER, value)),
+    let bed = Bed::make()?;
+    let [bare, jailed, peer] = in_turn(
         rounds,
-        limit: Some(5.0),
-        ratio_limit: Some(0.15),
-    }])
+        |command| Ok(Running::start(command)?.first_byte()?.as_secs_f64() * 1e3),
+        &bed,
+    )?;
+    let figure = |name: &str, ours, limit| Figure {
+        name: name.to_owned(),
+        unit: "ms",
+        ours,
+        peer: Some((PEER, peer)),
+        rounds,
+        limit: Some(limit),
+        ratio_limit: None,
+    };
+    let mut figures = vec![
+        figure("vmm-start", bare, 5.0),
+        figure("vmm-start-jailed", jailed, 8.0),
+    ];
+    figures[0].ratio_limit = Some(0.15);
+    Ok(figures)
 }
 
 /// MB of PSS beyond guest memory once the probe has booted.
 pub fn memory(rounds: usize) -> anyhow::Result<Vec<Figure>> {
-    let probe = probe()?;
-    let (mut mine, mut peers) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        mine.push(settled(&mut ours(&probe)?)?);
-        peers.push(settled(&mut theirs(&probe))?);
-    }
-    Ok(vec![Figure {
-        name: "vmm-memory".to_owned(),
+    let bed = Bed::make()?;
+    let [bare, jailed, peer] = in_turn(
+        rounds,
+        |command| {
+            let mut running = Running::start(command)?;
+            running.wait_for_line("boot nonce=")?;
+            Ok(running.pss_beyond(GUEST_MIB * MIB)? as f64 / 1e6)
+        },
+        &bed,
+    )?;
+    let figure = |name: &str, ours| Figure {
+        name: name.to_owned(),
         unit: "MB",
-        ours: median(mine).unwrap_or(f64::NAN),
-        peer: median(peers).map(|value| (PEER, value)),
+        ours,
+        peer: Some((PEER, peer)),
         rounds,
         limit: Some(3.0),
         ratio_limit: None,
-    }])
+    };
+    Ok(vec![
+        figure("vmm-memory", bare),
+        figure("vmm-memory-jailed", jailed),
+    ])
 }
 
-fn settled(command: &mut Command) -> anyhow::Result<f64> {
-    let mut running = Running::start(command)?;
-    running.wait_for_line("boot nonce=")?;
-    Ok(running.pss_beyond(GUEST_MIB * MIB)? as f64 / 1e6)
+/// Medians of bare, jailed and peer, measured one after the other in each round. One round is not
+/// counted: it reads the programs from disk.
+fn in_turn(
+    rounds: usize,
+    measure: impl Fn(&mut Command) -> anyhow::Result<f64>,
+    bed: &Bed,
+) -> anyhow::Result<[f64; 3]> {
+    let mut found = [const { Vec::new() }; 3];
+    for round in 0..=rounds {
+        let commands = [bed.bare()?, bed.jailed()?, theirs(&bed.probe)];
+        for (values, mut command) in found.iter_mut().zip(commands) {
+            let value = measure(&mut command)?;
+            if round > 0 {
+                values.push(value);
+            }
+        }
+    }
+    Ok(found.map(|values| median(values).unwrap_or(f64::NAN)))
 }
