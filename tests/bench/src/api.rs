@@ -1,12 +1,12 @@
 //! The cloud as its users feel it: servers, listings, tokens, and what the two programs weigh.
 //!
-//! Needs a running cloud (scripts/bench starts one of its own), named by the OS_* variables, and the
-//! process ids of its programs in FRACTUS_CONTROLLER_PID and FRACTUS_AGENT_PID.
+//! Each benchmark starts a cloud of its own: one controller, one agent, SQLite, on this host.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use fractus_tests::harness;
 use futures::stream::{self, StreamExt, TryStreamExt};
 use serde_json::json;
 
@@ -21,13 +21,21 @@ const LOGINS: usize = 100;
 /// Requests of a round for what takes about a millisecond.
 const REQUESTS: usize = 20;
 
-fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    // The workspace builds rustls without a default provider.
+/// Starts a cloud, logs in and measures.
+fn in_a_cloud<T>(
+    measure: impl AsyncFnOnce(&Cloud, &mut harness::Cloud) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    // The workspace builds rustls without a default provider. That there is one already is as good.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build()?
-        .block_on(future)
+        .build()?;
+    runtime.block_on(async {
+        let mut harness = harness::Cloud::start(harness::Options::default()).await?;
+        let cloud = Cloud::login(&harness).await?;
+        let outcome = measure(&cloud, &mut harness).await;
+        outcome.with_context(|| harness.logs())
+    })
 }
 
 fn ms(time: Duration) -> f64 {
@@ -92,13 +100,12 @@ impl Makings {
 
 /// One server after the other, then many at once.
 pub fn servers(rounds: usize) -> anyhow::Result<Vec<Figure>> {
-    block_on(async {
-        let cloud = Cloud::login().await?;
-        let makings = Makings::upload(&cloud).await?;
+    in_a_cloud(async |cloud, _| {
+        let makings = Makings::upload(cloud).await?;
         let mut active = Vec::new();
         // One round unmeasured: it fetches the image to the host.
         for round in 0..=rounds {
-            let (id, time) = makings.create(&cloud, "bench").await?;
+            let (id, time) = makings.create(cloud, "bench").await?;
             cloud.delete(&id).await?;
             if round > 0 {
                 active.push(ms(time));
@@ -107,7 +114,7 @@ pub fn servers(rounds: usize) -> anyhow::Result<Vec<Figure>> {
         let began = Instant::now();
         stream::iter(0..CROWD)
             .map(|n| {
-                let (cloud, makings) = (&cloud, &makings);
+                let makings = &makings;
                 async move {
                     let (id, _) = makings.create(cloud, &format!("bench-{n}")).await?;
                     cloud.delete(&id).await
@@ -117,7 +124,7 @@ pub fn servers(rounds: usize) -> anyhow::Result<Vec<Figure>> {
             .try_collect::<Vec<()>>()
             .await?;
         let crowd = began.elapsed().as_secs_f64();
-        makings.forget(&cloud).await?;
+        makings.forget(cloud).await?;
         Ok(vec![
             beside_openstack(figure("server-active", "ms", active, Some(50.0)), 1140.0),
             figure("servers-64", "s", vec![crowd], Some(5.0)),
@@ -127,12 +134,11 @@ pub fn servers(rounds: usize) -> anyhow::Result<Vec<Figure>> {
 
 /// `GET /servers/detail` of ten servers.
 pub fn listing(rounds: usize) -> anyhow::Result<Vec<Figure>> {
-    block_on(async {
-        let cloud = Cloud::login().await?;
-        let makings = Makings::upload(&cloud).await?;
+    in_a_cloud(async |cloud, _| {
+        let makings = Makings::upload(cloud).await?;
         let mut ids = Vec::new();
         for n in 0..LISTED {
-            ids.push(makings.create(&cloud, &format!("bench-{n}")).await?.0);
+            ids.push(makings.create(cloud, &format!("bench-{n}")).await?.0);
         }
         let mut times = Vec::new();
         for _ in 0..rounds * REQUESTS {
@@ -146,7 +152,7 @@ pub fn listing(rounds: usize) -> anyhow::Result<Vec<Figure>> {
         for id in &ids {
             cloud.delete(id).await?;
         }
-        makings.forget(&cloud).await?;
+        makings.forget(cloud).await?;
         Ok(vec![beside_openstack(
             figure("servers-detail-10", "ms", times, Some(2.0)),
             160.0,
@@ -156,8 +162,7 @@ pub fn listing(rounds: usize) -> anyhow::Result<Vec<Figure>> {
 
 /// Validation; logins a second and memory while a hundred come at once; the command-line client.
 pub fn tokens(rounds: usize) -> anyhow::Result<Vec<Figure>> {
-    let mut figures = block_on(async {
-        let cloud = Cloud::login().await?;
+    in_a_cloud(async |cloud, harness| {
         let (mut validations, mut logins) = (Vec::new(), Vec::new());
         for _ in 0..rounds * REQUESTS {
             let began = Instant::now();
@@ -169,31 +174,28 @@ pub fn tokens(rounds: usize) -> anyhow::Result<Vec<Figure>> {
             cloud.password().await?;
             logins.push(ms(began.elapsed()));
         }
-        let (peak, granted, time) = crowd_of_logins(&cloud).await?;
+        let (peak, granted, time) = crowd_of_logins(cloud, controller_pid(harness)?).await?;
+        let environment = harness.environment();
+        let mut beside_hash = Vec::new();
+        for _ in 0..rounds {
+            let began = Instant::now();
+            cloud.password().await?;
+            let login = began.elapsed();
+            beside_hash.push(ms(token_issue(&environment)?) - ms(login));
+        }
+        let per_second = granted as f64 / time.as_secs_f64();
         Ok(vec![
             beside_openstack(figure("token-validate", "ms", validations, Some(1.0)), 8.0),
             beside_openstack(figure("token-by-password", "ms", logins, None), 481.0),
-            figure(
-                "logins-per-second",
-                "1/s",
-                vec![granted as f64 / time.as_secs_f64()],
-                None,
-            ),
+            figure("token-issue-beside-login", "ms", beside_hash, Some(50.0)),
+            figure("logins-per-second", "1/s", vec![per_second], None),
             figure("logins-100-peak-rss", "MB", vec![peak], None),
         ])
-    })?;
-    let password = figures[1].ours;
-    let mut beside_hash = Vec::new();
-    for _ in 0..rounds {
-        beside_hash.push(ms(token_issue()?) - password);
-    }
-    figures.push(figure("token-issue-cli", "ms", beside_hash, Some(50.0)));
-    Ok(figures)
+    })
 }
 
 /// Peak RSS of the controller in MB, logins granted (others are told to wait: 429), time.
-async fn crowd_of_logins(cloud: &Cloud) -> anyhow::Result<(f64, usize, Duration)> {
-    let controller = process("FRACTUS_CONTROLLER_PID")?;
+async fn crowd_of_logins(cloud: &Cloud, controller: u32) -> anyhow::Result<(f64, usize, Duration)> {
     let began = Instant::now();
     let logins = stream::iter(0..LOGINS)
         .map(|_| cloud.password())
@@ -207,8 +209,10 @@ async fn crowd_of_logins(cloud: &Cloud) -> anyhow::Result<(f64, usize, Duration)
     Ok((peak, granted, began.elapsed()))
 }
 
-fn token_issue() -> anyhow::Result<Duration> {
+/// `fractus token issue`, from exec to exit: a login by password, and all that the client does.
+fn token_issue(environment: &[(&'static str, String)]) -> anyhow::Result<Duration> {
     let mut command = Command::new(built("fractus")?);
+    command.envs(environment.iter().cloned());
     command.args(["token", "issue", "--format", "json"]);
     let began = Instant::now();
     let output = command.output()?;
@@ -224,28 +228,19 @@ fn token_issue() -> anyhow::Result<Duration> {
 
 /// Resident memory of both programs at rest.
 pub fn memory_at_rest(_: usize) -> anyhow::Result<Vec<Figure>> {
-    let rss = |variable| memory(process(variable)?, "VmRSS:");
-    Ok(vec![
-        figure(
-            "controller-rss",
-            "MB",
-            vec![rss("FRACTUS_CONTROLLER_PID")?],
-            Some(64.0),
-        ),
-        figure(
-            "agent-rss",
-            "MB",
-            vec![rss("FRACTUS_AGENT_PID")?],
-            Some(20.0),
-        ),
-    ])
+    in_a_cloud(async |_, harness| {
+        let controller = controller_pid(harness)?;
+        let agent = harness.agent(0).context("no agent")?.pid();
+        let rss = |pid| memory(pid, "VmRSS:");
+        Ok(vec![
+            figure("controller-rss", "MB", vec![rss(controller)?], Some(64.0)),
+            figure("agent-rss", "MB", vec![rss(agent)?], Some(20.0)),
+        ])
+    })
 }
 
-fn process(variable: &str) -> anyhow::Result<u32> {
-    let text = std::env::var(variable).with_context(|| format!("{variable} is not set"))?;
-    text.trim()
-        .parse()
-        .with_context(|| format!("{variable} is no process id"))
+fn controller_pid(harness: &mut harness::Cloud) -> anyhow::Result<u32> {
+    Ok(harness.controller().context("no controller")?.pid())
 }
 
 /// A field of /proc/PID/status, MB.

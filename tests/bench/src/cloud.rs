@@ -1,10 +1,11 @@
-//! A client of a running cloud, by the OS_* variables that `scripts/up --env` prints: the few
-//! requests that are measured, over the public API.
+//! A cloud to measure, and a client of it: the few requests that are measured, over the public API.
+//! The client is as thin as can be, so that what it costs itself is small beside what it measures.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use reqwest::{Certificate, Client, Method, StatusCode};
+use fractus_tests::harness;
+use reqwest::{Client, Method, StatusCode};
 use serde_json::{Value, json};
 
 /// A server that is not ACTIVE, or not gone, after this time never will be.
@@ -12,52 +13,37 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks at a server. Short against what is measured, long enough not to be the load.
 const LOOK: Duration = Duration::from_millis(2);
 
-#[derive(Clone)]
 pub struct Cloud {
     client: Client,
+    login: Value,
     identity: String,
     compute: String,
     image: String,
     token: String,
 }
 
-fn variable(name: &str) -> anyhow::Result<String> {
-    std::env::var(name).with_context(|| format!("{name} is not set: see scripts/up --env"))
-}
-
-fn password_request() -> anyhow::Result<Value> {
-    let domain = std::env::var("OS_USER_DOMAIN_NAME").unwrap_or_else(|_| "Default".to_owned());
-    Ok(json!({"auth": {
-        "identity": {"methods": ["password"], "password": {"user": {
-            "name": variable("OS_USERNAME")?,
-            "domain": {"name": domain},
-            "password": variable("OS_PASSWORD")?,
-        }}},
-        "scope": {"project": {
-            "name": variable("OS_PROJECT_NAME")?,
-            "domain": {"name": domain},
-        }},
-    }}))
-}
-
 impl Cloud {
-    /// Logs in and reads the catalogue.
-    pub async fn login() -> anyhow::Result<Self> {
-        let mut builder = Client::builder().timeout(PATIENCE);
-        if let Ok(path) = std::env::var("OS_CACERT") {
-            let pem = std::fs::read(&path).with_context(|| path.clone())?;
-            builder = builder.tls_certs_only(Certificate::from_pem_bundle(&pem)?);
-        }
+    /// Logs in as the first admin and reads the catalogue.
+    pub async fn login(harness: &harness::Cloud) -> anyhow::Result<Self> {
+        let domain = json!({"id": "default"});
+        let login = json!({"auth": {
+            "identity": {"methods": ["password"], "password": {"user": {
+                "name": "admin", "domain": domain, "password": harness.password,
+            }}},
+            "scope": {"project": {"name": "admin", "domain": domain}},
+        }});
         let mut cloud = Self {
-            client: builder.build()?,
-            identity: variable("OS_AUTH_URL")?.trim_end_matches('/').to_owned(),
+            client: Client::builder()
+                .timeout(PATIENCE)
+                .no_proxy()
+                .tls_certs_only([])
+                .build()?,
+            login,
+            identity: format!("{}/identity/v3", harness.url),
             compute: String::new(),
             image: String::new(),
             token: String::new(),
         };
-        if !cloud.identity.ends_with("/v3") {
-            cloud.identity.push_str("/v3");
-        }
         let (token, body) = cloud.password().await?;
         cloud.token = token;
         cloud.compute = endpoint(&body, "compute")?;
@@ -71,12 +57,7 @@ impl Cloud {
     /// A token by password, and the body that came with it.
     pub async fn password(&self) -> anyhow::Result<(String, Value)> {
         let url = format!("{}/auth/tokens", self.identity);
-        let answer = self
-            .client
-            .post(url)
-            .json(&password_request()?)
-            .send()
-            .await?;
+        let answer = self.client.post(url).json(&self.login).send().await?;
         let answer = answer.error_for_status()?;
         let token = answer
             .headers()

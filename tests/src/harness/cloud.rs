@@ -305,6 +305,11 @@ impl Cloud {
         self.agents[index].process = None;
     }
 
+    /// The agent's process, while it runs.
+    pub fn agent(&mut self, index: usize) -> Option<&mut Process> {
+        self.agents.get_mut(index)?.process.as_mut()
+    }
+
     pub fn controller(&mut self) -> Option<&mut Process> {
         self.controller.as_mut()
     }
