@@ -312,3 +312,6 @@ fn serial(text: &str) -> [u8; 20] {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod measure;

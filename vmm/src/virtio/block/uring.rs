@@ -20,6 +20,8 @@ use super::file::{DiskFile, zero_modes};
 
 /// Submission entries of a ring; twice as many may be in flight.
 const ENTRIES: u32 = 128;
+/// Threads of the kernel that work for a ring.
+const WORKERS_MAX: u32 = 4;
 const IN_FLIGHT_MAX: usize = 2 * ENTRIES as usize;
 /// How long to wait at the end for I/O that is still in flight.
 const LAST_WAIT: Duration = Duration::from_secs(2);
@@ -71,6 +73,9 @@ impl Uring {
         let mut rules: Vec<_> = operations.into_iter().map(Restriction::sqe_op).collect();
         rules.push(Restriction::sqe_flags_allowed(fixed));
         rules.push(Restriction::sqe_flags_required(fixed));
+        // Writes through the cache, syncs and allocations go to the kernel's own workers, which get in
+        // each other's way on one file. Kernels before 5.15 cannot limit them.
+        let _ = submitter.register_iowq_max_workers(&mut [WORKERS_MAX, WORKERS_MAX]);
         submitter.register_restrictions(&mut rules)?;
         submitter.register_enable_rings()?;
         Ok(Self {
