@@ -119,6 +119,11 @@ impl RequestReceiver {
         request
     }
 
+    /// Makes the descriptor readable: the owner has something to look at.
+    pub fn wake(&self) {
+        self.shared.ready.signal();
+    }
+
     /// The owner has decided: vCPUs may run again.
     pub fn clear_halt(&self) {
         self.shared.halt.store(false, Ordering::Release);

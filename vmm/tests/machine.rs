@@ -286,3 +286,22 @@ fn a_vcpu_that_kvm_cannot_run_stops_the_machine_with_its_registers() {
     assert!(detail.contains("suberror 1"), "{detail}");
     assert!(detail.contains("0xd0000000"), "{detail}");
 }
+
+#[test]
+fn an_order_wakes_who_waits_for_events_and_old_news_is_not_told() {
+    let mut rig = Rig::build(config(), &Guest::new().halt());
+    rig.machine.start().unwrap();
+    rig.machine.pause().unwrap();
+    let fd = rig.machine.event_fd().try_clone_to_owned().unwrap();
+    let readable = || {
+        let mut fds = [rustix::event::PollFd::new(
+            &fd,
+            rustix::event::PollFlags::IN,
+        )];
+        rustix::event::poll(&mut fds, Some(&rustix::time::Timespec::default())).unwrap() == 1
+    };
+    assert!(readable());
+    assert_eq!(rig.machine.next_event(), Some(Event::Paused));
+    assert_eq!(rig.machine.next_event(), None);
+    assert!(!readable());
+}

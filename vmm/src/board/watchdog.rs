@@ -7,11 +7,11 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_gettime, timerfd_settime,
+    timerfd_settime,
 };
 use serde::{Deserialize, Serialize};
 
@@ -89,8 +89,19 @@ pub struct Watchdog {
 
 struct Inner {
     saved: WatchdogState,
+    /// When the timer fires, if it counts.
+    due: Option<Instant>,
     paused: bool,
     watch: Option<Registration>,
+}
+
+impl Inner {
+    fn left(&self) -> Duration {
+        let due = self.due.filter(|_| self.saved.running && !self.paused);
+        due.map_or(Duration::ZERO, |due| {
+            due.saturating_duration_since(Instant::now())
+        })
+    }
 }
 
 impl Watchdog {
@@ -102,6 +113,7 @@ impl Watchdog {
         let state = Mutex::new(Inner {
             saved,
             paused: true,
+            due: None,
             watch: None,
         });
         Arc::new_cyclic(|me| Watchdog {
@@ -116,7 +128,8 @@ impl Watchdog {
     }
 
     /// Fires `after` from now; never when zero.
-    fn set_timer(&self, after: Duration) {
+    fn set_timer(&self, state: &mut Inner, after: Duration) {
+        state.due = Instant::now().checked_add(after);
         let value = Timespec {
             tv_sec: after.as_secs() as i64,
             tv_nsec: after.subsec_nanos().into(),
@@ -135,14 +148,6 @@ impl Watchdog {
         }
     }
 
-    fn left(&self) -> Duration {
-        let value = match timerfd_gettime(&self.resources.timer) {
-            Ok(timer) => timer.it_value,
-            Err(_) => return Duration::ZERO,
-        };
-        Duration::new(value.tv_sec.unsigned_abs(), value.tv_nsec as u32)
-    }
-
     /// From the start again, if it counts.
     fn feed(&self, state: &mut Inner) {
         let full = u64::from(state.saved.count) * u64::from(PERIOD_MS);
@@ -150,7 +155,7 @@ impl Watchdog {
         if state.paused {
             state.saved.left_ms = full;
         } else {
-            self.set_timer(Duration::from_millis(full));
+            self.set_timer(state, Duration::from_millis(full));
         }
     }
 }
@@ -160,7 +165,7 @@ impl BusDevice for Watchdog {
         let state = self.lock();
         let value = match offset as u16 {
             CONTROL => u32::from(state.saved.running),
-            COUNTDOWN => (self.left().as_millis() / u128::from(PERIOD_MS)) as u32,
+            COUNTDOWN => (state.left().as_millis() / u128::from(PERIOD_MS)) as u32,
             STATUS => u32::from(state.saved.fired),
             _ => 0,
         };
@@ -211,15 +216,15 @@ impl Device for Watchdog {
     fn pause(&self) -> Result<(), DeviceError> {
         let mut state = self.lock();
         if !state.paused {
-            state.paused = true;
             // One that is due counts one millisecond more, not none.
             let left = if state.saved.running {
-                self.left().as_millis().max(1)
+                state.left().as_millis().max(1)
             } else {
                 0
             };
             state.saved.left_ms = left as u64;
-            self.set_timer(Duration::ZERO);
+            state.paused = true;
+            self.set_timer(&mut state, Duration::ZERO);
         }
         Ok(())
     }
@@ -234,7 +239,8 @@ impl Device for Watchdog {
         }
         if state.paused {
             state.paused = false;
-            self.set_timer(Duration::from_millis(state.saved.left_ms));
+            let left = Duration::from_millis(state.saved.left_ms);
+            self.set_timer(&mut state, left);
         }
         Ok(())
     }
@@ -246,7 +252,7 @@ impl Device for Watchdog {
             fired: state.saved.fired,
             ..WatchdogState::default()
         };
-        self.set_timer(Duration::ZERO);
+        self.set_timer(&mut state, Duration::ZERO);
         Ok(())
     }
 

@@ -135,18 +135,47 @@ pub struct Initrd {
     pub size: u64,
 }
 
-/// Loads all of it; memory is zero. Returns how the first vCPU begins.
+/// What is to be known of the files before they are loaded, any number of times.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inspected {
+    kernel: Kernel,
+    /// Bytes.
+    initrd: Option<u64>,
+}
+
+/// Looks at the files. Loading them afterwards takes nothing but pread, so that a process that may do
+/// no more can still reset its machine.
+pub fn inspect(kernel: &File, initrd: Option<&File>) -> Result<Inspected, BootError> {
+    let size = initrd.map(Source::size).transpose();
+    Ok(Inspected {
+        kernel: parse_kernel(kernel)?,
+        initrd: size.map_err(BootError::Initrd)?,
+    })
+}
+
+/// Inspects and loads.
 pub fn load(
     boot: &Boot<'_>,
     memory: &GuestMemory,
     layout: &Layout,
 ) -> Result<BootRegisters, BootError> {
-    let kernel = parse_kernel(boot.kernel)?;
-    let end = match &kernel {
+    let inspected = inspect(boot.kernel, boot.initrd)?;
+    load_inspected(&inspected, boot, memory, layout)
+}
+
+/// Loads all of it; memory is zero. Returns how the first vCPU begins.
+pub fn load_inspected(
+    inspected: &Inspected,
+    boot: &Boot<'_>,
+    memory: &GuestMemory,
+    layout: &Layout,
+) -> Result<BootRegisters, BootError> {
+    let kernel = &inspected.kernel;
+    let end = match kernel {
         Kernel::Elf(elf) => elf::load(elf, boot.kernel, memory, layout)?,
         Kernel::BzImage(image) => bzimage::load(image, boot.kernel, memory, layout)?,
     };
-    let limit = match &kernel {
+    let limit = match kernel {
         Kernel::Elf(_) => crate::layout::COMMAND_LINE_MAX - 1,
         Kernel::BzImage(image) => image.command_line_limit(),
     };
@@ -156,31 +185,31 @@ pub fn load(
     }
     // Memory is zero: the terminating NUL is there.
     memory.write_slice(boot.command_line.as_bytes(), GuestAddress(COMMAND_LINE))?;
-    let initrd = match boot.initrd {
-        Some(file) => {
-            let limit = match &kernel {
+    let initrd = match (boot.initrd, inspected.initrd) {
+        (Some(file), Some(size)) => {
+            let limit = match kernel {
                 Kernel::Elf(_) => u64::from(u32::MAX),
                 Kernel::BzImage(image) => image.initrd_limit(),
             };
-            Some(load_initrd(file, end, limit, memory, layout)?)
+            Some(load_initrd(file, size, end, limit, memory, layout)?)
         }
-        None => None,
+        _ => None,
     };
     match kernel {
-        Kernel::Elf(elf) => pvh::start(&elf, boot, initrd, memory, layout),
-        Kernel::BzImage(image) => linux64::start(&image, boot, initrd, memory, layout),
+        Kernel::Elf(elf) => pvh::start(elf, boot, initrd, memory, layout),
+        Kernel::BzImage(image) => linux64::start(image, boot, initrd, memory, layout),
     }
 }
 
 /// Puts the initrd as high as it goes below `limit` (last usable address), above the kernel's end.
 fn load_initrd(
     file: &File,
+    size: u64,
     kernel_end: u64,
     limit: u64,
     memory: &GuestMemory,
     layout: &Layout,
 ) -> Result<Initrd, BootError> {
-    let size = Source::size(file).map_err(BootError::Initrd)?;
     let top = layout.low.end().min(limit.saturating_add(1));
     let address = top.checked_sub(size).map(|address| address & !0xfff);
     let address = address

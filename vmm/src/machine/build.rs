@@ -55,7 +55,7 @@ pub(super) fn build(
     config.validate()?;
     let memory = GuestMemory::create(&config.memory)?;
     let mut parts = assemble(config, files, memory, SavedDevices::default(), hook)?;
-    let boot = load(&parts.config, &parts.files, &parts.memory, &parts.layout)?;
+    let boot = parts.load()?;
     parts.vcpus.ready().map_err(VcpuSetError::from)?;
     parts.vcpus.power_on(boot).map_err(VcpuSetError::from)?;
     Ok(parts)
@@ -103,6 +103,7 @@ fn assemble(
     hook: Option<ThreadHook>,
 ) -> Result<Machine, BuildError> {
     config.validate_files(&files)?;
+    let inspected = boot::inspect(&files.kernel, files.initrd.as_ref())?;
     let host = |what| move |source| BuildError::Host { what, source };
     let layout = Layout::new(config.memory.bytes);
     let kvm = files
@@ -154,9 +155,11 @@ fn assemble(
         _reactor: reactor_thread,
         receiver,
         state: RunState::Ready,
+        pending: Default::default(),
         announced: Default::default(),
         config,
         files,
+        inspected,
         memory,
         layout,
         _board: board,
@@ -164,19 +167,16 @@ fn assemble(
     })
 }
 
-/// Puts kernel, initrd, command line and tables into memory, which is zero.
-pub(super) fn load(
-    config: &MachineConfig,
-    files: &MachineFiles,
-    memory: &GuestMemory,
-    layout: &Layout,
-) -> Result<BootRegisters, BootError> {
-    let boot = Boot {
-        kernel: &files.kernel,
-        initrd: files.initrd.as_ref(),
-        command_line: &config.command_line,
-        rsdp: acpi::RSDP,
-    };
-    acpi::write(config, layout, memory).map_err(BootError::from)?;
-    boot::load(&boot, memory, layout)
+impl Machine {
+    /// Puts kernel, initrd, command line and tables into memory, which is zero.
+    pub(super) fn load(&self) -> Result<BootRegisters, BootError> {
+        let boot = Boot {
+            kernel: &self.files.kernel,
+            initrd: self.files.initrd.as_ref(),
+            command_line: &self.config.command_line,
+            rsdp: acpi::RSDP,
+        };
+        acpi::write(&self.config, &self.layout, &self.memory)?;
+        boot::load_inspected(&self.inspected, &boot, &self.memory, &self.layout)
+    }
 }

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::board::PowerPort;
+use crate::boot::Inspected;
 use crate::config::{MachineConfig, MachineFiles, WatchdogAction};
 use crate::cpu::{VcpuError, VcpuSet, VcpuSetError};
 use crate::device::{Board, Device, DeviceError};
@@ -44,10 +45,13 @@ pub struct Machine {
     power: Arc<PowerPort>,
     receiver: RequestReceiver,
     state: RunState,
+    /// Requests that were taken from the queue and not carried out yet.
+    pending: VecDeque<Request>,
     /// Events that are known and not told yet.
     announced: VecDeque<Event>,
     config: MachineConfig,
     files: MachineFiles,
+    inspected: Inspected,
     memory: GuestMemory,
     layout: Layout,
     _board: Board,
@@ -134,7 +138,7 @@ impl Machine {
         self.expect(RunState::Running, "paused")?;
         self.rest()?;
         self.state = RunState::Paused;
-        self.announced.push_back(Event::Paused);
+        self.announce(Event::Paused);
         Ok(())
     }
 
@@ -172,7 +176,10 @@ impl Machine {
             if let Some(event) = self.announced.pop_front() {
                 return Some(event);
             }
-            let request = self.receiver.try_next()?;
+            let request = match self.pending.pop_front() {
+                Some(request) => request,
+                None => self.receiver.try_next()?,
+            };
             self.carry_out(request);
         }
     }
@@ -217,10 +224,26 @@ impl Machine {
     /// vCPUs first, then devices: nobody kicks a device that has come to rest.
     fn rest(&mut self) -> Result<(), MachineError> {
         self.vcpus.park()?;
+        // That they had entered is no news once they are out again.
+        self.keep(|request| *request != Request::AllEntered);
         for device in &self.devices {
             device.pause()?;
         }
         Ok(())
+    }
+
+    /// Drops the waiting requests that `wanted` does not want.
+    fn keep(&mut self, wanted: impl Fn(&Request) -> bool) {
+        while let Some(request) = self.receiver.try_next() {
+            self.pending.push_back(request);
+        }
+        self.pending.retain(wanted);
+        self.receiver.wake();
+    }
+
+    fn announce(&mut self, event: Event) {
+        self.announced.push_back(event);
+        self.receiver.wake();
     }
 
     fn carry_out(&mut self, request: Request) {
@@ -228,11 +251,11 @@ impl Machine {
             return;
         }
         match request {
-            Request::AllEntered => self.announced.push_back(Event::Running),
+            Request::AllEntered => self.announce(Event::Running),
             Request::PowerOff => self.end(StopReason::GuestPowerOff),
             Request::Reset => self.reset(),
             Request::Panicked { crash_loaded } => {
-                self.announced.push_back(Event::Panicked { crash_loaded });
+                self.announce(Event::Panicked { crash_loaded });
             }
             Request::WatchdogFired => self.watchdog_fired(),
             Request::DeviceFault { device, detail } => {
@@ -258,7 +281,7 @@ impl Machine {
     }
 
     fn watchdog_fired(&mut self) {
-        self.announced.push_back(Event::WatchdogFired);
+        self.announce(Event::WatchdogFired);
         match self.config.watchdog.map(|watchdog| watchdog.action) {
             Some(WatchdogAction::Reset) => self.reset(),
             Some(WatchdogAction::PowerOff) => self.end(StopReason::Watchdog),
@@ -276,7 +299,7 @@ impl Machine {
     /// Power-on again, in this process: the same threads, descriptors and rings.
     fn reset(&mut self) {
         match self.restart() {
-            Ok(()) => self.announced.push_back(Event::GuestReset),
+            Ok(()) => self.announce(Event::GuestReset),
             Err(error) => {
                 let detail = format!("reset: {error}");
                 self.end(StopReason::VmmFault { detail });
@@ -289,14 +312,19 @@ impl Machine {
         if running {
             self.rest()?;
         }
-        // Requests of the life that ends here are not for the next one.
-        while self.receiver.try_next().is_some() {}
+        // What the guest asked in the life that ends here is not for the next one; what failed is.
+        self.keep(|request| {
+            matches!(
+                request,
+                Request::DeviceFault { .. } | Request::ThreadPanicked { .. }
+            )
+        });
         self.receiver.clear_halt();
         for device in &self.devices {
             device.reset()?;
         }
         self.memory.clear()?;
-        let boot = build::load(&self.config, &self.files, &self.memory, &self.layout)?;
+        let boot = self.load()?;
         self.vcpus.power_on(boot)?;
         if running { self.run() } else { Ok(()) }
     }
@@ -309,7 +337,7 @@ impl Machine {
             tracing::error!(%error, "the machine did not come to rest at its end");
         }
         self.state = RunState::Stopped;
-        self.announced.push_back(Event::Stopped(reason));
+        self.announce(Event::Stopped(reason));
     }
 }
 
