@@ -9,6 +9,7 @@
 pub mod by_hand;
 pub mod guest;
 pub mod jail;
+pub mod jail_test;
 mod log;
 pub mod packet;
 pub mod protocol;
@@ -70,6 +71,10 @@ fn system(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> VmError {
 /// `fractus-agent vm ID MARK`, started by the agent.
 pub fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(2).peekable();
+    if arguments.peek().is_some_and(|first| first == "jail-test") {
+        let arguments: Vec<_> = arguments.skip(1).collect();
+        return by_hand::report(jail_test::inside(&arguments));
+    }
     if arguments
         .peek()
         .is_none_or(|first| first.as_encoded_bytes().starts_with(b"-"))

@@ -1,5 +1,7 @@
 //! The whole agent, as a program, with stand-ins for guests: intents in, processes and reports out.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod common;
 
 use std::time::Instant;

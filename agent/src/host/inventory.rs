@@ -104,7 +104,7 @@ fn cpu(cpuinfo: &str) -> CpuReport {
     let processors = (values("processor").len() as u32).max(1);
     let sockets = (values("physical id").iter().collect::<BTreeSet<_>>().len() as u32).max(1);
     let cores = first("cpu cores").parse().unwrap_or(1).max(1);
-    let cores = if processors % (sockets * cores) == 0 {
+    let cores = if processors.is_multiple_of(sockets * cores) {
         cores
     } else {
         processors / sockets

@@ -283,6 +283,3 @@ impl Cache {
         self.folder.join(&image.blake3)
     }
 }
-
-#[cfg(test)]
-mod tests;

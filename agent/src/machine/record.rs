@@ -190,3 +190,47 @@ pub fn scan(machines: &Path) -> Result<Found, RecordError> {
     }
     Ok(found)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn golden() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/record-v1.json")
+    }
+
+    #[test]
+    fn a_record_of_version_1_is_still_read_and_written_back_whole() {
+        let record = Record::read(&golden()).unwrap();
+        assert_eq!(record.done.starts, 5);
+        assert_eq!(record.process.map(|process| process.pid), Some(4711));
+        assert_eq!(record.stop, Some(StopReason::TripleFault));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("machine/record.json");
+        record.write(&path).unwrap();
+        assert_eq!(Record::read(&path).unwrap(), record);
+    }
+
+    #[test]
+    fn a_record_of_a_newer_agent_is_not_guessed_at() {
+        let text = std::fs::read_to_string(golden()).unwrap();
+        let newer = text.replacen("\"version\": 1", "\"version\": 2", 1);
+        let error = Record::parse(newer.as_bytes(), Path::new("x")).unwrap_err();
+        assert!(matches!(error, RecordError::Newer { version: 2, .. }));
+    }
+
+    #[test]
+    fn a_scan_keeps_what_it_cannot_read_and_removes_what_was_never_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let machines = folder.path();
+        let damaged = Uuid::from_u128(1).to_string();
+        std::fs::create_dir(machines.join(&damaged)).unwrap();
+        std::fs::write(machines.join(&damaged).join("record.json"), b"{").unwrap();
+        let empty = Uuid::from_u128(2).to_string();
+        std::fs::create_dir(machines.join(&empty)).unwrap();
+        let found = scan(machines).unwrap();
+        assert_eq!(found.records, []);
+        assert_eq!(found.unreadable.len(), 1);
+        assert!(machines.join(damaged).exists() && !machines.join(empty).exists());
+    }
+}

@@ -49,7 +49,13 @@ fn nobody() -> u32 {
 
 /// The arguments after `vm`.
 pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
-    match run(arguments.collect()) {
+    let arguments: Vec<OsString> = arguments.collect();
+    if let [flag, rest @ ..] = arguments.as_slice()
+        && flag == "--jail-test"
+    {
+        return report(super::jail_test::outside(rest));
+    }
+    match run(arguments) {
         Ok(StopReason::GuestPowerOff | StopReason::Requested) => ExitCode::SUCCESS,
         Ok(reason) => {
             eprintln!("fractus-agent vm: the machine ended: {reason:?}");
@@ -60,6 +66,13 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+pub(super) fn report(outcome: Result<ExitCode, VmError>) -> ExitCode {
+    outcome.unwrap_or_else(|error| {
+        eprintln!("fractus-agent vm: {error}");
+        ExitCode::FAILURE
+    })
 }
 
 fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {

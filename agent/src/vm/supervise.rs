@@ -64,15 +64,16 @@ impl Supervisor {
             if ready.serial {
                 self.carry_output(&mut others);
             }
-            if ready.guest
+            if ready.agent {
+                self.hear_agent();
+            }
+            // A command may have made events that no descriptor tells of.
+            if (ready.guest || ready.agent)
                 && let Some(reason) = self.hear_guest()
             {
                 // What the guest said last is in the socket still.
                 self.carry_output(&mut others);
                 return self.end(reason);
-            }
-            if ready.agent {
-                self.hear_agent();
             }
             if ready.console {
                 self.carry_input(&mut others);

@@ -1,1 +1,85 @@
+use std::io::Write;
 
+use super::*;
+
+fn going() -> AtomicBool {
+    AtomicBool::new(false)
+}
+
+#[test]
+fn a_raw_image_fills_the_start_of_a_larger_sparse_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut image = tempfile::tempfile().unwrap();
+    image.write_all(b"content").unwrap();
+    let path = folder.path().join("root.raw");
+    make(&path, 8 << 20, Some((image, ImageFormat::Raw)), &going()).unwrap();
+    let disk = fs::read(&path).unwrap();
+    assert_eq!(disk.len(), 8 << 20);
+    assert!(disk.starts_with(b"content"));
+    use std::os::unix::fs::MetadataExt;
+    assert!(fs::metadata(&path).unwrap().blocks() * 512 < 4 << 20);
+}
+
+/// A qcow2 of one cluster of data, by hand (docs/interop/qcow2.txt).
+fn qcow2(backing: u64, virtual_size: u64) -> File {
+    const CLUSTER: u64 = 1 << 16;
+    let mut bytes = vec![0u8; 5 * CLUSTER as usize];
+    let mut put = |at: u64, value: &[u8]| {
+        bytes[at as usize..at as usize + value.len()].copy_from_slice(value);
+    };
+    put(0, b"QFI\xfb");
+    put(4, &3u32.to_be_bytes());
+    put(8, &backing.to_be_bytes());
+    put(20, &16u32.to_be_bytes()); // cluster_bits
+    put(24, &virtual_size.to_be_bytes());
+    put(36, &1u32.to_be_bytes()); // l1_size
+    put(40, &CLUSTER.to_be_bytes()); // l1 table
+    put(48, &(3 * CLUSTER).to_be_bytes()); // refcount table
+    put(56, &1u32.to_be_bytes());
+    put(96, &4u32.to_be_bytes()); // refcount_order
+    put(100, &104u32.to_be_bytes()); // header_length
+    put(CLUSTER, &((2 * CLUSTER) | 1 << 63).to_be_bytes());
+    put(2 * CLUSTER, &((4 * CLUSTER) | 1 << 63).to_be_bytes());
+    put(4 * CLUSTER, b"qcow2 content");
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&bytes).unwrap();
+    file
+}
+
+#[test]
+fn a_qcow2_image_becomes_a_raw_disk_of_its_virtual_size() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("root.raw");
+    make(
+        &path,
+        0,
+        Some((qcow2(0, 1 << 20), ImageFormat::Qcow2)),
+        &going(),
+    )
+    .unwrap();
+    let disk = fs::read(&path).unwrap();
+    assert_eq!(disk.len(), 1 << 20);
+    assert!(disk.starts_with(b"qcow2 content"));
+}
+
+#[test]
+fn an_image_that_names_another_file_is_refused_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("root.raw");
+    let image = Some((qcow2(1024, 1 << 20), ImageFormat::Qcow2));
+    let error = make(&path, 0, image, &going()).unwrap_err();
+    assert!(error.to_string().contains("backing file"), "{error}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn work_that_is_no_longer_wanted_stops_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("root.raw");
+    let cancelled = AtomicBool::new(true);
+    assert!(matches!(
+        make(&path, 4096, None, &cancelled),
+        Err(VolumeError::Cancelled)
+    ));
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}

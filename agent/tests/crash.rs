@@ -1,0 +1,106 @@
+//! `kill -9` of agents and machines at random moments: whatever was cut off is carried out afterwards,
+//! with one process a machine at most and nothing left behind.
+//!
+//! `FRACTUS_ROUNDS` says how many rounds (default 5); `FRACTUS_SEED` where they begin. Guests are the
+//! probe where there is KVM, else stand-ins.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+
+use std::time::Duration;
+
+use common::*;
+use fractus_agent_api::machine::{Observed, Power, ServerId, Wanted};
+
+/// xorshift64*: a round is repeated from its number.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % sides
+    }
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(default)
+}
+
+/// A change of what is wanted; the first is a creation.
+fn change(dice: &mut Dice, wanted: &mut Wanted) {
+    match dice.roll(6) {
+        0 => wanted.soft_reboots += 1,
+        1 => wanted.hard_reboots += 1,
+        2 => wanted.rebuilds += 1,
+        3 => wanted.power = Power::Paused,
+        4 => wanted.power = Power::Stopped,
+        _ => wanted.power = Power::Running,
+    }
+}
+
+async fn strike(dice: &mut Dice, agent: &mut Agent, id: ServerId) -> Result {
+    tokio::time::sleep(Duration::from_micros(dice.roll(40_000))).await;
+    if dice.roll(3) == 0 {
+        for pid in agent.processes(id) {
+            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+        return Ok(());
+    }
+    agent.restart().await
+}
+
+#[test]
+fn kills_at_random_moments_leave_one_process_or_none_and_nothing_behind() -> Result {
+    block_on(async {
+        let cloud = Cloud::start().await;
+        let probe = probe();
+        let mut agent = Agent::start(&cloud, probe.is_none()).await?;
+        let bytes = probe.unwrap_or_else(|| b"kernel".to_vec());
+        let kernel = image_of(&bytes);
+        cloud.add_image(&kernel, &bytes);
+        let seed = number("FRACTUS_SEED", 1);
+        for round in seed..seed + number("FRACTUS_ROUNDS", 5) {
+            println!("round {round}");
+            let mut dice = Dice(round.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+            let id = new_id();
+            let mut wanted = wanted(&kernel, Power::Running);
+            let mut revision = 0;
+            for _ in 0..3 {
+                revision += 1;
+                agent.put(id, &put(revision, wanted.clone())).await?;
+                strike(&mut dice, &mut agent, id).await?;
+                assert!(agent.processes(id).len() <= 1, "round {round}");
+                change(&mut dice, &mut wanted);
+            }
+            // A killed machine is a fault that stays: the next intent starts it anew.
+            revision += 1;
+            wanted.power = Power::Running;
+            agent.put(id, &put(revision, wanted.clone())).await?;
+            let report = agent.settled(id, revision, is_running).await?;
+            assert_eq!(report.rebuilds, wanted.rebuilds, "round {round}");
+            assert_eq!(report.hard_reboots, wanted.hard_reboots, "round {round}");
+            assert_eq!(report.soft_reboots, wanted.soft_reboots, "round {round}");
+            assert_eq!(agent.processes(id).len(), 1, "round {round}");
+
+            wanted.power = Power::Absent;
+            agent.put(id, &put(revision + 1, wanted)).await?;
+            if dice.roll(2) == 0 {
+                strike(&mut dice, &mut agent, id).await?;
+            }
+            let gone = |report: &fractus_agent_api::machine::MachineReport| {
+                report.observed == Observed::Absent
+            };
+            agent.settled(id, revision + 1, gone).await?;
+            assert_eq!(agent.leftovers(id), Vec::<String>::new(), "round {round}");
+        }
+        Ok(())
+    })
+}

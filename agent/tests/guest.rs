@@ -1,0 +1,184 @@
+//! The agent with real machines: the probe, on KVM, in its jail. Passes with a note where there is none.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+
+use common::*;
+use fractus_agent_api::machine::{ImageRef, MachineReport, Observed, Power, ServerId, StopReason};
+use futures::SinkExt;
+use tokio_tungstenite::tungstenite::Message;
+
+async fn start() -> Result<Option<(Cloud, Agent, ImageRef)>> {
+    let Some(probe) = probe() else {
+        println!("no /dev/kvm: nothing was tested");
+        return Ok(None);
+    };
+    let cloud = Cloud::start().await;
+    let agent = Agent::start(&cloud, false).await?;
+    let kernel = image_of(&probe);
+    cloud.add_image(&kernel, &probe);
+    Ok(Some((cloud, agent, kernel)))
+}
+
+/// Boot nonces in the serial log, in order.
+fn nonces(log: &str) -> Vec<String> {
+    let boots = log.lines().filter(|line| line.starts_with("boot nonce="));
+    boots
+        .filter_map(|line| line.split(['=', ' ']).nth(2).map(str::to_owned))
+        .collect()
+}
+
+async fn boots(agent: &Agent, id: ServerId, count: usize) -> Result<Vec<String>> {
+    let by = std::time::Instant::now() + PATIENCE;
+    loop {
+        let found = nonces(&agent.console_says(id, "boot nonce=").await?);
+        if found.len() >= count {
+            return Ok(found);
+        }
+        anyhow::ensure!(
+            std::time::Instant::now() < by,
+            "{found:?}\n{}",
+            agent.vm_log(id)
+        );
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
+
+/// Until the guest has ticked since it booted last: it listens then.
+async fn ticks(agent: &Agent, id: ServerId) -> Result {
+    let by = std::time::Instant::now() + PATIENCE;
+    loop {
+        let log = agent.console_says(id, "boot nonce=").await?;
+        let since = log.rsplit("boot nonce=").next().unwrap_or_default();
+        if since.contains("tick 1 ") {
+            return Ok(());
+        }
+        anyhow::ensure!(
+            std::time::Instant::now() < by,
+            "{since}\n{}",
+            agent.vm_log(id)
+        );
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
+
+#[test]
+fn a_guest_lives_through_the_death_of_its_agent() -> Result {
+    block_on(async {
+        let Some((_cloud, mut agent, kernel)) = start().await? else {
+            return Ok(());
+        };
+        let id = new_id();
+        agent
+            .put(id, &put(1, wanted(&kernel, Power::Running)))
+            .await?;
+        agent.settled(id, 1, is_running).await?;
+        let before = boots(&agent, id, 1).await?;
+        agent.console_says(id, "tick 1 ").await?;
+        agent.restart().await?;
+        agent.settled(id, 1, is_running).await?;
+        let mut console = agent.client.console(id).await?;
+        console.send(Message::binary("echo still here\n")).await?;
+        let log = agent.console_says(id, "ok echo still here").await?;
+        assert_eq!(nonces(&log), before);
+        Ok(())
+    })
+}
+
+#[test]
+fn pause_reboot_rebuild_and_power_off_reach_the_guest() -> Result {
+    block_on(async {
+        let Some((_cloud, agent, kernel)) = start().await? else {
+            return Ok(());
+        };
+        let id = new_id();
+        let mut wanted = wanted(&kernel, Power::Running);
+        agent.put(id, &put(1, wanted.clone())).await?;
+        agent.settled(id, 1, is_running).await?;
+        boots(&agent, id, 1).await?;
+
+        wanted.power = Power::Paused;
+        agent.put(id, &put(2, wanted.clone())).await?;
+        agent
+            .settled(id, 2, |report| report.observed == Observed::Paused)
+            .await?;
+        wanted.power = Power::Running;
+        agent.put(id, &put(3, wanted.clone())).await?;
+        agent.settled(id, 3, is_running).await?;
+        assert_eq!(boots(&agent, id, 1).await?.len(), 1, "a pause is no reboot");
+
+        wanted.hard_reboots = 1;
+        agent.put(id, &put(4, wanted.clone())).await?;
+        agent.settled(id, 4, is_running).await?;
+        let two = boots(&agent, id, 2).await?;
+        assert_ne!(two[0], two[1]);
+
+        wanted.rebuilds = 1;
+        agent.put(id, &put(5, wanted.clone())).await?;
+        agent.settled(id, 5, is_running).await?;
+        boots(&agent, id, 3).await?;
+
+        // The guest resets itself: the same process, a new boot.
+        let process = agent.processes(id);
+        ticks(&agent, id).await?;
+        let mut console = agent.client.console(id).await?;
+        console.send(Message::binary("reboot\n")).await?;
+        boots(&agent, id, 4).await?;
+        assert_eq!(agent.processes(id), process);
+
+        ticks(&agent, id).await?;
+        console.send(Message::binary("poweroff\n")).await?;
+        let off = Observed::Stopped {
+            reason: StopReason::GuestPowerOff,
+        };
+        agent
+            .settled(id, 5, |report| report.observed == off)
+            .await?;
+
+        wanted.power = Power::Absent;
+        agent.put(id, &put(6, wanted)).await?;
+        agent
+            .settled(id, 6, |report| report.observed == Observed::Absent)
+            .await?;
+        assert_eq!(agent.leftovers(id), Vec::<String>::new());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_triple_fault_is_reported_as_one_and_a_bad_kernel_as_a_failure() -> Result {
+    block_on(async {
+        let Some((cloud, agent, kernel)) = start().await? else {
+            return Ok(());
+        };
+        let id = new_id();
+        agent
+            .put(id, &put(1, wanted(&kernel, Power::Running)))
+            .await?;
+        agent.settled(id, 1, is_running).await?;
+        boots(&agent, id, 1).await?;
+        let mut console = agent.client.console(id).await?;
+        console.send(Message::binary("triple-fault\n")).await?;
+        let fault = |report: &MachineReport| {
+            matches!(
+                report.observed,
+                Observed::Stopped {
+                    reason: StopReason::TripleFault | StopReason::InternalError { .. }
+                }
+            )
+        };
+        agent.settled(id, 1, fault).await?;
+
+        let nonsense = image_of(b"no kernel at all");
+        cloud.add_image(&nonsense, b"no kernel at all");
+        let other = new_id();
+        agent
+            .put(other, &put(1, wanted(&nonsense, Power::Running)))
+            .await?;
+        let failed = |report: &MachineReport| matches!(report.observed, Observed::Failed { .. });
+        agent.settled(other, 1, failed).await?;
+        assert_eq!(agent.processes(other), Vec::<i32>::new());
+        Ok(())
+    })
+}
