@@ -3,10 +3,11 @@
 mod probe_guest;
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use probe_guest::{Setup, fields, fnv, pattern};
+use probe_guest::{PATIENCE, Setup, fields, fnv, pattern};
 use rstest::rstest;
 
 const MIB: usize = 1 << 20;
@@ -159,6 +160,22 @@ fn random_bytes_are_not_twice_the_same() {
     assert_eq!(first.len(), 128);
     assert_ne!(first, second);
     assert!(first.bytes().any(|byte| byte != first.as_bytes()[0]));
+}
+
+#[test]
+fn the_first_console_port_carries_commands_and_answers() {
+    let mut guest = Setup::new().console_port("org.fractus.test").boot();
+    let mut port = guest.ports.remove(0);
+    port.set_read_timeout(Some(PATIENCE)).unwrap();
+    for round in 0..20 {
+        port.write_all(format!("echo over the port {round}\n").as_bytes())
+            .unwrap();
+        guest.line("ok echo over the port");
+        let wanted = format!("ok echo over the port {round}\n");
+        let mut answer = vec![0; wanted.len()];
+        port.read_exact(&mut answer).unwrap();
+        assert_eq!(String::from_utf8(answer).unwrap(), wanted);
+    }
 }
 
 #[test]

@@ -250,6 +250,39 @@ impl Guest {
         }
     }
 
+    /// Pauses it, saves it, ends it, and makes another machine from what was saved and from its memory,
+    /// handed over by descriptor; that one runs.
+    pub fn through_a_restore(mut self, disks: &[&File]) -> Guest {
+        self.machine.pause().expect("pause");
+        let saved = self.machine.save().expect("save");
+        let memory = self.machine.memory().as_fd().try_clone_to_owned();
+        let memory = File::from(memory.expect("duplicate the memory"));
+        drop(self.machine);
+        let (serial, end) = UnixStream::pair().expect("a socket pair");
+        let files = MachineFiles {
+            kvm: open_kvm(),
+            kernel: File::open(image()).expect("the probe image"),
+            initrd: None,
+            disks: disks
+                .iter()
+                .map(|disk| disk.try_clone().expect("duplicate a disk"))
+                .collect(),
+            serial: both_ways(&end),
+            console_ports: Vec::new(),
+        };
+        let mut machine = Machine::restore(saved, memory, files, None).expect("restore");
+        machine.resume().expect("resume");
+        serial.set_nonblocking(true).expect("fcntl");
+        Guest {
+            machine,
+            serial,
+            ports: Vec::new(),
+            partial: Vec::new(),
+            lines: VecDeque::new(),
+            events: VecDeque::new(),
+        }
+    }
+
     /// What it says within `time`, which passes in full.
     pub fn overheard(&mut self, time: Duration) -> Vec<String> {
         let deadline = Instant::now() + time;
