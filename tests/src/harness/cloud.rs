@@ -109,6 +109,7 @@ impl Cloud {
         let state = self.folder.join("controller");
         let mut arguments = vec![
             "serve".to_owned(),
+            "--plain-http".to_owned(),
             "--state-dir".to_owned(),
             state.display().to_string(),
             "--listen".to_owned(),
