@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use fractus_controller::{compute, http, image};
+use fractus_controller::{compute, http, identity, image};
 use fractus_oracle::{Oracle, Service};
 use fractus_tests::tidy::checkout;
 
@@ -13,7 +13,7 @@ const LIST: &str = "tests/oracle/data/without.txt";
 
 /// Every endpoint of the services that OpenStack has.
 fn endpoints() -> Vec<http::Endpoint> {
-    [compute::routes(), image::routes()]
+    [identity::routes(), compute::routes(), image::routes()]
         .iter()
         .flat_map(|routes| routes.endpoints().to_vec())
         .collect()
