@@ -117,7 +117,7 @@ impl Agent {
         if self.stand_ins {
             command.arg("--stand-ins");
         }
-        self.child = Some(command.spawn()?);
+        let mut child = command.spawn()?;
         let by = Instant::now() + PATIENCE;
         while let Err(error) = self.client.host().await {
             anyhow::ensure!(
@@ -125,8 +125,13 @@ impl Agent {
                 "the agent does not answer: {error}\n{}",
                 self.log()
             );
+            // Its port may have been lent to an outgoing connection while it was down.
+            if child.try_wait()?.is_some() && self.log().contains("cannot listen") {
+                child = command.spawn()?;
+            }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        self.child = Some(child);
         Ok(())
     }
 
