@@ -7,6 +7,7 @@ mod list;
 mod members;
 mod project;
 mod role;
+mod service;
 mod user;
 mod version;
 
@@ -22,6 +23,7 @@ pub fn routes() -> Routes {
         project::routes,
         user::routes,
         role::routes,
+        service::routes,
         assignment::routes,
     ]
     .into_iter()

@@ -334,3 +334,65 @@ async fn a_validated_token_is_remembered_until_identity_changes() {
     // Each is one indexed read: far below a millisecond, with room for a loaded machine.
     assert!(begun.elapsed().as_millis() < 1000, "{:?}", begun.elapsed());
 }
+
+#[tokio::test]
+async fn services_endpoints_and_regions_make_the_catalogue() {
+    let cloud = testing::app().await;
+    let post = |path: &'static str, body: Value| cloud.post(&cloud.admin, path, body);
+    let body = json!({"service": {"type": "dns", "name": "designate", "description": "d"}});
+    let made = post("/identity/v3/services", body)
+        .await
+        .expect_status(201)
+        .json();
+    let service = made["service"]["id"].as_str().unwrap().to_owned();
+    assert_eq!(made["service"]["description"], "d");
+    let endpoint = json!({"endpoint": {"service_id": service, "interface": "public",
+        "url": "https://dns/$(project_id)s", "region": "Two", "enabled": true}});
+    let made = post("/identity/v3/endpoints", endpoint)
+        .await
+        .expect_status(201)
+        .json();
+    assert_eq!(
+        (&made["endpoint"]["region_id"], &made["endpoint"]["region"]),
+        (&json!("Two"), &json!("Two"))
+    );
+    let wrong = json!({"endpoint": {"enabled": "False"}});
+    let path = format!(
+        "/identity/v3/endpoints/{}",
+        made["endpoint"]["id"].as_str().unwrap()
+    );
+    let answer = cloud
+        .ask(&cloud.admin, Method::PATCH, &path, wrong)
+        .await
+        .expect_status(400);
+    assert_eq!(
+        answer.json()["error"]["message"],
+        "Invalid input for field/attribute enabled. Value: False. 'False' is not of type 'boolean'"
+    );
+    let catalog = cloud
+        .get(&cloud.reader, "/identity/v3/auth/catalog")
+        .await
+        .json();
+    let entry = catalog["catalog"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|entry| entry["type"] == "dns");
+    let url = format!("https://dns/{}", cloud.project_id);
+    assert_eq!(entry.unwrap()["endpoints"][0]["url"], url.as_str());
+    let region = "/identity/v3/regions/Two";
+    cloud
+        .ask(&cloud.admin, Method::DELETE, region, Value::Null)
+        .await
+        .expect_status(403);
+    let path = format!("/identity/v3/services/{service}");
+    cloud
+        .ask(&cloud.admin, Method::DELETE, &path, Value::Null)
+        .await
+        .expect_status(204);
+    cloud
+        .ask(&cloud.admin, Method::DELETE, region, Value::Null)
+        .await
+        .expect_status(204);
+    cloud.get(&cloud.admin, region).await.expect_status(404);
+}
