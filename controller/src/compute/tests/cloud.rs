@@ -151,6 +151,7 @@ impl Cloud {
             ]))),
             images: Images::new(hooked.clone(), Arc::new(store)),
             compute: compute.clone(),
+            hosts: crate::hosts::Hosts::idle(&hooked).await.unwrap(),
         });
         let (frozen, freeze) = watch::channel(false);
         let stop = CancellationToken::new();
