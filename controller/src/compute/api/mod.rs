@@ -2,6 +2,7 @@
 //! but through [`super::ops`].
 
 mod actions;
+mod addresses;
 mod call;
 mod consoles;
 mod flavors;
@@ -25,6 +26,7 @@ pub fn routes() -> Routes {
     let routes = keypairs::routes(routes);
     let routes = servers::routes(routes);
     let routes = actions::routes(routes);
+    let routes = addresses::routes(routes);
     let routes = consoles::routes(routes);
     let routes = instance_actions::routes(routes);
     let routes = hosts::routes(routes);

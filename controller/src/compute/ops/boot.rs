@@ -6,9 +6,8 @@
 //!   bzImage) boots as it is; its `ramdisk_id` and `os_command_line` count too, and the disk is an
 //!   empty one of the flavor's size.
 
-use fractus_agent_api::machine::{ImageFormat, ImageRef, RootDisk};
+use fractus_agent_api::machine::{ImageRef, RootDisk};
 use sea_orm::ConnectionTrait;
-use sea_orm::prelude::Uuid;
 
 use crate::compute::model::flavor::FlavorSnapshot;
 use crate::compute::model::server::BootPlan;
@@ -144,23 +143,11 @@ fn positive(number: Option<i64>) -> u64 {
         .unwrap_or_default()
 }
 
+/// What the host fetches; 400 for an image that no machine can use.
 fn reference(image: &Image) -> Result<ImageRef, ApiError> {
-    let row = &image.row;
-    let id = Uuid::parse_str(&row.id).map_err(ApiError::internal)?;
-    let blake3 = row
-        .blake3
-        .clone()
-        .ok_or_else(|| ApiError::bad_request(format!("Image {} has no bytes yet.", row.id)))?;
-    let format = match row.content_format.as_deref() {
-        Some("qcow2") => ImageFormat::Qcow2,
-        _ => ImageFormat::Raw,
-    };
-    Ok(ImageRef {
-        id,
-        size: positive(row.size),
-        blake3,
-        format,
-    })
+    image
+        .to_ref()
+        .map_err(|unusable| ApiError::bad_request(unusable.to_string()))
 }
 
 /// What a plan takes of a host's disk, in GiB, rounded up.

@@ -834,3 +834,55 @@ async fn an_action_tells_its_events() {
         (404, "Action 999 not found")
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_networks_a_server_has_no_addresses() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let path = format!("/v2.1/servers/{id}/ips");
+    assert_eq!(
+        cloud.get("one", &path, "").await.json,
+        json!({"addresses": {}})
+    );
+    let one = cloud.get("one", &format!("{path}/net"), "").await;
+    assert_eq!(
+        (status(&one), one.message()),
+        (404, "Instance is not a member of specified network")
+    );
+    let stranger = cloud.get("two", &path, "").await;
+    assert_eq!(
+        stranger.message(),
+        format!("Instance {id} could not be found.")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_a_format_that_machines_do_not_take_is_refused() {
+    let cloud = Cloud::new().await;
+    let vmdk = "0a11ce00-0000-4000-8000-000000000005";
+    cloud.image(vmdk, "vmdk", &[("kernel_id", KERNEL)]).await;
+    let body = json!({"server": {"name": "x", "imageRef": vmdk, "flavorRef": "1"}});
+    let refused = cloud
+        .call("one", Method::POST, "/v2.1/servers", "", body)
+        .await;
+    assert_eq!(status(&refused), 400);
+    assert!(refused.message().contains("vmdk"), "{}", refused.message());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_image_boots_by_itself_with_an_empty_disk() {
+    let cloud = Cloud::new().await;
+    let body = json!({"server": {"name": "probe", "imageRef": KERNEL, "flavorRef": "1"}});
+    let made = cloud
+        .call("one", Method::POST, "/v2.1/servers", "", body)
+        .await;
+    let id = made.json["server"]["id"].as_str().unwrap();
+    cloud
+        .until("one", id, |server| server["status"] == "ACTIVE")
+        .await;
+    let row = crate::reconcile::machine::find(cloud.app.database().reader(), machine(id)).await;
+    let spec = row.unwrap().unwrap().wanted.spec;
+    assert_eq!(spec.boot.kernel.id.to_string(), KERNEL);
+    let disk = spec.root_disk.unwrap();
+    assert_eq!((disk.image, disk.size), (None, 1 << 30));
+}
