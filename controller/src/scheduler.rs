@@ -35,7 +35,7 @@ pub struct HostView {
     pub disabled: bool,
     pub limits: Amounts,
     pub used: Amounts,
-    /// What an agent's check says is missing.
+    /// What its agent says is missing, without which no machine runs there.
     pub lacks: Vec<String>,
 }
 

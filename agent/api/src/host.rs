@@ -68,9 +68,13 @@ pub struct HostReport {
     /// 1, 5 and 15 minutes.
     pub load: [f64; 3],
     pub uptime_s: u64,
-    /// What the host lacks, in words for an operator; empty when all is there.
+    /// What the host lacks, in words for an operator; empty when all is there. Machines run without
+    /// it, with less.
     #[serde(default)]
     pub lacks: Vec<String>,
+    /// What it lacks without which no machine runs here at all: nothing is placed on such a host.
+    #[serde(default)]
+    pub unable: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

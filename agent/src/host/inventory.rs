@@ -17,19 +17,22 @@ pub struct Inventory {
     cpu: CpuReport,
     boot_id: uuid::Uuid,
     lacks: Vec<String>,
+    unable: Vec<String>,
     disks: std::path::PathBuf,
 }
 
 impl Inventory {
     /// `disks` is the folder that holds machines' disks.
     pub fn new(disks: &Path) -> io::Result<Self> {
+        let (unable, lacks): (Vec<_>, Vec<_>) = check::lacks()
+            .into_iter()
+            .partition(|lack| lack.weight == check::Weight::Needed);
+        let words = |lacks: Vec<check::Lack>| lacks.iter().map(ToString::to_string).collect();
         Ok(Self {
             cpu: cpu(&fs::read_to_string("/proc/cpuinfo")?),
             boot_id: boot_id()?,
-            lacks: check::lacks()
-                .into_iter()
-                .map(|lack| lack.to_string())
-                .collect(),
+            lacks: words(lacks),
+            unable: words(unable),
             disks: disks.to_owned(),
         })
     }
@@ -64,6 +67,7 @@ impl Inventory {
                 .and_then(|s| s.parse().ok())
                 .unwrap_or(0),
             lacks: self.lacks.clone(),
+            unable: self.unable.clone(),
         }
     }
 }

@@ -101,6 +101,7 @@ impl SimulatedHost {
             load: [0.0; 3],
             uptime_s: 0,
             lacks: Vec::new(),
+            unable: Vec::new(),
         }
     }
 

@@ -30,6 +30,7 @@ fn report(hostname: &str) -> HostReport {
         load: [0.0; 3],
         uptime_s: 1,
         lacks: Vec::new(),
+        unable: Vec::new(),
     }
 }
 

@@ -129,7 +129,7 @@ impl Machines {
             disabled: row.disabled,
             limits: row.limits(),
             used: row.used(),
-            lacks: live.map(|report| report.lacks).unwrap_or_default(),
+            lacks: live.map(|report| report.unable).unwrap_or_default(),
         }
     }
 
