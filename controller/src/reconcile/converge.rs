@@ -209,11 +209,28 @@ impl Machines {
                 );
                 Err(StepError::retry(reason))
             }
-            Err(AgentError::Refused(refusal @ Refusal::Invalid { .. })) => Err(StepError::fail(
-                format!("host {owner} refuses the machine: {refusal}"),
-            )),
+            Err(AgentError::Refused(refusal @ Refusal::Invalid { .. })) => {
+                // What was never taken is not there to be removed either.
+                if machine.is_tombstone() && self.is_unknown_to(owner, machine.server).await {
+                    return Ok(Converged::NoOwner);
+                }
+                Err(StepError::fail(format!(
+                    "host {owner} refuses the machine: {refusal}"
+                )))
+            }
             Err(error) => Err(StepError::retry(error.to_string())),
         }
+    }
+
+    /// The agent itself says that it has neither record nor tombstone.
+    async fn is_unknown_to(&self, owner: HostId, server: ServerId) -> bool {
+        let Ok(agent) = self.agents.agent(owner) else {
+            return false;
+        };
+        matches!(
+            agent.get(server).await,
+            Err(AgentError::Refused(Refusal::Unknown))
+        )
     }
 
     /// A machine must not be started on its owner while another host speaks of a process of it, nor,

@@ -259,6 +259,8 @@ pub async fn move_owner(
             row::Column::Generation,
             Expr::col(row::Column::Generation).add(1),
         )
+        // What the old owner said is no proof that the new one has it.
+        .col_expr(row::Column::Report, Expr::value(Option::<String>::None))
         .col_expr(row::Column::Settled, Expr::value(false))
         .col_expr(row::Column::UpdatedAtUs, Expr::value(now_us))
         .filter(row::Column::ServerId.eq(server.to_string()))

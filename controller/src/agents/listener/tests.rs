@@ -216,7 +216,7 @@ fn wanted() -> Wanted {
                 kernel: ImageRef {
                     id: IMAGE,
                     size: 9,
-                    blake3: String::new(),
+                    blake3: "0".repeat(64),
                     format: ImageFormat::Raw,
                 },
                 initrd: None,
