@@ -11,14 +11,18 @@
 
 mod check;
 mod faults;
+mod golden;
 mod network;
 mod requests;
+mod scenarios;
 mod world;
 
 use world::{Plan, World};
 
 /// Rounds of `seeds`, each a small cloud with everything going wrong.
 async fn rounds(seeds: std::ops::Range<u64>) {
+    let mut starts = 0;
+    let least = seeds.end - seeds.start;
     for seed in seeds {
         let mut world = World::new(
             seed,
@@ -32,7 +36,12 @@ async fn rounds(seeds: std::ops::Range<u64>) {
         world.run().await;
         world.heal().await;
         world.check_rest().await;
+        starts += world.starts();
     }
+    assert!(
+        starts >= least,
+        "{starts} machines were started: nothing was tried"
+    );
 }
 
 #[tokio::test]

@@ -49,12 +49,7 @@ pub async fn sqlite() -> TestDatabase {
 
 /// An SQLite database in a file in memory: syncs cost nothing.
 pub async fn sqlite_in_memory() -> TestDatabase {
-    let shared = std::path::Path::new("/dev/shm");
-    let folder = if shared.is_dir() {
-        Folder::within(shared)
-    } else {
-        Folder::new()
-    };
+    let folder = in_memory();
     let url = format!("sqlite://{}/fractus.sqlite", folder.0.display());
     let database = open(&url).await;
     TestDatabase {
@@ -62,6 +57,38 @@ pub async fn sqlite_in_memory() -> TestDatabase {
         engine: "sqlite",
         url,
         _folder: Some(folder),
+    }
+}
+
+/// An SQLite database in memory that begins as a dump (schema and rows), brought to this build's schema.
+pub async fn sqlite_from(dump: &str) -> TestDatabase {
+    let empty = in_memory();
+    let url = format!("sqlite://{}/fractus.sqlite", empty.0.display());
+    let load = async {
+        let mut options = sea_orm::ConnectOptions::new(format!("{url}?mode=rwc"));
+        options.max_connections(1).sqlx_logging(false);
+        let connection = sea_orm::Database::connect(options).await?;
+        sea_orm::ConnectionTrait::execute_unprepared(&connection, dump).await?;
+        connection.close().await
+    };
+    if let Err(error) = load.await {
+        panic!("loading a dump: {error}");
+    }
+    let database = open(&url).await;
+    TestDatabase {
+        database,
+        engine: "sqlite",
+        url,
+        _folder: Some(empty),
+    }
+}
+
+fn in_memory() -> Folder {
+    let shared = std::path::Path::new("/dev/shm");
+    if shared.is_dir() {
+        Folder::within(shared)
+    } else {
+        Folder::new()
     }
 }
 

@@ -30,6 +30,15 @@ impl World {
         }
     }
 
+    /// How many processes were started on all hosts, by their records.
+    pub fn starts(&self) -> u64 {
+        let reports = self
+            .hosts
+            .iter()
+            .flat_map(|host| host.full_report().machines);
+        reports.map(|report| report.starts).sum()
+    }
+
     /// Often: a process has a record, and the record names its host.
     pub async fn check_records(&self) {
         for host in &self.hosts {

@@ -54,6 +54,7 @@ pub struct World {
     pub controller: Option<Controller>,
     folder: tempfile::TempDir,
     realm: Arc<Realm>,
+    membership: Hosts,
     history: Vec<String>,
     /// Changes the kinds that the next controller is started with.
     pub kinds: Box<dyn Fn(Kinds) -> Kinds>,
@@ -82,35 +83,43 @@ impl Authenticate for Nobody {
 const START_US: i64 = 1_800_000_000_000_000;
 
 impl World {
+    /// A new cloud, whose hosts have all reported to its controller.
     pub async fn new(seed: u64, plan: Plan) -> Self {
-        let clock = SimulatedClock::starting_at(START_US);
         let test = testing::sqlite_in_memory().await;
-        let network = Network::new(seed);
-        let ids = Arc::new(SeededRandom::new(seed));
-        let mut hosts = Vec::new();
+        let ids = SeededRandom::new(seed);
         for n in 0..plan.hosts {
             let id = HostId(ids.uuid());
             let inventory = SimulatedHost::inventory(&format!("host{n}"), 4, 4096);
-            let said = inventory.clone();
-            test.database
-                .write(move |tx| {
-                    let said = said.clone();
-                    Box::pin(async move {
-                        host::insert(tx, id, "https://simulated:1", &said, START_US).await
-                    })
+            let insert = test.database.write(move |tx| {
+                let said = inventory.clone();
+                Box::pin(async move {
+                    host::insert(tx, id, "https://simulated:1", &said, START_US).await
                 })
-                .await
-                .unwrap();
-            let host = Arc::new(SimulatedHost::new(id, inventory, ids.uuid(), |_| {}));
+            });
+            insert.await.unwrap();
+        }
+        Self::of(test, ids, seed, plan).await
+    }
+
+    /// The cloud of a database; its hosts have no machines yet.
+    pub async fn of(test: TestDatabase, ids: SeededRandom, seed: u64, plan: Plan) -> Self {
+        let clock = SimulatedClock::starting_at(START_US);
+        let network = Network::new(seed);
+        let mut hosts = Vec::new();
+        for row in host::all(test.database.reader()).await.unwrap() {
+            let inventory = row.inventory().unwrap();
+            let host = SimulatedHost::new(row.host_id(), inventory, ids.uuid(), |_| {});
+            let host = Arc::new(host);
             network.hosts.add(Arc::clone(&host));
             hosts.push(host);
         }
         let realm = Realm::idle(&test.database).await;
+        let membership = Hosts::idle(&test.database).await.unwrap();
         let mut world = Self {
             seed,
             plan,
             random: StdRng::seed_from_u64(seed),
-            ids,
+            ids: Arc::new(ids),
             clock,
             test,
             network,
@@ -119,6 +128,7 @@ impl World {
             controller: None,
             folder: tempfile::tempdir().unwrap(),
             realm,
+            membership,
             history: Vec::new(),
             kinds: Box::new(|kinds| kinds),
         };
@@ -174,7 +184,7 @@ impl World {
         let blobs = FileStore::open(self.folder.path(), "simulated")
             .await
             .unwrap();
-        let hosts = Hosts::idle(&database).await.unwrap();
+        let hosts = self.membership.clone();
         let app = App::new(AppParts {
             public_url: PublicUrl::parse("http://127.0.0.1:5000").unwrap(),
             images: Images::new(database.clone(), Arc::new(blobs)),
@@ -482,9 +492,12 @@ impl World {
         }
     }
 
-    /// Every host sends a full report, and it arrives.
+    /// Every host that can sends a full report, and it arrives.
     pub async fn everybody_reports(&mut self) {
         for host in self.hosts.clone() {
+            if host.agent_is_down() || self.network.is_frozen(host.id()) {
+                continue;
+            }
             self.receive(host.id(), Mail::Heartbeat(beat(&host))).await;
             self.receive(host.id(), Mail::Report(host.full_report()))
                 .await;
@@ -530,10 +543,12 @@ impl World {
     }
 
     /// Everybody does everything once.
-    async fn round(&mut self) {
+    pub async fn round(&mut self) {
         self.clock.advance(Duration::from_secs(11));
         for host in self.hosts.clone() {
-            host.settle();
+            if !self.network.is_frozen(host.id()) {
+                host.settle();
+            }
         }
         self.everybody_reports().await;
         self.network.drop_mail();

@@ -1,0 +1,296 @@
+//! Histories that are rare in the storm and must go right all the same.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use fractus_agent_api::machine::{ServerId, StopReason};
+use sea_orm::{ConnectionTrait, DatabaseTransaction};
+use uuid::Uuid;
+
+use super::requests;
+use super::world::{Plan, World};
+use crate::agents::host;
+use crate::agents::simulated::SimulatedHost;
+use crate::compute::model::state::ServerState;
+use crate::compute::ops::change::Change;
+use crate::compute::store::server;
+use crate::database::Database;
+use crate::operation::{Advance, Kind, Kinds, Operation, Outcome, Step, StepError};
+use crate::reconcile::machine;
+
+/// A cloud of `hosts` in which these servers are active.
+async fn active(hosts: usize, servers: &[Uuid]) -> World {
+    let mut world = World::new(
+        3,
+        Plan {
+            hosts,
+            servers: servers.len(),
+            events: 0,
+        },
+    )
+    .await;
+    for id in servers {
+        world.servers.push(*id);
+        requests::create(&world.controller.as_ref().unwrap().app, *id)
+            .await
+            .unwrap();
+    }
+    world.heal().await;
+    for id in servers {
+        assert_eq!(state(&world, *id).await, ServerState::Active);
+    }
+    world
+}
+
+async fn state(world: &World, id: Uuid) -> ServerState {
+    let row = server::find_any(world.database().reader(), &id.to_string())
+        .await
+        .unwrap();
+    row.unwrap().state()
+}
+
+/// The host on which a process of the server runs.
+fn holder(world: &World, id: Uuid) -> Option<Arc<SimulatedHost>> {
+    world
+        .hosts
+        .iter()
+        .find(|host| host.processes().contains(&ServerId(id)))
+        .cloned()
+}
+
+const ONE: Uuid = Uuid::from_u128(0x11);
+const TWO: Uuid = Uuid::from_u128(0x22);
+
+#[tokio::test]
+async fn a_create_takes_at_most_four_syncs() {
+    let mut world = World::new(
+        5,
+        Plan {
+            hosts: 2,
+            servers: 1,
+            events: 0,
+        },
+    )
+    .await;
+    world.servers.push(ONE);
+    let (app, engine) = {
+        let controller = world.controller.as_ref().unwrap();
+        (controller.app.clone(), Arc::clone(&controller.engine))
+    };
+    let before = world.database().syncs();
+    requests::create(&app, ONE).await.unwrap();
+    while engine.advance(&ONE.to_string()).await == Advance::Advanced {}
+    for host in &world.hosts {
+        host.settle();
+    }
+    world.everybody_reports().await;
+    while engine.advance(&ONE.to_string()).await == Advance::Advanced {}
+    let syncs = world.database().syncs() - before;
+    assert_eq!(state(&world, ONE).await, ServerState::Active);
+    assert!(syncs <= 4, "{syncs} syncs from the request to ACTIVE");
+}
+
+#[tokio::test]
+async fn a_guest_that_powers_itself_off_is_shut_off_and_stays_so_over_a_reboot_of_its_host() {
+    let mut world = active(2, &[ONE]).await;
+    let host = holder(&world, ONE).unwrap();
+    host.end_process(ServerId(ONE), StopReason::GuestPowerOff);
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Stopped);
+    host.reboot(Uuid::from_u128(5));
+    world.heal().await;
+    assert!(holder(&world, ONE).is_none());
+    world.check_rest().await;
+}
+
+#[tokio::test]
+async fn what_should_run_is_started_again_after_a_reboot_of_its_host() {
+    let mut world = active(2, &[ONE]).await;
+    let host = holder(&world, ONE).unwrap();
+    host.reboot(Uuid::from_u128(5));
+    world.heal().await;
+    assert_eq!(holder(&world, ONE).unwrap().id(), host.id());
+    assert_eq!(state(&world, ONE).await, ServerState::Active);
+    world.check_rest().await;
+}
+
+#[tokio::test]
+async fn machines_newer_than_a_restored_database_are_kept_and_the_others_obey_the_new_epoch() {
+    let mut world = active(2, &[ONE]).await;
+    let backup = format!("{}.backup", world.test.url.trim_start_matches("sqlite://"));
+    let sql = format!("VACUUM INTO '{backup}'");
+    world
+        .database()
+        .reader()
+        .execute_unprepared(&sql)
+        .await
+        .unwrap();
+    // What the backup does not know: a second server, and that the first one was stopped.
+    let app = world.controller.as_ref().unwrap().app.clone();
+    requests::create(&app, TWO).await.unwrap();
+    assert!(requests::change(&app, ONE, Change::Stop).await.unwrap());
+    world.heal().await;
+    assert!(holder(&world, ONE).is_none());
+    let newest = holder(&world, TWO).unwrap();
+
+    world.controller = None;
+    world.test.database = Database::connect(&format!("sqlite://{backup}"))
+        .await
+        .unwrap();
+    let begin = world
+        .database()
+        .write(|tx| Box::pin(async move { machine::begin_epoch(tx, 1_800_000_001_000_000).await }));
+    begin.await.unwrap();
+    world.start_controller().await;
+    // Nobody was heard yet: nothing is started, and nothing is ended.
+    world.controller.as_ref().unwrap().reconciler.sweep().await;
+    assert!(holder(&world, ONE).is_none());
+    world.heal().await;
+    assert_eq!(
+        holder(&world, TWO).unwrap().id(),
+        newest.id(),
+        "unclaimed, and left alone"
+    );
+    assert!(holder(&world, ONE).is_some(), "as the restored intent says");
+}
+
+#[tokio::test]
+async fn a_host_that_lost_its_records_does_not_get_an_empty_machine_in_place_of_the_server() {
+    let mut world = active(1, &[ONE]).await;
+    world.hosts[0].wipe();
+    world.heal().await;
+    assert!(holder(&world, ONE).is_none());
+    assert_eq!(state(&world, ONE).await, ServerState::Error);
+    let row = server::find(world.database().reader(), &ONE.to_string())
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(row.fault_message.unwrap().contains("no record"));
+}
+
+#[tokio::test]
+async fn a_new_owner_waits_until_the_old_one_has_dropped_the_machine() {
+    let mut world = active(2, &[ONE]).await;
+    let old = holder(&world, ONE).unwrap();
+    let new = world
+        .hosts
+        .iter()
+        .find(|host| host.id() != old.id())
+        .unwrap()
+        .clone();
+    world.network.freeze(old.id());
+    let known = machine::find(world.database().reader(), ServerId(ONE))
+        .await
+        .unwrap()
+        .unwrap();
+    let (from, to) = ((old.id(), known.generation), new.id());
+    let moved = world.database().write(move |tx| {
+        Box::pin(async move {
+            let first = machine::move_owner(tx, ServerId(ONE), from, to, 1).await?;
+            let second = machine::move_owner(tx, ServerId(ONE), from, to, 1).await?;
+            Ok::<_, sea_orm::DbErr>((first, second))
+        })
+    });
+    assert_eq!(
+        moved.await.unwrap(),
+        (true, false),
+        "the first compare-and-set wins"
+    );
+    for _ in 0..10 {
+        world.round().await;
+        world.check_processes();
+        assert!(new.processes().is_empty(), "the old owner still runs it");
+    }
+    world.heal().await;
+    assert_eq!(holder(&world, ONE).unwrap().id(), new.id());
+    assert!(old.remains().is_empty());
+}
+
+#[tokio::test]
+async fn a_server_of_a_host_that_was_removed_can_be_deleted() {
+    let mut world = active(1, &[ONE]).await;
+    let gone = world.hosts.remove(0).id();
+    world.network.hosts.remove(gone);
+    let remove = world
+        .database()
+        .write(move |tx| Box::pin(async move { host::remove(tx, gone, 1).await }));
+    assert!(remove.await.unwrap());
+    let app = world.controller.as_ref().unwrap().app.clone();
+    requests::delete(&app, ONE).await.unwrap();
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Deleted);
+    let open = crate::operation::unfinished(world.database().reader(), None)
+        .await
+        .unwrap();
+    assert!(open.is_empty(), "{open:?}");
+}
+
+/// `server_delete`, but it does not wait for the host.
+struct Hasty(Arc<dyn Kind>);
+
+struct HastyStep(Arc<dyn Step>);
+
+#[async_trait]
+impl Step for HastyStep {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        self.0.commit(operation, tx).await
+    }
+}
+
+#[async_trait]
+impl Kind for Hasty {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn version(&self) -> i32 {
+        self.0.version()
+    }
+
+    fn steps(&self) -> Vec<Arc<dyn Step>> {
+        let hasty = |step| Arc::new(HastyStep(step)) as Arc<dyn Step>;
+        self.0.steps().into_iter().map(hasty).collect()
+    }
+
+    async fn finish(
+        &self,
+        operation: &Operation,
+        outcome: &Outcome,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        self.0.finish(operation, outcome, tx).await
+    }
+}
+
+/// Proof that the checks can fail.
+#[tokio::test]
+#[should_panic(expected = "is owned by None")]
+async fn a_delete_that_does_not_wait_for_the_host_is_found_out() {
+    let mut world = active(1, &[ONE]).await;
+    world.kinds = Box::new(|kinds: Kinds| {
+        let mut wrapped = Kinds::default();
+        for known in kinds.iter() {
+            match known.name() {
+                "server_delete" => wrapped.register(Arc::new(Hasty(Arc::clone(known)))),
+                _ => wrapped.register(Arc::clone(known)),
+            }
+        }
+        wrapped
+    });
+    world.start_controller().await;
+    let (app, engine) = {
+        let controller = world.controller.as_ref().unwrap();
+        (controller.app.clone(), Arc::clone(&controller.engine))
+    };
+    requests::delete(&app, ONE).await.unwrap();
+    while engine.advance(&ONE.to_string()).await == Advance::Advanced {}
+    world.check_records().await;
+}
