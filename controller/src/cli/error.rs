@@ -88,7 +88,7 @@ pub enum CliError {
     },
     #[error("the console was refused: {detail}")]
     #[diagnostic(help(
-        "consoles are there while the server runs; their URLs work once and for a few minutes"
+        "consoles are there while the server runs; their URLs work for a few minutes"
     ))]
     Console { detail: String },
 }

@@ -13,7 +13,7 @@ use crate::cli::terminal;
 #[derive(Debug, Args)]
 pub struct Attach {
     server: String,
-    /// Print the URL (WebSocket, good once and for a few minutes) instead of attaching
+    /// Print the URL (WebSocket, good for a few minutes) instead of attaching
     #[arg(long)]
     url: bool,
 }
