@@ -1,7 +1,12 @@
 //! The virtio devices as a guest sees them: the probe drives them by PCI, MSI-X and all, on the real
 //! KVM.
 
-#[allow(dead_code, reason = "other tests use the rest of it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a fault fails the test"
+)]
+
 mod common;
 
 use std::fs::File;

@@ -1,5 +1,11 @@
 //! Life of a machine, with guests of a few instructions on the real KVM.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a fault fails the test"
+)]
+
 mod common;
 
 use std::os::fd::AsFd;

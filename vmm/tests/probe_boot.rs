@@ -1,5 +1,11 @@
 //! A machine's life as its guest and its owner see it: boot, processors, pause, reset, every end.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a fault fails the test"
+)]
+
 mod probe_guest;
 
 use std::time::{Duration, Instant};

@@ -1,5 +1,11 @@
 //! Devices as the guest uses them: disks, entropy, consoles.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a fault fails the test"
+)]
+
 mod probe_guest;
 
 use std::fs::File;

@@ -1,6 +1,12 @@
 //! Guests that misuse their devices harm nobody but themselves: the device wants a reset, the machine
 //! lives, and after the reset the device works.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a fault fails the test"
+)]
+
 mod probe_guest;
 
 use std::fs::File;

@@ -1,5 +1,11 @@
 //! What a guest says to its board: power, the button, a panic.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a fault fails the test"
+)]
+
 mod probe_guest;
 
 use fractus_vmm::machine::{Event, RunState, StopReason};

@@ -1,5 +1,11 @@
 //! A machine made from another's saved state: the same guest, that knows of nothing.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a fault fails the test"
+)]
+
 mod probe_guest;
 
 use std::fs::File;

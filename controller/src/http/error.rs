@@ -84,8 +84,8 @@ impl ApiError {
             .with_header(header::RETRY_AFTER, HeaderValue::from_static("1"))
     }
 
-    /// 500. What happened goes to the log (once the answer is made: a write that lost a race and is
-    /// repeated is no news), not to the user.
+    /// Status 500. What happened goes to the log (once the answer is made: a write that lost a race and
+    /// is repeated is no news), not to the user.
     pub fn internal(what: impl std::fmt::Display) -> Self {
         let mut error = Self::new(StatusCode::INTERNAL_SERVER_ERROR, UNEXPECTED);
         error.0.cause = Some(what.to_string());

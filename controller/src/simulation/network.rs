@@ -67,7 +67,7 @@ impl WriteHook for Doom {
 /// A message on its way to the controller.
 #[derive(Debug, Clone)]
 pub enum Mail {
-    Heartbeat(Heartbeat),
+    Heartbeat(Box<Heartbeat>),
     Changes(Changes),
     Report(FullReport),
 }

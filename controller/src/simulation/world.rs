@@ -425,7 +425,8 @@ impl World {
     fn heartbeat(&mut self) {
         let host = self.any_host();
         if !self.network.is_frozen(host.id()) && !host.agent_is_down() {
-            self.network.post(host.id(), Mail::Heartbeat(beat(&host)));
+            self.network
+                .post(host.id(), Mail::Heartbeat(Box::new(beat(&host))));
         }
     }
 
@@ -498,7 +499,8 @@ impl World {
             if host.agent_is_down() || self.network.is_frozen(host.id()) {
                 continue;
             }
-            self.receive(host.id(), Mail::Heartbeat(beat(&host))).await;
+            self.receive(host.id(), Mail::Heartbeat(Box::new(beat(&host))))
+                .await;
             self.receive(host.id(), Mail::Report(host.full_report()))
                 .await;
         }

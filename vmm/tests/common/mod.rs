@@ -1,9 +1,10 @@
 //! Tiny guests of a few hand-assembled bytes, and a machine around them.
 
-#![allow(dead_code, reason = "not every test program uses all of it")]
 #![allow(
+    dead_code,
     clippy::unwrap_used,
-    reason = "a fault here fails the test, as it should"
+    clippy::expect_used,
+    reason = "not every test program uses all of it, and a fault here fails the test"
 )]
 
 use std::fs::{File, OpenOptions};

@@ -375,19 +375,18 @@ pub fn admit(action: Action, situation: Situation<'_>) -> Result<(), Conflict> {
         return Err(Conflict::NotReady { server: server() });
     }
     let projection = situation.state.project();
-    if let Some(allowed) = standings(action) {
-        if !situation
+    if let Some(allowed) = standings(action)
+        && !situation
             .state
             .standing()
             .is_some_and(|standing| allowed.contains(&standing))
-        {
-            return Err(Conflict::State {
-                action: action.word(),
-                server: server(),
-                field: "vm_state",
-                value: projection.vm_state,
-            });
-        }
+    {
+        return Err(Conflict::State {
+            action: action.word(),
+            server: server(),
+            field: "vm_state",
+            value: projection.vm_state,
+        });
     }
     if let Some(task) = projection
         .task_state

@@ -200,7 +200,7 @@ fn sortable(column: Column) -> SimpleExpr {
     match column {
         Column::Description | Column::KeyName | Column::LockedBy => Expr::expr(value).if_null(""),
         Column::LaunchedAtUs | Column::TerminatedAtUs => Expr::expr(value).if_null(0_i64),
-        _ => value.into(),
+        _ => value,
     }
 }
 

@@ -175,25 +175,25 @@ fn networks(call: &Call, given: &Value) -> Result<(), ApiError> {
         )),
         Value::Array(list) if list.is_empty() && !call.at_least(37) => Ok(()),
         Value::Array(list) => {
-            for network in list {
-                if let Some(port) = network["port"].as_str() {
-                    return Err(ApiError::bad_request(format!(
-                        "Port id {port} could not be found."
-                    )));
-                }
-                let id = network["uuid"].as_str().unwrap_or_default();
-                if Uuid::parse_str(id).is_err() {
-                    return Err(ApiError::bad_request(format!(
-                        "Bad networks format: network uuid is not in proper format ({id})"
-                    )));
-                }
+            let Some(network) = list.first() else {
+                return Err(ApiError::bad_request(
+                    "This cloud has no networks yet: ask for networks: none",
+                ));
+            };
+            if let Some(port) = network["port"].as_str() {
                 return Err(ApiError::bad_request(format!(
-                    "Network {id} could not be found."
+                    "Port id {port} could not be found."
                 )));
             }
-            Err(ApiError::bad_request(
-                "This cloud has no networks yet: ask for networks: none",
-            ))
+            let id = network["uuid"].as_str().unwrap_or_default();
+            if Uuid::parse_str(id).is_err() {
+                return Err(ApiError::bad_request(format!(
+                    "Bad networks format: network uuid is not in proper format ({id})"
+                )));
+            }
+            Err(ApiError::bad_request(format!(
+                "Network {id} could not be found."
+            )))
         }
         _ => Ok(()),
     }

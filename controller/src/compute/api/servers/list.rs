@@ -264,7 +264,8 @@ fn states<'a>(
         allowed.retain(|state| wanted.contains(state));
         narrowed = true;
     }
-    let projections: [(&str, fn(ServerState) -> String); 3] = [
+    type Projected = fn(ServerState) -> String;
+    let projections: [(&str, Projected); 3] = [
         ("vm_state", |state| state.project().vm_state.to_owned()),
         ("task_state", |state| {
             state.project().task_state.unwrap_or("None").to_owned()
