@@ -27,3 +27,6 @@ pub mod serve;
 mod simulation;
 pub mod testing;
 pub mod tls;
+
+#[cfg(test)]
+mod rights;
