@@ -110,6 +110,11 @@ async fn wrong_proofs_are_refused_in_keystones_words() {
         unknown.json()["error"]["identity"]["methods"],
         json!(["password", "token"])
     );
+    // Named many times, a method counts and costs once.
+    let mut often = password("admin", &cloud.admin_password);
+    often["methods"] = json!(vec!["password"; 5000]);
+    let often = log_in(often).await.expect_status(201);
+    assert_eq!(often.json()["token"]["methods"], json!(["password"]));
     log_in(json!({"methods": ["token"], "token": {"id": "junk"}}))
         .await
         .expect_status(404);
