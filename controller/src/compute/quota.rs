@@ -52,14 +52,24 @@ pub async fn claim(connection: &impl ConnectionTrait, rows: &[&Model]) -> Result
     let Some(first) = rows.first() else {
         return Ok(());
     };
-    let used = usage(connection, &first.project_id).await?;
-    let limits = limits(connection, &first.project_id).await?;
     let sum = |of: fn(&Model) -> i64| rows.iter().map(|row| of(row)).sum::<i64>();
     let wanted = Usage {
         instances: i64::try_from(rows.len()).unwrap_or(i64::MAX),
         cores: sum(|row| i64::from(row.vcpus)),
         ram: sum(|row| row.ram),
     };
+    check(connection, &first.project_id, wanted).await
+}
+
+/// Refuses what goes beyond what `project` may have. Outside of the transaction that takes it, this
+/// says no early and promises nothing.
+pub async fn check(
+    connection: &impl ConnectionTrait,
+    project: &str,
+    wanted: Usage,
+) -> Result<(), RequestError> {
+    let used = usage(connection, project).await?;
+    let limits = limits(connection, project).await?;
     for (name, wanted, used, limit) in [
         ("cores", wanted.cores, used.cores, limits.cores),
         (
@@ -70,7 +80,7 @@ pub async fn claim(connection: &impl ConnectionTrait, rows: &[&Model]) -> Result
         ),
         ("ram", wanted.ram, used.ram, limits.ram),
     ] {
-        if limit >= 0 && used + wanted > limit {
+        if limit >= 0 && used.saturating_add(wanted) > limit {
             return Err(RequestError::OverQuota(format!(
                 "Quota exceeded for {name}: Requested {wanted}, but already used {used} of {limit} \
                  {name}"

@@ -21,6 +21,7 @@ use crate::compute::model::server::BootPlan;
 use crate::compute::model::state::{Build, ServerState};
 use crate::compute::ops;
 use crate::compute::ops::create::NewServer;
+use crate::compute::quota::{self, Usage};
 use crate::compute::store::{flavor, keypair, placement, server};
 use crate::http::{ApiError, JsonBody};
 use crate::policy::Rule;
@@ -42,11 +43,26 @@ struct Order<'a> {
     password: String,
 }
 
+impl Order<'_> {
+    /// What all its servers together take of the project's quota.
+    fn usage(&self) -> Usage {
+        let instances = i64::from(self.count);
+        let ram = i64::try_from(self.flavor.ram).unwrap_or(i64::MAX);
+        Usage {
+            instances,
+            cores: instances.saturating_mul(i64::from(self.flavor.vcpus)),
+            ram: instances.saturating_mul(ram),
+        }
+    }
+}
+
 pub async fn create(call: Call, body: JsonBody) -> Result<Response, ApiError> {
     static SCHEMA: LazyLock<Aged> =
         LazyLock::new(|| Aged::new(schema::CREATE_AGES, schema::create));
     SCHEMA.at(call.ctx.microversion()).check(&body.0)?;
     let order = order(&call, &body.0).await?;
+    // Thousands of servers that nobody may have are refused before any of them is made up.
+    quota::check(call.reader(), call.project()?, order.usage()).await?;
     let reservation = format!(
         "r-{}",
         letters(&call, 8, b"abcdefghijklmnopqrstuvwxyz0123456789")
