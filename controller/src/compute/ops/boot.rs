@@ -152,6 +152,11 @@ fn reference(image: &Image) -> Result<ImageRef, ApiError> {
 
 /// What a plan takes of a host's disk, in GiB, rounded up.
 pub fn disk_gib(plan: &BootPlan) -> i64 {
-    let bytes = plan.root_disk.as_ref().map_or(0, |disk| disk.size);
+    gib(plan.root_disk.as_ref())
+}
+
+/// The GiB that a disk takes, rounded up.
+pub(super) fn gib(disk: Option<&RootDisk>) -> i64 {
+    let bytes = disk.map_or(0, |disk| disk.size);
     i64::try_from(bytes.div_ceil(GIB)).unwrap_or(i64::MAX)
 }

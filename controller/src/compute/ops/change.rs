@@ -10,13 +10,15 @@ use sea_orm::DatabaseTransaction;
 use serde::{Deserialize, Serialize};
 
 use super::create::settle;
-use super::{RequestError, Tools, machine_id, to_error, to_state, turn};
+use super::{RequestError, Tools, boot, machine_id, to_error, to_state, turn};
+use crate::agents::host;
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
 use crate::event::Origin;
 use crate::http::App;
 use crate::operation::{self, Kind, Operation, Outcome, Progress, Step, StepError};
 use crate::reconcile::{Converged, machine};
+use crate::scheduler::Amounts;
 
 /// What is done to a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,13 +149,22 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
                     let others: Vec<&str> = kinds().collect();
                     operation::cancel(tx, &id, &others, "the server is rebooted").await?;
                 }
-                let known = machine::change(tx, machine_id(&id)?, request_id, now, |wanted| {
+                let server = machine_id(&id)?;
+                // A tombstone stays one, whatever the row's state says (an administrator's reset, a
+                // delete that waits for a silent host): its data may be gone already.
+                let known = machine::find(tx, server).await?;
+                let Some(known) =
+                    known.filter(|known| known.host.is_some() && !known.is_tombstone())
+                else {
+                    return Err(RequestError::Overtaken);
+                };
+                if let Some(spec) = &wish.spec {
+                    refit(tx, &known, spec).await?;
+                }
+                machine::change(tx, server, request_id, now, |wanted| {
                     wish.change.apply(standing, wanted, wish.spec);
                 })
                 .await?;
-                if known.is_none_or(|machine| machine.host.is_none()) {
-                    return Err(RequestError::Overtaken);
-                }
                 prepared.insert(tx).await?;
                 Ok(())
             })
@@ -161,6 +172,44 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
         .await?;
     engine.wake(id);
     Ok(())
+}
+
+/// What the server holds of its host becomes what `spec` needs: without a size of its own in the
+/// flavor, the disk is as large as its image.
+async fn refit(
+    tx: &DatabaseTransaction,
+    known: &machine::Machine,
+    spec: &MachineSpec,
+) -> Result<(), RequestError> {
+    let needed = amounts(spec);
+    let Some(host) = known.host.filter(|_| amounts(&known.wanted.spec) != needed) else {
+        return Ok(());
+    };
+    host::release(tx, host, known.server).await?;
+    if host::reserve(tx, host, known.server, needed).await? {
+        Ok(())
+    } else {
+        Err(RequestError::NoRoom(known.server.to_string()))
+    }
+}
+
+/// What a machine takes of its host.
+fn amounts(spec: &MachineSpec) -> Amounts {
+    Amounts {
+        vcpus: i64::from(spec.vcpus),
+        memory_mib: i64::try_from(spec.memory_mib).unwrap_or(i64::MAX),
+        disk_gib: boot::gib(spec.root_disk.as_ref()),
+    }
+}
+
+/// Whether the user has asked for something else of the server since.
+async fn is_followed(operation: &Operation, tx: &DatabaseTransaction) -> Result<bool, StepError> {
+    let id = operation.id.to_string();
+    let waiting = operation::unfinished(tx, Some(&operation.subject)).await?;
+    Ok(waiting.iter().any(|other| {
+        let later = (other.created_at_us, &other.id) > (operation.created_at_us, &id);
+        other.parked.is_none() && later
+    }))
 }
 
 pub struct ServerChange {
@@ -196,6 +245,11 @@ impl Kind for ServerChange {
     ) -> Result<(), StepError> {
         let state: State = operation.state()?;
         let now = self.tools.clock.now_us();
+        // What was given up for a later request is no failure of the server's: two hard reboots put
+        // it in one and the same state, and the second one ends it.
+        if *outcome != Outcome::Done && is_followed(operation, tx).await? {
+            return Ok(());
+        }
         turn(tx, &operation.subject, |row| {
             // A later request (a hard reboot, a delete) has the last word.
             if row.state().key() != state.transit {

@@ -64,12 +64,15 @@ pub enum RequestError {
     Overtaken,
     #[error("{0}")]
     OverQuota(String),
+    /// Its host has no room for what the server is to become.
+    #[error("the host of server {0} has no room for a disk of this size; nothing was changed")]
+    NoRoom(String),
 }
 
 impl From<RequestError> for ApiError {
     fn from(error: RequestError) -> Self {
         match error {
-            RequestError::Overtaken => Self::conflict(error.to_string()),
+            RequestError::Overtaken | RequestError::NoRoom(_) => Self::conflict(error.to_string()),
             RequestError::OverQuota(words) => Self::forbidden(words),
             RequestError::Database(error) => error.into(),
             RequestError::Prepare(error) => Self::internal(error),

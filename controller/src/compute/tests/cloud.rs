@@ -194,6 +194,17 @@ impl Cloud {
 
     /// A public image that has bytes.
     pub async fn image(&self, id: &str, format: &str, properties: &[(&str, &str)]) {
+        self.image_of(id, format, properties, 1 << 20).await;
+    }
+
+    /// The same, of a virtual size in bytes.
+    pub async fn image_of(
+        &self,
+        id: &str,
+        format: &str,
+        properties: &[(&str, &str)],
+        virtual_size: i64,
+    ) {
         let row = crate::image::store::image::Model {
             id: id.to_owned(),
             name: Some(format.to_owned()),
@@ -202,7 +213,7 @@ impl Cloud {
             disk_format: Some(format.to_owned()),
             container_format: Some(if format == "aki" { "aki" } else { "bare" }.to_owned()),
             size: Some(1 << 20),
-            virtual_size: Some(1 << 20),
+            virtual_size: Some(virtual_size),
             checksum: None,
             os_hash_value: None,
             blake3: Some("0".repeat(64)),

@@ -248,6 +248,98 @@ async fn a_hard_reboot_is_the_way_out_of_what_hangs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_second_hard_reboot_takes_the_place_of_the_first() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    cloud.frozen.send_replace(true);
+    let hard = json!({"reboot": {"type": "HARD"}});
+    for _ in 0..3 {
+        assert_eq!(status(&cloud.act("one", &id, "", hard.clone()).await), 202);
+    }
+    cloud.frozen.send_replace(false);
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_brings_back_a_server_whose_delete_waits_for_its_host() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    cloud.frozen.send_replace(true);
+    let path = format!("/v2.1/servers/{id}");
+    let delete = cloud
+        .call("one", Method::DELETE, &path, "", Value::Null)
+        .await;
+    assert_eq!(status(&delete), 204);
+    let reset = json!({"os-resetState": {"state": "active"}});
+    assert_eq!(status(&cloud.act("admin", &id, "", reset).await), 202);
+    let hard = json!({"reboot": {"type": "HARD"}});
+    assert_eq!(status(&cloud.act("one", &id, "", hard).await), 409);
+    let known = crate::reconcile::machine::find(cloud.app.database().reader(), machine(&id)).await;
+    assert!(known.unwrap().unwrap().is_tombstone());
+    cloud.frozen.send_replace(false);
+    cloud.until_gone("one", &id).await;
+    assert!(cloud.host.remains().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rebuild_takes_of_the_host_what_the_new_image_needs() {
+    let cloud = Cloud::new().await;
+    let flavor =
+        json!({"flavor": {"name": "by-image", "id": "0", "ram": 64, "vcpus": 1, "disk": 0}});
+    let made = cloud
+        .call("admin", Method::POST, "/v2.1/flavors", "", flavor)
+        .await;
+    assert_eq!(status(&made), 200, "{}", made.json);
+    let (large, huge) = (
+        "0a11ce00-0000-4000-8000-000000000006",
+        "0a11ce00-0000-4000-8000-000000000007",
+    );
+    let kernel = [("kernel_id", KERNEL)];
+    cloud.image_of(large, "raw", &kernel, 5 << 30).await;
+    cloud.image_of(huge, "raw", &kernel, 1 << 60).await;
+    let body = json!({"server": {"name": "x", "imageRef": DISK, "flavorRef": "0"}});
+    let made = cloud
+        .call("admin", Method::POST, "/v2.1/servers", "", body)
+        .await;
+    let id = made.json["server"]["id"].as_str().unwrap();
+    let active = |server: &Value| server["status"] == "ACTIVE";
+    cloud.until("admin", id, active).await;
+    let used = async || {
+        let hosts = crate::agents::host::all(cloud.app.database().reader()).await;
+        hosts.unwrap()[0].used()
+    };
+    let before = used().await;
+    assert_eq!(before.disk_gib, 1);
+
+    let rebuild = |image| cloud.act("admin", id, "", json!({"rebuild": {"imageRef": image}}));
+    let refused = rebuild(huge).await;
+    assert_eq!(status(&refused), 409, "{}", refused.json);
+    assert_eq!(used().await, before);
+    assert_eq!(status(&rebuild(large).await), 202);
+    cloud.until("admin", id, active).await;
+    assert_eq!(used().await.disk_gib, 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_servers_than_the_quota_has_are_refused_together() {
+    let cloud = Cloud::new().await;
+    let body =
+        json!({"server": {"name": "n", "imageRef": DISK, "flavorRef": "1", "max_count": 9999}});
+    let refused = cloud
+        .call("one", Method::POST, "/v2.1/servers", "", body)
+        .await;
+    assert_eq!(
+        (status(&refused), refused.message()),
+        (
+            403,
+            "Quota exceeded for cores: Requested 9999, but already used 0 of 20 cores"
+        )
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_is_being_built_can_be_deleted() {
     let cloud = Cloud::new().await;
     cloud.frozen.send_replace(true);
