@@ -24,6 +24,8 @@ pub struct Options {
     pub agents: usize,
     /// `None`: SQLite in the state folder.
     pub database: Option<String>,
+    /// The agents' program; `None`: the one that was built with this test.
+    pub agent_program: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -31,6 +33,7 @@ impl Default for Options {
         Self {
             agents: 1,
             database: None,
+            agent_program: None,
         }
     }
 }
@@ -172,7 +175,7 @@ impl Cloud {
         ] {
             arguments.extend([flag.to_owned(), value]);
         }
-        let output = tokio::process::Command::new(program("fractus-agent")?)
+        let output = tokio::process::Command::new(self.agent_program()?)
             .args(&arguments)
             .kill_on_drop(true)
             .output()
@@ -225,10 +228,22 @@ impl Cloud {
             arguments.extend([flag.to_owned(), value]);
         }
         let log = self.folder.join(format!("{}.log", agent.name));
-        let program = program("fractus-agent")?;
+        let program = self.agent_program()?;
         let process = Process::start(&agent.name, &program, &arguments, &[], &log)?;
         self.agents[index].process = Some(process);
         Ok(())
+    }
+
+    fn agent_program(&self) -> Result<PathBuf> {
+        match &self.options.agent_program {
+            Some(program) => Ok(program.clone()),
+            None => program("fractus-agent"),
+        }
+    }
+
+    /// Agents that are started from now on are of this program.
+    pub fn upgrade_agents(&mut self, program: Option<PathBuf>) {
+        self.options.agent_program = program;
     }
 
     async fn until_hosts_up(&self) -> Result<()> {
