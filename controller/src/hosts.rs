@@ -17,8 +17,6 @@ use std::sync::{Arc, LazyLock};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::response::IntoResponse;
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::identity::JoinToken;
 use http::StatusCode;
@@ -203,7 +201,8 @@ async fn issue(State(app): State<App>, body: JsonBody) -> Result<impl IntoRespon
     let ttl_s = body.0["join_token"]["ttl_s"].as_i64().unwrap_or(3600);
     let mut bytes = [0; join::SECRET_LEN];
     app.random().fill(&mut bytes);
-    let secret = URL_SAFE_NO_PAD.encode(bytes);
+    // Hex, not base64: a token that begins with `-` is taken for an option on a command line.
+    let secret: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let now_us = app.now_us();
     let expires_at_us = now_us.saturating_add(ttl_s.saturating_mul(1_000_000));
     let kept = secret.clone();

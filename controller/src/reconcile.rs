@@ -17,8 +17,5 @@ mod converge;
 pub mod machine;
 mod reconciler;
 
-#[cfg(test)]
-mod tests;
-
 pub use converge::{Converged, Lost, Machines, NoHost};
 pub use reconciler::{Observer, Reconciler};

@@ -186,6 +186,7 @@ impl Cloud {
             let server = self.send(Method::GET, &url, None).await?;
             match server["server"]["status"].as_str() {
                 Some("ACTIVE") => return Ok((id, began.elapsed())),
+                // sleeps because the API has no other way to wait, and the pause is part of what is measured
                 Some("BUILD") if began.elapsed() < PATIENCE => tokio::time::sleep(LOOK).await,
                 other => bail!("server {id} is {other:?}: {}", server["server"]["fault"]),
             }
@@ -210,6 +211,7 @@ impl Cloud {
             if began.elapsed() > PATIENCE {
                 bail!("server {id} is still there");
             }
+            // sleeps because the API has no other way to wait, and the pause is part of what is measured
             tokio::time::sleep(LOOK).await;
         }
     }

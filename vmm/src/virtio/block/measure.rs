@@ -87,6 +87,21 @@ fn run(file: &File, case: &Case) {
     eprintln!("{:44} {rate:>9.0} /s {throughput:>8.0} MiB/s", case.name);
 }
 
+/// What is measured: name, O_DIRECT, threads instead of io_uring, writes, depth, bytes each.
+#[rustfmt::skip]
+const CASES: [(&str, bool, bool, bool, u64, u64); 10] = [
+    ("cached, io_uring, read 4K, depth 1", false, false, false, 1, 4096),
+    ("cached, io_uring, read 4K, depth 32", false, false, false, 32, 4096),
+    ("cached, threads,  read 4K, depth 32", false, true, false, 32, 4096),
+    ("cached, io_uring, write 4K, depth 32", false, false, true, 32, 4096),
+    ("cached, io_uring, read 128K, depth 16", false, false, false, 16, 128 << 10),
+    ("direct, io_uring, read 4K, depth 1", true, false, false, 1, 4096),
+    ("direct, io_uring, read 4K, depth 32", true, false, false, 32, 4096),
+    ("direct, threads,  read 4K, depth 32", true, true, false, 32, 4096),
+    ("direct, io_uring, write 4K, depth 32", true, false, true, 32, 4096),
+    ("direct, io_uring, read 128K, depth 16", true, false, false, 16, 128 << 10),
+];
+
 #[test]
 #[ignore = "a measurement, not a test"]
 fn throughput() {
@@ -100,88 +115,7 @@ fn throughput() {
         options.open(&path).unwrap()
     };
     let (buffered, direct) = (open(0), open(libc::O_DIRECT));
-    for (name, is_direct, threads, write, depth, size) in [
-        (
-            "cached, io_uring, read 4K, depth 1",
-            false,
-            false,
-            false,
-            1,
-            4096,
-        ),
-        (
-            "cached, io_uring, read 4K, depth 32",
-            false,
-            false,
-            false,
-            32,
-            4096,
-        ),
-        (
-            "cached, threads,  read 4K, depth 32",
-            false,
-            true,
-            false,
-            32,
-            4096,
-        ),
-        (
-            "cached, io_uring, write 4K, depth 32",
-            false,
-            false,
-            true,
-            32,
-            4096,
-        ),
-        (
-            "cached, io_uring, read 128K, depth 16",
-            false,
-            false,
-            false,
-            16,
-            128 << 10,
-        ),
-        (
-            "direct, io_uring, read 4K, depth 1",
-            true,
-            false,
-            false,
-            1,
-            4096,
-        ),
-        (
-            "direct, io_uring, read 4K, depth 32",
-            true,
-            false,
-            false,
-            32,
-            4096,
-        ),
-        (
-            "direct, threads,  read 4K, depth 32",
-            true,
-            true,
-            false,
-            32,
-            4096,
-        ),
-        (
-            "direct, io_uring, write 4K, depth 32",
-            true,
-            false,
-            true,
-            32,
-            4096,
-        ),
-        (
-            "direct, io_uring, read 128K, depth 16",
-            true,
-            false,
-            false,
-            16,
-            128 << 10,
-        ),
-    ] {
+    for (name, is_direct, threads, write, depth, size) in CASES {
         let file = if is_direct { &direct } else { &buffered };
         run(
             file,
