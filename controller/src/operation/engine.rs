@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
-use sea_orm::DbErr;
+use sea_orm::{DbErr, TransactionTrait};
 use serde::Serialize;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -23,6 +23,10 @@ use crate::random::Random;
 /// Pause before the first repetition; doubled with each, up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Pause between two sweeps over what nobody was woken for: a request that was cut off between its
+/// transaction and its wake-up, or another controller that died.
+const SWEEP: Duration = Duration::from_secs(10);
+const SWEEP_US: i64 = 10_000_000;
 /// Pause after the database itself failed.
 const DATABASE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -152,19 +156,45 @@ impl Engine {
         for row in unfinished {
             self.wake(&row.subject);
         }
+        let engine = Arc::clone(self);
+        self.tasks.spawn(async move { engine.sweep_on().await });
         Ok(())
+    }
+
+    /// Until the stop: carries on what is due for longer than a wake-up takes.
+    async fn sweep_on(self: Arc<Self>) {
+        loop {
+            tokio::select! {
+                () = self.clock.sleep(SWEEP) => {}
+                () = self.stop.cancelled() => return,
+            }
+            let overdue = self.clock.now_us().saturating_sub(SWEEP_US);
+            match store::overdue(self.database.reader(), overdue).await {
+                Ok(subjects) => {
+                    for subject in subjects {
+                        self.drive_or(&subject, |_| {});
+                    }
+                }
+                Err(error) => tracing::error!(%error, "looking for operations that nobody drives"),
+            }
+        }
     }
 
     /// There may be something to do for `subject`: an operation was written or cancelled, or what a
     /// step waits for has happened. Never lost: a wake-up during a step repeats it.
     pub fn wake(self: &Arc<Self>, subject: &str) {
+        self.drive_or(subject, Notify::notify_one);
+    }
+
+    /// Drives the subject; one that is driven already is left to `driven`.
+    fn drive_or(self: &Arc<Self>, subject: &str, driven: impl FnOnce(&Notify)) {
         let mut subjects = self.subjects();
         if !subjects.started {
             return;
         }
         if let Some(notify) = subjects.driven.get(subject) {
-            notify.notify_one();
-            return;
+            // Under the lock, or its task might end before it hears.
+            return driven(notify);
         }
         let notify = Arc::new(Notify::new());
         subjects
@@ -475,9 +505,36 @@ impl Ended {
         tx: &sea_orm::DatabaseTransaction,
     ) -> Result<(), StepError> {
         if let Some(kind) = &self.kind {
-            kind.finish(operation, &self.outcome, tx).await?;
+            match self.outcome {
+                Outcome::Parked { .. } => self.finish_parked(&**kind, operation, tx).await?,
+                _ => kind.finish(operation, &self.outcome, tx).await?,
+            }
         }
         Ok(event::record(tx, self.event.clone()).await?)
+    }
+
+    /// Parking must not fail by what it is parked for: it would be tried for ever, and nothing else of
+    /// the subject would run. What the kind cannot say is left unsaid, all of it.
+    async fn finish_parked(
+        &self,
+        kind: &dyn Kind,
+        operation: &Operation,
+        tx: &sea_orm::DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let savepoint = tx.begin().await?;
+        match kind.finish(operation, &self.outcome, &savepoint).await {
+            Ok(()) => savepoint.commit().await?,
+            // The database's own trouble is over some time, and then it is tried again.
+            Err(StepError::Database(error)) if is_passing(&error) => return Err(error.into()),
+            Err(error) => {
+                tracing::error!(
+                    operation = %operation.id, kind = operation.kind, subject = operation.subject,
+                    error = %describe(&error), "parked, and its kind could not say so"
+                );
+                savepoint.rollback().await?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -493,6 +550,14 @@ async fn run(step: &dyn Step, operation: &Operation) -> Result<Progress, StepErr
         Ok(progress) => progress,
         Err(_) => Err(StepError::fail(format!("step {} panicked", step.name()))),
     }
+}
+
+/// Whether the same may work later: the database did not do it, rather than that a row says nonsense.
+fn is_passing(error: &DbErr) -> bool {
+    matches!(
+        error,
+        DbErr::Conn(_) | DbErr::ConnectionAcquire(_) | DbErr::Exec(_) | DbErr::Query(_)
+    )
 }
 
 /// With its sources, for the log.

@@ -3,7 +3,7 @@
 
 use sea_orm::entity::prelude::*;
 use sea_orm::sea_query::{Expr, ExprTrait};
-use sea_orm::{DatabaseTransaction, QueryOrder, Set};
+use sea_orm::{DatabaseTransaction, QueryOrder, QuerySelect, Set};
 use uuid::Uuid;
 
 use super::{Direction, Operation, OperationId};
@@ -117,6 +117,23 @@ pub async fn unfinished(
     }
     find.order_by_asc(row::Column::CreatedAtUs)
         .order_by_asc(row::Column::Id)
+        .all(connection)
+        .await
+}
+
+/// Subjects of operations that could have been carried on since `before_us`, each once.
+pub(super) async fn overdue(
+    connection: &impl ConnectionTrait,
+    before_us: i64,
+) -> Result<Vec<String>, DbErr> {
+    row::Entity::find()
+        .select_only()
+        .column(row::Column::Subject)
+        .distinct()
+        .filter(row::Column::FinishedAtUs.is_null())
+        .filter(row::Column::Parked.is_null())
+        .filter(row::Column::DueAtUs.lte(before_us))
+        .into_tuple()
         .all(connection)
         .await
 }

@@ -17,6 +17,8 @@ struct World {
     fail_at: Mutex<Option<&'static str>>,
     retry_left: AtomicU32,
     blocked: AtomicBool,
+    undo_fails: AtomicBool,
+    finish_fails: AtomicBool,
 }
 
 struct Put(&'static str, Arc<World>);
@@ -59,6 +61,9 @@ impl Step for Put {
 
     async fn undo(&self, _operation: &Operation) -> Result<Progress, StepError> {
         self.1.log.lock().unwrap().push(format!("undo {}", self.0));
+        if self.1.undo_fails.load(Ordering::SeqCst) {
+            return Err(StepError::fail("cannot be undone"));
+        }
         self.1.there.lock().unwrap().remove(self.0);
         Ok(Progress::Done)
     }
@@ -87,10 +92,18 @@ impl Kind for Three {
 
     async fn finish(
         &self,
-        _operation: &Operation,
+        operation: &Operation,
         outcome: &Outcome,
-        _tx: &DatabaseTransaction,
+        tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
+        if self.world.finish_fails.load(Ordering::SeqCst) {
+            let half = "UPDATE operation SET request_id = 'half-done'";
+            sea_orm::ConnectionTrait::execute_unprepared(tx, half).await?;
+            return Err(StepError::fail(format!(
+                "{} is not understood",
+                operation.id
+            )));
+        }
         self.outcome.lock().unwrap().push(outcome.clone());
         Ok(())
     }
@@ -124,6 +137,13 @@ fn bench(database: &Database, version: i32, clock: Arc<dyn Clock>) -> Bench {
 
 impl Bench {
     async fn submit(&self, subject: &str) -> String {
+        let id = self.insert(subject).await;
+        self.engine.wake(subject);
+        id
+    }
+
+    /// Writes the operation and wakes nobody.
+    async fn insert(&self, subject: &str) -> String {
         let none: [String; 0] = [];
         let prepared = self
             .engine
@@ -137,7 +157,6 @@ impl Bench {
             })
             .await
             .unwrap();
-        self.engine.wake(subject);
         id
     }
 
@@ -338,4 +357,52 @@ async fn a_started_engine_finishes_many_subjects_by_itself_and_stops_cleanly() {
             .unwrap()
             .is_empty()
     );
+}
+
+#[tokio::test]
+async fn an_operation_whose_wake_up_was_lost_is_found_by_the_sweep() {
+    let test = testing::sqlite().await;
+    let clock = standing();
+    let bench = bench(&test.database, 1, Arc::clone(&clock) as _);
+    bench.engine.start().await.unwrap();
+    bench.insert("s").await;
+    let found = async {
+        while bench.outcome.lock().unwrap().is_empty() {
+            clock.advance(Duration::from_secs(1));
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), found)
+        .await
+        .unwrap();
+    assert_eq!(*bench.outcome.lock().unwrap(), [Outcome::Done]);
+    bench.engine.stop().await;
+}
+
+#[tokio::test]
+async fn an_operation_whose_kind_cannot_even_finish_it_is_parked_and_the_next_one_runs() {
+    testing::engines(|database| async move {
+        let bench = bench(&database, 1, standing());
+        *bench.world.fail_at.lock().unwrap() = Some("b");
+        bench.world.undo_fails.store(true, Ordering::SeqCst);
+        bench.world.finish_fails.store(true, Ordering::SeqCst);
+        let first = bench.submit("s").await;
+        assert_eq!(bench.settle("s").await, Advance::Idle);
+        let open = unfinished(database.reader(), None).await.unwrap();
+        let parked: Vec<_> = open
+            .iter()
+            .map(|row| (row.id.clone(), row.parked.clone(), row.request_id.clone()))
+            .collect();
+        let reason = Some("cannot be undone".to_owned());
+        assert_eq!(parked, [(first, reason, None)], "and nothing half-done");
+        let events = event::of_subject(database.reader(), "s").await.unwrap();
+        let phases: Vec<_> = events.iter().map(|event| event.phase.as_str()).collect();
+        assert_eq!(phases, ["requested", "failed"]);
+        *bench.world.fail_at.lock().unwrap() = None;
+        bench.world.finish_fails.store(false, Ordering::SeqCst);
+        bench.submit("s").await;
+        assert_eq!(bench.settle("s").await, Advance::Idle);
+        assert_eq!(*bench.outcome.lock().unwrap(), [Outcome::Done]);
+    })
+    .await;
 }
