@@ -172,6 +172,9 @@ impl Machines {
         {
             return Ok(Converged::Settled(report));
         }
+        if self.has_vanished(owner, &machine) {
+            return Err(StepError::fail(vanished(owner)));
+        }
         self.may_tell(&machine)?;
         self.tell(owner, &machine).await
     }
@@ -195,7 +198,7 @@ impl Machines {
                 }
                 Ok(Converged::Pending(Some(report)))
             }
-            Err(AgentError::NoHost { host }) => Ok(Converged::Lost(Lost { host })),
+            Err(AgentError::NoHost { host }) => self.lost_or_not_met(host).await,
             // Something newer was asked: by the time this step is run again, the row says so too; if it
             // never does, the database is older than the world, and the reconciler cries.
             Err(AgentError::Refused(Refusal::Stale {
@@ -222,6 +225,36 @@ impl Machines {
         }
     }
 
+    /// Whether a host is a member is the table's to say: what this controller has met of it may lack
+    /// one that joined through another, or just now.
+    async fn lost_or_not_met(&self, host: HostId) -> Result<Converged, StepError> {
+        match host::find(self.database.reader(), host).await? {
+            None => Ok(Converged::Lost(Lost { host })),
+            Some(row) => {
+                self.fleet.admit(host, &row.endpoint);
+                let reason = format!("host {host} has not been heard by this controller yet");
+                Err(StepError::retry(reason))
+            }
+        }
+    }
+
+    /// The owner once had the machine and says that it has no record of it any more, or, after a
+    /// restore of the database, that it has removed it since. To tell it what is wanted would make
+    /// another, empty machine under the same name.
+    pub(super) fn has_vanished(&self, owner: HostId, machine: &Machine) -> bool {
+        if machine.is_tombstone() {
+            return false;
+        }
+        match self.fleet.machine(owner, machine.server) {
+            // Nothing is known before the agent's full report.
+            None => machine.report.is_some() && self.fleet.machines(owner).is_some(),
+            Some(report) => {
+                let age = (report.generation, report.revision);
+                !machine.confirmed && age <= machine.age() && report.observed == Observed::Absent
+            }
+        }
+    }
+
     /// The agent itself says that it has neither record nor tombstone.
     async fn is_unknown_to(&self, owner: HostId, server: ServerId) -> bool {
         let Ok(agent) = self.agents.agent(owner) else {
@@ -234,9 +267,18 @@ impl Machines {
     }
 
     /// A machine must not be started on its owner while another host speaks of a process of it, nor,
-    /// after a restore of the database, before it is known where it is.
+    /// after a restore of the database, be there at all before it is known where it is.
     pub(super) fn may_tell(&self, machine: &Machine) -> Result<(), StepError> {
-        if matches!(machine.wanted.power, Power::Absent | Power::Stopped) {
+        if machine.is_tombstone() {
+            return Ok(());
+        }
+        if !machine.confirmed {
+            return Err(StepError::retry(format!(
+                "the database was restored, and no host has yet said that it holds server {}",
+                machine.server
+            )));
+        }
+        if machine.wanted.power == Power::Stopped {
             return Ok(());
         }
         let others: BTreeMap<HostId, MachineReport> = self
@@ -251,14 +293,13 @@ impl Machines {
                 machine.server
             )));
         }
-        if !machine.confirmed {
-            return Err(StepError::retry(format!(
-                "the database was restored, and no host has yet said that it holds server {}",
-                machine.server
-            )));
-        }
         Ok(())
     }
+}
+
+/// What a user is told of a machine that [`Machines::has_vanished`].
+pub(super) fn vanished(owner: HostId) -> String {
+    format!("host {owner} has no record of the server any more")
 }
 
 /// Whether there is, or may be, a process.

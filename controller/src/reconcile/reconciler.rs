@@ -18,7 +18,7 @@ use sea_orm::{DatabaseTransaction, DbErr};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::converge::{Converged, Machines, alive};
+use super::converge::{Converged, Machines, alive, vanished};
 use super::machine::{self, Machine};
 use crate::agents::fleet::Fleet;
 use crate::clock::Clock;
@@ -76,7 +76,7 @@ enum Verdict {
     Confirm,
     /// The owner has settled, and the row does not say so yet.
     Settle(MachineReport),
-    /// The owner had it, and has no record of it any more.
+    /// The owner had it, and has no record of it any more, or removed it since the backup.
     Vanished(HostId),
 }
 
@@ -174,11 +174,16 @@ impl Reconciler {
             }
         }
         let Some(machine) = row else { return Ok(()) };
+        let verdict = self.verdict(&machine);
         let open = operation::unfinished(reader, Some(&server.to_string())).await?;
         if open.iter().any(|operation| operation.parked.is_none()) {
-            return Ok(());
+            // Who holds it is for nobody else to find out: the operation itself waits for it.
+            return match verdict {
+                Verdict::Confirm => self.confirm(server).await,
+                _ => Ok(()),
+            };
         }
-        match self.verdict(&machine) {
+        match verdict {
             Verdict::Tell(owner) => {
                 self.machines.may_tell(&machine)?;
                 if let Converged::Settled(report) = self.machines.tell(owner, &machine).await? {
@@ -197,18 +202,15 @@ impl Reconciler {
         let Some(owner) = machine.host else {
             return Verdict::Nothing;
         };
-        let report = self.fleet.machine(owner, machine.server);
-        let Some(report) = report else {
+        if self.machines.has_vanished(owner, machine) {
+            return Verdict::Vanished(owner);
+        }
+        let Some(report) = self.fleet.machine(owner, machine.server) else {
             // Nothing is known before the agent's full report.
             if self.fleet.machines(owner).is_none() {
                 return Verdict::Nothing;
             }
-            let had_it = machine.report.is_some();
-            return if had_it && !machine.is_tombstone() {
-                Verdict::Vanished(owner)
-            } else {
-                Verdict::Tell(owner)
-            };
+            return Verdict::Tell(owner);
         };
         let age = (report.generation, report.revision);
         if !machine.confirmed && age <= machine.age() {
@@ -293,17 +295,17 @@ impl Reconciler {
             .database
             .write(move |tx| Box::pin(async move { machine::confirm(tx, server).await }));
         confirm.await?;
-        let _ = self.woken.send(server);
+        self.heard([server]);
         Ok(())
     }
 
     /// Making it anew would be another, empty machine under the same name: an operator must look.
     async fn vanished(&self, machine: &Machine, owner: HostId) -> Result<(), StepError> {
-        if !machine.settled {
-            // Not told again and again.
+        // Not told again and again; but of a restored row nothing is settled, and nothing was told.
+        if !machine.settled && machine.confirmed {
             return Ok(());
         }
-        let reason = format!("host {owner} has no record of the server any more");
+        let reason = vanished(owner);
         tracing::error!(server = %machine.server, %owner, "{reason}");
         let (server, observer) = (machine.server, Arc::clone(&self.observer));
         let age = machine.age();

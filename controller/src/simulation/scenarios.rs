@@ -58,6 +58,37 @@ fn holder(world: &World, id: Uuid) -> Option<Arc<SimulatedHost>> {
         .cloned()
 }
 
+/// Copies the database; answers where to.
+async fn back_up(world: &World) -> String {
+    let backup = format!("{}.backup", world.test.url.trim_start_matches("sqlite://"));
+    let sql = format!("VACUUM INTO '{backup}'");
+    world
+        .database()
+        .reader()
+        .execute_unprepared(&sql)
+        .await
+        .unwrap();
+    backup
+}
+
+/// Goes on with the copy, and a controller that knows that it is one.
+async fn restore(world: &mut World, backup: &str) {
+    world.controller = None;
+    world.test.database = Database::connect(&format!("sqlite://{backup}"))
+        .await
+        .unwrap();
+    let begin = world
+        .database()
+        .write(|tx| Box::pin(async move { machine::begin_epoch(tx, 1_800_000_001_000_000).await }));
+    begin.await.unwrap();
+    world.start_controller().await;
+}
+
+async fn fault(world: &World, id: Uuid) -> String {
+    let row = server::find(world.database().reader(), &id.to_string()).await;
+    row.unwrap().unwrap().fault_message.unwrap_or_default()
+}
+
 const ONE: Uuid = Uuid::from_u128(0x11);
 const TWO: Uuid = Uuid::from_u128(0x22);
 
@@ -117,14 +148,7 @@ async fn what_should_run_is_started_again_after_a_reboot_of_its_host() {
 #[tokio::test]
 async fn machines_newer_than_a_restored_database_are_kept_and_the_others_obey_the_new_epoch() {
     let mut world = active(2, &[ONE]).await;
-    let backup = format!("{}.backup", world.test.url.trim_start_matches("sqlite://"));
-    let sql = format!("VACUUM INTO '{backup}'");
-    world
-        .database()
-        .reader()
-        .execute_unprepared(&sql)
-        .await
-        .unwrap();
+    let backup = back_up(&world).await;
     // What the backup does not know: a second server, and that the first one was stopped.
     let app = world.controller.as_ref().unwrap().app.clone();
     requests::create(&app, TWO).await.unwrap();
@@ -133,15 +157,7 @@ async fn machines_newer_than_a_restored_database_are_kept_and_the_others_obey_th
     assert!(holder(&world, ONE).is_none());
     let newest = holder(&world, TWO).unwrap();
 
-    world.controller = None;
-    world.test.database = Database::connect(&format!("sqlite://{backup}"))
-        .await
-        .unwrap();
-    let begin = world
-        .database()
-        .write(|tx| Box::pin(async move { machine::begin_epoch(tx, 1_800_000_001_000_000).await }));
-    begin.await.unwrap();
-    world.start_controller().await;
+    restore(&mut world, &backup).await;
     // Nobody was heard yet: nothing is started, and nothing is ended.
     world.controller.as_ref().unwrap().reconciler.sweep().await;
     assert!(holder(&world, ONE).is_none());
@@ -223,6 +239,106 @@ async fn a_server_of_a_host_that_was_removed_can_be_deleted() {
         .await
         .unwrap();
     assert!(open.is_empty(), "{open:?}");
+}
+
+#[tokio::test]
+async fn a_server_that_was_deleted_after_the_backup_does_not_come_back_empty() {
+    let mut world = active(2, &[ONE, TWO]).await;
+    let backup = back_up(&world).await;
+    let app = world.controller.as_ref().unwrap().app.clone();
+    requests::delete(&app, ONE).await.unwrap();
+    world.heal().await;
+    assert!(holder(&world, ONE).is_none());
+
+    restore(&mut world, &backup).await;
+    world.heal().await;
+    assert!(holder(&world, ONE).is_none(), "its disk is gone");
+    assert_eq!(state(&world, ONE).await, ServerState::Error);
+    assert!(fault(&world, ONE).await.contains("no record"));
+    assert_eq!(state(&world, TWO).await, ServerState::Active);
+    // Nor by an operation; it can be deleted once more.
+    let app = world.controller.as_ref().unwrap().app.clone();
+    let asked = requests::change(&app, ONE, Change::HardReboot).await;
+    assert!(asked.unwrap());
+    world.heal().await;
+    assert!(holder(&world, ONE).is_none());
+    assert_eq!(state(&world, ONE).await, ServerState::Error);
+    requests::delete(&app, ONE).await.unwrap();
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Deleted);
+    world.check_rest().await;
+}
+
+#[tokio::test]
+async fn a_server_that_nobody_has_any_more_after_a_restore_is_an_error() {
+    let mut world = active(1, &[ONE]).await;
+    let backup = back_up(&world).await;
+    restore(&mut world, &backup).await;
+    world.hosts[0].wipe();
+    world.heal().await;
+    assert!(holder(&world, ONE).is_none());
+    assert_eq!(state(&world, ONE).await, ServerState::Error);
+    assert!(fault(&world, ONE).await.contains("no record"));
+}
+
+#[tokio::test]
+async fn an_operation_goes_on_after_a_restore_once_the_owner_was_heard() {
+    let mut world = active(1, &[ONE]).await;
+    let app = world.controller.as_ref().unwrap().app.clone();
+    assert!(
+        requests::change(&app, ONE, Change::HardReboot)
+            .await
+            .unwrap()
+    );
+    let backup = back_up(&world).await;
+    restore(&mut world, &backup).await;
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Active);
+    world.check_rest().await;
+}
+
+#[tokio::test]
+async fn a_host_that_this_controller_has_not_met_is_not_taken_for_removed() {
+    let mut world = active(1, &[ONE]).await;
+    let host = Arc::clone(&world.hosts[0]);
+    let (app, engine, fleet) = {
+        let controller = world.controller.as_ref().unwrap();
+        let fleet = Arc::clone(&controller.fleet);
+        (
+            controller.app.clone(),
+            Arc::clone(&controller.engine),
+            fleet,
+        )
+    };
+    // As when another controller has let it join.
+    world.network.hosts.remove(host.id());
+    fleet.dismiss(host.id());
+    requests::delete(&app, ONE).await.unwrap();
+    while engine.advance(&ONE.to_string()).await == Advance::Advanced {}
+    assert!(matches!(state(&world, ONE).await, ServerState::Deleting(_)));
+    assert_eq!(fleet.ids(), [host.id()], "taken in by the table");
+    world.network.hosts.add(host);
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Deleted);
+    world.check_rest().await;
+}
+
+#[tokio::test]
+async fn a_hard_reboot_does_not_make_an_empty_machine_where_the_host_lost_the_server() {
+    let mut world = active(1, &[ONE]).await;
+    world.hosts[0].wipe();
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Error);
+    let app = world.controller.as_ref().unwrap().app.clone();
+    let asked = requests::change(&app, ONE, Change::HardReboot).await;
+    assert!(asked.unwrap());
+    world.heal().await;
+    assert!(holder(&world, ONE).is_none());
+    assert_eq!(state(&world, ONE).await, ServerState::Error);
+    assert!(fault(&world, ONE).await.contains("no record"));
+    requests::delete(&app, ONE).await.unwrap();
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Deleted);
 }
 
 /// `server_delete`, but it does not wait for the host.

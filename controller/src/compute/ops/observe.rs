@@ -54,7 +54,10 @@ impl Observer for ServerObserver {
         let now = self.clock.now_us();
         turn(tx, &server.to_string(), |row| {
             let over = matches!(row.state(), ServerState::Deleting(_) | ServerState::Deleted);
-            (!over).then(|| to_error(reason, Some(reason), now))
+            // Said before: when it happened stays as it was.
+            let said =
+                row.state() == ServerState::Error && row.fault_details.as_deref() == Some(reason);
+            (!over && !said).then(|| to_error(reason, Some(reason), now))
         })
         .await
     }
