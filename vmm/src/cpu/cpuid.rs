@@ -13,6 +13,7 @@ mod leaf1_ecx {
     pub const X2APIC: u32 = 1 << 21;
     pub const TSC_DEADLINE: u32 = 1 << 24;
     pub const HYPERVISOR: u32 = 1 << 31;
+    pub const VMX: u32 = 1 << 5;
     /// SSE3, PCLMULQDQ, SSSE3, CMPXCHG16B, SSE4.1, SSE4.2, POPCNT, and what is ours.
     pub const V2: u32 = 1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 23 | OURS;
     /// FMA, MOVBE, AES, XSAVE, OSXSAVE, AVX, F16C, RDRAND.
@@ -33,6 +34,10 @@ const LEAF7_EDX_SAFETY: u32 = 1 << 10 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29 | 
 /// Leaf 0x80000001 ECX: LAHF (v2), ABM (v3), and TOPOEXT, which says no more than the topology.
 const EXTENDED_ECX_V2: u32 = 1 | 1 << 22;
 const EXTENDED_ECX_V3: u32 = EXTENDED_ECX_V2 | 1 << 5;
+/// Leaf 0x80000001 ECX: AMD's virtualisation.
+const EXTENDED_ECX_SVM: u32 = 1 << 2;
+/// Leaf 0x80000001 ECX: legacy core numbering, for more than one core.
+const EXTENDED_ECX_CMP_LEGACY: u32 = 1 << 1;
 /// XCR0 components of leaf 0xd: x87, SSE; and AVX for v3.
 const XCR0_V2: u32 = 0b11;
 const XCR0_V3: u32 = 0b111;
@@ -105,13 +110,16 @@ fn restrict(entry: &mut kvm_cpuid_entry2, profile: CpuProfile) {
     }
 }
 
-/// Puts the vCPU's place and the machine's shape into the leaf.
+/// Puts the vCPU's place and the machine's shape into the leaf, in every profile. Virtualisation is
+/// never among what it shows: the state of a guest's own guests (KVM_GET_NESTED_STATE) is neither
+/// reset nor saved.
 fn place(entry: &mut kvm_cpuid_entry2, id: u32, count: u32, amd: bool, tsc_deadline: bool) {
     match entry.function {
         1 => {
             // APIC id, logical processors, CLFLUSH line of 8 times 8 bytes.
             entry.ebx = id << 24 | count << 16 | 8 << 8;
             entry.ecx |= leaf1_ecx::X2APIC | leaf1_ecx::HYPERVISOR;
+            entry.ecx &= !leaf1_ecx::VMX;
             if tsc_deadline {
                 entry.ecx |= leaf1_ecx::TSC_DEADLINE;
             }
@@ -128,9 +136,14 @@ fn place(entry: &mut kvm_cpuid_entry2, id: u32, count: u32, amd: bool, tsc_deadl
             let sharing = if level >= 3 { count - 1 } else { 0 };
             entry.eax = entry.eax & 0x3fff | sharing << 14 | (count - 1).min(63) << 26;
         }
-        // No performance counters.
-        0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-        0x8000_0001 if count > 1 && amd => entry.ecx |= 1 << 1,
+        // No performance counters; no SVM, whose features the second lists.
+        0xa | 0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        0x8000_0001 => {
+            entry.ecx &= !EXTENDED_ECX_SVM;
+            if count > 1 && amd {
+                entry.ecx |= EXTENDED_ECX_CMP_LEGACY;
+            }
+        }
         // Address sizes; threads, and the bits of the APIC id that count them.
         0x8000_0008 if amd => entry.ecx = (count - 1) | id_bits(count) << 12,
         0x8000_001d if entry.eax & 0x1f != 0 => {
@@ -171,6 +184,8 @@ fn id_bits(count: u32) -> u32 {
 mod tests {
     use super::*;
 
+    const VENDOR_INTEL: [u32; 3] = [0x756e_6547, 0x4965_6e69, 0x6c65_746e];
+
     fn leaf(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
         let [eax, ebx, ecx, edx] = registers;
         kvm_cpuid_entry2 {
@@ -194,7 +209,9 @@ mod tests {
             leaf(0xd, 0, [0xe7, 4096, 4096, 0]),
             leaf(0xd, 2, [256, 576, 0, 0]),
             leaf(0xd, 5, [64, 832, 0, 0]),
+            leaf(0x8000_0001, 0, [0, 0, u32::MAX, u32::MAX]),
             leaf(0x8000_0008, 0, [48, 0, 0, 0]),
+            leaf(0x8000_000a, 0, [1, 0x8000, 0, u32::MAX]),
         ]
     }
 
@@ -217,6 +234,20 @@ mod tests {
             entries.iter().filter(|entry| entry.function == 0xb).count(),
             3
         );
+    }
+
+    #[test]
+    fn no_profile_shows_virtualisation_of_either_make() {
+        for profile in [CpuProfile::Host, CpuProfile::X86_64V2, CpuProfile::X86_64V3] {
+            for vendor in [VENDOR_AMD, VENDOR_INTEL] {
+                let entries = shape(&host(vendor), profile, 1, 2, true);
+                assert_eq!(find(&entries, 1, 0).ecx & 1 << 5, 0, "VMX, {profile:?}");
+                let extended = find(&entries, 0x8000_0001, 0);
+                assert_eq!(extended.ecx & 1 << 2, 0, "SVM, {profile:?}");
+                let svm = find(&entries, 0x8000_000a, 0);
+                assert_eq!([svm.eax, svm.ebx, svm.ecx, svm.edx], [0; 4], "{profile:?}");
+            }
+        }
     }
 
     #[test]
