@@ -287,19 +287,19 @@ impl MsiController for Vm {
 
     fn route(&self, changes: &[(Gsi, Option<MsiMessage>)]) -> Result<(), InterruptError> {
         let mut routes = self.routes();
-        let mut changed = false;
+        let mut wanted = routes.clone();
         for (gsi, message) in changes {
-            if let Some(route) = routes.get_mut(gsi.0 as usize) {
-                let new = message.map_or(Route::Masked, Route::Msi);
-                changed |= *route != new;
-                *route = new;
+            if let Some(route) = wanted.get_mut(gsi.0 as usize) {
+                *route = message.map_or(Route::Masked, Route::Msi);
             }
         }
-        if changed {
-            self.install(&routes)
-        } else {
-            Ok(())
+        if wanted != *routes {
+            // KVM takes the table as a whole: one message that it refuses (the guest chose it) must
+            // not stay in ours, or it would spoil the next change, of whatever device.
+            self.install(&wanted)?;
+            *routes = wanted;
         }
+        Ok(())
     }
 
     fn bind(&self, gsi: Gsi, fd: &EventFd) -> Result<(), InterruptError> {
@@ -346,4 +346,45 @@ pub fn controllers(vm: &Arc<Vm>) -> (Arc<dyn MsiController>, Arc<dyn IoEvents>) 
         Arc::clone(vm) as Arc<dyn MsiController>,
         Arc::clone(vm) as Arc<dyn IoEvents>,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MachineConfig;
+
+    fn vm() -> Vm {
+        let device = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm");
+        let hypervisor = Hypervisor::open(device.unwrap().into()).unwrap();
+        let memory = GuestMemory::create(&MachineConfig::minimal(16 << 20).memory).unwrap();
+        hypervisor.create_vm(&memory).unwrap()
+    }
+
+    #[test]
+    fn a_message_that_kvm_refuses_spoils_no_other_route() {
+        let vm = vm();
+        let (first, second) = (vm.allocate().unwrap(), vm.allocate().unwrap());
+        let message = |address| {
+            Some(MsiMessage {
+                address,
+                data: 0x41,
+            })
+        };
+        let good = message(0xfee0_0000);
+        // With 32-bit APIC ids the upper half holds bits 8 to 31 of the id; its low byte must be 0.
+        let refused = message(0x1_fee0_0000);
+        vm.route(&[(first, good)]).unwrap();
+        vm.route(&[(first, refused)]).unwrap_err();
+        vm.route(&[(second, good)]).unwrap();
+        assert_eq!(
+            vm.routes()[first.0 as usize],
+            Route::Msi(good.unwrap()),
+            "the table is what KVM has"
+        );
+        vm.route(&[(first, refused)])
+            .expect_err("what was refused is not taken for done");
+    }
 }
