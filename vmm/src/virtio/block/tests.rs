@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
 use rstest::rstest;
+use rustix::io::Errno;
 
 use super::*;
 use crate::config::DiskLimit;
@@ -484,6 +485,16 @@ fn a_disk_that_was_saved_in_use_goes_on_where_it_was() {
     assert_eq!(request(&mut driver, 0, 1, &[write_part(DATA, 512)]).0, 0);
 }
 
+const GEOMETRY: Geometry = Geometry {
+    capacity: DISK,
+    physical_block: 4096,
+    alignment: self::backend::Alignment {
+        memory: 1,
+        offset: 1,
+    },
+    read_only: false,
+};
+
 /// Storage that never finishes.
 struct Hung {
     never: EventFd,
@@ -492,16 +503,7 @@ struct Hung {
 
 impl DiskBackend for Hung {
     fn geometry(&self) -> Geometry {
-        let alignment = self::backend::Alignment {
-            memory: 1,
-            offset: 1,
-        };
-        Geometry {
-            capacity: DISK,
-            physical_block: 4096,
-            alignment,
-            read_only: false,
-        }
+        GEOMETRY
     }
     fn submit(&mut self, io: self::backend::Io) -> Result<(), self::backend::Io> {
         self.held.push(io);
@@ -553,6 +555,69 @@ fn hung_storage_fails_the_drain_and_a_reset_stays_under_way() {
     );
     driver.set(0x14, 1, 1);
     assert_ne!(driver.status(), 1, "and nothing begins before it is");
+}
+
+/// Storage that finishes its flushes, oldest first, when and as the test says.
+struct Told {
+    say: EventFd,
+    results: std::sync::mpsc::Receiver<Result<(), Errno>>,
+    flushes: Sender<()>,
+    held: std::collections::VecDeque<self::backend::Io>,
+}
+
+impl DiskBackend for Told {
+    fn geometry(&self) -> Geometry {
+        GEOMETRY
+    }
+    fn submit(&mut self, io: self::backend::Io) -> Result<(), self::backend::Io> {
+        assert_eq!(io.operation, self::backend::Operation::Flush);
+        self.held.push_back(io);
+        self.flushes.send(()).unwrap();
+        Ok(())
+    }
+    fn commit(&mut self) {}
+    fn reap(&mut self, done: &mut Vec<self::backend::Completion>) {
+        self.say.take();
+        while !self.held.is_empty()
+            && let Ok(result) = self.results.try_recv()
+            && let Some(io) = self.held.pop_front()
+        {
+            done.push(self::backend::Completion { io, result });
+        }
+    }
+    fn completion_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        std::os::fd::AsFd::as_fd(&self.say)
+    }
+}
+
+#[test]
+fn a_flush_that_came_too_late_does_not_answer_for_the_next() {
+    let rig = Rig::new();
+    let say = EventFd::new().unwrap();
+    let (results, said) = channel();
+    let (flushes, flushed) = channel();
+    let storage = Told {
+        say: say.try_clone().unwrap(),
+        results: said,
+        flushes,
+        held: Default::default(),
+    };
+    let block = Block::new("disk0", &config(), Box::new(storage), &rig.board.threads).unwrap();
+    let settle = |within| block.at_rest("settle", within, AtRest::Settle);
+    let answer = |result| {
+        results.send(result).unwrap();
+        say.signal();
+    };
+    settle(Duration::from_millis(20)).expect_err("the storage has not answered");
+    flushed.recv_timeout(DEADLINE).unwrap();
+
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| settle(DEADLINE));
+        answer(Ok(()));
+        flushed.recv_timeout(DEADLINE).unwrap();
+        answer(Err(Errno::IO));
+        assert_eq!(second.join().unwrap().unwrap(), Err(Errno::IO));
+    });
 }
 
 #[test]

@@ -91,6 +91,9 @@ pub(super) struct Worker {
     /// The result of the settling flush, once it is there.
     settled: Option<Result<(), Errno>>,
     settling: bool,
+    /// Settling flushes that the storage has, also those that nobody waits for any more: whoever
+    /// settles next waits for them first, since one's completion looks like another's.
+    flushes: usize,
 }
 
 impl Worker {
@@ -130,6 +133,7 @@ impl Worker {
             resting: None,
             settled: None,
             settling: false,
+            flushes: 0,
         })
     }
 
@@ -332,7 +336,8 @@ impl Worker {
     fn finish(&mut self, completion: Completion) -> Result<(), QueueFault> {
         let Completion { mut io, result } = completion;
         if io.tag == SETTLE {
-            self.settled = Some(result);
+            self.flushes = self.flushes.saturating_sub(1);
+            self.settled = self.settling.then_some(result);
             return Ok(());
         }
         let Some(mut pending) = self.pending.get_mut(io.tag as usize).and_then(Option::take) else {
@@ -423,11 +428,13 @@ impl Worker {
     /// Does what waits for nothing to be in flight, or gives it up at its deadline. True if so: the
     /// queues have to be looked at again, since kicks were not asked for meanwhile.
     fn rest(&mut self) -> bool {
-        let Some((deadline, _)) = &self.resting else {
+        let Some((deadline, action)) = &self.resting else {
             return false;
         };
         let late = Instant::now() >= *deadline;
-        let idle = self.free.len() == IN_FLIGHT_MAX && self.stalled.is_empty();
+        // A flush has nothing of the guest's: its queues can go without it.
+        let flushed = self.flushes == 0 || self.settling || matches!(action, AtRest::GiveBack(_));
+        let idle = self.free.len() == IN_FLIGHT_MAX && self.stalled.is_empty() && flushed;
         let settling = self.settling && self.settled.is_none();
         if idle && (!settling || late) {
             self.act();
@@ -476,8 +483,9 @@ impl Worker {
                         length: 0,
                         buffer: Buffer::none(),
                     };
-                    if self.stack.backend().submit(io).is_err() {
-                        self.settled = Some(Err(Errno::BUSY));
+                    match self.stack.backend().submit(io) {
+                        Ok(()) => self.flushes += 1,
+                        Err(_) => self.settled = Some(Err(Errno::BUSY)),
                     }
                     self.stack.backend().commit();
                     self.resting = Some((deadline, AtRest::Settle(reply)));
@@ -489,6 +497,7 @@ impl Worker {
     /// Gives up what waits for rest: whoever asked hears it by the answer, or its absence.
     fn refuse(&mut self) {
         self.settling = false;
+        self.settled = None;
         let Some((_, action)) = self.resting.take() else {
             return;
         };
@@ -501,7 +510,7 @@ impl Worker {
     }
 
     fn wait(&mut self, events: &mut Vec<epoll::Event>) {
-        let in_flight = self.free.len() < IN_FLIGHT_MAX || self.settling;
+        let in_flight = self.free.len() < IN_FLIGHT_MAX || self.flushes > 0;
         let now = Instant::now();
         let longest = in_flight.then(|| now + LONGEST_WAIT);
         let deadline = self.resting.as_ref().map(|resting| resting.0);
