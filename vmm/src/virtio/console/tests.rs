@@ -1,3 +1,5 @@
+//! Console ports, driven as a guest would, with sockets at the host's end.
+
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;

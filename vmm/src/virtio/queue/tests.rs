@@ -1,3 +1,5 @@
+//! Virtqueues: chains that are honest and chains that lie, and slices of segments against a model.
+
 use proptest::prelude::*;
 
 use super::*;
