@@ -10,6 +10,10 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("fractus-vmm runs on x86-64 Linux only");
 
+// What the test programs share names the crate as they do; unit tests use it, too.
+#[cfg(test)]
+extern crate self as fractus_vmm;
+
 pub mod board;
 pub mod boot;
 pub mod bus;

@@ -33,6 +33,7 @@ use crate::layout;
 /// The fixed devices of one machine.
 pub struct FixedDevices {
     pub power: Arc<PowerPort>,
+    pub panic: Option<Arc<PvPanic>>,
     pub all: Vec<Arc<dyn Device>>,
 }
 
@@ -106,12 +107,14 @@ pub fn attach(
         .map_err(bus("rtc"))?;
 
     let mut all: Vec<Arc<dyn Device>> = vec![ioapic, serial, power.clone(), rtc];
+    let mut panic = None;
     if config.pvpanic {
-        let port = Arc::new(PvPanic(board.requests.clone()));
+        let port = Arc::new(PvPanic::new(board.requests.clone()));
         board
             .pio
-            .insert(layout::PVPANIC_PORT.into(), 1, port)
+            .insert(layout::PVPANIC_PORT.into(), 1, port.clone())
             .map_err(bus("pvpanic"))?;
+        panic = Some(port);
     }
     if config.watchdog.is_some() {
         let resources = WatchdogResources::open(board)?;
@@ -129,5 +132,5 @@ pub fn attach(
             .map_err(bus("watchdog"))?;
         all.push(watchdog);
     }
-    Ok(FixedDevices { power, all })
+    Ok(FixedDevices { power, panic, all })
 }

@@ -138,6 +138,7 @@ fn assemble(
     let vcpus = VcpuSet::create(&hypervisor, &vm, &config.cpus, &surroundings, &threads)?;
     let FixedDevices {
         power,
+        panic,
         all: mut devices,
     } = board::attach(&config, &files, ioapic, &board, &mut saved)?;
     devices.extend(virtio::attach(&config, &files, &board, &mut saved)?);
@@ -152,6 +153,7 @@ fn assemble(
         vcpus,
         devices,
         power,
+        panic,
         _reactor: reactor_thread,
         receiver,
         state: RunState::Ready,

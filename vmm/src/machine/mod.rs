@@ -3,7 +3,7 @@
 //! [`Machine`] is owned by value, so nobody else can touch it while its owner pauses, saves or ends
 //! it. Devices and vCPUs send requests ([`crate::request`]); the owner calls [`Machine::next_event`]
 //! whenever [`Machine::event_fd`] is readable, which carries them out and says what happened.
-
+//!
 //! It calls `virtio::attach(&MachineConfig, &MachineFiles, &Board) ->
 //! Result<Vec<Arc<dyn Device>>, DeviceError>` for all that stands behind PCI, duplicating what it
 //! keeps of the files: a reset does not attach again but calls `Device::reset`.
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::board::PowerPort;
+use crate::board::{PowerPort, PvPanic};
 use crate::boot::Inspected;
 use crate::config::{MachineConfig, MachineFiles, WatchdogAction};
 use crate::cpu::{VcpuError, VcpuSet, VcpuSetError};
@@ -43,6 +43,7 @@ pub struct Machine {
     _reactor: ReactorThread,
     devices: Vec<Arc<dyn Device>>,
     power: Arc<PowerPort>,
+    panic: Option<Arc<PvPanic>>,
     receiver: RequestReceiver,
     state: RunState,
     /// Requests that were taken from the queue and not carried out yet.
@@ -133,10 +134,14 @@ impl Machine {
         self.run()
     }
 
-    /// Stops the guest where it is, devices and all; it knows nothing of it but the clock.
+    /// Stops the guest where it is, devices and all; it knows nothing of it but the clock. If it fails
+    /// because of a device, the guest runs on; if a vCPU cannot be stopped, the machine ends.
     pub fn pause(&mut self) -> Result<(), MachineError> {
         self.expect(RunState::Running, "paused")?;
-        self.rest()?;
+        if let Err(error) = self.rest() {
+            self.run_on(&error);
+            return Err(error);
+        }
         self.state = RunState::Paused;
         self.announce(Event::Paused);
         Ok(())
@@ -219,6 +224,20 @@ impl Machine {
         self.vcpus.run()?;
         self.state = RunState::Running;
         Ok(())
+    }
+
+    /// Takes back a `rest` that failed half way, so that no guest is left frozen in a machine that
+    /// says it runs.
+    fn run_on(&mut self, error: &MachineError) {
+        let detail = match error {
+            // Whether they run or not nobody knows: there is nothing to take back.
+            MachineError::Vcpus(error) => format!("pause: {error}"),
+            _ => match self.run() {
+                Ok(()) => return,
+                Err(again) => format!("pause: {error}; run on: {again}"),
+            },
+        };
+        self.end(StopReason::VmmFault { detail });
     }
 
     /// vCPUs first, then devices: nobody kicks a device that has come to rest.
@@ -323,6 +342,9 @@ impl Machine {
         for device in &self.devices {
             device.reset()?;
         }
+        if let Some(panic) = &self.panic {
+            panic.reset();
+        }
         self.memory.clear()?;
         let boot = self.load()?;
         self.vcpus.power_on(boot)?;
@@ -365,3 +387,6 @@ impl Drop for PauseGuard<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,90 @@
+//! What a machine does when one of its own devices fails it, with a real guest.
+
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+use crate::device::SavedDevice;
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+use common::{Guest, Rig};
+
+/// Comes to rest only while it is willing.
+#[derive(Default)]
+struct Stubborn {
+    willing: AtomicBool,
+}
+
+impl Device for Stubborn {
+    fn id(&self) -> &str {
+        "stubborn0"
+    }
+
+    fn pause(&self) -> Result<(), DeviceError> {
+        match self.willing.load(Ordering::Acquire) {
+            true => Ok(()),
+            false => Err(DeviceError::new(self.id(), "pause", "its storage hangs")),
+        }
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn save(&self) -> Result<SavedDevice, DeviceError> {
+        SavedDevice::pack(self.id(), 1, &())
+    }
+}
+
+/// 1: in al, LSR; test al, 1; jz 1b; then echo what came; jmp 1b.
+fn echo() -> Guest {
+    Guest::new()
+        .bytes(&[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb])
+        .echo(0x3f8)
+        .bytes(&[0xeb, 0xeb])
+}
+
+fn answers(rig: &mut Rig, text: &str) {
+    rig.serial.write_all(text.as_bytes()).unwrap();
+    assert_eq!(rig.hear(text.len()), text);
+}
+
+#[test]
+fn a_guest_whose_pause_fails_runs_on_and_can_be_paused_later() {
+    let mut rig = Rig::build(common::config(), &echo());
+    let stubborn = Arc::new(Stubborn::default());
+    rig.machine.devices.push(stubborn.clone());
+    rig.machine.start().unwrap();
+    answers(&mut rig, "before");
+
+    let error = rig.machine.pause().unwrap_err();
+    assert!(matches!(error, MachineError::Device(_)), "{error}");
+    assert_eq!(rig.machine.state(), RunState::Running);
+    answers(&mut rig, "it runs on");
+
+    stubborn.willing.store(true, Ordering::Release);
+    rig.machine.pause().unwrap();
+    assert_eq!(rig.machine.state(), RunState::Paused);
+    rig.machine.resume().unwrap();
+    answers(&mut rig, "and on");
+}
+
+#[test]
+fn a_guest_may_panic_once_in_each_of_its_lives() {
+    let panics = Guest::new().out(0x505, 1).out(0x505, 1).out(0x505, 2);
+    let mut rig = Rig::start(&panics.out(0xcf9, 0x06).halt());
+    let mut events = Vec::new();
+    while events.len() < 4 {
+        let event = rig.machine.wait_event(common::PATIENCE).unwrap();
+        if event != Event::Running {
+            events.push(event);
+        }
+    }
+    let panicked = Event::Panicked {
+        crash_loaded: false,
+    };
+    let life = [panicked, Event::GuestReset];
+    assert_eq!(events, [life.clone(), life].concat());
+}
