@@ -35,6 +35,7 @@ fn a_machine_is_made_reported_and_removed_without_a_trace() -> Result {
         let by = Instant::now() + PATIENCE;
         while cloud.heard(|heard| heard.reports.get(&id).cloned()) != Some(report.clone()) {
             anyhow::ensure!(Instant::now() < by, "the controller was not told");
+            // sleeps because the controller's double is looked at, and does not call.
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
         let absent = put(2, wanted(&kernel, Power::Absent));
@@ -116,6 +117,7 @@ fn a_guest_that_powers_off_while_the_agent_is_away_is_reported_with_its_reason()
         let by = Instant::now() + PATIENCE;
         while !agent.processes(id).is_empty() {
             anyhow::ensure!(Instant::now() < by, "it did not go");
+            // sleeps because processes of others end without telling us; a deadline ends it.
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
         agent.run().await?;

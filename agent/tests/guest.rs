@@ -41,6 +41,7 @@ async fn boots(agent: &Agent, id: ServerId, count: usize) -> Result<Vec<String>>
             "{found:?}\n{}",
             agent.vm_log(id)
         );
+        // sleeps because a console's log is read as often as it takes; a deadline ends it.
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
 }
@@ -59,6 +60,7 @@ async fn ticks(agent: &Agent, id: ServerId) -> Result {
             "{since}\n{}",
             agent.vm_log(id)
         );
+        // sleeps because a console's log is read as often as it takes; a deadline ends it.
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
 }

@@ -1,7 +1,7 @@
 //! A cloud for one agent: an authority, a controller that takes what agents say and gives out images,
 //! and the real program `fractus-agent` in a process of its own.
 
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub mod controller;
 
@@ -129,6 +129,7 @@ impl Agent {
             if child.try_wait()?.is_some() && self.log().contains("cannot listen") {
                 child = command.spawn()?;
             }
+            // sleeps because a program that is starting cannot say when it listens.
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         self.child = Some(child);
@@ -195,6 +196,7 @@ impl Agent {
             if Instant::now() > by {
                 anyhow::bail!("it stays {report:?}\n{}\n{}", self.log(), self.vm_log(id));
             }
+            // sleeps because the agent's interface is asked and does not call; a deadline ends it.
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -213,6 +215,7 @@ impl Agent {
                 "{text:?} is not in {log:?}\n{}",
                 self.log()
             );
+            // sleeps because the agent's interface is asked and does not call; a deadline ends it.
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -271,6 +274,7 @@ impl Drop for Agent {
         }
         let by = Instant::now() + PATIENCE;
         while !processes_with(mark.trim()).is_empty() && Instant::now() < by {
+            // sleeps because processes of others end without telling us; a deadline ends it.
             std::thread::sleep(Duration::from_millis(10));
         }
         let name = format!("fractus-{}", mark.trim().replace('-', ""));

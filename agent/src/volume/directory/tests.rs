@@ -1,3 +1,5 @@
+//! Disks made in a real directory, from images made by hand.
+
 use std::io::Write;
 
 use super::*;
