@@ -57,6 +57,10 @@ pub struct ProcessRecord {
 pub enum RecordError {
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: io::Error },
+    #[error(
+        "{path} is not there, but other files of the machine are: bring it back, or remove them"
+    )]
+    Missing { path: PathBuf },
     #[error("{path} is no record of a machine: {detail}")]
     Damaged { path: PathBuf, detail: String },
     #[error(
@@ -102,13 +106,13 @@ impl Record {
         self.replace(path, true)
     }
 
-    /// The same without a sync: for what can be found out again (a crash of the host ends every
-    /// process anyway).
+    /// The same, but a crash of the host may bring the older record back: for what can be found out
+    /// again (such a crash ends every process anyway). Either record is whole.
     pub fn note(&self, path: &Path) -> Result<(), RecordError> {
         self.replace(path, false)
     }
 
-    fn replace(&self, path: &Path, sync: bool) -> Result<(), RecordError> {
+    fn replace(&self, path: &Path, sync_folder: bool) -> Result<(), RecordError> {
         let failed = |source| RecordError::Io {
             path: path.to_owned(),
             source,
@@ -129,11 +133,10 @@ impl Record {
         let written = (|| {
             let mut file = File::create(&beside)?;
             file.write_all(&bytes)?;
-            if sync {
-                file.sync_data()?;
-            }
+            // Always: a rename that reaches the disk before the bytes would leave no record at all.
+            file.sync_data()?;
             fs::rename(&beside, path)?;
-            if sync {
+            if sync_folder {
                 File::open(folder)?.sync_all()?;
             }
             Ok(())
@@ -153,8 +156,9 @@ pub struct Found {
     pub unreadable: Vec<(ServerId, RecordError)>,
 }
 
-/// Reads every record. A folder without one is what a crash left of a machine that was never taken
-/// (the record is the first file of its folder): it is removed.
+/// Reads every record. An empty folder is what a crash left of a machine that was never taken (the
+/// record is the first file of its folder): it is removed. One that holds files but no record is a
+/// machine whose record was lost, and is kept.
 pub fn scan(machines: &Path) -> Result<Found, RecordError> {
     let failed = |source| RecordError::Io {
         path: machines.to_owned(),
@@ -172,11 +176,22 @@ pub fn scan(machines: &Path) -> Result<Found, RecordError> {
             continue;
         };
         let path = entry.path().join(crate::paths::MachinePaths::RECORD);
-        if !path.exists() {
-            fs::remove_dir_all(entry.path()).map_err(failed)?;
-            continue;
-        }
-        match Record::read(&path) {
+        let read = match path.try_exists() {
+            Ok(true) => Record::read(&path),
+            Ok(false) => {
+                // At most a record that was never renamed stands there besides.
+                let _ = fs::remove_file(path.with_extension("new"));
+                if fs::remove_dir(entry.path()).is_ok() {
+                    continue;
+                }
+                Err(RecordError::Missing { path: path.clone() })
+            }
+            Err(source) => Err(RecordError::Io {
+                path: path.clone(),
+                source,
+            }),
+        };
+        match read {
             Ok(record) if record.id.0 == id => found.records.push(record),
             Ok(_) => found.unreadable.push((
                 ServerId(id),
@@ -228,9 +243,22 @@ mod tests {
         std::fs::write(machines.join(&damaged).join("record.json"), b"{").unwrap();
         let empty = Uuid::from_u128(2).to_string();
         std::fs::create_dir(machines.join(&empty)).unwrap();
+        std::fs::write(machines.join(&empty).join("record.new"), b"{").unwrap();
+        let lost = Uuid::from_u128(3).to_string();
+        let disk = machines.join(&lost).join("root.raw");
+        std::fs::create_dir(machines.join(&lost)).unwrap();
+        std::fs::write(&disk, b"of a user").unwrap();
+        // A name that leads nowhere cannot be looked at, whoever looks.
+        let loops = Uuid::from_u128(4).to_string();
+        std::fs::create_dir(machines.join(&loops)).unwrap();
+        let link = machines.join(&loops).join("record.json");
+        std::os::unix::fs::symlink("record.json", &link).unwrap();
         let found = scan(machines).unwrap();
         assert_eq!(found.records, []);
-        assert_eq!(found.unreadable.len(), 1);
+        let mut unreadable: Vec<_> = found.unreadable.iter().map(|(id, _)| id.0).collect();
+        unreadable.sort();
+        assert_eq!(unreadable, [1, 3, 4].map(Uuid::from_u128));
         assert!(machines.join(damaged).exists() && !machines.join(empty).exists());
+        assert_eq!(std::fs::read(disk).unwrap(), b"of a user");
     }
 }
