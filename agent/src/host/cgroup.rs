@@ -73,11 +73,7 @@ impl Cgroups {
         let limits = [
             // Threads: vCPUs, disks, the process's own.
             ("pids.max", (u64::from(spec.vcpus) + 64).to_string()),
-            // The guest's memory, and room for the process and its page cache.
-            (
-                "memory.max",
-                ((spec.memory_mib << 20) + (256 << 20)).to_string(),
-            ),
+            ("memory.max", memory(spec).to_string()),
             (
                 "cpu.weight",
                 (u64::from(spec.vcpus) * 100).min(10_000).to_string(),
@@ -113,6 +109,14 @@ impl Cgroups {
     pub fn close(&self) -> io::Result<()> {
         fs::remove_dir(&self.top)
     }
+}
+
+/// The most that a machine's group may use, bytes: the guest's memory, the tables that grow with it
+/// (8 bytes a page of 4 KiB on each of the guest's and the process's side, and KVM's own), and room
+/// for the process and its page cache.
+fn memory(spec: &MachineSpec) -> u64 {
+    let guest = spec.memory_mib << 20;
+    guest + guest / 64 + (512 << 20)
 }
 
 /// Where the v2 hierarchy is mounted, writable.

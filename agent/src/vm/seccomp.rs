@@ -130,6 +130,8 @@ const BLOCK: &[i64] = &[
     libc::SYS_fdatasync,
     libc::SYS_fsync,
     libc::SYS_fallocate,
+    // Says that what was written through the page cache is not needed there.
+    libc::SYS_fadvise64,
     libc::SYS_lseek,
 ];
 
