@@ -66,7 +66,7 @@ struct Run {
     #[arg(long, env = "FRACTUS_FIRST_USER", default_value_t = 1_900_000)]
     first_user: u32,
     /// How many there are
-    #[arg(long, env = "FRACTUS_USERS", default_value_t = 10_000)]
+    #[arg(long, env = "FRACTUS_USERS", default_value_t = 1_000_000)]
     users: u32,
     /// GiB of images to keep beside those in use
     #[arg(long, env = "FRACTUS_IMAGE_CACHE_GIB", default_value_t = 20)]
@@ -121,6 +121,7 @@ fn start(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Run(arguments) => {
             log()?;
+            raise_descriptors();
             runtime()?.block_on(daemon::run(config(arguments)?))?;
         }
         Command::Join(arguments) => runtime()?.block_on(join_cloud(arguments))?,
@@ -142,6 +143,16 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .enable_all()
         .build()
         .context("starting the runtime")
+}
+
+/// Some descriptors a machine and a connection each: the soft limit is for programs that use `select`.
+fn raise_descriptors() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of descriptors could not be raised");
+    }
 }
 
 fn log() -> anyhow::Result<()> {

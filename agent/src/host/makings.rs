@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::image::cache::{Cache, link_or_copy};
 use crate::machine::make::{MakeError, Makings, Progress};
 use crate::paths::MachinePaths;
-use crate::volume::directory::{self, Cancel};
+use crate::volume::directory::{self, Cancel, Old};
 
 pub struct HostMakings {
     pub cache: Arc<Cache>,
@@ -74,6 +74,7 @@ impl Makings for HostMakings {
         &self,
         paths: &MachinePaths,
         disk: &RootDisk,
+        old: Old,
         progress: &Progress,
     ) -> Result<(), MakeError> {
         // What an attempt that was given up has left.
@@ -87,12 +88,17 @@ impl Makings for HostMakings {
                 Some((self.cache.open(image, progress).await?, image.format))
             }
         };
+        progress.say("waiting for other disks");
+        let turn = self.cache.turn().await;
         progress.say("making the root disk");
         let (cancel, cancelled) = Cancel::new();
         let (path, size) = (paths.disk(), disk.size);
-        let made =
-            tokio::task::spawn_blocking(move || directory::make(&path, size, image, &cancelled))
-                .await;
+        let made = tokio::task::spawn_blocking(move || {
+            // Until the work ends, even if nobody waits for it any more.
+            let _turn = turn;
+            directory::make(&path, old, size, image, &cancelled)
+        })
+        .await;
         drop(cancel);
         Ok(made.map_err(|e| failed("making the root disk")(io::Error::other(e)))??)
     }

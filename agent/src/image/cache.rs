@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use fractus_agent_api::machine::ImageRef;
 use futures::StreamExt;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 
 use super::source::Source;
 use crate::machine::make::Progress;
@@ -44,6 +44,9 @@ const CHUNK: Duration = Duration::from_secs(30);
 /// How often a controller that does not answer is asked, with growing pauses in between.
 const ATTEMPTS: u32 = 6;
 
+/// A part of an image that was not written for so long is nobody's any more.
+const ABANDONED: Duration = Duration::from_secs(24 * 3600);
+
 pub struct Cache {
     folder: PathBuf,
     /// Bytes of whole images that are kept at most, beside the newest.
@@ -51,7 +54,15 @@ pub struct Cache {
     source: Arc<dyn Source>,
     /// One download an image at a time.
     busy: StdMutex<HashMap<String, Arc<Mutex<()>>>>,
+    /// Long work on whole files at once, so that threads are left for all else.
+    long: Arc<Semaphore>,
 }
+
+/// A place among those who read or write whole images; free again when dropped.
+pub struct Turn(#[expect(dead_code, reason = "held, not read")] Option<OwnedSemaphorePermit>);
+
+/// How many do so at once.
+const LONG: usize = 4;
 
 impl Cache {
     pub fn new(folder: PathBuf, bound: u64, source: Arc<dyn Source>) -> Result<Self, ImageError> {
@@ -64,7 +75,14 @@ impl Cache {
             bound,
             source,
             busy: StdMutex::default(),
+            long: Arc::new(Semaphore::new(LONG)),
         })
+    }
+
+    /// Waits for a place among those who do long work.
+    pub async fn turn(&self) -> Turn {
+        // The semaphore is never closed.
+        Turn(self.long.clone().acquire_owned().await.ok())
     }
 
     /// The image, open; its name in the cache may go at any time. Fetched when it is not there.
@@ -84,7 +102,7 @@ impl Cache {
             return Ok(file);
         }
         self.fetch(image, &path, progress).await?;
-        self.forget(&path);
+        self.forget(&path, self.bound);
         File::open(&path).map_err(|source| ImageError::Io { path, source })
     }
 
@@ -96,6 +114,7 @@ impl Cache {
     ) -> Result<(), ImageError> {
         let part = path.with_extension("part");
         let mut pause = Duration::from_millis(200);
+        let mut emptied = false;
         for attempt in 1.. {
             match self.attempt(image, &part, progress).await {
                 Ok(()) => break,
@@ -104,6 +123,13 @@ impl Cache {
                     progress.say(format!("fetching image {} again: {detail}", image.id));
                     tokio::time::sleep(pause).await;
                     pause *= 3;
+                }
+                Err(ImageError::Io { source, .. })
+                    if source.kind() == io::ErrorKind::StorageFull && !emptied =>
+                {
+                    emptied = true;
+                    tracing::warn!(image = %image.id, "no room for it: forgetting all others");
+                    self.forget(&part, 0);
                 }
                 Err(error) => {
                     if !matches!(error, ImageError::Fetch { .. }) {
@@ -153,7 +179,7 @@ impl Cache {
             .map_err(|e| lost(e.to_string()))?;
         let mut at = body.offset.min(from);
         file.set_len(at).map_err(io)?;
-        let mut hasher = hash_of(&file, at).await.map_err(io)?;
+        let mut hasher = self.hash_of(&file, at).await.map_err(io)?;
         let mut bytes = body.bytes;
         let mut said = 0;
         while let Some(chunk) = tokio::time::timeout(CHUNK, bytes.next())
@@ -198,8 +224,38 @@ impl Cache {
         synced.map_err(|e| io(io::Error::other(e)))?.map_err(io)
     }
 
-    /// Down to the bound, what was not used for longest first; never `newest`.
-    fn forget(&self, newest: &Path) {
+    /// Of the first `length` bytes.
+    async fn hash_of(&self, file: &File, length: u64) -> io::Result<blake3::Hasher> {
+        if length == 0 {
+            return Ok(blake3::Hasher::new());
+        }
+        let file = file.try_clone()?;
+        let turn = self.turn().await;
+        let hashed = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            let mut hasher = blake3::Hasher::new();
+            let mut buffer = vec![0; 1 << 20];
+            let mut at = 0;
+            while at < length {
+                let most = buffer.len().min((length - at) as usize);
+                let Some(space) = buffer.get_mut(..most) else {
+                    break;
+                };
+                let read = file.read_at(space, at)?;
+                if read == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                hasher.update(space.get(..read).unwrap_or_default());
+                at += read as u64;
+            }
+            Ok(hasher)
+        });
+        hashed.await.map_err(io::Error::other)?
+    }
+
+    /// Down to `bound` bytes, what was not used for longest first; never `newest`, nor a download that
+    /// may be going on.
+    fn forget(&self, newest: &Path, bound: u64) {
         let Ok(entries) = fs::read_dir(&self.folder) else {
             return;
         };
@@ -209,12 +265,16 @@ impl Cache {
                 let about = entry.metadata().ok()?;
                 Some((about.modified().ok()?, about.len(), entry.path()))
             })
-            .filter(|(_, _, path)| path != newest)
+            .filter(|(used, _, path)| {
+                let part = path.extension().is_some_and(|is| is == "part");
+                let fresh = used.elapsed().map_or(true, |age| age < ABANDONED);
+                path != newest && !(part && fresh)
+            })
             .collect();
         images.sort();
         let mut total: u64 = images.iter().map(|(_, size, _)| size).sum();
         for (_, size, path) in images {
-            if total <= self.bound {
+            if total <= bound {
                 break;
             }
             if fs::remove_file(&path).is_ok() {
@@ -236,33 +296,6 @@ fn sound(hash: &str) -> Result<&str, ImageError> {
             hash: hash.chars().take(80).collect(),
         })
     }
-}
-
-/// Of the first `length` bytes.
-async fn hash_of(file: &File, length: u64) -> io::Result<blake3::Hasher> {
-    if length == 0 {
-        return Ok(blake3::Hasher::new());
-    }
-    let file = file.try_clone()?;
-    let hashed = tokio::task::spawn_blocking(move || {
-        let mut hasher = blake3::Hasher::new();
-        let mut buffer = vec![0; 1 << 20];
-        let mut at = 0;
-        while at < length {
-            let most = buffer.len().min((length - at) as usize);
-            let Some(space) = buffer.get_mut(..most) else {
-                break;
-            };
-            let read = file.read_at(space, at)?;
-            if read == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            hasher.update(space.get(..read).unwrap_or_default());
-            at += read as u64;
-        }
-        Ok(hasher)
-    });
-    hashed.await.map_err(io::Error::other)?
 }
 
 /// Copies what a link cannot do (another file system).

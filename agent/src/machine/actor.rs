@@ -24,6 +24,7 @@ use super::record::Record;
 use crate::clock::now_us;
 use crate::paths::MachinePaths;
 use crate::vm::protocol::{MachineEvent, State};
+use crate::volume::directory::Old;
 
 /// How long a guest may take to go after its power button was pressed.
 pub const SHUTDOWN: Duration = Duration::from_secs(60);
@@ -81,6 +82,13 @@ pub struct Actor<L: Launcher> {
     failed: Option<String>,
     /// Until when the guest may take to go, once it was asked.
     shutdown_by: Option<Instant>,
+    /// When the guest was asked to go: a power-off soon after is its answer, even if it is no longer
+    /// wanted.
+    pressed_at: Option<Instant>,
+    /// The process was started by an earlier agent, which may have died before it said `Go`.
+    adopted: bool,
+    /// The last that the guest said, so that one that repeats itself does not fill the log.
+    said: Option<MachineEvent>,
     /// Until when the guest must have begun.
     start_by: Option<Instant>,
     mailbox: mpsc::Receiver<Message>,
@@ -127,6 +135,9 @@ impl<L: Launcher> Actor<L> {
             phase: Phase::None,
             failed: None,
             shutdown_by: None,
+            pressed_at: None,
+            adopted: false,
+            said: None,
             start_by: None,
             mailbox,
             reports,
@@ -137,23 +148,34 @@ impl<L: Launcher> Actor<L> {
     }
 
     pub async fn run(mut self) {
-        self.take_up().await;
+        if let Err(Over) = self.take_up().await {
+            return;
+        }
         while let Ok(()) = self.turn().await {}
     }
 
     /// What the record says was there: is it still?
-    async fn take_up(&mut self) {
+    /// While that cannot be told, nothing is done.
+    async fn take_up(&mut self) -> Result<(), Over> {
         let Some(recorded) = self.record.process else {
-            return;
+            return Ok(());
         };
-        match self
-            .surroundings
-            .launcher
-            .adopt(self.record.id, &recorded)
-            .await
-        {
+        let adoption = loop {
+            let launcher = &self.surroundings.launcher;
+            match launcher.adopt(self.record.id, &recorded).await {
+                Ok(adoption) => break adoption,
+                Err(error) => {
+                    tracing::error!(machine = %self.record.id, pid = recorded.pid, %error, "its process cannot be looked for");
+                    // Not settled, for whoever asks meanwhile.
+                    self.phase = Phase::Starting;
+                    self.wait(Some(Instant::now() + AGAIN)).await?;
+                }
+            }
+        };
+        match adoption {
             Adoption::Alive(process) => {
                 self.process = Some(process);
+                self.adopted = true;
                 self.phase = if recorded.ran {
                     Phase::Running
                 } else {
@@ -170,6 +192,7 @@ impl<L: Launcher> Actor<L> {
             }
             Adoption::Gone(end) => self.ended(end),
         }
+        Ok(())
     }
 
     async fn turn(&mut self) -> Result<(), Over> {
@@ -206,11 +229,14 @@ impl<L: Launcher> Actor<L> {
 
     fn next(&self) -> Step {
         let wanted = &self.record.intent.wanted;
+        // One that cannot be looked at is not made anew: opening it will say what is wrong.
+        let disk_stands =
+            wanted.spec.root_disk.is_none() || self.paths.disk().try_exists().unwrap_or(true);
         let seen = Seen {
             process: self.phase.life(),
             stop: self.record.stop.as_ref(),
             failed: self.failed.is_some(),
-            disk: wanted.spec.root_disk.is_none() || self.paths.disk().exists(),
+            disk: disk_stands,
             remains: !self.record.is_tombstone(),
         };
         if self.failed.is_some() && self.phase == Phase::None && wanted.power == Power::Absent {
@@ -307,7 +333,13 @@ impl<L: Launcher> Actor<L> {
             }
             Heard::State(State::Ready | State::Stopped) => {}
             Heard::Event(event) => {
-                tracing::info!(machine = %self.record.id, ?event, "the guest");
+                // A guest may say so as often as it likes.
+                if self.said.as_ref() == Some(&event) {
+                    tracing::debug!(machine = %self.record.id, ?event, "the guest, again");
+                } else {
+                    tracing::info!(machine = %self.record.id, ?event, "the guest");
+                    self.said = Some(event);
+                }
             }
             Heard::Refused(detail) => {
                 tracing::warn!(machine = %self.record.id, detail, "its process refused");
@@ -339,7 +371,12 @@ impl<L: Launcher> Actor<L> {
     /// The process is gone: by our hand, by itself, or unseen.
     fn ended(&mut self, end: End) {
         let recorded = self.record.process.take();
-        let asked = self.shutdown_by.take().is_some();
+        self.shutdown_by = None;
+        let patience = self.surroundings.shutdown * 2;
+        let asked = self
+            .pressed_at
+            .take()
+            .is_some_and(|at| at.elapsed() < patience);
         let (ran, boot) = recorded.map_or((false, None), |p| (p.ran, Some(p.boot_id)));
         self.phase = Phase::None;
         self.start_by = None;
@@ -366,6 +403,7 @@ impl<L: Launcher> Actor<L> {
             && recorded.is_some()
             && !rebooted
             && self.process.is_some()
+            && !self.adopted
         {
             self.failed = Some("the machine's process ended before its guest ran".to_owned());
         }
@@ -380,9 +418,14 @@ impl<L: Launcher> Actor<L> {
         };
         let makings = self.surroundings.makings.clone();
         let paths = self.paths.clone();
+        let old = if step == Step::RemakeDisk {
+            Old::Replace
+        } else {
+            Old::Keep
+        };
         let made = self
             .interruptible("making the root disk", |progress| async move {
-                makings.disk(&paths, &disk, &progress).await
+                makings.disk(&paths, &disk, old, &progress).await
             })
             .await?;
         match made {
@@ -453,6 +496,7 @@ impl<L: Launcher> Actor<L> {
         let told = process.tell(Command::Go, None).await;
         self.process = Some(process);
         self.phase = Phase::Starting;
+        (self.adopted, self.pressed_at, self.said) = (false, None, None);
         self.start_by = Some(Instant::now() + START);
         if let Err(error) = told {
             // Its end says more.
@@ -495,6 +539,7 @@ impl<L: Launcher> Actor<L> {
             None => {
                 let by = Instant::now() + self.surroundings.shutdown;
                 self.shutdown_by = Some(by);
+                self.pressed_at = Some(Instant::now());
                 let request_id = self.record.request_id.clone();
                 if let Some(process) = &mut self.process
                     && let Err(error) = process
@@ -523,7 +568,7 @@ impl<L: Launcher> Actor<L> {
         match process.kill().await {
             Ok(_) => {
                 self.phase = Phase::None;
-                (self.start_by, self.shutdown_by) = (None, None);
+                (self.start_by, self.shutdown_by, self.pressed_at) = (None, None, None);
                 self.record.process = None;
                 let going = self.record.intent.wanted.power == Power::Stopped;
                 self.record.stop = going.then_some(StopReason::Requested);

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::image::ImageError;
 use crate::paths::MachinePaths;
 use crate::volume::VolumeError;
+use crate::volume::directory::Old;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MakeError {
@@ -48,11 +49,13 @@ pub trait Makings: Send + Sync + 'static {
         progress: &Progress,
     ) -> Result<(), MakeError>;
 
-    /// The root disk stands in the machine's folder afterwards, new and whole; an old one is gone.
+    /// The root disk stands in the machine's folder afterwards, whole; what `old` says happens to one
+    /// that stood there.
     async fn disk(
         &self,
         paths: &MachinePaths,
         disk: &RootDisk,
+        old: Old,
         progress: &Progress,
     ) -> Result<(), MakeError>;
 

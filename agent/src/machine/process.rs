@@ -10,6 +10,9 @@ pub mod identity;
 pub mod launch;
 pub(crate) mod spawn;
 
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -53,7 +56,14 @@ pub trait Launcher: Send + Sync + 'static {
     async fn launch(&self, plan: &Plan) -> Result<Self::Process, ProcessError>;
 
     /// The process that the record names, if it is alive; else how it ended.
-    async fn adopt(&self, id: ServerId, recorded: &ProcessRecord) -> Adoption<Self::Process>;
+    ///
+    /// # Errors
+    /// It cannot be told now. Nothing may be started, since it may be alive.
+    async fn adopt(
+        &self,
+        id: ServerId,
+        recorded: &ProcessRecord,
+    ) -> std::io::Result<Adoption<Self::Process>>;
 
     /// Removes what is outside of the machine's folder: socket and control group.
     async fn clear(&self, id: ServerId) -> Result<(), ProcessError>;
@@ -135,6 +145,8 @@ pub struct HostProcess {
 
 /// A process that was adopted while it was busy is asked again after this time.
 const AGAIN: Duration = Duration::from_secs(1);
+/// How long a killed process may take to be gone.
+const DEATH: Duration = Duration::from_secs(30);
 
 impl HostProcess {
     async fn connect(&mut self) -> Result<State, ProcessError> {
@@ -158,10 +170,9 @@ impl HostProcess {
 
     fn end(&self) -> End {
         let status = identity::reap(self.pidfd.get_ref());
-        let said = std::fs::read(self.paths.last_words()).unwrap_or_default();
-        match serde_json::from_slice::<LastWords>(&said) {
-            Ok(words) => End::Said(words.reason),
-            Err(_) => {
+        match last_words(&self.paths.last_words()) {
+            Some(reason) => End::Said(reason),
+            None => {
                 let status = status.unwrap_or_else(|| "no reason given".to_owned());
                 let detail = match &self.failure {
                     Some(failure) => failure.clone(),
@@ -266,11 +277,31 @@ impl Process for HostProcess {
             what: "ending the process".into(),
             source,
         })?;
-        let _ = self.pidfd.readable().await;
+        // One that hangs in the kernel (a dead disk) does not go; it is tried again.
+        if tokio::time::timeout(DEATH, self.pidfd.readable())
+            .await
+            .is_err()
+        {
+            return Err(ProcessError::Mute);
+        }
         self.control = None;
         Ok(self.end())
     }
 }
+
+/// Why a process said that it ended. The file is the process's to write, and so is read up to a size
+/// that an honest one stays below.
+fn last_words(path: &Path) -> Option<StopReason> {
+    let mut said = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(MOST_WORDS).read_to_end(&mut said))
+        .ok()?;
+    let words: LastWords = serde_json::from_slice(&said).ok()?;
+    Some(words.reason)
+}
+
+/// Bytes.
+const MOST_WORDS: u64 = 64 << 10;
 
 /// Ends every process that carries this agent's mark and that no record names: those of a start that
 /// was cut off before its record was written, which never ran a guest.
@@ -289,4 +320,24 @@ pub fn end_strays(
         ended += 1;
     }
     Ok(ended)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_words_are_heard_and_no_more_is_read_than_an_honest_process_writes() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let words = LastWords {
+            version: VERSION,
+            reason: StopReason::TripleFault,
+        };
+        let bytes = serde_json::to_vec(&words).unwrap();
+        std::fs::write(file.path(), &bytes).unwrap();
+        assert_eq!(last_words(file.path()), Some(StopReason::TripleFault));
+        // A TiB of nothing after them.
+        file.as_file().set_len(1 << 40).unwrap();
+        assert_eq!(last_words(file.path()), None);
+    }
 }

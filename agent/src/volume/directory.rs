@@ -16,6 +16,8 @@ use fractus_agent_api::machine::ImageFormat;
 use imago::file::File as ImagoFile;
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
@@ -45,10 +47,19 @@ impl Drop for Cancel {
 
 const CHUNK: usize = 1 << 20;
 
+/// What happens to a disk that stands in the place already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Old {
+    /// It is whole, since it stands there: the new one is given up for it.
+    Keep,
+    Replace,
+}
+
 /// Makes a raw disk at `path` of `size` bytes or the image's virtual size, whichever is larger. Holes
 /// stay holes. Blocks.
 pub fn make(
     path: &Path,
+    old: Old,
     size: u64,
     image: Option<(File, ImageFormat)>,
     cancelled: &AtomicBool,
@@ -78,7 +89,13 @@ pub fn make(
         if cancelled.load(Ordering::Relaxed) {
             return Err(VolumeError::Cancelled);
         }
-        fs::rename(&beside, path).map_err(io)
+        match old {
+            Old::Replace => fs::rename(&beside, path).map_err(io),
+            Old::Keep => match renameat_with(CWD, &beside, CWD, path, RenameFlags::NOREPLACE) {
+                Err(Errno::EXIST) => fs::remove_file(&beside).map_err(io),
+                other => other.map_err(|errno| io(errno.into())),
+            },
+        }
     })();
     if made.is_err() {
         let _ = fs::remove_file(&beside);

@@ -27,7 +27,11 @@ pub fn start_ticks(pid: i32) -> io::Result<u64> {
     ticks.ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not as expected")))
 }
 
-/// The recorded process, if it is alive: a descriptor that can mean no other.
+/// The recorded process, if it is alive: a descriptor that can mean no other. `None` only when it is
+/// gone for certain.
+///
+/// # Errors
+/// It cannot be told (out of descriptors or of memory, say): it may well be alive.
 pub fn find(recorded: &ProcessRecord, boot: Uuid) -> io::Result<Option<OwnedFd>> {
     let Some(pid) = Pid::from_raw(recorded.pid).filter(|_| recorded.boot_id == boot) else {
         return Ok(None);
@@ -40,8 +44,23 @@ pub fn find(recorded: &ProcessRecord, boot: Uuid) -> io::Result<Option<OwnedFd>>
     // Read after the descriptor is held: if the pid was given anew in between, this shows it.
     match start_ticks(recorded.pid) {
         Ok(ticks) if ticks == recorded.start_ticks && !ended(&pidfd) => Ok(Some(pidfd)),
-        Ok(_) | Err(_) => Ok(None),
+        Ok(_) => Ok(None),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(error),
     }
+}
+
+/// What /proc says of a process that ended: no folder, or ESRCH from a file that was open by then.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+}
+
+/// The user that a process runs as (proc(5), `Uid:` of its status). The owner of its folder in /proc
+/// says nothing: it is root's, because the jail was entered after the exec.
+pub fn user(pid: i32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    line.split_ascii_whitespace().next()?.parse().ok()
 }
 
 /// Whether the process has ended (a zombie has).
@@ -150,5 +169,20 @@ mod tests {
             ..own
         };
         assert!(find(&rebooted, boot).unwrap().is_none());
+    }
+
+    #[test]
+    fn only_what_is_gone_for_certain_counts_as_gone() {
+        assert!(is_gone(&start_ticks(i32::MAX).unwrap_err()));
+        assert!(is_gone(&io::Error::from_raw_os_error(libc::ESRCH)));
+        for unsure in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EINTR] {
+            assert!(!is_gone(&io::Error::from_raw_os_error(unsure)));
+        }
+    }
+
+    #[test]
+    fn the_user_of_a_process_is_the_one_it_runs_as() {
+        let own = rustix::process::getuid().as_raw();
+        assert_eq!(user(std::process::id() as i32), Some(own));
     }
 }

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::control::{Control, watched};
 use super::spawn::{Inherited, spawn};
-use super::{Adoption, End, HostProcess, Launcher, Plan, ProcessError, identity};
+use super::{Adoption, End, HostProcess, Launcher, Plan, ProcessError, identity, last_words};
 use crate::host::cgroup::Cgroups;
 use crate::machine::record::ProcessRecord;
 use crate::paths::{MachinePaths, Paths};
@@ -116,7 +116,10 @@ impl HostLauncher {
             // Before the process has its launch, and so before it uses anything worth counting.
             cgroups
                 .enter(plan.id, spawned.pid, &plan.spec)
-                .inspect_err(|_| drop(identity::kill(&spawned.pidfd)))
+                .inspect_err(|_| {
+                    let _ = identity::kill(&spawned.pidfd);
+                    identity::reap(&spawned.pidfd);
+                })
                 .map_err(failed("the machine's control group"))?;
         }
         let launch = Launch {
@@ -320,11 +323,14 @@ impl Launcher for Arc<HostLauncher> {
         })
     }
 
-    async fn adopt(&self, id: ServerId, recorded: &ProcessRecord) -> Adoption<HostProcess> {
+    async fn adopt(
+        &self,
+        id: ServerId,
+        recorded: &ProcessRecord,
+    ) -> io::Result<Adoption<HostProcess>> {
         let paths = self.paths.machine(id);
-        let found = identity::find(recorded, self.boot_id);
-        let held = found.ok().flatten().and_then(|pidfd| watched(pidfd).ok());
-        if let Some(pidfd) = held {
+        if let Some(pidfd) = identity::find(recorded, self.boot_id)? {
+            let pidfd = watched(pidfd)?;
             let mut process = HostProcess {
                 identity: *recorded,
                 pidfd,
@@ -335,17 +341,15 @@ impl Launcher for Arc<HostLauncher> {
             };
             // One that does not answer is alive all the same; it is asked again when it is heard.
             process.greeting = process.connect().await.ok();
-            return Adoption::Alive(process);
+            return Ok(Adoption::Alive(process));
         }
-        let said = std::fs::read(paths.last_words()).unwrap_or_default();
-        Adoption::Gone(
-            match serde_json::from_slice::<crate::vm::protocol::LastWords>(&said) {
-                Ok(words) => End::Said(words.reason),
-                Err(_) => End::Silent {
-                    detail: "the machine's process was gone when the agent came back".to_owned(),
-                },
+        let end = match last_words(&paths.last_words()) {
+            Some(reason) => End::Said(reason),
+            None => End::Silent {
+                detail: "the machine's process was gone when the agent came back".to_owned(),
             },
-        )
+        };
+        Ok(Adoption::Gone(end))
     }
 
     async fn clear(&self, id: ServerId) -> Result<(), ProcessError> {

@@ -14,7 +14,14 @@ fn a_raw_image_fills_the_start_of_a_larger_sparse_disk() {
     let mut image = tempfile::tempfile().unwrap();
     image.write_all(b"content").unwrap();
     let path = folder.path().join("root.raw");
-    make(&path, 8 << 20, Some((image, ImageFormat::Raw)), &going()).unwrap();
+    make(
+        &path,
+        Old::Keep,
+        8 << 20,
+        Some((image, ImageFormat::Raw)),
+        &going(),
+    )
+    .unwrap();
     let disk = fs::read(&path).unwrap();
     assert_eq!(disk.len(), 8 << 20);
     assert!(disk.starts_with(b"content"));
@@ -54,6 +61,7 @@ fn a_qcow2_image_becomes_a_raw_disk_of_its_virtual_size() {
     let path = folder.path().join("root.raw");
     make(
         &path,
+        Old::Keep,
         0,
         Some((qcow2(0, 1 << 20), ImageFormat::Qcow2)),
         &going(),
@@ -69,7 +77,7 @@ fn an_image_that_names_another_file_is_refused_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("root.raw");
     let image = Some((qcow2(1024, 1 << 20), ImageFormat::Qcow2));
-    let error = make(&path, 0, image, &going()).unwrap_err();
+    let error = make(&path, Old::Keep, 0, image, &going()).unwrap_err();
     assert!(error.to_string().contains("backing file"), "{error}");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
@@ -80,8 +88,20 @@ fn work_that_is_no_longer_wanted_stops_and_leaves_nothing() {
     let path = folder.path().join("root.raw");
     let cancelled = AtomicBool::new(true);
     assert!(matches!(
-        make(&path, 4096, None, &cancelled),
+        make(&path, Old::Keep, 4096, None, &cancelled),
         Err(VolumeError::Cancelled)
     ));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_disk_that_stands_there_is_replaced_only_when_that_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("root.raw");
+    fs::write(&path, b"of a user").unwrap();
+    make(&path, Old::Keep, 4096, None, &going()).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"of a user");
+    make(&path, Old::Replace, 4096, None, &going()).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), [0; 4096]);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
 }
