@@ -107,6 +107,8 @@ async fn connect(url: &str, connections: u32) -> Result<DatabaseConnection, DbEr
                 // Only another process (a backup) can hold the lock.
                 .busy_timeout(Duration::from_secs(10))
                 .pragma("temp_store", "memory")
+                // As PostgreSQL has it.
+                .pragma("case_sensitive_like", "on")
         });
     sea_orm::Database::connect(options).await
 }

@@ -41,6 +41,18 @@ enum Refused {
 }
 
 #[tokio::test]
+async fn like_tells_capitals_from_small_letters() {
+    engines(|database| async move {
+        make_table(&database).await;
+        for (pattern, found) in [("a%", 1), ("A%", 0)] {
+            let sql = format!("SELECT count(*) FROM t WHERE id LIKE '{pattern}'");
+            assert_eq!(count(&database, &sql).await, found, "{pattern}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_write_that_answers_an_error_leaves_nothing_and_does_not_harm_its_neighbours() {
     engines(|database| async move {
         make_table(&database).await;
