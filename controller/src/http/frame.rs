@@ -99,10 +99,22 @@ impl Public {
     }
 
     /// As the fallback of a router, for axum's server.
+    ///
+    /// A request runs to its end in a task of its own, also when the client does not wait for it: a
+    /// handler that is dropped between its commit and what follows (waking the engine) would leave
+    /// that undone. An upload of a client that is gone ends with its body's error.
     pub fn into_router(self) -> Router {
         let service = tower::service_fn(move |request: Request| {
             let public = self.clone();
-            async move { Ok::<_, Infallible>(public.serve(request).await) }
+            let answer = tokio::spawn(async move { public.serve(request).await });
+            async move {
+                // Ends early only with the runtime, or by a panic outside of the services.
+                let answer = answer.await.unwrap_or_else(|error| {
+                    tracing::error!(%error, "a request was not answered");
+                    StatusCode::INTERNAL_SERVER_ERROR.into_response()
+                });
+                Ok::<_, Infallible>(answer)
+            }
         });
         Router::new().fallback_service(service)
     }
@@ -165,6 +177,9 @@ impl Mounted {
                 }
                 Err(error) => return error.into_response(),
             }
+        }
+        if has_nul(request.uri()) {
+            return super::body::nul().into_response();
         }
         let microversion = match negotiate(self.service, request.headers()) {
             Ok(version) => version,
@@ -248,6 +263,12 @@ impl Mounted {
             );
         }
     }
+}
+
+/// Whether its path or query has a NUL once decoded (a bare one is no URI at all).
+fn has_nul(uri: &Uri) -> bool {
+    let query = uri.query().unwrap_or_default();
+    uri.path().contains("%00") || query.contains("%00")
 }
 
 /// The microversion in an answer's headers.

@@ -240,6 +240,62 @@ async fn bad_bodies_are_answers() {
 }
 
 #[tokio::test]
+async fn a_nul_is_refused_before_a_handler_sees_it() {
+    let headers = [
+        ("x-auth-token", "admin"),
+        ("content-type", "application/json"),
+    ];
+    let refused = json!({"badRequest": {"code": 400, "message":
+        "The request has a NUL character; leave it out."}});
+    for body in [r#"{"a": "b\u0000"}"#, r#"{"a\u0000": [1]}"#] {
+        let answer = ask(Method::POST, "/compute/v2.1/flavors", &headers, body).await;
+        assert_eq!(
+            (answer.status.as_u16(), answer.json()),
+            (400, refused.clone())
+        );
+    }
+    for path in ["/compute/v2.1/flavors?name=%00", "/compute/v2.1/x%00"] {
+        let answer = get(path, &headers).await;
+        assert_eq!(
+            (answer.status.as_u16(), answer.json()),
+            (400, refused.clone())
+        );
+    }
+    let literal = get("/compute/v2.1/flavors?name=%2500", &headers).await;
+    assert_eq!(literal.status.as_u16(), 200);
+}
+
+#[tokio::test]
+async fn a_request_runs_to_its_end_without_its_client() {
+    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
+    let (begun, mut begins) = tokio::sync::mpsc::unbounded_channel();
+    let (ended, mut ends) = tokio::sync::mpsc::unbounded_channel();
+    let go = std::sync::Arc::new(tokio::sync::Notify::new());
+    let gate = std::sync::Arc::clone(&go);
+    let slow = move || {
+        let (begun, ended, gate) = (begun.clone(), ended.clone(), gate.clone());
+        async move {
+            begun.send(()).unwrap();
+            gate.notified().await;
+            ended.send(()).unwrap();
+            "done"
+        }
+    };
+    let routes = Routes::new(Service::Compute).get("/slow", Rule::open(), slow);
+    let cloud = testing::with_services(vec![routes, crate::identity::routes()]).await;
+    let request = http::Request::builder().uri("/compute/slow");
+    let request = request.body(axum::body::Body::empty()).unwrap();
+    let router = cloud.public.clone().into_router();
+    let client = tokio::spawn(tower::ServiceExt::oneshot(router, request));
+    begins.recv().await.unwrap();
+    client.abort();
+    assert!(client.await.unwrap_err().is_cancelled());
+    go.notify_one();
+    let ended = tokio::time::timeout(PATIENCE, ends.recv()).await;
+    assert_eq!(ended, Ok(Some(())));
+}
+
+#[tokio::test]
 async fn a_panic_is_a_500_in_the_form_of_the_service() {
     let answer = get("/compute/v2.1/panic", &[("x-auth-token", "reader")]).await;
     assert_eq!(answer.status.as_u16(), 500);
