@@ -561,7 +561,8 @@ fn hung_storage_fails_the_drain_and_a_reset_stays_under_way() {
 struct Told {
     say: EventFd,
     results: std::sync::mpsc::Receiver<Result<(), Errno>>,
-    flushes: Sender<()>,
+    /// What becomes of flushes: "taken", "done".
+    flushes: Sender<&'static str>,
     held: std::collections::VecDeque<self::backend::Io>,
 }
 
@@ -572,7 +573,7 @@ impl DiskBackend for Told {
     fn submit(&mut self, io: self::backend::Io) -> Result<(), self::backend::Io> {
         assert_eq!(io.operation, self::backend::Operation::Flush);
         self.held.push_back(io);
-        self.flushes.send(()).unwrap();
+        self.flushes.send("taken").unwrap();
         Ok(())
     }
     fn commit(&mut self) {}
@@ -583,10 +584,32 @@ impl DiskBackend for Told {
             && let Some(io) = self.held.pop_front()
         {
             done.push(self::backend::Completion { io, result });
+            let _ = self.flushes.send("done");
         }
     }
     fn completion_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         std::os::fd::AsFd::as_fd(&self.say)
+    }
+}
+
+/// Tells when the disk's thread waits, once it has been told `orders` times to come to rest.
+struct Waits {
+    orders: usize,
+    waits: Sender<()>,
+}
+
+impl BlockFilter for Waits {
+    fn name(&self) -> &'static str {
+        "waits"
+    }
+    fn release(&mut self, _below: &mut self::filter::Below<'_>) {
+        self.orders = self.orders.saturating_sub(1);
+    }
+    fn wake_at(&self) -> Option<Instant> {
+        if self.orders == 0 {
+            let _ = self.waits.send(());
+        }
+        None
     }
 }
 
@@ -603,18 +626,24 @@ fn a_flush_that_came_too_late_does_not_answer_for_the_next() {
         held: Default::default(),
     };
     let block = Block::new("disk0", &config(), Box::new(storage), &rig.board.threads).unwrap();
+    let (waits, waiting) = channel();
+    let filter = Waits { orders: 2, waits };
+    block.insert_filter(Box::new(filter), DEADLINE).unwrap();
     let settle = |within| block.at_rest("settle", within, AtRest::Settle);
     let answer = |result| {
         results.send(result).unwrap();
         say.signal();
     };
     settle(Duration::from_millis(20)).expect_err("the storage has not answered");
-    flushed.recv_timeout(DEADLINE).unwrap();
+    assert_eq!(flushed.recv_timeout(DEADLINE), Ok("taken"));
 
     std::thread::scope(|scope| {
         let second = scope.spawn(|| settle(DEADLINE));
+        // It has seen the second order, and has done with it what it could.
+        waiting.recv_timeout(DEADLINE).unwrap();
         answer(Ok(()));
-        flushed.recv_timeout(DEADLINE).unwrap();
+        assert_eq!(flushed.recv_timeout(DEADLINE), Ok("done"));
+        assert_eq!(flushed.recv_timeout(DEADLINE), Ok("taken"));
         answer(Err(Errno::IO));
         assert_eq!(second.join().unwrap().unwrap(), Err(Errno::IO));
     });
