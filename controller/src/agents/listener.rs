@@ -67,17 +67,21 @@ pub struct Parts {
 
 /// Most bytes of a body: a full report of some ten thousand machines.
 const BODY_LIMIT: usize = 64 << 20;
+/// Most bytes of a body of who is nobody yet: a host's inventory and a certificate request.
+const JOIN_BODY_LIMIT: usize = 64 << 10;
 
 /// The routes; every request must carry a [`server::Caller`].
 fn routes(parts: Parts) -> Router {
+    let join = post(handlers::join).layer(DefaultBodyLimit::max(JOIN_BODY_LIMIT));
     Router::new()
-        .route("/agent/v1/join", post(handlers::join))
         .route("/agent/v1/renew", post(handlers::renew))
         .route("/agent/v1/heartbeat", post(handlers::heartbeat))
         .route("/agent/v1/changes", post(handlers::changes))
         .route("/agent/v1/report", post(handlers::report))
         .route("/agent/v1/images/{id}", get(handlers::image))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        // After the layer, which is for members only.
+        .route("/agent/v1/join", join)
         .with_state(parts)
 }
 

@@ -11,9 +11,10 @@ use axum::http::StatusCode;
 use axum::http::request;
 use fractus_agent_api::identity::Peer;
 use fractus_agent_api::tls::{self, ClientCertificate, Credentials, TlsError};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -23,7 +24,13 @@ use super::Parts;
 use super::handlers::Failure;
 use crate::agents::host;
 
-/// For the handshake and, between requests, for the first byte.
+/// Connections at a time, of some thousand hosts; more wait in the kernel.
+const CONNECTIONS: usize = 4096;
+/// For a request's headers, and for the answer to a ping of HTTP/2.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Requests of one connection at a time.
+const STREAMS: u32 = 16;
+/// For the handshake and, at the end, for the requests under way.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +90,15 @@ impl Listener {
     /// Answers until `stop`, then lets requests under way finish.
     pub async fn run(self, stop: CancellationToken) {
         let connections = TaskTracker::new();
+        let slots = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
+            let slot = tokio::select! {
+                () = stop.cancelled() => break,
+                slot = Arc::clone(&slots).acquire_owned() => match slot {
+                    Ok(slot) => slot,
+                    Err(_) => break,
+                },
+            };
             let stream = tokio::select! {
                 () = stop.cancelled() => break,
                 accepted = self.socket.accept() => match accepted {
@@ -97,7 +112,11 @@ impl Listener {
                 },
             };
             let tls = Arc::clone(&self.tls.read().unwrap_or_else(PoisonError::into_inner));
-            connections.spawn(serve(stream, tls, self.routes.clone(), stop.clone()));
+            let serving = serve(stream, tls, self.routes.clone(), stop.clone());
+            connections.spawn(async move {
+                serving.await;
+                drop(slot);
+            });
         }
         connections.close();
         connections.wait().await;
@@ -141,7 +160,17 @@ async fn serve(
             })
         }
     });
-    let server = auto::Builder::new(TokioExecutor::new());
+    let mut server = auto::Builder::new(TokioExecutor::new());
+    server
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(PATIENCE);
+    server
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PATIENCE)
+        .keep_alive_timeout(PATIENCE)
+        .max_concurrent_streams(STREAMS);
     let connection = server.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     tokio::select! {

@@ -285,6 +285,17 @@ async fn unknown_and_expired_tokens_and_broken_requests_are_refused() {
 }
 
 #[tokio::test]
+async fn who_has_no_certificate_may_not_send_much() {
+    let bench = bench().await;
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut big = request("x.y", &key);
+    big.host.hostname = "h".repeat(100 << 10);
+    let refused = bench.for_join().join(&big).await.unwrap_err();
+    assert_eq!(refused.status(), Some(StatusCode::PAYLOAD_TOO_LARGE));
+    bench.stop.cancel();
+}
+
+#[tokio::test]
 async fn only_members_are_answered_and_removal_ends_a_certificate() {
     let bench = bench().await;
     let nobody = bench.for_join().heartbeat(&heartbeat(0)).await.unwrap_err();
