@@ -16,6 +16,7 @@
 mod converge;
 pub mod machine;
 mod reconciler;
+mod turns;
 
 pub use converge::{Converged, Lost, Machines, NoHost};
 pub use reconciler::{Observer, Reconciler};

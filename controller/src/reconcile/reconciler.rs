@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::converge::{Converged, Machines, alive, vanished};
 use super::machine::{self, Machine};
+use super::turns::Turns;
 use crate::agents::fleet::Fleet;
 use crate::clock::Clock;
 use crate::database::Database;
@@ -115,22 +116,50 @@ impl Reconciler {
     }
 
     /// Until `stop`: looks at whoever is woken, and at all of them now and then.
-    pub async fn run(&self, mut wakes: mpsc::UnboundedReceiver<ServerId>, stop: CancellationToken) {
+    /// Looks under way are let finish.
+    pub async fn run(
+        self: Arc<Self>,
+        mut wakes: mpsc::UnboundedReceiver<ServerId>,
+        stop: CancellationToken,
+    ) {
         let mut sweep = self.clock.sleep(SWEEP);
+        let mut turns = Turns::default();
         loop {
+            turns.begin(|server| {
+                let reconciler = Arc::clone(&self);
+                async move { reconciler.look_logged(server).await }
+            });
             tokio::select! {
-                () = stop.cancelled() => return,
-                Some(server) = wakes.recv() => self.look_logged(server).await,
+                () = stop.cancelled() => return turns.finish().await,
+                Some(server) = wakes.recv() => {
+                    turns.add(server);
+                    // All that was said meanwhile: it waits here, where each server counts once.
+                    while let Ok(server) = wakes.try_recv() {
+                        turns.add(server);
+                    }
+                }
+                () = turns.ended() => {}
                 () = &mut sweep => {
-                    self.sweep().await;
+                    for server in self.all().await {
+                        turns.add(server);
+                    }
                     sweep = self.clock.sleep(SWEEP);
                 }
             }
         }
     }
 
-    /// Looks at every machine of every host.
+    /// Looks at every machine of every host, one after the other.
+    #[cfg(test)]
     pub async fn sweep(&self) {
+        for server in self.all().await {
+            self.look_logged(server).await;
+        }
+    }
+
+    /// Every machine of every host: by the table, and by what the host said.
+    async fn all(&self) -> Vec<ServerId> {
+        let mut all = Vec::new();
         for host in self.fleet.ids() {
             let owned = match machine::of_host(self.database.reader(), host).await {
                 Ok(owned) => owned,
@@ -145,10 +174,9 @@ impl Reconciler {
                 .map(|machine| machine.server)
                 .chain(reported.iter().map(|report| report.id))
                 .collect();
-            for server in servers {
-                self.look_logged(server).await;
-            }
+            all.extend(servers);
         }
+        all
     }
 
     async fn look_logged(&self, server: ServerId) {
