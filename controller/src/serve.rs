@@ -74,6 +74,8 @@ pub enum ServeError {
     Images(#[source] BlobError),
     #[error("looking for images that an earlier life left half-done")]
     Recover(#[source] StoreError),
+    #[error("beginning anew with a restored database")]
+    Restored(#[source] sea_orm::DbErr),
     #[error("reading what there is to be carried on")]
     Start(#[source] sea_orm::DbErr),
     #[error("the metrics recorder: {0}")]

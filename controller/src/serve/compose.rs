@@ -29,7 +29,7 @@ use crate::image::blob::FileStore;
 use crate::image::{Images, store};
 use crate::operation::{Engine, Kinds};
 use crate::random::{Random, SystemRandom};
-use crate::reconcile::{Machines, Reconciler};
+use crate::reconcile::{Machines, Reconciler, machine};
 use crate::secret::MasterKey;
 use crate::tls::Authority;
 
@@ -62,6 +62,9 @@ impl Controller {
         let database = Database::connect(&config.database).await?;
         database.migrate().await?;
         let (clock, random) = (SystemClock::shared(), SystemRandom::shared());
+        if config.restored {
+            restored(&database, clock.now_us()).await?;
+        }
         let master = MasterKey::load_or_create(&config.state_dir.join("master.key"))?;
         let realm = Realm::open(database.clone(), Arc::clone(&clock), master.clone()).await?;
         let realm = Arc::new(realm);
@@ -159,6 +162,18 @@ impl Controller {
         tasks.spawn(renew(agents, renewer, stop.clone()));
         Ok(())
     }
+}
+
+/// Before anything is told to a host: what it was told after the backup must not win.
+async fn restored(database: &Database, now_us: i64) -> Result<(), ServeError> {
+    database
+        .write(move |tx| Box::pin(async move { machine::begin_epoch(tx, now_us).await }))
+        .await
+        .map_err(ServeError::Restored)?;
+    tracing::warn!(
+        "the database was restored: servers wait until their hosts say that they have them"
+    );
+    Ok(())
 }
 
 async fn first_boot(
@@ -293,5 +308,41 @@ impl BlobSource for ImageBlobs {
 impl From<DbErr> for ServeError {
     fn from(error: DbErr) -> Self {
         Self::Start(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sea_orm::EntityTrait as _;
+
+    use super::super::Options;
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_start_with_a_restored_database_begins_a_new_epoch() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut epochs = Vec::new();
+        for restored in [false, true, false] {
+            let options = Options {
+                state_dir: Some(folder.path().to_owned()),
+                plain_http: true,
+                restored,
+                ..Options::default()
+            };
+            let config = Config::resolve(options).unwrap();
+            let controller = Controller::compose(&config).await.unwrap();
+            let database = controller.app.database().clone();
+            let settings = machine::setting::Entity::find()
+                .all(database.reader())
+                .await
+                .unwrap();
+            let epoch = settings.into_iter().find(|row| row.name == "epoch");
+            epochs.push(epoch.map_or(0, |row| row.value.parse::<i64>().unwrap()));
+            drop(controller);
+            database.close().await;
+        }
+        assert_eq!(epochs[0], 0);
+        assert!(epochs[1] > 1_700_000_000, "{epochs:?}");
+        assert_eq!(epochs[2], epochs[1]);
     }
 }

@@ -52,6 +52,12 @@ pub struct Options {
     /// Address and port of metrics and health, not public [default: 127.0.0.1:9464; empty: none].
     #[arg(long, env = "FRACTUS_METRICS_LISTEN")]
     pub metrics_listen: Option<String>,
+    /// The database was restored from a backup: say it at the first start after that, and only then.
+    /// What hosts were told since the backup is then known to be older than what they are told now, and
+    /// no server is started before its host has said that it still has it; one that is gone is ERROR.
+    #[arg(long)]
+    #[serde(skip)]
+    pub restored: bool,
 }
 
 /// Where the public certificate comes from.
@@ -78,6 +84,8 @@ pub struct Config {
     pub agents_listen: SocketAddr,
     pub agents_url: String,
     pub name: String,
+    /// Begin a new epoch of machines' generations.
+    pub restored: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -180,6 +188,7 @@ impl Config {
             agents_listen,
             agents_url: agents_url.as_str().to_owned(),
             name,
+            restored: options.restored,
         })
     }
 
@@ -221,6 +230,7 @@ impl Options {
             agents_listen: self.agents_listen.or(file.agents_listen),
             agents_url: self.agents_url.or(file.agents_url),
             name: self.name.or(file.name),
+            restored: self.restored,
         }
     }
 }
@@ -311,10 +321,13 @@ mod tests {
         let config = Config::resolve(flags(Some("127.0.0.1:2"))).unwrap();
         assert_eq!(config.listen, "127.0.0.1:2");
         assert_eq!(config.public_url.as_str(), "https://cloud.example");
-        std::fs::write(&path, "lisen: x\n").unwrap();
-        assert!(matches!(
-            Config::resolve(flags(None)),
-            Err(ConfigError::Parse { .. })
-        ));
+        // That a database was restored is true once: it has no place in a file.
+        for unknown in ["lisen: x\n", "restored: true\n"] {
+            std::fs::write(&path, unknown).unwrap();
+            assert!(matches!(
+                Config::resolve(flags(None)),
+                Err(ConfigError::Parse { .. })
+            ));
+        }
     }
 }
