@@ -11,6 +11,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use md5::Md5;
 use sha2::{Digest, Sha512};
 
+use super::Images;
 use super::blob::{BlobError, Incoming};
 use super::format::{self, Format};
 use super::model::{Image, Status};
@@ -19,6 +20,9 @@ use crate::http::{ApiError, App, Caller, JsonBody};
 
 /// Ways to bring bytes in besides `PUT file`. Nothing is fetched from addresses that users name.
 pub const IMPORT_METHODS: [&str; 1] = ["glance-direct"];
+
+/// Bytes of an upload between two looks at what is free.
+const LOOK_EVERY: u64 = 64 << 20;
 
 pub(super) async fn upload(
     State(app): State<App>,
@@ -146,12 +150,10 @@ async fn store_bytes(
     body: Body,
 ) -> Result<Uploaded, ApiError> {
     let claimed = image.row.disk_format.as_deref().unwrap_or("raw");
-    let mut incoming = app
-        .images()
-        .blobs
-        .begin(key)
-        .await
-        .map_err(StoreError::Blob)?;
+    let images = app.images();
+    room(images).await?;
+    let mut looked_at = 0;
+    let mut incoming = images.blobs.begin(key).await.map_err(StoreError::Blob)?;
     let mut seen = Seen::default();
     let mut stream = body.into_data_stream();
     while let Some(chunk) = stream.next().await {
@@ -160,11 +162,34 @@ async fn store_bytes(
             ApiError::bad_request("The upload was cut off; nothing of it was kept.")
         })?;
         seen.take(&chunk, claimed)?;
+        if seen.size > images.limits.image {
+            return Err(too_large(images.limits.image));
+        }
+        if seen.size - looked_at >= LOOK_EVERY {
+            room(images).await?;
+            looked_at = seen.size;
+        }
         write(incoming.as_mut(), chunk).await?;
     }
     let uploaded = seen.finish(claimed)?;
     incoming.finish().await.map_err(StoreError::Blob)?;
     Ok(uploaded)
+}
+
+/// Refuses to go on when no more than the reserve is free.
+async fn room(images: &Images) -> Result<(), StoreError> {
+    let free = images.blobs.free().await.map_err(StoreError::Blob)?;
+    if free.is_some_and(|free| free < images.limits.reserve) {
+        return Err(StoreError::Blob(BlobError::Full));
+    }
+    Ok(())
+}
+
+fn too_large(most: u64) -> ApiError {
+    ApiError::new(
+        StatusCode::PAYLOAD_TOO_LARGE,
+        format!("An image has at most {most} bytes; nothing of this one was kept."),
+    )
 }
 
 async fn write(incoming: &mut dyn Incoming, chunk: Bytes) -> Result<(), StoreError> {

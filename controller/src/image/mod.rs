@@ -44,16 +44,45 @@ pub enum Unusable {
     Claim { id: String, claimed: String },
 }
 
+/// How much uploads may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of one image (glance's `image_size_cap`).
+    pub image: u64,
+    /// Bytes that uploads leave free where the images are: the database may lie beside them.
+    pub reserve: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            image: 1 << 40,
+            reserve: 1 << 30,
+        }
+    }
+}
+
 /// What handlers of this service share.
 #[derive(Debug, Clone)]
 pub struct Images {
     pub(crate) database: Database,
     pub(crate) blobs: Arc<dyn BlobStore>,
+    limits: Limits,
 }
 
 impl Images {
     pub fn new(database: Database, blobs: Arc<dyn BlobStore>) -> Self {
-        Self { database, blobs }
+        Self {
+            database,
+            blobs,
+            limits: Limits::default(),
+        }
+    }
+
+    /// With limits other than the usual ones.
+    #[must_use]
+    pub fn within(self, limits: Limits) -> Self {
+        Self { limits, ..self }
     }
 
     /// The image if it exists for the caller, else 404 in glance's words.

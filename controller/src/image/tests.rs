@@ -64,9 +64,13 @@ struct Cloud {
 }
 
 async fn cloud(database: Database) -> Cloud {
+    cloud_within(database, Limits::default()).await
+}
+
+async fn cloud_within(database: Database, limits: Limits) -> Cloud {
     let folder = tempfile::tempdir().unwrap();
     let blobs = FileStore::open(folder.path(), "c").await.unwrap();
-    let images = Images::new(database.clone(), Arc::new(blobs));
+    let images = Images::new(database.clone(), Arc::new(blobs)).within(limits);
     let tokens = Tokens(HashMap::from([
         ("admin", identity("admins", "admin")),
         ("one", identity("one", "member")),
@@ -259,6 +263,34 @@ on_both!(
         assert_eq!(answer.status, StatusCode::NO_CONTENT);
     }
 );
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_beyond_the_limits_is_refused_and_leaves_nothing() {
+    let small = Limits {
+        image: 1000,
+        reserve: 0,
+    };
+    let crowded = Limits {
+        reserve: u64::MAX,
+        ..Limits::default()
+    };
+    for (limits, fits) in [(small, 204), (crowded, 413)] {
+        let database = testing::sqlite().await;
+        let cloud = cloud_within(database.database.clone(), limits).await;
+        let id = cloud.raw("one", json!({})).await;
+        let path = format!("/v2/images/{id}/file");
+        let over = cloud
+            .put_bytes("one", &path, Body::from(vec![1; 1001]))
+            .await;
+        assert_eq!(over.status, StatusCode::PAYLOAD_TOO_LARGE);
+        let image = cloud.get("one", &format!("/v2/images/{id}")).await.json();
+        assert_eq!((&image["status"], cloud.files()), (&json!("queued"), 0));
+        let within = cloud
+            .put_bytes("one", &path, Body::from(vec![1; 1000]))
+            .await;
+        assert_eq!(within.status.as_u16(), fits);
+    }
+}
 
 on_both!(
     a_client_that_goes_away_in_an_upload_leaves_nothing,

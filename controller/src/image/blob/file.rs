@@ -121,6 +121,16 @@ impl BlobStore for FileStore {
         Ok(())
     }
 
+    async fn free(&self) -> Result<Option<u64>, BlobError> {
+        let folder = self.folder.clone();
+        let asked = tokio::task::spawn_blocking(move || rustix::fs::statvfs(&folder)).await;
+        let broken = |source| failed("asking for the room in", &self.folder, source);
+        let room = asked
+            .map_err(|error| broken(io::Error::other(error)))?
+            .map_err(|error| broken(error.into()))?;
+        Ok(Some(room.f_bavail.saturating_mul(room.f_frsize)))
+    }
+
     async fn keys(&self) -> Result<Vec<String>, BlobError> {
         let broken = |e| failed("listing", &self.folder, e);
         let mut entries = fs::read_dir(&self.folder).await.map_err(broken)?;

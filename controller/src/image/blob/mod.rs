@@ -50,6 +50,9 @@ pub trait BlobStore: Send + Sync + fmt::Debug {
     /// Removes a blob; one that is not there is removed already.
     async fn remove(&self, key: &str) -> Result<(), BlobError>;
 
+    /// Bytes that can still be written; `None` from a backend that has no such bound.
+    async fn free(&self) -> Result<Option<u64>, BlobError>;
+
     /// Keys of this holder, also of blobs that were never finished.
     async fn keys(&self) -> Result<Vec<String>, BlobError>;
 }
