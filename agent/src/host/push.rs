@@ -5,7 +5,7 @@
 //! Without a controller in reach nothing else stops: machines do not depend on it.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -56,6 +56,9 @@ pub enum CloudError {
 pub struct Cloud {
     paths: Paths,
     link: Arc<watch::Sender<Arc<Link>>>,
+    /// Held from the look at an identity to the new one in its place: a heartbeat's answer and a
+    /// renewal must not undo each other.
+    change: Arc<Mutex<()>>,
 }
 
 impl Cloud {
@@ -64,6 +67,7 @@ impl Cloud {
         Ok(Self {
             paths,
             link: Arc::new(link),
+            change: Arc::default(),
         })
     }
 
@@ -75,8 +79,18 @@ impl Cloud {
         self.link.subscribe()
     }
 
-    /// Takes a new identity: to the disk first.
-    pub fn replace(&self, identity: Identity) -> Result<(), CloudError> {
+    /// Changes the identity: on the disk first. One that stays the same is not written.
+    pub fn modify(&self, change: impl FnOnce(&mut Identity)) -> Result<(), CloudError> {
+        let _one = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.link();
+        let mut identity = now.identity.clone();
+        change(&mut identity);
+        let (new, old) = (&identity.credentials, &now.identity.credentials);
+        if identity.membership == now.identity.membership
+            && (&new.certificate, &new.key, &new.roots) == (&old.certificate, &old.key, &old.roots)
+        {
+            return Ok(());
+        }
         let link = Link::new(identity)?;
         link.identity.store(&self.paths.identity())?;
         self.link.send_replace(Arc::new(link));
@@ -85,20 +99,17 @@ impl Cloud {
 
     /// Controllers and roots, as a heartbeat's answer says them.
     fn learn(&self, answer: &HeartbeatAnswer) -> Result<(), CloudError> {
-        let mut identity = self.link().identity.clone();
-        if !answer.controllers.is_empty() {
-            identity
-                .membership
-                .controllers
-                .clone_from(&answer.controllers);
-        }
-        if !answer.roots.is_empty() {
-            identity.credentials.roots.clone_from(&answer.roots);
-        }
-        let now = self.link();
-        let same = identity.membership == now.identity.membership
-            && identity.credentials.roots == now.identity.credentials.roots;
-        if same { Ok(()) } else { self.replace(identity) }
+        self.modify(|identity| {
+            if !answer.controllers.is_empty() {
+                identity
+                    .membership
+                    .controllers
+                    .clone_from(&answer.controllers);
+            }
+            if !answer.roots.is_empty() {
+                identity.credentials.roots.clone_from(&answer.roots);
+            }
+        })
     }
 }
 

@@ -67,13 +67,13 @@ async fn renew(cloud: &Cloud) -> Result<(), RenewError> {
         };
         match client.renew(&body).await {
             Ok(answer) => {
-                let mut identity = cloud.link().identity.clone();
-                identity.credentials.certificate = answer.certificate;
-                identity.credentials.key = request.key;
-                if !answer.roots.is_empty() {
-                    identity.credentials.roots = answer.roots;
-                }
-                return Ok(cloud.replace(identity)?);
+                return Ok(cloud.modify(|identity| {
+                    identity.credentials.certificate = answer.certificate;
+                    identity.credentials.key = request.key;
+                    if !answer.roots.is_empty() {
+                        identity.credentials.roots = answer.roots;
+                    }
+                })?);
             }
             Err(error) => last = error.into(),
         }
