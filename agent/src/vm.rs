@@ -119,6 +119,11 @@ fn live(mut parts: Supervisor, socket: OwnedFd) -> ExitCode {
             return ExitCode::FAILURE;
         }
     }
+    // From here on an agent that does not read must not hold the machine's loop.
+    if let Err(error) = rustix::io::ioctl_fionbio(&socket, true) {
+        log::line(format_args!("the agent's socket: {error}"));
+        return ExitCode::FAILURE;
+    }
     parts.agent = Some(socket);
     if let Err(error) = parts.guest.start() {
         log::line(format_args!("failed: {error}"));
@@ -224,6 +229,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         serial_log,
         terminal,
         last_words,
+        unheard: false,
     })
 }
 

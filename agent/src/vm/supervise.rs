@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use fractus_agent_api::machine::{ServerId, StopReason};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 
@@ -33,7 +33,12 @@ pub struct Supervisor {
     /// Where the serial line also goes, and comes from, when run by hand.
     pub terminal: Option<Terminal>,
     pub last_words: Option<File>,
+    /// There may be events of the guest that no turn of the loop has taken yet.
+    pub unheard: bool,
 }
+
+/// How much of one side is carried before the others have their turn.
+const ROUNDS: usize = 16;
 
 pub struct Terminal {
     pub input: Option<OwnedFd>,
@@ -62,17 +67,17 @@ impl Supervisor {
                 }
             };
             if ready.serial {
-                self.carry_output(&mut others);
+                self.carry_output(&mut others, ROUNDS);
             }
             if ready.agent {
                 self.hear_agent();
             }
             // A command may have made events that no descriptor tells of.
-            if (ready.guest || ready.agent)
+            if (ready.guest || ready.agent || self.unheard)
                 && let Some(reason) = self.hear_guest()
             {
-                // What the guest said last is in the socket still.
-                self.carry_output(&mut others);
+                // What the guest said last is in the socket still; nobody writes there any more.
+                self.carry_output(&mut others, usize::MAX);
                 return self.end(reason);
             }
             if ready.console {
@@ -115,7 +120,12 @@ impl Supervisor {
                 flags.push(*source);
             }
         }
-        match poll(&mut polled, None) {
+        // What was left over is gone on with at once; no descriptor need tell of it.
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        match poll(&mut polled, self.unheard.then_some(&now)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(errno),
         }
@@ -126,10 +136,11 @@ impl Supervisor {
         Ok(ready)
     }
 
-    /// Serial output: to the log, and to whoever watches.
-    fn carry_output(&mut self, others: &mut Guests) {
+    /// Serial output: to the log, and to whoever watches. What is there after so many rounds waits
+    /// for the next turn of the loop: a guest that never pauses must not keep us from the agent.
+    fn carry_output(&mut self, others: &mut Guests, rounds: usize) {
         let mut bytes = [0; 4096];
-        loop {
+        for _ in 0..rounds {
             let length = match recv(&self.serial, &mut bytes, RecvFlags::DONTWAIT) {
                 Ok((length, _)) if length > 0 => length,
                 Err(Errno::INTR) => continue,
@@ -186,7 +197,12 @@ impl Supervisor {
 
     /// What the machine has to say; a reason when it has ended.
     fn hear_guest(&mut self) -> Option<StopReason> {
-        while let Some(event) = self.guest.next_event() {
+        self.unheard = true;
+        for _ in 0..ROUNDS {
+            let Some(event) = self.guest.next_event() else {
+                self.unheard = false;
+                break;
+            };
             log::line(format_args!("{event:?}"));
             if let MachineEvent::Stopped { reason } = event {
                 return Some(reason);
