@@ -13,6 +13,7 @@ use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tower::Service;
 
 use crate::host::push::{Cloud, Link};
@@ -21,6 +22,8 @@ use crate::host::push::{Cloud, Link};
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Connections at once; controllers keep one each, and one a console.
 const CONNECTIONS: usize = 1024;
+/// Strangers who are shaking hands at once: they must not take the places of controllers.
+const STRANGERS: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
@@ -49,6 +52,7 @@ pub async fn serve(listener: TcpListener, cloud: Cloud, router: Router) -> Resul
     let mut links = cloud.watch();
     let mut tls = acceptor(&links.borrow_and_update())?;
     let room = Arc::new(Semaphore::new(CONNECTIONS));
+    let door = Arc::new(Semaphore::new(STRANGERS));
     loop {
         tokio::select! {
             accepted = listener.accept() => {
@@ -57,11 +61,16 @@ pub async fn serve(listener: TcpListener, cloud: Cloud, router: Router) -> Resul
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 };
-                let Ok(room) = room.clone().try_acquire_owned() else { continue };
-                let (tls, router) = (tls.clone(), router.clone());
+                let Ok(stranger) = door.clone().try_acquire_owned() else { continue };
+                let (tls, router, room) = (tls.clone(), router.clone(), room.clone());
                 tokio::spawn(async move {
-                    connection(stream, tls, router).await;
-                    drop(room);
+                    let greeted = greet(stream, tls).await;
+                    drop(stranger);
+                    if let Some((stream, peer)) = greeted
+                        && let Ok(_room) = room.try_acquire()
+                    {
+                        connection(stream, peer, router).await;
+                    }
                 });
             }
             Ok(()) = links.changed() => match acceptor(&links.borrow_and_update()) {
@@ -72,14 +81,17 @@ pub async fn serve(listener: TcpListener, cloud: Cloud, router: Router) -> Resul
     }
 }
 
-async fn connection(stream: TcpStream, tls: TlsAcceptor, router: Router) {
+/// The handshake; who the other is, if it may come in.
+async fn greet(stream: TcpStream, tls: TlsAcceptor) -> Option<(TlsStream<TcpStream>, Peer)> {
     let _ = stream.set_nodelay(true);
-    let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE, tls.accept(stream)).await else {
-        return;
-    };
+    let accepted = tokio::time::timeout(HANDSHAKE, tls.accept(stream)).await;
+    let stream = accepted.ok()?.ok()?;
     let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-    let peer = chain.first().map(|leaf| Peer::of_certificate(leaf));
-    let Some(Ok(peer)) = peer else { return };
+    let peer = Peer::of_certificate(chain.first()?).ok()?;
+    Some((stream, peer))
+}
+
+async fn connection(stream: TlsStream<TcpStream>, peer: Peer, router: Router) {
     let service = hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(peer.clone());
         router.clone().call(request)
