@@ -149,6 +149,73 @@ fn type_in(agent: &Agent, id: fractus_agent_api::machine::ServerId, bytes: &[u8]
 }
 
 #[test]
+fn a_stop_that_is_taken_back_ends_with_the_guest_running() -> Result {
+    block_on(async {
+        let cloud = Cloud::start().await;
+        let agent = Agent::start(&cloud, true).await?;
+        let kernel = image_of(b"kernel");
+        cloud.add_image(&kernel, b"kernel");
+        let id = new_id();
+        agent
+            .put(id, &put(1, wanted(&kernel, Power::Running)))
+            .await?;
+        agent.settled(id, 1, is_running).await?;
+        // It hears the button, and takes its time.
+        type_in(&agent, id, b"deaf\n");
+        agent.console_says(id, "heard deaf").await?;
+        agent
+            .put(id, &put(2, wanted(&kernel, Power::Stopped)))
+            .await?;
+        agent.console_says(id, "power button").await?;
+        agent
+            .put(id, &put(3, wanted(&kernel, Power::Running)))
+            .await?;
+        type_in(&agent, id, b"off\n");
+        let again = |report: &fractus_agent_api::machine::MachineReport| {
+            is_running(report) && report.starts == 2
+        };
+        agent.settled(id, 3, again).await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_machine_that_comes_back_from_its_tombstone_runs_as_nobody_else_does() -> Result {
+    block_on(async {
+        let cloud = Cloud::start().await;
+        let agent = Agent::start(&cloud, true).await?;
+        let kernel = image_of(b"kernel");
+        cloud.add_image(&kernel, b"kernel");
+        let (first, second) = (new_id(), new_id());
+        let gone = |report: &fractus_agent_api::machine::MachineReport| {
+            report.observed == Observed::Absent
+        };
+        let running = wanted(&kernel, Power::Running);
+        agent.put(first, &put(1, running.clone())).await?;
+        agent.settled(first, 1, is_running).await?;
+        let user = user_of(&agent, first);
+        agent
+            .put(first, &put(2, wanted(&kernel, Power::Absent)))
+            .await?;
+        agent.settled(first, 2, gone).await?;
+        // The next one has the user that was given back.
+        agent.put(second, &put(1, running.clone())).await?;
+        agent.settled(second, 1, is_running).await?;
+        assert_eq!(user_of(&agent, second), user);
+        agent.put(first, &put(3, running)).await?;
+        agent.settled(first, 3, is_running).await?;
+        assert_ne!(user_of(&agent, first), user);
+        Ok(())
+    })
+}
+
+/// Whom the machine's process runs as.
+fn user_of(agent: &Agent, id: fractus_agent_api::machine::ServerId) -> u32 {
+    let pids = agent.processes(id);
+    fractus_agent::machine::process::identity::user(pids[0]).unwrap()
+}
+
+#[test]
 fn a_killed_machine_is_a_fault_and_stays_down_until_it_is_wanted_anew() -> Result {
     block_on(async {
         let cloud = Cloud::start().await;

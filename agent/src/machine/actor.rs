@@ -10,11 +10,12 @@
 //! itself stays down until a newer intent.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::time::Duration;
 
 use fractus_agent_api::decision::{self, Intake, Intent, Process as Life, Seen, Step};
 use fractus_agent_api::machine::{MachineReport, Observed, Power, PutMachine, Refusal, StopReason};
+use tokio::runtime::RuntimeFlavor;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
@@ -95,6 +96,8 @@ pub struct Actor<L: Launcher> {
     reports: watch::Sender<MachineReport>,
     /// Of the process, for consoles; 0: none.
     pid: Arc<AtomicI32>,
+    /// Whom its process runs as, for the registry, which gives them out; 0: nobody.
+    user: Arc<AtomicU32>,
 }
 
 /// The mailbox is closed: the agent ends.
@@ -115,6 +118,7 @@ impl<L: Launcher> Actor<L> {
         paths: MachinePaths,
         record: Record,
         mailbox: mpsc::Receiver<Message>,
+        user: Arc<AtomicU32>,
     ) -> (Self, watch::Receiver<MachineReport>, Arc<AtomicI32>) {
         let observed = match (&record.stop, record.is_tombstone(), &record.process) {
             (_, true, _) => Observed::Absent,
@@ -142,6 +146,7 @@ impl<L: Launcher> Actor<L> {
             mailbox,
             reports,
             pid: Arc::default(),
+            user,
         };
         let pid = actor.pid.clone();
         (actor, watcher, pid)
@@ -284,6 +289,14 @@ impl<L: Launcher> Actor<L> {
 
     fn take(&mut self, Message::Put(put, answer): Message) {
         let _ = answer.send(self.put(*put));
+        self.give_user_back();
+    }
+
+    /// A tombstone needs none; others may have it.
+    fn give_user_back(&self) {
+        if self.record.is_tombstone() {
+            self.user.store(0, Ordering::Relaxed);
+        }
     }
 
     /// Persists before it answers; acts afterwards.
@@ -292,6 +305,17 @@ impl<L: Launcher> Actor<L> {
             super::process::launch::check(self.record.id, &put.wanted.spec)
                 .map_err(|detail| Refusal::Invalid { detail })?;
             let before = self.record.clone();
+            if self.record.is_tombstone() && put.wanted.power != Power::Absent {
+                // The one that it was may be another's by now.
+                self.record.user = match self.user.load(Ordering::Relaxed) {
+                    0 => {
+                        return Err(Refusal::Unavailable {
+                            detail: "no user id is left for a machine".to_owned(),
+                        });
+                    }
+                    user => user,
+                };
+            }
             self.record.intent = Intent {
                 generation: put.generation,
                 revision: put.revision,
@@ -302,7 +326,7 @@ impl<L: Launcher> Actor<L> {
             if self.record.intent.wanted.power != Power::Absent {
                 self.record.gone_at_us = None;
             }
-            if let Err(error) = self.record.write(&self.paths.record()) {
+            if let Err(error) = blocking(|| self.record.write(&self.paths.record())) {
                 self.record = before;
                 return Err(Refusal::Unavailable {
                     detail: error.to_string(),
@@ -362,7 +386,7 @@ impl<L: Launcher> Actor<L> {
             && !process.ran
         {
             process.ran = true;
-            if let Err(error) = self.record.note(&self.paths.record()) {
+            if let Err(error) = blocking(|| self.record.note(&self.paths.record())) {
                 tracing::error!(machine = %self.record.id, %error, "record");
             }
         }
@@ -487,7 +511,7 @@ impl<L: Launcher> Actor<L> {
         self.record.done.starts += 1;
         self.record.stop = None;
         self.count_reboots();
-        if let Err(error) = self.record.write(&self.paths.record()) {
+        if let Err(error) = blocking(|| self.record.write(&self.paths.record())) {
             self.record = before;
             let _ = process.kill().await;
             self.fail(error.to_string());
@@ -586,11 +610,10 @@ impl<L: Launcher> Actor<L> {
     async fn remove(&mut self) {
         let id = self.record.id;
         let removed = match self.surroundings.launcher.clear(id).await {
-            Ok(()) => self
-                .surroundings
-                .makings
-                .remove(&self.paths)
-                .map_err(|e| e.to_string()),
+            Ok(()) => {
+                let makings = &self.surroundings.makings;
+                blocking(|| makings.remove(&self.paths)).map_err(|e| e.to_string())
+            }
             Err(error) => Err(error.to_string()),
         };
         match removed {
@@ -600,6 +623,7 @@ impl<L: Launcher> Actor<L> {
                 self.count_reboots();
                 self.record.done.rebuilds = self.record.intent.wanted.rebuilds;
                 self.persist();
+                self.give_user_back();
             }
             Err(error) => self.fail(error),
         }
@@ -642,7 +666,7 @@ impl<L: Launcher> Actor<L> {
     }
 
     fn persist(&mut self) {
-        if let Err(error) = self.record.write(&self.paths.record()) {
+        if let Err(error) = blocking(|| self.record.write(&self.paths.record())) {
             // What the record says is older than what is: repeated after a crash, which is harmless.
             tracing::error!(machine = %self.record.id, %error, "record");
         }
@@ -701,6 +725,14 @@ impl<L: Launcher> Actor<L> {
             self.reports.send_replace(now);
             let _ = self.surroundings.changed.send(self.record.id);
         }
+    }
+}
+
+/// Waits for the disk; the other tasks of this thread go on in another one meanwhile.
+fn blocking<T>(work: impl FnOnce() -> T) -> T {
+    match tokio::runtime::Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
 
 use super::actor::{Actor, Message, Surroundings};
-use super::process::{Launcher, end_strays};
+use super::process::{Launcher, end_strays, identity};
 use super::record::{self, Record, RecordError, VERSION};
 use crate::clock::now_us;
 use crate::paths::Paths;
@@ -34,13 +34,44 @@ struct Handle {
     report: watch::Receiver<MachineReport>,
     /// Of the machine's process; 0: none.
     pid: Arc<AtomicI32>,
-    user: u32,
+    /// Whom its process runs as; 0: nobody, since nothing is left of the machine. Set from 0 under the
+    /// lock of [`Inner`] only, so that no two have the same.
+    user: Arc<AtomicU32>,
 }
 
 struct Inner {
     handles: BTreeMap<ServerId, Handle>,
     /// Machines whose record cannot be read, and why. Theirs is not touched.
     closed: BTreeMap<ServerId, String>,
+    /// Users of processes of such machines.
+    closed_users: BTreeSet<u32>,
+}
+
+impl Inner {
+    fn free_user(&self, users: Range<u32>) -> Option<u32> {
+        let handles = self.handles.values();
+        let taken: BTreeSet<u32> = handles
+            .map(|handle| handle.user.load(Ordering::Relaxed))
+            .collect();
+        let taken = |user: &u32| taken.contains(user) || self.closed_users.contains(user);
+        users.into_iter().find(|user| !taken(user))
+    }
+}
+
+/// Of the processes that run for machines whose record cannot be read.
+fn users_of(
+    closed: &BTreeMap<ServerId, String>,
+    mark: uuid::Uuid,
+) -> Result<BTreeSet<u32>, MachinesError> {
+    if closed.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    let marked = identity::marked(mark).map_err(MachinesError::Processes)?;
+    Ok(marked
+        .iter()
+        .filter(|process| closed.contains_key(&ServerId(process.machine)))
+        .filter_map(|process| identity::user(process.pid))
+        .collect())
 }
 
 /// Cheap to clone.
@@ -93,6 +124,7 @@ impl<L: Launcher> Machines<L> {
             closed.contains_key(&id) || named.contains(&(id, pid))
         })
         .map_err(MachinesError::Processes)?;
+        let closed_users = users_of(&closed, mark)?;
         let machines = Self {
             paths,
             surroundings: Arc::new(surroundings),
@@ -100,6 +132,7 @@ impl<L: Launcher> Machines<L> {
             inner: Arc::new(Mutex::new(Inner {
                 handles: BTreeMap::new(),
                 closed,
+                closed_users,
             })),
             admission: Arc::default(),
             tasks: TaskTracker::new(),
@@ -122,9 +155,21 @@ impl<L: Launcher> Machines<L> {
 
     fn open(&self, inner: &mut Inner, record: Record) -> Handle {
         let (mailbox, messages) = mpsc::channel(16);
-        let (id, user) = (record.id, record.user);
+        let id = record.id;
+        let held = if record.is_tombstone() {
+            0
+        } else {
+            record.user
+        };
+        let user = Arc::new(AtomicU32::new(held));
         let paths = self.paths.machine(id);
-        let (actor, report, pid) = Actor::new(self.surroundings.clone(), paths, record, messages);
+        let (actor, report, pid) = Actor::new(
+            self.surroundings.clone(),
+            paths,
+            record,
+            messages,
+            user.clone(),
+        );
         self.tasks.spawn(actor.run());
         let handle = Handle {
             mailbox,
@@ -142,7 +187,19 @@ impl<L: Launcher> Machines<L> {
         let unavailable = || Refusal::Unavailable {
             detail: "the agent is ending".to_owned(),
         };
-        let known = self.lock().handles.get(&id).cloned();
+        let known = {
+            let inner = self.lock();
+            let known = inner.handles.get(&id).cloned();
+            if let Some(handle) = &known
+                && put.wanted.power != Power::Absent
+                && handle.user.load(Ordering::Relaxed) == 0
+                && let Some(user) = inner.free_user(self.users.clone())
+            {
+                // It comes back, as another user than it was.
+                handle.user.store(user, Ordering::Relaxed);
+            }
+            known
+        };
         let Some(handle) = known else {
             return self.admit(id, put).await;
         };
@@ -188,8 +245,7 @@ impl<L: Launcher> Machines<L> {
             if let Some(why) = inner.closed.get(&id) {
                 return Err(unavailable(why.clone()));
             }
-            let taken: BTreeSet<u32> = inner.handles.values().map(|handle| handle.user).collect();
-            self.users.clone().find(|user| !taken.contains(user))
+            inner.free_user(self.users.clone())
         };
         let user =
             user.ok_or_else(|| unavailable("no user id is left for a machine".to_owned()))?;
