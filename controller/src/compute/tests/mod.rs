@@ -2,6 +2,7 @@
 
 mod cloud;
 mod flavors;
+mod lists;
 mod servers;
 
 use http::Method;
