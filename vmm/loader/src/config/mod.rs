@@ -1,0 +1,36 @@
+//! Boot configurations: what an entry loads.
+
+pub mod bls;
+pub mod extlinux;
+pub mod glob;
+pub mod grub;
+pub mod version;
+
+/// A file on one of the trees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// Index among the trees that were found.
+    pub tree: usize,
+    pub path: String,
+}
+
+/// An entry that was chosen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// For people.
+    pub title: String,
+    pub kernel: Place,
+    pub initrds: Vec<Place>,
+    pub command_line: String,
+}
+
+/// Largest configuration file, bytes.
+pub const MAX_CONFIG: u64 = 1 << 20;
+/// Files of one folder that are looked at.
+pub const MAX_ENTRIES: usize = 512;
+
+/// Joins the words of a command line.
+pub fn join<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
+    let words: Vec<&str> = words.into_iter().filter(|word| !word.is_empty()).collect();
+    words.join(" ")
+}

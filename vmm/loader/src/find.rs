@@ -1,0 +1,377 @@
+//! The search: partitions, what is on them, and the first configuration that leads to a kernel.
+
+use std::fmt;
+
+use crate::config::{self, Entry, MAX_CONFIG, Place, bls, extlinux, grub};
+use crate::disk::{Disk, Fault, Limits, Piece, ReadAt, Volume};
+use crate::fs::{self, Content, Tree};
+use crate::partition::{self, Partition};
+
+/// A file on the disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundFile {
+    /// For people: `partition 1 (ext4) /boot/vmlinuz`.
+    pub name: String,
+    /// Bytes; the sum of the pieces.
+    pub size: u64,
+    pub pieces: Vec<Piece>,
+}
+
+/// What the disk boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    pub kernel: FoundFile,
+    /// To be put one after the other, each at a multiple of 4 bytes.
+    pub initrds: Vec<FoundFile>,
+    pub command_line: String,
+    /// For people: which entry of which file.
+    pub how: String,
+}
+
+/// Why a disk does not boot. What was looked for is told to people, who have nothing else to go by.
+#[derive(Debug, thiserror::Error)]
+pub enum FindError {
+    #[error("nothing to boot was found on the disk: {}", Remarks(looked_for))]
+    NotBootable { looked_for: Vec<String> },
+    /// There is something on it that only Linux itself reads.
+    #[error(
+        "nothing to boot was found on the disk, but {partition} is {file_system}, which cannot be read \
+         before Linux runs: use an image with /boot on ext4 or FAT, or set kernel_id on the image; \
+         looked at: {}",
+        Remarks(looked_for)
+    )]
+    NeedsFallback {
+        file_system: &'static str,
+        partition: String,
+        looked_for: Vec<String>,
+    },
+    /// A limit was met.
+    #[error(
+        "the search for something to boot was given up: {why}; looked at: {}",
+        Remarks(looked_for)
+    )]
+    GaveUp {
+        why: String,
+        looked_for: Vec<String>,
+    },
+}
+
+struct Remarks<'a>(&'a [String]);
+
+/// Characters of an error that are for remarks: it goes to a console and into a database.
+const MAX_REMARKS: usize = 2000;
+
+impl fmt::Display for Remarks<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return write!(f, "nothing");
+        }
+        let mut length = 0;
+        for (index, remark) in self.0.iter().enumerate() {
+            // What a disk says is not to steer the terminal that shows it.
+            let remark: String = remark
+                .chars()
+                .filter(|c| !c.is_control())
+                .take(300)
+                .collect();
+            length += remark.len() + 2;
+            if length > MAX_REMARKS {
+                return write!(f, "; and {} more", self.0.len() - index);
+            }
+            let comma = if index == 0 { "" } else { "; " };
+            write!(f, "{comma}{remark}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Partitions that are looked at.
+const MAX_VOLUMES: usize = 64;
+
+const GRUB: &[&str] = &[
+    "/boot/grub/grub.cfg",
+    "/grub/grub.cfg",
+    "/boot/grub2/grub.cfg",
+    "/grub2/grub.cfg",
+];
+const EXTLINUX: &[&str] = &[
+    "/boot/extlinux.conf",
+    "/extlinux.conf",
+    "/boot/extlinux/extlinux.conf",
+    "/extlinux/extlinux.conf",
+    "/boot/syslinux/syslinux.cfg",
+    "/syslinux/syslinux.cfg",
+    "/boot/syslinux.cfg",
+    "/syslinux.cfg",
+];
+const BLS: &[&str] = &["/loader/entries", "/boot/loader/entries"];
+/// Where the vendors' folders with a small grub.cfg are.
+const EFI: &[&str] = &["/EFI", "/boot/efi/EFI"];
+
+/// Looks for what `source` boots.
+pub fn find(source: &mut dyn ReadAt, limits: &Limits) -> Result<Found, FindError> {
+    let disk = Disk::new(source, *limits);
+    let mut search = Search {
+        disk: &disk,
+        trees: Vec::new(),
+        remarks: Vec::new(),
+        other: None,
+    };
+    let outcome = search.run();
+    let Search { remarks, other, .. } = search;
+    let looked_for = remarks;
+    match (outcome, other) {
+        (Ok(Some(found)), _) => Ok(found),
+        (Ok(None), None) => Err(FindError::NotBootable { looked_for }),
+        (Ok(None), Some((file_system, partition))) => Err(FindError::NeedsFallback {
+            file_system,
+            partition,
+            looked_for,
+        }),
+        (Err(fault), _) => Err(FindError::GaveUp {
+            why: fault.to_string(),
+            looked_for,
+        }),
+    }
+}
+
+struct Search<'a> {
+    disk: &'a Disk<'a>,
+    trees: Vec<Tree<'a>>,
+    remarks: Vec<String>,
+    /// A file system that only Linux reads, and where it is.
+    other: Option<(&'static str, String)>,
+}
+
+impl Search<'_> {
+    /// Errors are those that end the search.
+    fn run(&mut self) -> Result<Option<Found>, Fault> {
+        let table = partition::table(self.disk)?;
+        self.remarks.push(table.remark);
+        for partition in table.partitions.iter().take(MAX_VOLUMES) {
+            self.open(Some(partition))?;
+        }
+        self.open(None)?;
+        for tree in 0..self.trees.len() {
+            for path in GRUB {
+                if self.is_there(tree, path)? {
+                    let entry = grub::read(self.disk, &self.trees, tree, path);
+                    if let Some(found) = self.try_entry(tree, path, entry)? {
+                        return Ok(Some(found));
+                    }
+                }
+            }
+        }
+        for tree in 0..self.trees.len() {
+            for path in EXTLINUX {
+                if self.is_there(tree, path)? {
+                    let entry = extlinux::read(&self.trees, tree, path);
+                    if let Some(found) = self.try_entry(tree, path, entry)? {
+                        return Ok(Some(found));
+                    }
+                }
+            }
+        }
+        if let Some(found) = self.boot_loader_specification()? {
+            return Ok(Some(found));
+        }
+        for tree in 0..self.trees.len() {
+            for path in self.vendors(tree)? {
+                let entry = grub::read(self.disk, &self.trees, tree, &path);
+                if let Some(found) = self.try_entry(tree, &path, entry)? {
+                    return Ok(Some(found));
+                }
+            }
+        }
+        self.say_what_is_missing();
+        Ok(None)
+    }
+
+    /// Finds out what is on a partition, or on the disk without any.
+    fn open(&mut self, partition: Option<&Partition>) -> Result<(), Fault> {
+        let volume = Volume {
+            disk: self.disk,
+            start: partition.map_or(0, |partition| partition.start),
+            size: partition.map_or(self.disk.size(), |partition| partition.size),
+        };
+        let place = match partition {
+            Some(partition) => format!("partition {}", partition.number),
+            None => "the whole disk".to_owned(),
+        };
+        match fs::open(volume)? {
+            Content::Readable(kind, system) => self.trees.push(Tree {
+                system,
+                disk: self.disk,
+                name: format!("{place} ({kind})"),
+                device: partition.map_or("hd0".to_owned(), |partition| {
+                    format!("hd0,{}{}", partition.scheme.grub_name(), partition.number)
+                }),
+                number: partition.map(|partition| partition.number),
+                kind: partition.map_or(String::new(), |partition| partition.kind.clone()),
+            }),
+            Content::Broken(kind, fault) => {
+                self.remarks
+                    .push(format!("{place}: {kind} that cannot be read: {fault}"));
+            }
+            Content::Other(other) => {
+                self.remarks.push(format!("{place} is {}", other.name));
+                if other.may_hold_linux && self.other.is_none() {
+                    self.other = Some((other.name, place));
+                }
+            }
+            Content::Unknown if partition.is_some() => {
+                self.remarks.push(format!("{place}: no known file system"));
+            }
+            Content::Unknown => {}
+        }
+        Ok(())
+    }
+
+    fn is_there(&self, tree: usize, path: &str) -> Result<bool, Fault> {
+        match self.trees.get(tree).map(|tree| tree.node(path)) {
+            Some(Err(fault)) if fault.ends_the_search() => Err(fault),
+            Some(Ok(node)) => Ok(node.kind == fs::Kind::File),
+            _ => Ok(false),
+        }
+    }
+
+    /// An entry whose files are all there is what was looked for; else it is said what is wrong.
+    fn try_entry(
+        &mut self,
+        tree: usize,
+        path: &str,
+        entry: Result<Result<Entry, String>, Fault>,
+    ) -> Result<Option<Found>, Fault> {
+        let name = self.trees.get(tree).map_or("", |tree| &tree.name);
+        let origin = format!("{name} {path}");
+        let problem = match entry {
+            Ok(Ok(entry)) => match self.load(&entry, &origin)? {
+                Ok(found) => return Ok(Some(found)),
+                Err(problem) => problem,
+            },
+            Ok(Err(problem)) => problem,
+            Err(fault) if fault.ends_the_search() => return Err(fault),
+            Err(fault) => fault.to_string(),
+        };
+        self.remarks.push(format!("{origin}: {problem}"));
+        Ok(None)
+    }
+
+    fn load(&self, entry: &Entry, origin: &str) -> Result<Result<Found, String>, Fault> {
+        let memory = self.disk.limits().memory;
+        let kernel = match self.file(&entry.kernel, memory)? {
+            Ok(kernel) => kernel,
+            Err(problem) => return Ok(Err(format!("entry '{}': kernel {problem}", entry.title))),
+        };
+        let mut initrds = Vec::new();
+        let mut left = memory;
+        for place in &entry.initrds {
+            match self.file(place, left)? {
+                Ok(initrd) => {
+                    left = left.saturating_sub(initrd.size);
+                    initrds.push(initrd);
+                }
+                Err(problem) => {
+                    return Ok(Err(format!("entry '{}': initrd {problem}", entry.title)));
+                }
+            }
+        }
+        Ok(Ok(Found {
+            kernel,
+            initrds,
+            command_line: entry.command_line.clone(),
+            how: format!("entry '{}' of {origin}", entry.title),
+        }))
+    }
+
+    fn file(&self, place: &Place, limit: u64) -> Result<Result<FoundFile, String>, Fault> {
+        let Some(tree) = self.trees.get(place.tree) else {
+            return Ok(Err(format!("{}: on no partition", place.path)));
+        };
+        let name = format!("{} {}", tree.name, place.path);
+        match tree.file(&place.path, limit) {
+            Ok((size, pieces)) if size > 0 => Ok(Ok(FoundFile { name, size, pieces })),
+            Ok(_) => Ok(Err(format!("{name}: empty"))),
+            Err(fault) if fault.ends_the_search() => Err(fault),
+            Err(Fault::TooLarge { size, .. }) => Ok(Err(format!(
+                "{name}: its {size} bytes do not fit into the machine's memory"
+            ))),
+            Err(fault) => Ok(Err(format!("{name}: {fault}"))),
+        }
+    }
+
+    /// Entries of all partitions together, as the specification has them on two.
+    fn boot_loader_specification(&mut self) -> Result<Option<Found>, Fault> {
+        let (mut items, mut pattern) = (Vec::new(), None);
+        for (index, tree) in self.trees.iter().enumerate() {
+            for folder in BLS {
+                match bls::read(&self.trees, index, folder, &mut self.remarks) {
+                    Ok(more) => items.extend(more),
+                    Err(fault) if fault.ends_the_search() => return Err(fault),
+                    Err(_) => {}
+                }
+            }
+            if let Ok(text) = tree.text("/loader/loader.conf", MAX_CONFIG) {
+                pattern = pattern.or(bls::default_pattern(&text).map(str::to_owned));
+            }
+        }
+        let Some(item) = bls::choose(items, pattern.as_deref()) else {
+            return Ok(None);
+        };
+        let entry = item.entry().map(|mut entry| {
+            let path = entry.kernel.path.clone();
+            let below = config::Place {
+                tree: item.tree,
+                path: format!("/boot{path}"),
+            };
+            // Entries of a /boot that is no file system of its own.
+            if matches!(self.is_there(item.tree, &path), Ok(false))
+                && matches!(self.is_there(item.tree, &below.path), Ok(true))
+            {
+                entry.kernel = below;
+                for initrd in &mut entry.initrds {
+                    initrd.path = format!("/boot{}", initrd.path);
+                }
+            }
+            entry
+        });
+        let entry = entry.ok_or_else(|| "it names no kernel".to_owned());
+        let path = format!("/loader/entries/{}.conf", item.id);
+        self.try_entry(item.tree, &path, Ok(entry))
+    }
+
+    /// The grub.cfg of an EFI partition's folders.
+    fn vendors(&self, tree: usize) -> Result<Vec<String>, Fault> {
+        let mut found = Vec::new();
+        for folder in EFI {
+            let names = match self.trees.get(tree).map(|tree| tree.names(folder)) {
+                Some(Err(fault)) if fault.ends_the_search() => return Err(fault),
+                Some(Ok(names)) => names,
+                _ => continue,
+            };
+            for name in names.iter().take(32) {
+                let path = format!("{folder}/{name}/grub.cfg");
+                if name != "." && name != ".." && self.is_there(tree, &path)? {
+                    found.push(path);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Readable file systems on which there was no configuration.
+    fn say_what_is_missing(&mut self) {
+        for tree in &self.trees {
+            let said = self
+                .remarks
+                .iter()
+                .any(|remark| remark.starts_with(&tree.name));
+            if !said {
+                self.remarks.push(format!(
+                    "{} has neither /boot/grub/grub.cfg, /boot/extlinux.conf nor /loader/entries",
+                    tree.name
+                ));
+            }
+        }
+    }
+}
