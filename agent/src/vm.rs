@@ -230,6 +230,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         terminal,
         last_words,
         unheard: false,
+        abandoned: false,
     })
 }
 

@@ -148,6 +148,45 @@ fn pause_reboot_rebuild_and_power_off_reach_the_guest() -> Result {
     })
 }
 
+/// Nobody could find it again: it has no record and listens nowhere.
+#[test]
+fn a_machine_started_by_hand_ends_with_the_process_that_started_it() -> Result {
+    use std::io::Read;
+    let Some(probe) = probe() else {
+        println!("no /dev/kvm: nothing was tested");
+        return Ok(());
+    };
+    let folder = tempfile::tempdir()?;
+    let (kernel, config) = (folder.path().join("probe"), folder.path().join("config"));
+    std::fs::write(&kernel, probe)?;
+    let machine = serde_json::json!({
+        "machine": {
+            "uuid": uuid::Uuid::new_v4(),
+            "cpus": {"count": 1},
+            "memory": {"bytes": 64 << 20},
+            "command_line": "tick_ms=100",
+        },
+        "kernel": kernel,
+    });
+    std::fs::write(&config, machine.to_string())?;
+    let mut starter = std::process::Command::new(env!("CARGO_BIN_EXE_fractus-agent"))
+        .args(["vm", "--config"])
+        .arg(&config)
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .spawn()?;
+    let mut output = starter.stdout.take().unwrap();
+    let mut said = [0; 1];
+    output.read_exact(&mut said)?;
+    starter.kill()?;
+    starter.wait()?;
+    // The machine holds the other end: were it to live on, this would not return.
+    let (ended, end) = std::sync::mpsc::channel();
+    std::thread::spawn(move || ended.send(output.read_to_end(&mut Vec::new())));
+    end.recv_timeout(PATIENCE)??;
+    Ok(())
+}
+
 #[test]
 fn a_triple_fault_is_reported_as_one_and_a_bad_kernel_as_a_failure() -> Result {
     block_on(async {

@@ -11,7 +11,7 @@
 //! ```
 //! `machine` is a [`MachineConfig`] (its `disks` may be left out: one writable disk is assumed for
 //! each path). The serial line is standard input and output. The machine runs in a process of its own,
-//! started and jailed exactly as the agent does it; with `--no-jail` it runs in this very process,
+//! started and jailed exactly as the agent does it, and ends when this one does; with `--no-jail` it runs in this very process,
 //! without jail and seccomp. The exit status is 0 when the guest powered off or was stopped, else 1
 //! with the reason on standard error.
 

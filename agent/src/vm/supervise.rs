@@ -35,6 +35,8 @@ pub struct Supervisor {
     pub last_words: Option<File>,
     /// There may be events of the guest that no turn of the loop has taken yet.
     pub unheard: bool,
+    /// The agent is gone, and nothing listens for another: nobody could ever end this machine.
+    pub abandoned: bool,
 }
 
 /// How much of one side is carried before the others have their turn.
@@ -71,6 +73,9 @@ impl Supervisor {
             }
             if ready.agent {
                 self.hear_agent();
+            }
+            if self.abandoned {
+                return self.end(StopReason::Requested);
             }
             // A command may have made events that no descriptor tells of.
             if (ready.guest || ready.agent || self.unheard)
@@ -218,8 +223,7 @@ impl Supervisor {
             Ok((message, _)) => self.obey(message),
             Err(error) if error.would_block() => {}
             Err(error) => {
-                log::line(format_args!("the agent: {error}"));
-                self.agent = None;
+                self.lose_agent(&error);
             }
         }
     }
@@ -286,9 +290,16 @@ impl Supervisor {
     fn tell(&mut self, message: &FromMachine) {
         let Some(agent) = &self.agent else { return };
         if let Err(error) = packet::send(agent, message, &[]) {
-            log::line(format_args!("the agent: {error}"));
-            self.agent = None;
+            self.lose_agent(&error);
         }
+    }
+
+    /// A machine outlives its agent, which comes back through the listener; one that was started by
+    /// hand has none, and ends with who started it.
+    fn lose_agent(&mut self, error: &packet::PacketError) {
+        log::line(format_args!("the agent: {error}"));
+        self.agent = None;
+        self.abandoned = self.listener.is_none();
     }
 
     fn accept(&mut self, others: &mut Guests) {

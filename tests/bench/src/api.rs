@@ -12,6 +12,7 @@ use serde_json::json;
 
 use crate::cloud::Cloud;
 use crate::figure::{Figure, median};
+use crate::interrupt;
 use crate::process::{built, probe};
 
 const CROWD: usize = 64;
@@ -30,12 +31,12 @@ fn in_a_cloud<T>(
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(async {
+    runtime.block_on(interrupt::unless(async {
         let mut harness = harness::Cloud::start(harness::Options::default()).await?;
         let cloud = Cloud::login(&harness).await?;
         let outcome = measure(&cloud, &mut harness).await;
         outcome.with_context(|| harness.logs())
-    })
+    }))
 }
 
 fn ms(time: Duration) -> f64 {

@@ -6,6 +6,7 @@
 mod api;
 mod cloud;
 mod figure;
+mod interrupt;
 mod process;
 mod vmm;
 
@@ -97,6 +98,7 @@ fn run() -> anyhow::Result<bool> {
         }
         return Ok(true);
     };
+    interrupt::listen()?;
     let mut within = true;
     if !arguments.json {
         println!("{}", Figure::header());

@@ -9,10 +9,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::interrupt;
+
 /// Nothing measured here takes nearly as long; beyond it something hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A child that is killed when dropped.
+/// A child, and the machine that it may have put into a process of its own. Both are gone when it has
+/// been dropped.
 pub struct Running {
     child: Child,
     output: ChildStdout,
@@ -53,15 +56,34 @@ impl Running {
         Ok(())
     }
 
+    /// Reads to the end of the output. A machine in a session of its own ends when its starter does, and
+    /// holds the other end of this pipe until then.
+    fn drain(&mut self) -> anyhow::Result<()> {
+        let by = Instant::now() + PATIENCE;
+        loop {
+            let left = by.saturating_duration_since(Instant::now());
+            let mut fds = [PollFd::new(&self.output, PollFlags::IN)];
+            if poll(&mut fds, Some(&seconds(left)))? == 0 {
+                bail!("its output is open after {PATIENCE:?}");
+            }
+            if self.output.read(&mut [0; 4096])? == 0 {
+                return Ok(());
+            }
+        }
+    }
+
     fn read_some(&mut self) -> anyhow::Result<Vec<u8>> {
         let left = PATIENCE.saturating_sub(self.began.elapsed());
-        let timeout = Timespec {
-            tv_sec: left.as_secs() as i64,
-            tv_nsec: 0,
-        };
-        let mut fds = [PollFd::new(&self.output, PollFlags::IN)];
-        if poll(&mut fds, Some(&timeout))? == 0 {
+        let bell = interrupt::bell().context("signals are not listened to")?;
+        let mut fds = [
+            PollFd::new(&self.output, PollFlags::IN),
+            PollFd::from_borrowed_fd(bell, PollFlags::IN),
+        ];
+        if poll(&mut fds, Some(&seconds(left)))? == 0 {
             bail!("nothing came within {PATIENCE:?}");
+        }
+        if !fds[1].revents().is_empty() {
+            return Err(interrupt::error());
         }
         let mut bytes = vec![0; 4096];
         let count = self.output.read(&mut bytes)?;
@@ -103,6 +125,16 @@ impl Drop for Running {
         // Already gone is as good.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if let Err(error) = self.drain() {
+            eprintln!("bench: what was measured runs on: {error:#}");
+        }
+    }
+}
+
+fn seconds(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: time.as_secs() as i64,
+        tv_nsec: 0,
     }
 }
 
