@@ -102,6 +102,7 @@ async fn cloud_a_server_lives_its_life_as_openstack_tells_it() {
     admin.until_gone(&id).await.unwrap();
     assert_eq!(cloud.machine_processes(), []);
     assert_eq!(cloud.machine_sockets(0), [""; 0]);
+    assert!(cloud.machine_groups(0).is_empty());
 }
 
 /// The nonce that the guest keeps in RAM: another one is another boot.

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use fractus_tests::harness::{Client, Cloud, Options, until};
@@ -228,5 +229,12 @@ impl Trial {
         assert_eq!(self.cloud.machine_processes(), []);
         assert_eq!(self.cloud.machine_sockets(0), [""; 0]);
         assert_eq!(self.cloud.machine_leftovers(0), [""; 0]);
+        let none: [PathBuf; 0] = [];
+        assert_eq!(self.cloud.machine_groups(0), none);
+        // The last agent was killed or is about to be: its own group is for the harness to remove.
+        let groups = self.cloud.control_groups(0);
+        drop(self.cloud);
+        let left: Vec<_> = groups.into_iter().filter(|group| group.exists()).collect();
+        assert_eq!(left, none);
     }
 }

@@ -91,4 +91,5 @@ async fn cloud_the_previous_agent_serves_a_new_controller_and_hands_its_guests_t
     admin.until_gone(&id).await.unwrap();
     assert_eq!(cloud.machine_processes(), []);
     assert_eq!(cloud.machine_leftovers(0), [""; 0]);
+    assert!(cloud.machine_groups(0).is_empty());
 }

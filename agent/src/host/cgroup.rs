@@ -105,8 +105,12 @@ impl Cgroups {
         fs::remove_dir(&group)
     }
 
-    /// Removes the agent's part of the hierarchy, if no machine is in it.
+    /// Removes the groups in which no process is, and the agent's part of the hierarchy if that was all.
     pub fn close(&self) -> io::Result<()> {
+        for group in fs::read_dir(&self.top)?.flatten() {
+            // Files are no groups, and a group with a process in it is busy: both stay.
+            let _ = fs::remove_dir(group.path());
+        }
         fs::remove_dir(&self.top)
     }
 }

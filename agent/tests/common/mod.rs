@@ -272,18 +272,25 @@ impl Drop for Agent {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
             }
         }
+        let name = format!("fractus-{}", mark.trim().replace('-', ""));
         let by = Instant::now() + PATIENCE;
-        while !processes_with(mark.trim()).is_empty() && Instant::now() < by {
+        loop {
+            let mut left = groups();
+            left.retain(|path| path.contains(&name));
+            for group in left.iter().rev() {
+                // Busy until the kernel has let go of the last process.
+                let _ = std::fs::remove_dir(group);
+            }
+            let running = processes_with(mark.trim());
+            if left.is_empty() && running.is_empty() {
+                return;
+            }
+            if Instant::now() > by {
+                assert!(std::thread::panicking(), "left: {running:?} {left:?}");
+                return;
+            }
             // sleeps because processes of others end without telling us; a deadline ends it.
             std::thread::sleep(Duration::from_millis(10));
-        }
-        let name = format!("fractus-{}", mark.trim().replace('-', ""));
-        for group in groups()
-            .into_iter()
-            .filter(|path| path.contains(&name))
-            .rev()
-        {
-            let _ = std::fs::remove_dir(group);
         }
     }
 }
@@ -307,25 +314,19 @@ pub fn processes_with(argument: &str) -> Vec<i32> {
 /// Control groups of agents, outer ones first.
 fn groups() -> Vec<String> {
     let mut found = Vec::new();
-    let mut stack = vec![
-        PathBuf::from("/sys/fs/cgroup/unified"),
-        PathBuf::from("/sys/fs/cgroup"),
-    ];
+    let mut stack = vec![PathBuf::from("/sys/fs/cgroup")];
     while let Some(folder) = stack.pop() {
-        let Ok(entries) = std::fs::read_dir(&folder) else {
-            continue;
-        };
-        for entry in entries.flatten() {
-            let path = entry.path();
-            let ours = path.to_string_lossy().contains("fractus-");
-            if ours && path.is_dir() {
-                found.push(path.to_string_lossy().into_owned());
-                stack.push(path);
+        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                stack.push(entry.path());
             }
+        }
+        let path = folder.to_string_lossy();
+        if path.contains("/fractus-") {
+            found.push(path.into_owned());
         }
     }
     found.sort();
-    found.dedup();
     found
 }
 

@@ -374,6 +374,21 @@ impl Cloud {
         )
     }
 
+    /// Control groups of an agent's machines: paths, without the agent's own.
+    pub fn machine_groups(&self, index: usize) -> Vec<PathBuf> {
+        let mut groups = self.control_groups(index);
+        groups.retain(|group| {
+            let name = group.file_name().unwrap_or_default().to_string_lossy();
+            !name.starts_with("fractus-")
+        });
+        groups
+    }
+
+    /// Control groups of an agent, its own with those of its machines.
+    pub fn control_groups(&self, index: usize) -> Vec<PathBuf> {
+        machines::control_groups(&self.folder.join(&self.agents[index].name).join("state"))
+    }
+
     pub fn folder(&self) -> &Path {
         &self.folder
     }

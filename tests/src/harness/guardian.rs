@@ -2,8 +2,9 @@
 //!
 //! Machines' processes outlive their agent by design, so the kernel's parent-death signal does not
 //! reach them. The guardian is a shell that waits for the end of a pipe which only the test holds;
-//! then it kills every process under the user ids that this test's agents gave to machines, takes
-//! their control groups away, and removes the folder.
+//! then it kills every process in the control groups of this test's agents and under the user ids that
+//! they gave to machines (a process is in its group before it has its user, and a host may have no
+//! groups), takes the groups away, and removes the folder.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -14,7 +15,17 @@ const SCRIPT: &str = r#"
 trap '' INT TERM HUP
 first=$1 last=$2 folder=$3
 cat >/dev/null
+# The mark of each agent names its groups.
+groups=()
+for lock in "$folder"/*/state/lock; do
+  read -r mark <"$lock" || [ -n "$mark" ] || continue
+  while read -r group; do groups+=("$group"); done \
+    < <(find /sys/fs/cgroup -depth -type d -path "*/fractus-${mark//-/}*" 2>/dev/null)
+done
 for turn in 1 2 3; do
+  for group in "${groups[@]}"; do
+    while read -r pid; do kill -9 "$pid" 2>/dev/null; done 2>/dev/null <"$group/cgroup.procs"
+  done
   for status in /proc/[0-9]*/status; do
     uid=
     while read -r name real _; do [ "$name" = Uid: ] && uid=$real && break; done 2>/dev/null <"$status"
@@ -22,6 +33,10 @@ for turn in 1 2 3; do
     pid=${status#/proc/}
     kill -9 "${pid%/status}" 2>/dev/null
   done
+done
+for group in "${groups[@]}"; do
+  # The kernel lets go of an ended process a moment after its death.
+  for turn in {1..250}; do rmdir "$group" 2>/dev/null; [ -d "$group" ] || break; sleep 0.02; done
 done
 [ -z "$KEEP" ] && rm -rf "$folder"
 exit 0

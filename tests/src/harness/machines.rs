@@ -1,7 +1,8 @@
-//! The machines' processes of a cloud, as the kernel sees them.
+//! The machines' processes and control groups of a cloud, as the kernel sees them.
 
 use std::fs;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 /// A process that runs under one of the user ids of this cloud's machines.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,4 +34,26 @@ pub fn processes(users: &Range<u32>) -> Vec<MachineProcess> {
             Some(MachineProcess { pid, user, command })
         })
         .collect()
+}
+
+/// Control groups of the agent with this state folder: its own, and those of its machines.
+pub fn control_groups(state: &Path) -> Vec<PathBuf> {
+    let mark = fs::read_to_string(state.join("lock")).unwrap_or_default();
+    if mark.is_empty() {
+        return Vec::new();
+    }
+    let name = format!("fractus-{}", mark.trim().replace('-', ""));
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::from("/sys/fs/cgroup")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                folders.push(entry.path());
+            }
+        }
+        if folder.iter().any(|part| part == name.as_str()) {
+            found.push(folder);
+        }
+    }
+    found
 }
