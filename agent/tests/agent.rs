@@ -11,7 +11,7 @@ use fractus_agent_api::client::CallError;
 use fractus_agent_api::client::agent::AgentClient;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::identity::Peer;
-use fractus_agent_api::machine::{Observed, Power, Refusal, StopReason};
+use fractus_agent_api::machine::{MachineReport, Observed, Power, Refusal, ServerId, StopReason};
 use futures::{SinkExt, StreamExt};
 use tokio_tungstenite::tungstenite::Message;
 use uuid::Uuid;
@@ -19,10 +19,7 @@ use uuid::Uuid;
 #[test]
 fn a_machine_is_made_reported_and_removed_without_a_trace() -> Result {
     block_on(async {
-        let cloud = Cloud::start().await;
-        let agent = Agent::start(&cloud, true).await?;
-        let kernel = image_of(b"kernel");
-        cloud.add_image(&kernel, b"kernel");
+        let (cloud, agent, kernel) = with_stand_ins().await?;
         let id = new_id();
         let first = agent
             .put(id, &put(1, wanted(&kernel, Power::Running)))
@@ -40,9 +37,7 @@ fn a_machine_is_made_reported_and_removed_without_a_trace() -> Result {
         }
         let absent = put(2, wanted(&kernel, Power::Absent));
         agent.put(id, &absent).await?;
-        agent
-            .settled(id, 2, |report| report.observed == Observed::Absent)
-            .await?;
+        agent.settled(id, 2, is_absent).await?;
         assert_eq!(agent.leftovers(id), Vec::<String>::new());
         // The tombstone keeps a late message from bringing it back.
         let late = agent
@@ -60,15 +55,8 @@ fn a_machine_is_made_reported_and_removed_without_a_trace() -> Result {
 #[test]
 fn a_killed_agent_finds_its_machines_again_and_they_never_notice() -> Result {
     block_on(async {
-        let cloud = Cloud::start().await;
-        let mut agent = Agent::start(&cloud, true).await?;
-        let kernel = image_of(b"kernel");
-        cloud.add_image(&kernel, b"kernel");
-        let id = new_id();
-        agent
-            .put(id, &put(1, wanted(&kernel, Power::Running)))
-            .await?;
-        agent.settled(id, 1, is_running).await?;
+        let (_cloud, mut agent, kernel) = with_stand_ins().await?;
+        let id = running(&agent, &kernel).await?;
         let before = (agent.processes(id), agent.console_says(id, "boot").await?);
         agent.restart().await?;
         let report = agent.settled(id, 1, is_running).await?;
@@ -100,15 +88,8 @@ fn a_killed_agent_finds_its_machines_again_and_they_never_notice() -> Result {
 #[test]
 fn a_guest_that_powers_off_while_the_agent_is_away_is_reported_with_its_reason() -> Result {
     block_on(async {
-        let cloud = Cloud::start().await;
-        let mut agent = Agent::start(&cloud, true).await?;
-        let kernel = image_of(b"kernel");
-        cloud.add_image(&kernel, b"kernel");
-        let id = new_id();
-        agent
-            .put(id, &put(1, wanted(&kernel, Power::Running)))
-            .await?;
-        agent.settled(id, 1, is_running).await?;
+        let (_cloud, mut agent, kernel) = with_stand_ins().await?;
+        let id = running(&agent, &kernel).await?;
         let mut console = agent.client.console(id).await?;
         agent.kill();
         // The agent's death has closed the console; the machine's own socket is still there.
@@ -138,7 +119,7 @@ fn a_guest_that_powers_off_while_the_agent_is_away_is_reported_with_its_reason()
 }
 
 /// Straight to the machine's process, past the agent.
-fn type_in(agent: &Agent, id: fractus_agent_api::machine::ServerId, bytes: &[u8]) {
+fn type_in(agent: &Agent, id: ServerId, bytes: &[u8]) {
     use rustix::net::*;
     let path = agent.folder.path().join(format!("run/machines/{id}.sock"));
     let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
@@ -151,15 +132,8 @@ fn type_in(agent: &Agent, id: fractus_agent_api::machine::ServerId, bytes: &[u8]
 #[test]
 fn a_stop_that_is_taken_back_ends_with_the_guest_running() -> Result {
     block_on(async {
-        let cloud = Cloud::start().await;
-        let agent = Agent::start(&cloud, true).await?;
-        let kernel = image_of(b"kernel");
-        cloud.add_image(&kernel, b"kernel");
-        let id = new_id();
-        agent
-            .put(id, &put(1, wanted(&kernel, Power::Running)))
-            .await?;
-        agent.settled(id, 1, is_running).await?;
+        let (_cloud, agent, kernel) = with_stand_ins().await?;
+        let id = running(&agent, &kernel).await?;
         // It hears the button, and takes its time.
         type_in(&agent, id, b"deaf\n");
         agent.console_says(id, "heard deaf").await?;
@@ -171,9 +145,7 @@ fn a_stop_that_is_taken_back_ends_with_the_guest_running() -> Result {
             .put(id, &put(3, wanted(&kernel, Power::Running)))
             .await?;
         type_in(&agent, id, b"off\n");
-        let again = |report: &fractus_agent_api::machine::MachineReport| {
-            is_running(report) && report.starts == 2
-        };
+        let again = |report: &MachineReport| is_running(report) && report.starts == 2;
         agent.settled(id, 3, again).await?;
         Ok(())
     })
@@ -182,14 +154,8 @@ fn a_stop_that_is_taken_back_ends_with_the_guest_running() -> Result {
 #[test]
 fn a_machine_that_comes_back_from_its_tombstone_runs_as_nobody_else_does() -> Result {
     block_on(async {
-        let cloud = Cloud::start().await;
-        let agent = Agent::start(&cloud, true).await?;
-        let kernel = image_of(b"kernel");
-        cloud.add_image(&kernel, b"kernel");
+        let (_cloud, agent, kernel) = with_stand_ins().await?;
         let (first, second) = (new_id(), new_id());
-        let gone = |report: &fractus_agent_api::machine::MachineReport| {
-            report.observed == Observed::Absent
-        };
         let running = wanted(&kernel, Power::Running);
         agent.put(first, &put(1, running.clone())).await?;
         agent.settled(first, 1, is_running).await?;
@@ -197,7 +163,7 @@ fn a_machine_that_comes_back_from_its_tombstone_runs_as_nobody_else_does() -> Re
         agent
             .put(first, &put(2, wanted(&kernel, Power::Absent)))
             .await?;
-        agent.settled(first, 2, gone).await?;
+        agent.settled(first, 2, is_absent).await?;
         // The next one has the user that was given back.
         agent.put(second, &put(1, running.clone())).await?;
         agent.settled(second, 1, is_running).await?;
@@ -210,7 +176,7 @@ fn a_machine_that_comes_back_from_its_tombstone_runs_as_nobody_else_does() -> Re
 }
 
 /// Whom the machine's process runs as.
-fn user_of(agent: &Agent, id: fractus_agent_api::machine::ServerId) -> u32 {
+fn user_of(agent: &Agent, id: ServerId) -> u32 {
     let pids = agent.processes(id);
     fractus_agent::machine::process::identity::user(pids[0]).unwrap()
 }
@@ -218,20 +184,13 @@ fn user_of(agent: &Agent, id: fractus_agent_api::machine::ServerId) -> u32 {
 #[test]
 fn a_killed_machine_is_a_fault_and_stays_down_until_it_is_wanted_anew() -> Result {
     block_on(async {
-        let cloud = Cloud::start().await;
-        let agent = Agent::start(&cloud, true).await?;
-        let kernel = image_of(b"kernel");
-        cloud.add_image(&kernel, b"kernel");
-        let id = new_id();
-        agent
-            .put(id, &put(1, wanted(&kernel, Power::Running)))
-            .await?;
-        agent.settled(id, 1, is_running).await?;
+        let (_cloud, agent, kernel) = with_stand_ins().await?;
+        let id = running(&agent, &kernel).await?;
         for pid in agent.processes(id) {
             let pid = rustix::process::Pid::from_raw(pid).unwrap();
             rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
         }
-        let fault = |report: &fractus_agent_api::machine::MachineReport| {
+        let fault = |report: &MachineReport| {
             matches!(
                 &report.observed,
                 Observed::Stopped { reason: StopReason::VmmFault { detail } }
@@ -251,10 +210,7 @@ fn a_killed_machine_is_a_fault_and_stays_down_until_it_is_wanted_anew() -> Resul
 #[test]
 fn reboots_and_rebuilds_are_carried_out_once_each() -> Result {
     block_on(async {
-        let cloud = Cloud::start().await;
-        let agent = Agent::start(&cloud, true).await?;
-        let kernel = image_of(b"kernel");
-        cloud.add_image(&kernel, b"kernel");
+        let (_cloud, agent, kernel) = with_stand_ins().await?;
         let id = new_id();
         let mut wanted = wanted(&kernel, Power::Running);
         agent.put(id, &put(1, wanted.clone())).await?;
@@ -299,10 +255,7 @@ fn reboots_and_rebuilds_are_carried_out_once_each() -> Result {
 #[test]
 fn several_watchers_share_the_console_and_can_type() -> Result {
     block_on(async {
-        let cloud = Cloud::start().await;
-        let agent = Agent::start(&cloud, true).await?;
-        let kernel = image_of(b"kernel");
-        cloud.add_image(&kernel, b"kernel");
+        let (_cloud, agent, kernel) = with_stand_ins().await?;
         let id = new_id();
         let none = agent.client.console(id).await.unwrap_err();
         assert_eq!(none.refusal(), Some(&Refusal::Unknown));
@@ -331,17 +284,9 @@ fn several_watchers_share_the_console_and_can_type() -> Result {
 #[test]
 fn a_download_that_is_cut_off_is_resumed_and_a_wrong_image_leaves_nothing() -> Result {
     block_on(async {
-        let cloud = Cloud::start().await;
-        let agent = Agent::start(&cloud, true).await?;
-        let bytes = vec![7; 1 << 20];
-        let kernel = image_of(&bytes);
-        cloud.add_image(&kernel, &bytes);
+        let (cloud, agent, kernel) = start(&[7; 1 << 20], true).await?;
         cloud.cut_next_download_at(300_000);
-        let id = new_id();
-        agent
-            .put(id, &put(1, wanted(&kernel, Power::Running)))
-            .await?;
-        agent.settled(id, 1, is_running).await?;
+        let id = running(&agent, &kernel).await?;
         assert_eq!(cloud.heard(|heard| heard.fetches[&kernel.id]), 2);
 
         let lie = image_of(b"what it says");
@@ -350,7 +295,7 @@ fn a_download_that_is_cut_off_is_resumed_and_a_wrong_image_leaves_nothing() -> R
         agent
             .put(other, &put(1, wanted(&lie, Power::Running)))
             .await?;
-        let failed = |report: &fractus_agent_api::machine::MachineReport| matches!(&report.observed, Observed::Failed { reason } if reason.contains("BLAKE3"));
+        let failed = |report: &MachineReport| matches!(&report.observed, Observed::Failed { reason } if reason.contains("BLAKE3"));
         agent.settled(other, 1, failed).await?;
         let cached: Vec<_> = std::fs::read_dir(agent.folder.path().join("state/images"))?
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())

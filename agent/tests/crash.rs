@@ -78,12 +78,9 @@ fn is_fault(report: &MachineReport) -> bool {
 #[test]
 fn kills_at_random_moments_leave_one_process_or_none_and_nothing_behind() -> Result {
     block_on(async {
-        let cloud = Cloud::start().await;
         let probe = probe();
-        let mut agent = Agent::start(&cloud, probe.is_none()).await?;
-        let bytes = probe.unwrap_or_else(|| b"kernel".to_vec());
-        let kernel = image_of(&bytes);
-        cloud.add_image(&kernel, &bytes);
+        let bytes = probe.as_deref().unwrap_or(b"kernel");
+        let (_cloud, mut agent, kernel) = start(bytes, probe.is_none()).await?;
         let seed = number("FRACTUS_SEED", 1);
         for round in seed..seed + number("FRACTUS_ROUNDS", 5) {
             println!("round {round}");
@@ -124,8 +121,7 @@ fn kills_at_random_moments_leave_one_process_or_none_and_nothing_behind() -> Res
             if dice.roll(2) == 0 {
                 strike(&mut dice, &mut agent, id).await?;
             }
-            let gone = |report: &MachineReport| report.observed == Observed::Absent;
-            agent.settled(id, revision + 1, gone).await?;
+            agent.settled(id, revision + 1, is_absent).await?;
             assert_eq!(agent.leftovers(id), Vec::<String>::new(), "round {round}");
         }
         Ok(())

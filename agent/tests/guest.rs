@@ -9,16 +9,12 @@ use fractus_agent_api::machine::{ImageRef, MachineReport, Observed, Power, Serve
 use futures::SinkExt;
 use tokio_tungstenite::tungstenite::Message;
 
-async fn start() -> Result<Option<(Cloud, Agent, ImageRef)>> {
+async fn with_probes() -> Result<Option<(Cloud, Agent, ImageRef)>> {
     let Some(probe) = probe() else {
         println!("no /dev/kvm: nothing was tested");
         return Ok(None);
     };
-    let cloud = Cloud::start().await;
-    let agent = Agent::start(&cloud, false).await?;
-    let kernel = image_of(&probe);
-    cloud.add_image(&kernel, &probe);
-    Ok(Some((cloud, agent, kernel)))
+    Ok(Some(start(&probe, false).await?))
 }
 
 /// Boot nonces in the serial log, in order.
@@ -68,14 +64,10 @@ async fn ticks(agent: &Agent, id: ServerId) -> Result {
 #[test]
 fn a_guest_lives_through_the_death_of_its_agent() -> Result {
     block_on(async {
-        let Some((_cloud, mut agent, kernel)) = start().await? else {
+        let Some((_cloud, mut agent, kernel)) = with_probes().await? else {
             return Ok(());
         };
-        let id = new_id();
-        agent
-            .put(id, &put(1, wanted(&kernel, Power::Running)))
-            .await?;
-        agent.settled(id, 1, is_running).await?;
+        let id = running(&agent, &kernel).await?;
         let before = boots(&agent, id, 1).await?;
         agent.console_says(id, "tick 1 ").await?;
         agent.restart().await?;
@@ -91,7 +83,7 @@ fn a_guest_lives_through_the_death_of_its_agent() -> Result {
 #[test]
 fn pause_reboot_rebuild_and_power_off_reach_the_guest() -> Result {
     block_on(async {
-        let Some((_cloud, agent, kernel)) = start().await? else {
+        let Some((_cloud, agent, kernel)) = with_probes().await? else {
             return Ok(());
         };
         let id = new_id();
@@ -140,9 +132,7 @@ fn pause_reboot_rebuild_and_power_off_reach_the_guest() -> Result {
 
         wanted.power = Power::Absent;
         agent.put(id, &put(6, wanted)).await?;
-        agent
-            .settled(id, 6, |report| report.observed == Observed::Absent)
-            .await?;
+        agent.settled(id, 6, is_absent).await?;
         assert_eq!(agent.leftovers(id), Vec::<String>::new());
         Ok(())
     })
@@ -190,14 +180,10 @@ fn a_machine_started_by_hand_ends_with_the_process_that_started_it() -> Result {
 #[test]
 fn a_triple_fault_is_reported_as_one_and_a_bad_kernel_as_a_failure() -> Result {
     block_on(async {
-        let Some((cloud, agent, kernel)) = start().await? else {
+        let Some((cloud, agent, kernel)) = with_probes().await? else {
             return Ok(());
         };
-        let id = new_id();
-        agent
-            .put(id, &put(1, wanted(&kernel, Power::Running)))
-            .await?;
-        agent.settled(id, 1, is_running).await?;
+        let id = running(&agent, &kernel).await?;
         boots(&agent, id, 1).await?;
         let mut console = agent.client.console(id).await?;
         console.send(Message::binary("triple-fault\n")).await?;

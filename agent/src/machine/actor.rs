@@ -2,12 +2,16 @@
 //!
 //! It owns the record and the process. Its loop asks the shared decision for the next step, carries it
 //! out, and asks again; at rest it waits for an intent, for a word of the process, or for a deadline.
-//! At start it does the same: a crash is nothing special.
+//! At start it does the same: a crash is nothing special. [`steps`] carries out, [`report`](mod@report)
+//! says what is; here it is decided, heard and waited.
 //!
 //! A start that fails is reported as `Failed` with its reason and is not tried again under the same
 //! intent (what can come right by itself, like a controller that does not answer, has been waited for
 //! before that); a newer intent, or a new start of the agent, tries anew. A guest that went down by
 //! itself stays down until a newer intent.
+
+mod report;
+mod steps;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
@@ -19,20 +23,16 @@ use tokio::runtime::RuntimeFlavor;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use super::make::{Makings, Progress};
-use super::process::{Adoption, Command, End, Heard, Launcher, Plan, Process};
+use self::report::report;
+use self::steps::START;
+use super::make::Makings;
+use super::process::{Adoption, Command, End, Heard, Launcher, Process};
 use super::record::Record;
-use crate::clock::now_us;
 use crate::paths::MachinePaths;
 use crate::vm::protocol::{MachineEvent, State};
-use crate::volume::directory::Old;
 
 /// How long a guest may take to go after its power button was pressed.
 pub const SHUTDOWN: Duration = Duration::from_secs(60);
-/// How long a process may take from its start to its guest's first instruction.
-const START: Duration = Duration::from_secs(120);
-/// How long a pause or a resume may take.
-const COMMAND: Duration = Duration::from_secs(60);
 /// After this time what could not be said is said again.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -433,299 +433,6 @@ impl<L: Launcher> Actor<L> {
         }
         self.persist();
     }
-
-    async fn make_disk(&mut self, step: Step) -> Result<(), Over> {
-        let spec = self.record.intent.wanted.spec.clone();
-        let Some(disk) = spec.root_disk else {
-            self.count_rebuild();
-            return Ok(());
-        };
-        let makings = self.surroundings.makings.clone();
-        let paths = self.paths.clone();
-        let old = if step == Step::RemakeDisk {
-            Old::Replace
-        } else {
-            Old::Keep
-        };
-        let made = self
-            .interruptible("making the root disk", |progress| async move {
-                makings.disk(&paths, &disk, old, &progress).await
-            })
-            .await?;
-        match made {
-            None => {}
-            Some(Ok(())) if step == Step::RemakeDisk => self.count_rebuild(),
-            Some(Ok(())) => {}
-            Some(Err(error)) => self.fail(error.to_string()),
-        }
-        Ok(())
-    }
-
-    fn count_rebuild(&mut self) {
-        self.record.done.rebuilds = self.record.intent.wanted.rebuilds;
-        self.record.stop = None;
-        self.count_reboots();
-        self.persist();
-    }
-
-    fn count_reboots(&mut self) {
-        self.record.done.soft_reboots = self.record.intent.wanted.soft_reboots;
-        self.record.done.hard_reboots = self.record.intent.wanted.hard_reboots;
-    }
-
-    async fn start(&mut self) -> Result<(), Over> {
-        let boot = self.record.intent.wanted.spec.boot.clone();
-        let makings = self.surroundings.makings.clone();
-        let paths = self.paths.clone();
-        let fetched = self
-            .interruptible("fetching the kernel", |progress| async move {
-                makings.boot(&paths, &boot, &progress).await
-            })
-            .await?;
-        match fetched {
-            None => return Ok(()),
-            Some(Ok(())) => {}
-            Some(Err(error)) => {
-                self.fail(error.to_string());
-                return Ok(());
-            }
-        }
-        self.observe_starting("starting its process");
-        let plan = Plan {
-            id: self.record.id,
-            spec: self.record.intent.wanted.spec.clone(),
-            user: self.record.user,
-            request_id: self.record.request_id.clone(),
-        };
-        let mut process = match self.surroundings.launcher.launch(&plan).await {
-            Ok(process) => process,
-            Err(error) => {
-                self.fail(error.to_string());
-                return Ok(());
-            }
-        };
-        // From here on a crash leaves a process that ends by itself (no Go), and a record that says
-        // that its guest never ran.
-        let before = self.record.clone();
-        self.record.process = Some(process.identity());
-        self.record.done.starts += 1;
-        self.record.stop = None;
-        self.count_reboots();
-        if let Err(error) = blocking(|| self.record.write(&self.paths.record())) {
-            self.record = before;
-            let _ = process.kill().await;
-            self.fail(error.to_string());
-            return Ok(());
-        }
-        let told = process.tell(Command::Go, None).await;
-        self.process = Some(process);
-        self.phase = Phase::Starting;
-        (self.adopted, self.pressed_at, self.said) = (false, None, None);
-        self.start_by = Some(Instant::now() + START);
-        if let Err(error) = told {
-            // Its end says more.
-            tracing::warn!(machine = %self.record.id, %error, "Go");
-        }
-        Ok(())
-    }
-
-    async fn command(&mut self, command: Command, then: Phase) -> Result<(), Over> {
-        if self.failed.is_some() {
-            self.publish();
-            return self.wait(None).await.map(drop);
-        }
-        let request_id = self.record.request_id.clone();
-        let Some(process) = &mut self.process else {
-            return Ok(());
-        };
-        if let Err(error) = process.tell(command, request_id.as_deref()).await {
-            tracing::warn!(machine = %self.record.id, %error, ?command, "not told");
-            return self.wait(Some(Instant::now() + AGAIN)).await.map(drop);
-        }
-        let by = Instant::now() + COMMAND;
-        while self.process.is_some() && self.phase != then && self.failed.is_none() {
-            if self.wait(Some(by)).await? == Woken::Deadline {
-                self.fail(format!(
-                    "the machine's process did not carry out {command:?} in time"
-                ));
-            }
-            // A newer intent may want something else.
-            if !matches!(self.next(), Step::Pause | Step::Resume) {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    async fn shut_down(&mut self) -> Result<(), Over> {
-        let by = match self.shutdown_by {
-            Some(by) => by,
-            None => {
-                let by = Instant::now() + self.surroundings.shutdown;
-                self.shutdown_by = Some(by);
-                self.pressed_at = Some(Instant::now());
-                let request_id = self.record.request_id.clone();
-                if let Some(process) = &mut self.process
-                    && let Err(error) = process
-                        .tell(Command::PressPowerButton, request_id.as_deref())
-                        .await
-                {
-                    tracing::warn!(machine = %self.record.id, %error, "power button");
-                }
-                self.publish();
-                by
-            }
-        };
-        if self.wait(Some(by)).await? == Woken::Deadline {
-            tracing::info!(machine = %self.record.id, "the guest did not go: ending its process");
-            self.kill().await;
-        }
-        Ok(())
-    }
-
-    async fn kill(&mut self) {
-        let Some(mut process) = self.process.take() else {
-            self.phase = Phase::None;
-            self.record.process = None;
-            return;
-        };
-        match process.kill().await {
-            Ok(_) => {
-                self.phase = Phase::None;
-                (self.start_by, self.shutdown_by, self.pressed_at) = (None, None, None);
-                self.record.process = None;
-                let going = self.record.intent.wanted.power == Power::Stopped;
-                self.record.stop = going.then_some(StopReason::Requested);
-                tracing::info!(machine = %self.record.id, "ended its process");
-                self.persist();
-            }
-            Err(error) => {
-                self.process = Some(process);
-                self.fail(error.to_string());
-                tokio::time::sleep(AGAIN).await;
-            }
-        }
-    }
-
-    async fn remove(&mut self) {
-        let id = self.record.id;
-        let removed = match self.surroundings.launcher.clear(id).await {
-            Ok(()) => {
-                let makings = &self.surroundings.makings;
-                blocking(|| makings.remove(&self.paths)).map_err(|e| e.to_string())
-            }
-            Err(error) => Err(error.to_string()),
-        };
-        match removed {
-            Ok(()) => {
-                self.record.gone_at_us = Some(now_us());
-                self.record.stop = None;
-                self.count_reboots();
-                self.record.done.rebuilds = self.record.intent.wanted.rebuilds;
-                self.persist();
-                self.give_user_back();
-            }
-            Err(error) => self.fail(error),
-        }
-    }
-
-    /// Runs `work` until it is done or a newer intent makes it void (`None`).
-    async fn interruptible<F, T>(
-        &mut self,
-        step: &str,
-        work: impl FnOnce(Progress) -> F,
-    ) -> Result<Option<T>, Over>
-    where
-        F: Future<Output = T>,
-    {
-        let (progress, mut steps) = Progress::new(step);
-        let mut work = std::pin::pin!(work(progress));
-        self.observe_starting(step);
-        loop {
-            let age = self.record.intent.age();
-            tokio::select! {
-                done = &mut work => return Ok(Some(done)),
-                Ok(()) = steps.changed() => {
-                    let step = steps.borrow_and_update().clone();
-                    self.observe_starting(&step);
-                }
-                message = self.mailbox.recv() => {
-                    self.take(message.ok_or(Over)?);
-                    if self.record.intent.age() != age {
-                        return Ok(None);
-                    }
-                }
-            }
-        }
-    }
-
-    fn fail(&mut self, reason: String) {
-        tracing::warn!(machine = %self.record.id, reason, "failed");
-        self.failed = Some(reason);
-        self.publish();
-    }
-
-    fn persist(&mut self) {
-        if let Err(error) = blocking(|| self.record.write(&self.paths.record())) {
-            // What the record says is older than what is: repeated after a crash, which is harmless.
-            tracing::error!(machine = %self.record.id, %error, "record");
-        }
-        self.publish();
-    }
-
-    fn observe_starting(&mut self, step: &str) {
-        self.send(
-            Observed::Starting {
-                step: step.to_owned(),
-            },
-            false,
-        );
-    }
-
-    fn publish(&mut self) {
-        let process = self.process.as_ref();
-        self.pid
-            .store(process.map_or(0, |p| p.identity().pid), Ordering::Relaxed);
-        let settled =
-            self.failed.is_some() || self.next() == Step::Settled && self.phase != Phase::Starting;
-        let observed = match (&self.failed, self.phase) {
-            (Some(reason), _) => Observed::Failed {
-                reason: reason.clone(),
-            },
-            (_, Phase::Running) => Observed::Running,
-            (_, Phase::Paused) => Observed::Paused,
-            (_, Phase::Starting) => Observed::Starting {
-                step: "starting the guest".to_owned(),
-            },
-            (None, Phase::None) => match (&self.record.stop, self.record.is_tombstone()) {
-                (_, true) => Observed::Absent,
-                (Some(reason), _) => Observed::Stopped {
-                    reason: reason.clone(),
-                },
-                (None, _) if self.record.intent.wanted.power == Power::Stopped => {
-                    Observed::Stopped {
-                        reason: StopReason::Requested,
-                    }
-                }
-                (None, _) => Observed::Starting {
-                    step: "to be started".to_owned(),
-                },
-            },
-        };
-        self.send(observed, settled);
-    }
-
-    fn send(&mut self, observed: Observed, settled: bool) {
-        let before = self.reports.borrow().clone();
-        if observed != before.observed {
-            self.record.changed_at_us = now_us();
-        }
-        let now = report(&self.record, observed, settled);
-        if now != before {
-            self.reports.send_replace(now);
-            let _ = self.surroundings.changed.send(self.record.id);
-        }
-    }
 }
 
 /// Waits for the disk; the other tasks of this thread go on in another one meanwhile.
@@ -733,20 +440,5 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
     match tokio::runtime::Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
         _ => work(),
-    }
-}
-
-fn report(record: &Record, observed: Observed, settled: bool) -> MachineReport {
-    MachineReport {
-        id: record.id,
-        generation: record.intent.generation,
-        revision: record.intent.revision,
-        settled,
-        observed,
-        soft_reboots: record.done.soft_reboots,
-        hard_reboots: record.done.hard_reboots,
-        rebuilds: record.done.rebuilds,
-        starts: record.done.starts,
-        changed_at_us: record.changed_at_us,
     }
 }

@@ -295,6 +295,30 @@ impl Drop for Agent {
     }
 }
 
+/// A cloud, its one agent, and an image in it that machines boot.
+pub async fn start(kernel: &[u8], stand_ins: bool) -> Result<(Cloud, Agent, ImageRef)> {
+    let cloud = Cloud::start().await;
+    let agent = Agent::start(&cloud, stand_ins).await?;
+    let image = image_of(kernel);
+    cloud.add_image(&image, kernel);
+    Ok((cloud, agent, image))
+}
+
+/// The same for tests of all that surrounds a guest.
+pub async fn with_stand_ins() -> Result<(Cloud, Agent, ImageRef)> {
+    start(b"kernel", true).await
+}
+
+/// A new machine, put at revision 1, once it runs.
+pub async fn running(agent: &Agent, kernel: &ImageRef) -> Result<ServerId> {
+    let id = new_id();
+    agent
+        .put(id, &put(1, wanted(kernel, Power::Running)))
+        .await?;
+    agent.settled(id, 1, is_running).await?;
+    Ok(id)
+}
+
 /// Pids of `fractus-agent vm` processes with this argument.
 pub fn processes_with(argument: &str) -> Vec<i32> {
     let Ok(entries) = std::fs::read_dir("/proc") else {
@@ -369,6 +393,10 @@ pub fn put(revision: u64, wanted: Wanted) -> PutMachine {
         wanted,
         request_id: Some(format!("req-{revision}")),
     }
+}
+
+pub fn is_absent(report: &MachineReport) -> bool {
+    report.observed == Observed::Absent
 }
 
 pub fn is_running(report: &MachineReport) -> bool {

@@ -1,0 +1,96 @@
+//! What others are told of a machine: its report, from the record, the phase and the failure.
+
+use std::sync::atomic::Ordering;
+
+use fractus_agent_api::decision::Step;
+use fractus_agent_api::machine::{MachineReport, Observed, Power, StopReason};
+
+use super::{Actor, Phase, blocking};
+use crate::clock::now_us;
+use crate::machine::process::{Launcher, Process};
+use crate::machine::record::Record;
+
+impl<L: Launcher> Actor<L> {
+    pub(super) fn fail(&mut self, reason: String) {
+        tracing::warn!(machine = %self.record.id, reason, "failed");
+        self.failed = Some(reason);
+        self.publish();
+    }
+
+    pub(super) fn persist(&mut self) {
+        if let Err(error) = blocking(|| self.record.write(&self.paths.record())) {
+            // What the record says is older than what is: repeated after a crash, which is harmless.
+            tracing::error!(machine = %self.record.id, %error, "record");
+        }
+        self.publish();
+    }
+
+    pub(super) fn observe_starting(&mut self, step: &str) {
+        self.send(
+            Observed::Starting {
+                step: step.to_owned(),
+            },
+            false,
+        );
+    }
+
+    pub(super) fn publish(&mut self) {
+        let process = self.process.as_ref();
+        self.pid
+            .store(process.map_or(0, |p| p.identity().pid), Ordering::Relaxed);
+        let settled =
+            self.failed.is_some() || self.next() == Step::Settled && self.phase != Phase::Starting;
+        let observed = match (&self.failed, self.phase) {
+            (Some(reason), _) => Observed::Failed {
+                reason: reason.clone(),
+            },
+            (_, Phase::Running) => Observed::Running,
+            (_, Phase::Paused) => Observed::Paused,
+            (_, Phase::Starting) => Observed::Starting {
+                step: "starting the guest".to_owned(),
+            },
+            (None, Phase::None) => match (&self.record.stop, self.record.is_tombstone()) {
+                (_, true) => Observed::Absent,
+                (Some(reason), _) => Observed::Stopped {
+                    reason: reason.clone(),
+                },
+                (None, _) if self.record.intent.wanted.power == Power::Stopped => {
+                    Observed::Stopped {
+                        reason: StopReason::Requested,
+                    }
+                }
+                (None, _) => Observed::Starting {
+                    step: "to be started".to_owned(),
+                },
+            },
+        };
+        self.send(observed, settled);
+    }
+
+    fn send(&mut self, observed: Observed, settled: bool) {
+        let before = self.reports.borrow().clone();
+        if observed != before.observed {
+            self.record.changed_at_us = now_us();
+        }
+        let now = report(&self.record, observed, settled);
+        if now != before {
+            self.reports.send_replace(now);
+            let _ = self.surroundings.changed.send(self.record.id);
+        }
+    }
+}
+
+pub(super) fn report(record: &Record, observed: Observed, settled: bool) -> MachineReport {
+    MachineReport {
+        id: record.id,
+        generation: record.intent.generation,
+        revision: record.intent.revision,
+        settled,
+        observed,
+        soft_reboots: record.done.soft_reboots,
+        hard_reboots: record.done.hard_reboots,
+        rebuilds: record.done.rebuilds,
+        starts: record.done.starts,
+        changed_at_us: record.changed_at_us,
+    }
+}

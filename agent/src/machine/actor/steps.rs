@@ -1,0 +1,248 @@
+//! The steps of an actor, carried out: disks made, processes started, told and ended, remains removed.
+//!
+//! Each ends with a changed record or phase, or with a failure that is reported; what to do next is
+//! never decided here.
+
+use std::time::Duration;
+
+use fractus_agent_api::decision::Step;
+use fractus_agent_api::machine::{Power, StopReason};
+use tokio::time::Instant;
+
+use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
+use crate::clock::now_us;
+use crate::machine::make::Progress;
+use crate::machine::process::{Command, Launcher, Plan, Process};
+use crate::volume::directory::Old;
+
+/// How long a process may take from its start to its guest's first instruction.
+pub(super) const START: Duration = Duration::from_secs(120);
+/// How long a pause or a resume may take.
+const COMMAND: Duration = Duration::from_secs(60);
+
+impl<L: Launcher> Actor<L> {
+    pub(super) async fn make_disk(&mut self, step: Step) -> Result<(), Over> {
+        let spec = self.record.intent.wanted.spec.clone();
+        let Some(disk) = spec.root_disk else {
+            self.count_rebuild();
+            return Ok(());
+        };
+        let makings = self.surroundings.makings.clone();
+        let paths = self.paths.clone();
+        let old = if step == Step::RemakeDisk {
+            Old::Replace
+        } else {
+            Old::Keep
+        };
+        let made = self
+            .interruptible("making the root disk", |progress| async move {
+                makings.disk(&paths, &disk, old, &progress).await
+            })
+            .await?;
+        match made {
+            None => {}
+            Some(Ok(())) if step == Step::RemakeDisk => self.count_rebuild(),
+            Some(Ok(())) => {}
+            Some(Err(error)) => self.fail(error.to_string()),
+        }
+        Ok(())
+    }
+
+    fn count_rebuild(&mut self) {
+        self.record.done.rebuilds = self.record.intent.wanted.rebuilds;
+        self.record.stop = None;
+        self.count_reboots();
+        self.persist();
+    }
+
+    pub(super) fn count_reboots(&mut self) {
+        self.record.done.soft_reboots = self.record.intent.wanted.soft_reboots;
+        self.record.done.hard_reboots = self.record.intent.wanted.hard_reboots;
+    }
+
+    pub(super) async fn start(&mut self) -> Result<(), Over> {
+        let boot = self.record.intent.wanted.spec.boot.clone();
+        let makings = self.surroundings.makings.clone();
+        let paths = self.paths.clone();
+        let fetched = self
+            .interruptible("fetching the kernel", |progress| async move {
+                makings.boot(&paths, &boot, &progress).await
+            })
+            .await?;
+        match fetched {
+            None => return Ok(()),
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                self.fail(error.to_string());
+                return Ok(());
+            }
+        }
+        self.observe_starting("starting its process");
+        let plan = Plan {
+            id: self.record.id,
+            spec: self.record.intent.wanted.spec.clone(),
+            user: self.record.user,
+            request_id: self.record.request_id.clone(),
+        };
+        let mut process = match self.surroundings.launcher.launch(&plan).await {
+            Ok(process) => process,
+            Err(error) => {
+                self.fail(error.to_string());
+                return Ok(());
+            }
+        };
+        // From here on a crash leaves a process that ends by itself (no Go), and a record that says
+        // that its guest never ran.
+        let before = self.record.clone();
+        self.record.process = Some(process.identity());
+        self.record.done.starts += 1;
+        self.record.stop = None;
+        self.count_reboots();
+        if let Err(error) = blocking(|| self.record.write(&self.paths.record())) {
+            self.record = before;
+            let _ = process.kill().await;
+            self.fail(error.to_string());
+            return Ok(());
+        }
+        let told = process.tell(Command::Go, None).await;
+        self.process = Some(process);
+        self.phase = Phase::Starting;
+        (self.adopted, self.pressed_at, self.said) = (false, None, None);
+        self.start_by = Some(Instant::now() + START);
+        if let Err(error) = told {
+            // Its end says more.
+            tracing::warn!(machine = %self.record.id, %error, "Go");
+        }
+        Ok(())
+    }
+
+    pub(super) async fn command(&mut self, command: Command, then: Phase) -> Result<(), Over> {
+        if self.failed.is_some() {
+            self.publish();
+            return self.wait(None).await.map(drop);
+        }
+        let request_id = self.record.request_id.clone();
+        let Some(process) = &mut self.process else {
+            return Ok(());
+        };
+        if let Err(error) = process.tell(command, request_id.as_deref()).await {
+            tracing::warn!(machine = %self.record.id, %error, ?command, "not told");
+            return self.wait(Some(Instant::now() + AGAIN)).await.map(drop);
+        }
+        let by = Instant::now() + COMMAND;
+        while self.process.is_some() && self.phase != then && self.failed.is_none() {
+            if self.wait(Some(by)).await? == Woken::Deadline {
+                self.fail(format!(
+                    "the machine's process did not carry out {command:?} in time"
+                ));
+            }
+            // A newer intent may want something else.
+            if !matches!(self.next(), Step::Pause | Step::Resume) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn shut_down(&mut self) -> Result<(), Over> {
+        let by = match self.shutdown_by {
+            Some(by) => by,
+            None => {
+                let by = Instant::now() + self.surroundings.shutdown;
+                self.shutdown_by = Some(by);
+                self.pressed_at = Some(Instant::now());
+                let request_id = self.record.request_id.clone();
+                if let Some(process) = &mut self.process
+                    && let Err(error) = process
+                        .tell(Command::PressPowerButton, request_id.as_deref())
+                        .await
+                {
+                    tracing::warn!(machine = %self.record.id, %error, "power button");
+                }
+                self.publish();
+                by
+            }
+        };
+        if self.wait(Some(by)).await? == Woken::Deadline {
+            tracing::info!(machine = %self.record.id, "the guest did not go: ending its process");
+            self.kill().await;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn kill(&mut self) {
+        let Some(mut process) = self.process.take() else {
+            self.phase = Phase::None;
+            self.record.process = None;
+            return;
+        };
+        match process.kill().await {
+            Ok(_) => {
+                self.phase = Phase::None;
+                (self.start_by, self.shutdown_by, self.pressed_at) = (None, None, None);
+                self.record.process = None;
+                let going = self.record.intent.wanted.power == Power::Stopped;
+                self.record.stop = going.then_some(StopReason::Requested);
+                tracing::info!(machine = %self.record.id, "ended its process");
+                self.persist();
+            }
+            Err(error) => {
+                self.process = Some(process);
+                self.fail(error.to_string());
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
+
+    pub(super) async fn remove(&mut self) {
+        let id = self.record.id;
+        let removed = match self.surroundings.launcher.clear(id).await {
+            Ok(()) => {
+                let makings = &self.surroundings.makings;
+                blocking(|| makings.remove(&self.paths)).map_err(|e| e.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        match removed {
+            Ok(()) => {
+                self.record.gone_at_us = Some(now_us());
+                self.record.stop = None;
+                self.count_reboots();
+                self.record.done.rebuilds = self.record.intent.wanted.rebuilds;
+                self.persist();
+                self.give_user_back();
+            }
+            Err(error) => self.fail(error),
+        }
+    }
+
+    /// Runs `work` until it is done or a newer intent makes it void (`None`).
+    async fn interruptible<F, T>(
+        &mut self,
+        step: &str,
+        work: impl FnOnce(Progress) -> F,
+    ) -> Result<Option<T>, Over>
+    where
+        F: Future<Output = T>,
+    {
+        let (progress, mut steps) = Progress::new(step);
+        let mut work = std::pin::pin!(work(progress));
+        self.observe_starting(step);
+        loop {
+            let age = self.record.intent.age();
+            tokio::select! {
+                done = &mut work => return Ok(Some(done)),
+                Ok(()) = steps.changed() => {
+                    let step = steps.borrow_and_update().clone();
+                    self.observe_starting(&step);
+                }
+                message = self.mailbox.recv() => {
+                    self.take(message.ok_or(Over)?);
+                    if self.record.intent.age() != age {
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+    }
+}
