@@ -28,6 +28,7 @@ use fractus_vmm::thread::{ThreadHook, ThreadKind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
 
 use self::guest::Guest;
+use self::jail::Namespaces;
 use self::protocol::{FileRole, FromMachine, Launch, SERIAL_LOG, ToMachine, VERSION};
 use self::supervise::{Supervisor, Terminal};
 use crate::console::ring::RingWriter;
@@ -71,10 +72,6 @@ fn system(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> VmError {
 /// `fractus-agent vm ID MARK`, started by the agent.
 pub fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(2).peekable();
-    if arguments.peek().is_some_and(|first| first == "jail-test") {
-        let arguments: Vec<_> = arguments.skip(1).collect();
-        return by_hand::report(jail_test::inside(&arguments));
-    }
     if arguments
         .peek()
         .is_none_or(|first| first.as_encoded_bytes().starts_with(b"-"))
@@ -84,6 +81,10 @@ pub fn main() -> ExitCode {
     // SAFETY: the agent puts this process's socket there before exec, and nothing else in this
     // process has touched descriptors yet.
     let socket = unsafe { OwnedFd::from_raw_fd(SOCKET) };
+    if arguments.peek().is_some_and(|first| first == "jail-test") {
+        let arguments: Vec<_> = arguments.skip(1).collect();
+        return by_hand::report(jail_test::inside(&arguments, socket));
+    }
     let (launch, files) = match packet::receive::<Launch>(&socket) {
         Ok(received) => received,
         Err(error) => {
@@ -186,7 +187,12 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         env!("CARGO_PKG_VERSION")
     ));
     if let Some(config) = launch.jail {
-        jail::enter(config)?;
+        let mut namespace = |role| files.take(role).ok_or(VmError::Missing(role));
+        let namespaces = Namespaces {
+            mounts: namespace(FileRole::MountNamespace)?,
+            network: namespace(FileRole::NetworkNamespace)?,
+        };
+        jail::enter(config, namespaces)?;
     }
     let listener = files.take(FileRole::Control);
     if let Some(listener) = &listener {

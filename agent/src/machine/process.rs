@@ -8,6 +8,7 @@
 pub mod control;
 pub mod identity;
 pub mod launch;
+pub(crate) mod nest;
 pub(crate) mod spawn;
 
 use std::fs::File;

@@ -20,6 +20,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::thread::JoinHandle;
 
 use fractus_agent_api::machine::{ServerId, StopReason};
 use fractus_vmm::config::{DiskConfig, MachineConfig};
@@ -28,6 +29,7 @@ use serde::Deserialize;
 
 use super::protocol::{FileRole, FromMachine, JailConfig, Launch, MachineEvent, ToMachine};
 use super::{VmError, packet, system};
+use crate::machine::process::nest::{Making, Nest};
 use crate::machine::process::spawn::{Inherited, spawn};
 
 #[derive(Debug, Deserialize)]
@@ -91,11 +93,16 @@ fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
     if flag != "--config" {
         return Err(usage());
     }
+    let io = |what| move |source| VmError::System { what, source };
+    // An agent has the one from its start; here it is made beside the rest.
+    let nest = jailed.then(|| std::thread::spawn(Nest::new));
+    let network = jailed.then(Making::network).transpose();
+    let network = network.map_err(io("a network namespace"))?;
     let text = std::fs::read_to_string(path).map_err(|e| named(path.display(), &e))?;
     let by_hand: ByHand = serde_json::from_str(&text).map_err(|e| named(path.display(), &e))?;
     let (launch, files) = open(by_hand, jailed)?;
-    if jailed {
-        return apart(&launch, &files);
+    if let (Some(nest), Some(network)) = (nest, network) {
+        return apart(launch, files, nest, network);
     }
     let mut parts = super::assemble(launch, files)?;
     parts
@@ -179,7 +186,12 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
 }
 
 /// In a process of its own, as the agent would.
-fn apart(launch: &Launch, files: &[OwnedFd]) -> Result<StopReason, VmError> {
+fn apart(
+    mut launch: Launch,
+    files: Vec<OwnedFd>,
+    nest: JoinHandle<std::io::Result<Nest>>,
+    network: Making,
+) -> Result<StopReason, VmError> {
     let io = |what| move |source| VmError::System { what, source };
     let binary = File::open("/proc/self/exe").map_err(io("opening our binary"))?;
     let (ours, theirs) = socketpair(
@@ -199,8 +211,17 @@ fn apart(launch: &Launch, files: &[OwnedFd]) -> Result<StopReason, VmError> {
     })
     .map_err(io("starting the process"))?;
     drop(theirs);
-    let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    packet::send(&ours, launch, &borrowed)?;
+    let panicked = |_| Err(std::io::Error::other("its thread panicked"));
+    let nest = nest.join().unwrap_or_else(panicked);
+    let nest = nest.map_err(io("an empty root"))?;
+    let network = network.wait().map_err(io("a network namespace"))?;
+    let namespaces = [FileRole::MountNamespace, FileRole::NetworkNamespace];
+    launch.files.extend(namespaces);
+    let mut borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    borrowed.extend([nest.mounts(), network.as_fd()]);
+    packet::send(&ours, &launch, &borrowed)?;
+    // What the machine alone should hold is not held here too.
+    drop((files, network));
     packet::send(&ours, &ToMachine::Go, &[])?;
     let mut outcome = Err(VmError::Build(
         "the process ended without a word".to_owned(),

@@ -1,22 +1,26 @@
 //! The jail that a machine's process puts itself in, before it builds the machine.
 //!
-//! Its parent has made it with PID, mount, network, IPC and UTS namespaces of its own (and put it into
-//! a control group). Here it loses the file system (an empty read-only tmpfs is its root), its user,
-//! every capability, the way back to any of them, and by Landlock the right to name a file, a port or
+//! Its parent has made it with PID, IPC and UTS namespaces of its own (and put it into a control group),
+//! and hands over a network namespace and a mount namespace that are empty. Here it moves into them (an
+//! empty read-only tmpfs is its root), and loses its user, every capability, the way back to any of them, and by Landlock the right to name a file, a port or
 //! a process outside. What is left is the descriptors it was given; [`super::seccomp`] then takes the
 //! system calls that it does not need.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, Scope,
 };
-use rustix::fs::{CWD, Mode};
+use rustix::fs::Mode;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_remount, unmount,
 };
 use rustix::process::{Resource, Rlimit, chdir, pivot_root, setrlimit, umask};
-use rustix::thread::{Gid, Uid, set_no_new_privs, set_thread_groups, set_thread_res_gid};
+use rustix::thread::{
+    Gid, LinkNameSpaceType, Uid, UnshareFlags, move_into_link_name_space, set_no_new_privs,
+    set_thread_groups, set_thread_res_gid, unshare_unsafe,
+};
 
 use super::protocol::JailConfig;
 
@@ -44,10 +48,19 @@ impl<T, E: Into<io::Error>> During<T> for Result<T, E> {
     }
 }
 
+/// What the jail is in, made by whoever starts the process.
+pub struct Namespaces {
+    /// Nothing but an empty root; shared until it is copied.
+    pub mounts: OwnedFd,
+    /// This process's own.
+    pub network: OwnedFd,
+}
+
 /// Goes in. There must be one thread only; there is no way out, and after an error the process must
 /// end.
-pub fn enter(config: JailConfig) -> Result<(), JailError> {
-    leave_file_system()?;
+pub fn enter(config: JailConfig, namespaces: Namespaces) -> Result<(), JailError> {
+    umask(Mode::RWXG | Mode::RWXO);
+    move_in(namespaces)?;
     limit_resources(config)?;
     drop_privileges(config)?;
     set_no_new_privs(true).during("no_new_privs")?;
@@ -55,8 +68,19 @@ pub fn enter(config: JailConfig) -> Result<(), JailError> {
     Ok(())
 }
 
-fn leave_file_system() -> Result<(), JailError> {
-    umask(Mode::RWXG | Mode::RWXO);
+fn move_in(Namespaces { mounts, network }: Namespaces) -> Result<(), JailError> {
+    move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))
+        .during("entering the network namespace")?;
+    // This also makes the empty root the process's root and working folder: the host's mounts are out
+    // of reach from here on.
+    move_into_link_name_space(mounts.as_fd(), Some(LinkNameSpaceType::Mount))
+        .during("entering the empty root")?;
+    // SAFETY: there is one thread, so nobody holds on to the namespace that is left.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.during("copying the empty root")
+}
+
+/// Makes an empty root in this thread's own mount namespace.
+pub fn empty_root() -> Result<(), JailError> {
     mount_change(
         "/",
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
@@ -78,7 +102,6 @@ fn leave_file_system() -> Result<(), JailError> {
     unmount(c".", UnmountFlags::DETACH).during("leaving the host's mounts")?;
     chdir(c"/").during("entering the empty root")?;
     mount_remount(c"/", flags | MountFlags::RDONLY, c"").during("making the root read-only")?;
-    let _ = CWD;
     Ok(())
 }
 

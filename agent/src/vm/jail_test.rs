@@ -8,15 +8,19 @@
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
 use io_uring::{IoUring, opcode, types};
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use super::jail::Namespaces;
 use super::protocol::JailConfig;
 use super::seccomp::{Filters, Kind};
-use super::{VmError, jail};
+use super::{VmError, jail, packet, system};
 use crate::machine::process::identity::reap;
+use crate::machine::process::nest::{Making, Nest};
 use crate::machine::process::spawn::{Inherited, spawn};
 
 /// Name, and the attempt: what the system call returned, or less than 0 with errno set.
@@ -157,6 +161,16 @@ pub fn outside(arguments: &[OsString]) -> Result<ExitCode, VmError> {
     let binary = File::open("/proc/self/exe").map_err(io("opening our binary"))?;
     let null = File::open("/dev/null").map_err(io("/dev/null"))?;
     let (mut ours, theirs) = std::io::pipe().map_err(io("a pipe"))?;
+    let nest = Nest::new().map_err(io("an empty root"))?;
+    let network = Making::network().and_then(Making::wait);
+    let network = network.map_err(io("a network namespace"))?;
+    let (socket, their_socket) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(system("a socket for the process"))?;
     let mut inner = vec![c"fractus-agent".into(), c"vm".into(), c"jail-test".into()];
     for argument in arguments {
         let text = CString::new(argument.as_encoded_bytes());
@@ -168,11 +182,16 @@ pub fn outside(arguments: &[OsString]) -> Result<ExitCode, VmError> {
     let spawned = spawn(&Inherited {
         binary: binary.as_fd(),
         arguments: &inner,
-        socket: null.as_fd(),
+        socket: their_socket.as_fd(),
         standard: [null.as_fd(), theirs.as_fd(), theirs.as_fd()],
     })
     .map_err(io("starting the process"))?;
-    drop(theirs);
+    drop((theirs, their_socket));
+    let config = JailConfig {
+        user: 1_899_999,
+        file_size: 1 << 20,
+    };
+    packet::send(&socket, &config, &[nest.mounts(), network.as_fd()])?;
     let mut said = String::new();
     ours.read_to_string(&mut said)
         .map_err(io("reading from the process"))?;
@@ -186,7 +205,7 @@ pub fn outside(arguments: &[OsString]) -> Result<ExitCode, VmError> {
 }
 
 /// Inside: goes into the jail and tries.
-pub fn inside(arguments: &[OsString]) -> Result<ExitCode, VmError> {
+pub fn inside(arguments: &[OsString], socket: OwnedFd) -> Result<ExitCode, VmError> {
     let wrong = || VmError::ByHand {
         path: "jail-test".into(),
         detail: "ACT KIND".into(),
@@ -207,10 +226,13 @@ pub fn inside(arguments: &[OsString]) -> Result<ExitCode, VmError> {
         Some("none") => None,
         _ => return Err(wrong()),
     };
-    jail::enter(JailConfig {
-        user: 1_899_999,
-        file_size: 1 << 20,
-    })?;
+    let (config, files) = packet::receive::<JailConfig>(&socket)?;
+    let given = files.len();
+    let [mounts, network] = files
+        .try_into()
+        .map_err(|_| VmError::Files { given, wanted: 2 })?;
+    drop(socket);
+    jail::enter(config, Namespaces { mounts, network })?;
     if act == "ring-openat" {
         let ring = IoUring::new(4).map_err(|source| VmError::System {
             what: "a ring",

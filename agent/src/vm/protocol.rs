@@ -143,6 +143,10 @@ pub enum FileRole {
     /// Only when run by hand: where the serial line also comes from and goes to.
     TerminalInput,
     TerminalOutput,
+    /// With a jail: what its root is copied from.
+    MountNamespace,
+    /// With a jail: this machine's own.
+    NetworkNamespace,
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, 
 use uuid::Uuid;
 
 use super::control::{Control, watched};
+use super::nest::{Making, Nest};
 use super::spawn::{Inherited, spawn};
 use super::{Adoption, End, HostProcess, Launcher, Plan, ProcessError, identity, last_words};
 use crate::host::cgroup::Cgroups;
@@ -35,6 +36,7 @@ pub struct HostLauncher {
     pub mark: Uuid,
     pub boot_id: Uuid,
     pub cgroups: Option<Cgroups>,
+    nest: Nest,
     /// No KVM: guests are stand-ins.
     pub stand_ins: bool,
 }
@@ -56,6 +58,13 @@ impl Files {
         self.roles.push(role);
         self.files.push(file.into());
     }
+}
+
+/// What a process gets once it has been started.
+struct Handover {
+    launch: Launch,
+    files: Vec<OwnedFd>,
+    network: Making,
 }
 
 impl HostLauncher {
@@ -83,13 +92,25 @@ impl HostLauncher {
             mark,
             boot_id,
             cgroups,
+            nest: Nest::new()?,
             stand_ins,
         })
     }
 
     fn start(&self, plan: &Plan) -> Result<(ProcessRecord, OwnedFd, OwnedFd), ProcessError> {
         let paths = self.paths.machine(plan.id);
+        let network = Making::network().map_err(failed("a network namespace"))?;
         let (config, files) = self.open(plan, &paths)?;
+        let launch = Launch {
+            id: plan.id,
+            jail: Some(JailConfig {
+                user: plan.user,
+                file_size: file_size(&plan.spec, &paths),
+            }),
+            config,
+            files: files.roles,
+            request_id: plan.request_id.clone(),
+        };
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
             .map_err(|e| failed("a socket for the process")(e.into()))?;
@@ -112,40 +133,12 @@ impl HostLauncher {
         })
         .map_err(failed("starting the machine's process"))?;
         drop(theirs);
-        if let Some(cgroups) = &self.cgroups {
-            // Before the process has its launch, and so before it uses anything worth counting.
-            cgroups
-                .enter(plan.id, spawned.pid, &plan.spec)
-                .inspect_err(|_| {
-                    let _ = identity::kill(&spawned.pidfd);
-                    identity::reap(&spawned.pidfd);
-                })
-                .map_err(failed("the machine's control group"))?;
-        }
-        let launch = Launch {
-            id: plan.id,
-            jail: Some(JailConfig {
-                user: plan.user,
-                file_size: file_size(&plan.spec, &paths),
-            }),
-            config,
-            files: files.roles,
-            request_id: plan.request_id.clone(),
+        let handover = Handover {
+            launch,
+            files: files.files,
+            network,
         };
-        let borrowed: Vec<BorrowedFd<'_>> = files.files.iter().map(AsFd::as_fd).collect();
-        let handed = packet::send(&ours, &launch, &borrowed).map_err(ProcessError::from);
-        let identity = handed.and_then(|()| {
-            let start_ticks =
-                identity::start_ticks(spawned.pid).map_err(failed("the process's start time"))?;
-            let (pid, boot_id) = (spawned.pid, self.boot_id);
-            Ok(ProcessRecord {
-                pid,
-                start_ticks,
-                boot_id,
-                ran: false,
-            })
-        });
-        match identity {
+        match self.hand_over(plan, spawned.pid, &ours, handover) {
             Ok(identity) => Ok((identity, spawned.pidfd, ours)),
             Err(error) => {
                 let _ = identity::kill(&spawned.pidfd);
@@ -153,6 +146,39 @@ impl HostLauncher {
                 Err(error)
             }
         }
+    }
+
+    /// Gives a process that was just started its place and its launch.
+    fn hand_over(
+        &self,
+        plan: &Plan,
+        pid: i32,
+        socket: &OwnedFd,
+        handover: Handover,
+    ) -> Result<ProcessRecord, ProcessError> {
+        let Handover {
+            mut launch,
+            files,
+            network,
+        } = handover;
+        if let Some(cgroups) = &self.cgroups {
+            // Before the process has its launch, and so before it uses anything worth counting.
+            cgroups
+                .enter(plan.id, pid, &plan.spec)
+                .map_err(failed("the machine's control group"))?;
+        }
+        let network = network.wait().map_err(failed("a network namespace"))?;
+        let namespaces = [FileRole::MountNamespace, FileRole::NetworkNamespace];
+        launch.files.extend(namespaces);
+        let mut borrowed: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        borrowed.extend([self.nest.mounts(), network.as_fd()]);
+        packet::send(socket, &launch, &borrowed)?;
+        Ok(ProcessRecord {
+            pid,
+            start_ticks: identity::start_ticks(pid).map_err(failed("the process's start time"))?,
+            boot_id: self.boot_id,
+            ran: false,
+        })
     }
 
     fn open(

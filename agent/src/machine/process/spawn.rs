@@ -1,5 +1,5 @@
-//! Starts a machine's process: a clone into namespaces of its own, and exec of our own binary by its
-//! descriptor.
+//! Starts a machine's process: a clone into namespaces of its own (those that cost nothing; the others
+//! come from [`nest`](super::nest)), and exec of our own binary by its descriptor.
 //!
 //! The clone shares our memory until the exec (as posix_spawn does), so that a start does not copy the
 //! agent's page tables; between the two, only raw system calls are made.
@@ -71,8 +71,6 @@ pub fn spawn(inherited: &Inherited<'_>) -> io::Result<Spawned> {
         | libc::CLONE_VFORK
         | libc::CLONE_PIDFD
         | libc::CLONE_NEWPID
-        | libc::CLONE_NEWNS
-        | libc::CLONE_NEWNET
         | libc::CLONE_NEWIPC
         | libc::CLONE_NEWUTS
         | libc::SIGCHLD;
