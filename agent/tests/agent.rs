@@ -286,7 +286,7 @@ fn a_download_that_is_cut_off_is_resumed_and_a_wrong_image_leaves_nothing() -> R
     block_on(async {
         let (cloud, agent, kernel) = start(&[7; 1 << 20], true).await?;
         cloud.cut_next_download_at(300_000);
-        let id = running(&agent, &kernel).await?;
+        running(&agent, &kernel).await?;
         assert_eq!(cloud.heard(|heard| heard.fetches[&kernel.id]), 2);
 
         let lie = image_of(b"what it says");
@@ -357,6 +357,46 @@ fn only_controllers_may_call_and_bad_bodies_are_answered() -> Result {
             agent.client.get(id).await.unwrap_err().refusal(),
             Some(&Refusal::Unknown)
         );
+        Ok(())
+    })
+}
+
+/// The agent died between the record's write and its `Go`, which is seen from the new one as: a process
+/// that has not run its guest, does not answer, and then is gone.
+#[test]
+fn a_start_that_was_cut_off_by_the_agents_death_is_made_again_and_not_called_a_failure() -> Result {
+    block_on(async {
+        let (_cloud, mut agent, kernel) = with_stand_ins().await?;
+        let id = running(&agent, &kernel).await?;
+        let pid = rustix::process::Pid::from_raw(agent.processes(id)[0]).unwrap();
+        agent.kill();
+        let path = agent.machine_folder(id).join("record.json");
+        let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+        record["process"]["ran"] = false.into();
+        std::fs::write(&path, record.to_string())?;
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP)?;
+        agent.run().await?;
+        agent.logs("found its process").await?;
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+        let again = |report: &MachineReport| is_running(report) && report.starts == 2;
+        agent.settled(id, 1, again).await?;
+        Ok(())
+    })
+}
+
+/// Each machine and each connection takes some: the agent must not be at its end with a thousand.
+#[test]
+fn the_agent_takes_as_many_descriptors_as_the_host_lets_it() -> Result {
+    block_on(async {
+        let (_cloud, agent, _) = with_stand_ins().await?;
+        let limits = std::fs::read_to_string(format!("/proc/{}/limits", agent.pid().unwrap()))?;
+        let line = limits
+            .lines()
+            .find(|line| line.starts_with("Max open files"))
+            .unwrap();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        assert_eq!(words[3], words[4], "{line}");
+        assert_ne!(words[3], "1024", "the test's own limit is the host's");
         Ok(())
     })
 }

@@ -73,7 +73,7 @@ impl Cgroups {
         let limits = [
             // Threads: vCPUs, disks, the process's own.
             ("pids.max", (u64::from(spec.vcpus) + 64).to_string()),
-            ("memory.max", memory(spec).to_string()),
+            ("memory.max", memory(spec.memory_mib).to_string()),
             (
                 "cpu.weight",
                 (u64::from(spec.vcpus) * 100).min(10_000).to_string(),
@@ -118,8 +118,8 @@ impl Cgroups {
 /// The most that a machine's group may use, bytes: the guest's memory, the tables that grow with it
 /// (8 bytes a page of 4 KiB on each of the guest's and the process's side, and KVM's own), and room
 /// for the process and its page cache.
-fn memory(spec: &MachineSpec) -> u64 {
-    let guest = spec.memory_mib << 20;
+fn memory(mib: u64) -> u64 {
+    let guest = mib << 20;
     guest + guest / 64 + (512 << 20)
 }
 
@@ -137,6 +137,18 @@ fn mount(mountinfo: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_of_any_size_has_room_for_the_tables_of_its_memory() {
+        for memory_mib in [64, 4 << 10, 1 << 20] {
+            let guest = memory_mib << 20;
+            // Page tables of the process and of KVM, and room for the process itself and its disks' cache.
+            let least = guest + guest / 4096 * 16 + (256 << 20);
+            let most = guest + guest / 32 + (1 << 30);
+            let given = super::memory(memory_mib);
+            assert!((least..most).contains(&given), "{memory_mib} MiB: {given}");
+        }
+    }
 
     #[test]
     fn the_second_version_is_found_beside_the_first() {

@@ -316,3 +316,6 @@ impl Cache {
         self.folder.join(&image.blake3)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -92,8 +92,11 @@ impl Agent {
             .create(true)
             .append(true)
             .open(self.folder.path().join("log"))?;
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fractus-agent"));
+        // As under systemd: the soft limit of descriptors is one for programs that use `select`.
+        let mut command = Command::new("sh");
         command
+            .args(["-c", "ulimit -Sn 1024 && exec \"$0\" \"$@\""])
+            .arg(env!("CARGO_BIN_EXE_fractus-agent"))
             .args([
                 "run",
                 "--listen",
@@ -142,6 +145,26 @@ impl Agent {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+
+    /// Of the agent itself.
+    pub fn pid(&self) -> Option<u32> {
+        Some(self.child.as_ref()?.id())
+    }
+
+    /// Until its log says so.
+    pub async fn logs(&self, text: &str) -> Result {
+        let by = Instant::now() + PATIENCE;
+        while !self.log().contains(text) {
+            anyhow::ensure!(
+                Instant::now() < by,
+                "{text:?} is not in its log\n{}",
+                self.log()
+            );
+            // sleeps because a file is read as often as it takes; a deadline ends it.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(())
     }
 
     pub async fn restart(&mut self) -> Result {
