@@ -1,0 +1,89 @@
+//! Debian packages, unpacked into the cache by `scripts/debian-tree`.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use fractus_tests::tidy::checkout;
+
+/// Packages that were unpacked.
+#[derive(Debug, Clone)]
+pub struct Tree {
+    folder: PathBuf,
+}
+
+/// Unpacks packages, if that was not done before. `arguments` are those of `scripts/debian-tree`.
+///
+/// # Errors
+/// With what apt said.
+pub fn tree(arguments: &[&str]) -> Result<Tree> {
+    let script = checkout().join("scripts/debian-tree");
+    let output = Command::new(&script)
+        .args(arguments)
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("running {}", script.display()))?;
+    if !output.status.success() {
+        bail!(
+            "{} {}: {}",
+            script.display(),
+            arguments.join(" "),
+            output.status
+        );
+    }
+    let folder = PathBuf::from(String::from_utf8(output.stdout)?.trim());
+    Ok(Tree { folder })
+}
+
+/// Where the lab keeps what is dear to make: beside what the scripts keep.
+pub fn cache() -> Result<PathBuf> {
+    let from = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let folder = from("FRACTUS_CACHE")
+        .or_else(|| Some(from("XDG_CACHE_HOME")?.join("fractus")))
+        .or_else(|| Some(from("HOME")?.join(".cache/fractus")))
+        .unwrap_or_else(|| PathBuf::from("/root/.cache/fractus"))
+        .join("lab");
+    std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+    Ok(folder)
+}
+
+impl Tree {
+    pub fn path(&self, inside: &str) -> PathBuf {
+        self.folder.join("tree").join(inside)
+    }
+
+    /// Names and versions of the packages, a line each.
+    pub fn versions(&self) -> Result<String> {
+        Ok(std::fs::read_to_string(self.folder.join("versions"))?)
+    }
+
+    /// The one kernel in it: release and file.
+    pub fn kernel(&self) -> Result<(String, PathBuf)> {
+        let boot = self.path("boot");
+        let kernels = std::fs::read_dir(&boot)?.flatten().filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            Some((name.strip_prefix("vmlinuz-")?.to_owned(), entry.path()))
+        });
+        let mut kernels: Vec<_> = kernels.collect();
+        match kernels.pop() {
+            Some(kernel) if kernels.is_empty() => Ok(kernel),
+            _ => bail!("{}: not one kernel", boot.display()),
+        }
+    }
+
+    /// Runs a program of the tree by the tree's own libraries.
+    pub fn command(&self, program: &Path) -> Command {
+        let libraries = [
+            "lib/x86_64-linux-gnu",
+            "usr/lib/x86_64-linux-gnu",
+            "usr/lib/x86_64-linux-gnu/pulseaudio",
+        ];
+        let libraries = libraries.map(|folder| self.path(folder).display().to_string());
+        let mut command = Command::new(self.path("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"));
+        command
+            .arg("--library-path")
+            .arg(libraries.join(":"))
+            .arg(program);
+        command
+    }
+}

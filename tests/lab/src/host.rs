@@ -1,0 +1,283 @@
+//! One host of the lab, from the outside.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+
+use crate::image::HostImage;
+use crate::monitor::Monitor;
+use crate::qemu::{self, Files};
+use crate::saved;
+use crate::segment::{self, Ports};
+use crate::shell::{self, Output};
+use crate::wire::Lines;
+
+/// Longest wait for a boot or for a host to take its identity, on a machine that does much else.
+const BOOTS: Duration = Duration::from_secs(120);
+/// Longest wait for a command, unless the caller says otherwise.
+const RUNS: Duration = Duration::from_secs(60);
+/// Bytes of a host's own disk; a sparse file.
+const STATE_BYTES: u64 = 16 << 30;
+const AGENT_PORT: u16 = 9443;
+
+/// How a host comes up.
+#[derive(Debug, Clone)]
+pub enum Start {
+    /// As any machine, in some seconds.
+    Boot,
+    /// From this file ([`crate::Lab`] knows it), in about one.
+    Restore(PathBuf),
+}
+
+/// A QEMU that runs a host; killed when dropped.
+#[derive(Debug)]
+pub struct Running {
+    qemu: Child,
+    pub monitor: Monitor,
+    identity: Lines,
+    log: PathBuf,
+}
+
+impl Running {
+    /// `restore`: from that file, with its processors standing still.
+    pub fn start(
+        image: &HostImage,
+        files: &Files,
+        ports: &Ports,
+        restore: Option<&Path>,
+    ) -> Result<Self> {
+        let mut qemu = qemu::start(image, files, ports, restore.is_some())?;
+        let connected = (|| {
+            let alive = || matches!(qemu.try_wait(), Ok(None));
+            let mut monitor = Monitor::connect(&files.monitor(), alive)?;
+            // Before the guest runs: a serial line drops what nobody listens to.
+            let identity = Lines::connect(&files.identity(), BOOTS, || true)?;
+            if let Some(from) = restore {
+                saved::restore(&mut monitor, from)?;
+            }
+            Ok((monitor, identity))
+        })();
+        match connected {
+            Ok((monitor, identity)) => Ok(Self {
+                qemu,
+                monitor,
+                identity,
+                log: files.qemu_log(),
+            }),
+            Err(error) => {
+                let _ = qemu.kill();
+                let _ = qemu.wait();
+                let error: anyhow::Error = error;
+                let log = std::fs::read_to_string(files.qemu_log()).unwrap_or_default();
+                Err(error.context(format!("QEMU said: {log}")))
+            }
+        }
+    }
+
+    /// Waits until a booting host asks for its identity.
+    pub fn until_ready(&mut self, limit: Duration) -> Result<()> {
+        let ready = |line: &str| (line == "ready").then_some(());
+        self.identity.until("ready", limit, ready)
+    }
+
+    /// Tells it which host it is, and waits until it is that.
+    fn become_host(&mut self, number: u8, name: &str) -> Result<()> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+        let rest = 1_000_000 - now.subsec_micros();
+        let line = format!(
+            "{} {rest} {name} {} {} {}",
+            now.as_secs(),
+            segment::ethernet_address(number, 1),
+            segment::ethernet_address(number, 2),
+            segment::address(number),
+        );
+        self.identity.say(&line)?;
+        let up = |line: &str| (line == "up").then_some(());
+        self.identity
+            .until("up", BOOTS, up)
+            .with_context(|| format!("QEMU's log: {}", self.log.display()))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+/// A host: its disk and its place in the segment stay while it is off.
+#[derive(Debug)]
+pub struct Host {
+    pub name: String,
+    number: u8,
+    image: HostImage,
+    files: Files,
+    ports: Ports,
+    running: Option<Running>,
+}
+
+impl Host {
+    /// A host that is off. `number` from 1; `folder` is its own.
+    pub fn new(
+        image: &HostImage,
+        segment: &segment::Segment,
+        number: u8,
+        folder: &Path,
+        payload: &Path,
+    ) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let state = folder.join("state");
+        if !state.exists() {
+            format_disk(&state)?;
+        }
+        Ok(Self {
+            name: format!("host{number}"),
+            number,
+            image: image.clone(),
+            files: Files {
+                folder: folder.to_path_buf(),
+                payload: payload.to_path_buf(),
+                state,
+            },
+            ports: segment.ports(number)?,
+            running: None,
+        })
+    }
+
+    /// Powers it on; returns when it takes commands.
+    pub fn start(&mut self, how: &Start) -> Result<()> {
+        self.running = None;
+        let restore = match how {
+            Start::Boot => None,
+            Start::Restore(file) => Some(file.as_path()),
+        };
+        let mut running = Running::start(&self.image, &self.files, &self.ports, restore)?;
+        if restore.is_some() {
+            running.monitor.execute("cont", json!({}))?;
+        } else {
+            running.until_ready(BOOTS)?;
+        }
+        running
+            .become_host(self.number, &self.name)
+            .with_context(|| self.serial_log())?;
+        self.running = Some(running);
+        Ok(())
+    }
+
+    /// Pulls its plug. What it had not synced is lost, as far as its own kernel is concerned.
+    pub fn kill(&mut self) {
+        self.running = None;
+    }
+
+    /// Pulls its plug and boots it; its disk is as it was left.
+    pub fn restart(&mut self) -> Result<()> {
+        self.start(&Start::Boot)
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        let ended = |running: &mut Running| running.qemu.try_wait().ok().flatten();
+        self.running.as_mut().is_some_and(|it| ended(it).is_none())
+    }
+
+    /// Stops its processors, as a hypervisor below it would; nothing of it answers.
+    pub fn freeze(&mut self) -> Result<()> {
+        self.monitor()?.execute("stop", json!({})).map(drop)
+    }
+
+    pub fn thaw(&mut self) -> Result<()> {
+        self.monitor()?.execute("cont", json!({})).map(drop)
+    }
+
+    fn monitor(&mut self) -> Result<&mut Monitor> {
+        let name = &self.name;
+        let running = self.running.as_mut();
+        Ok(&mut running.with_context(|| format!("{name} is off"))?.monitor)
+    }
+
+    pub fn cut_network(&self) -> Result<()> {
+        self.ports.cut()
+    }
+
+    pub fn mend_network(&self) -> Result<()> {
+        self.ports.mend()
+    }
+
+    pub fn address(&self) -> String {
+        segment::address(self.number)
+    }
+
+    /// Where controllers reach its agent.
+    pub fn endpoint(&self) -> String {
+        format!("https://{}:{AGENT_PORT}", self.address())
+    }
+
+    /// Runs a script by its shell.
+    pub fn run(&self, script: &str) -> Result<Output> {
+        self.run_within(script, RUNS)
+    }
+
+    pub fn run_within(&self, script: &str, limit: Duration) -> Result<Output> {
+        let at: SocketAddr = format!("{}:80", self.address()).parse()?;
+        shell::run(at, script, limit)
+    }
+
+    /// Runs a script that must succeed; gives what it said.
+    pub fn done(&self, script: &str) -> Result<String> {
+        let output = self.run(script)?;
+        if output.status != 0 {
+            bail!(
+                "{}: {script}: exit {}\n{}",
+                self.name,
+                output.status,
+                output.text
+            );
+        }
+        Ok(output.text)
+    }
+
+    /// Starts the agent; it joins by the token if this host has not joined before.
+    pub fn start_agent(&self, controller: &str, token: &str) -> Result<()> {
+        let endpoint = self.endpoint();
+        self.done(&format!("/lab/agent {controller} {token} {endpoint}"))?;
+        Ok(())
+    }
+
+    /// `kill -9` of the agent; its machines go on.
+    pub fn kill_agent(&self) -> Result<()> {
+        self.done("kill -9 $(cat /run/agent.pid)").map(drop)
+    }
+
+    pub fn agent_log(&self) -> Result<String> {
+        self.done("cat /var/lib/fractus-agent/agent.log")
+    }
+
+    /// All that it ever wrote to its serial line.
+    pub fn serial_log(&self) -> String {
+        let bytes = std::fs::read(self.files.serial_log()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The socket of its serial line.
+    pub fn console(&self) -> PathBuf {
+        self.files.console()
+    }
+}
+
+fn format_disk(path: &Path) -> Result<()> {
+    std::fs::File::create_new(path)?.set_len(STATE_BYTES)?;
+    let options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard";
+    let status = Command::new("mkfs.ext4")
+        .args(["-q", "-F", "-E", options, "-m", "0"])
+        .arg(path)
+        .status()
+        .context("running mkfs.ext4 (package e2fsprogs)")?;
+    if !status.success() {
+        bail!("mkfs.ext4 {}: {status}", path.display());
+    }
+    Ok(())
+}

@@ -1,0 +1,86 @@
+//! What is under test, on a disk that a host unpacks when it gets its identity: the agent, and the
+//! libraries that it needs.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::archive::Archive;
+use crate::debian::cache;
+
+/// Makes the disk for this agent, if it was not made before.
+pub fn make(agent: &Path) -> Result<PathBuf> {
+    let bytes = std::fs::read(agent).with_context(|| {
+        format!(
+            "{}: build it first, cargo build --workspace --bins",
+            agent.display()
+        )
+    })?;
+    let hash = blake3::hash(&bytes).to_hex();
+    let disk = cache()?.join(format!("payload-{}", &hash[..16]));
+    if !disk.exists() {
+        let folder = cache()?;
+        let new = tempfile::NamedTempFile::new_in(&folder)?;
+        let mut archive = Archive::new(BufWriter::new(new));
+        archive.copy("opt/fractus-agent", 0o755, &stripped(agent)?)?;
+        for library in libraries(agent)? {
+            let name = library.display().to_string();
+            archive.copy(name.trim_start_matches('/'), 0o755, &library)?;
+        }
+        let new = archive.finish()?.into_inner()?;
+        fill(new.as_file())?;
+        new.persist(&disk)?;
+        forget_older(&folder, &disk);
+    }
+    Ok(disk)
+}
+
+/// Development builds are mostly names and line numbers; the host's memory is small.
+fn stripped(agent: &Path) -> Result<PathBuf> {
+    let to = tempfile::NamedTempFile::new()?.into_temp_path();
+    let done = Command::new("strip").arg("-o").arg(&to).arg(agent).status();
+    match done {
+        Ok(status) if status.success() => Ok(to.keep()?),
+        _ => Ok(agent.to_path_buf()),
+    }
+}
+
+/// As the dynamic linker finds them here.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("ldd").arg(program).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    let words = text.split_whitespace();
+    let paths: Vec<_> = words
+        .filter(|word| word.starts_with('/'))
+        .map(PathBuf::from)
+        .collect();
+    if paths.is_empty() {
+        bail!("ldd {}: {text}", program.display());
+    }
+    Ok(paths)
+}
+
+/// A disk has whole sectors.
+fn fill(mut disk: &File) -> Result<()> {
+    let size = disk.metadata()?.len();
+    let more = size.next_multiple_of(1 << 20) - size;
+    disk.write_all(&vec![0; usize::try_from(more)?])?;
+    Ok(())
+}
+
+/// Each build of the agent leaves one: keep a few.
+fn forget_older(folder: &Path, newest: &Path) {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut disks: Vec<_> = entries
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("payload-"))
+        .filter(|entry| entry.path() != newest)
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    disks.sort();
+    for (_, path) in disks.iter().rev().skip(4) {
+        let _ = std::fs::remove_file(path);
+    }
+}
