@@ -59,4 +59,6 @@ pub use service::{PublicUrl, Service};
 pub use crate::policy::Rule;
 
 #[cfg(test)]
+mod oracle;
+#[cfg(test)]
 mod tests;

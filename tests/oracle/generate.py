@@ -4,7 +4,9 @@
     tests/oracle/generate.py RECORDINGS OPENAPI      (in a virtualenv with tempest 47 and PyYAML)
 
 RECORDINGS is the folder of *.jsonl exchanges with a real cloud, OPENAPI the folder data/ of the
-crate openstack_types. Writes, beside itself:
+crate openstack_types. `--only recorded` makes
+what comes of the recordings (that needs nothing but Python), `--only openapi` what comes of the documents
+(that needs PyYAML and jsonschema); `--into FOLDER` writes elsewhere. Writes, beside itself:
 
     data/recorded/SERVICE.json   the shapes of the recorded bodies: fields, types, which may be absent
     data/tempest.json            the response schemas of Tempest's compute clients, by microversion
@@ -12,6 +14,7 @@ crate openstack_types. Writes, beside itself:
     data/openapi/SERVICE.json    the OpenAPI response schemas that every real answer passes
     data/examples.json           some of the exchanges, for the oracle's own tests
 """
+import argparse
 import collections
 import json
 import pathlib
@@ -22,7 +25,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 SERVICES = ["compute", "identity", "image", "volume", "network", "object-store"]
 # Objects whose keys are data: any key may stand there.
 MAPS = {"metadata", "extra_specs", "addresses", "properties", "options", "os:scheduler_hints",
-        "flavor_extra_specs", "patternProperties", "definitions"}
+        "flavor_extra_specs", "patternProperties", "definitions", "meta", "hosts", "services of a host"}
 VOLATILE = {"content-length", "date", "connection", "server", "keep-alive", "transfer-encoding",
             "location", "etag", "openstack-image-store-ids", "openstack-image-import-methods", "link", "content-disposition", "access-control-allow-origin"}
 TIME = [("time_z", r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"),
@@ -75,7 +78,8 @@ class Shape:
             if name in MAPS:
                 self.map = self.map or Shape()
                 for item in value.values():
-                    self.map.see(item)
+                    # Of a zone's hosts, the keys of each are its services.
+                    self.map.see(item, "services of a host" if name == "hosts" else "")
                 return
             self.objects += 1
             for key, item in value.items():
@@ -111,6 +115,8 @@ class Shape:
             shape.optional(f"{path}.{key}", into)
         if self.items:
             self.items.optional(path + "[]", into)
+        if self.map:
+            self.map.optional(path + ".*", into)
 
     def dump(self):
         out = {"types": sorted(self.types)}
@@ -132,8 +138,24 @@ def exchanges(folder, service):
         yield json.loads(line)
 
 
+def image_nulls(folder):
+    """The fields of an image that may be null, as the cloud's own schema of it says."""
+    for exchange in exchanges(folder, "image"):
+        if exchange["path"] == "/v2/schemas/image" and exchange["status"] == 200:
+            fields = exchange["response_body"]["properties"]
+            return [name for name, field in fields.items() if "null" in field.get("type", [])]
+    raise SystemExit("no schema of an image was recorded")
+
+
+def nullable(shape, names):
+    for name in names:
+        if name in shape.fields:
+            shape.fields[name].types.add("null")
+
+
 def recorded(folder, service):
     operations, errors = {}, {}
+    null = image_nulls(folder) if service == "image" else []
     for exchange in exchanges(folder, service):
         status, body = exchange["status"], exchange.get("response_body")
         path = exchange["path"].split("?")[0]
@@ -154,18 +176,22 @@ def recorded(folder, service):
                 # The body of one extra spec is the spec itself: its key is data.
                 shape.see(body, "extra_specs" if path.endswith("/os-extra_specs/{name}") else "")
                 if service == "identity":
-                    # Users carry what clients gave them, as keystone's `extra`.
-                    for user in [shape.fields.get("user"), (shape.fields.get("users") or Shape()).items]:
-                        if user:
-                            user.open = True
-                            if "extra" in user.fields:
-                                user.fields["extra"].open = True
+                    # Users and projects carry what clients gave them, as keystone's `extra`.
+                    for name in ("user", "project"):
+                        for thing in [shape.fields.get(name), (shape.fields.get(name + "s") or Shape()).items]:
+                            if thing:
+                                thing.open = True
+                                if "extra" in thing.fields:
+                                    thing.fields["extra"].open = True
                 if service == "image" and path.startswith("/v2/images"):
                     # An image carries its owner's own properties.
                     shape.open = shape.open or "images" not in body and "id" in body
                     for item in [shape.fields.get("images")]:
                         if item and item.items:
                             item.items.open = True
+                            nullable(item.items, null)
+                    if "id" in body:
+                        nullable(shape, null)
         else:
             answer["bodies"].add("text")
     out = []
@@ -378,7 +404,7 @@ def openapi(recordings, folder, service):
 def write(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, separators=(",", ":"), sort_keys=False) + "\n")
-    print(path.relative_to(HERE), path.stat().st_size, file=sys.stderr)
+    print(path, path.stat().st_size, file=sys.stderr)
 
 
 def examples(folder):
@@ -401,12 +427,21 @@ def examples(folder):
 
 
 def main():
-    recordings, documents = map(pathlib.Path, sys.argv[1:])
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("recordings", type=pathlib.Path)
+    arguments.add_argument("openapi", type=pathlib.Path, nargs="?")
+    arguments.add_argument("--into", type=pathlib.Path, default=HERE / "data")
+    arguments.add_argument("--only", choices=["recorded", "openapi"])
+    given = arguments.parse_args()
     for service in ("compute", "identity", "image"):
-        write(HERE / "data/recorded" / f"{service}.json", recorded(recordings, service))
-        write(HERE / "data/openapi" / f"{service}.json", openapi(recordings, documents, service))
-    write(HERE / "data/examples.json", examples(recordings))
-    write(HERE / "data/tempest.json", tempest())
+        if given.only != "openapi":
+            write(given.into / "recorded" / f"{service}.json", recorded(given.recordings, service))
+        if given.only != "recorded":
+            write(given.into / "openapi" / f"{service}.json", openapi(given.recordings, given.openapi, service))
+    if given.only != "openapi":
+        write(given.into / "examples.json", examples(given.recordings))
+    if given.only is None:
+        write(given.into / "tempest.json", tempest())
 
 
 main()

@@ -62,14 +62,12 @@ impl Round<'_> {
     }
 
     fn end(self) {
-        let silent = self.client.silent();
         assert!(
             self.wrong.is_empty(),
             "{} wrong:\n{}",
             self.wrong.len(),
             self.wrong.join("\n")
         );
-        println!("no witness for: {silent:#?}");
     }
 }
 

@@ -20,6 +20,10 @@ use crate::identity::Realm;
 use crate::image::blob::FileStore;
 use crate::random::SystemRandom;
 
+/// The projects of the tokens `one` and `two`.
+const ONE: &str = "0000000000000000000000000000001a";
+const TWO: &str = "0000000000000000000000000000002a";
+
 #[derive(Debug)]
 struct Tokens(HashMap<&'static str, Arc<Identity>>);
 
@@ -73,9 +77,9 @@ async fn cloud_within(database: Database, limits: Limits) -> Cloud {
     let images = Images::new(database.clone(), Arc::new(blobs)).within(limits);
     let tokens = Tokens(HashMap::from([
         ("admin", identity("admins", "admin")),
-        ("one", identity("one", "member")),
-        ("two", identity("two", "member")),
-        ("reader", identity("one", "reader")),
+        ("one", identity(ONE, "member")),
+        ("two", identity(TWO, "member")),
+        ("reader", identity(ONE, "reader")),
     ]));
     let app = App::new(AppParts {
         public_url: PublicUrl::parse("http://127.0.0.1:5000").unwrap(),
@@ -328,7 +332,7 @@ on_both!(
     cloud,
     {
         let id = cloud.raw("one", json!({})).await;
-        let caller = crate::http::Caller::new(identity("one", "member"), "one".into());
+        let caller = crate::http::Caller::new(identity(ONE, "member"), "one".into());
         let database = &cloud.images.database;
         store::begin_upload(
             database,
@@ -436,7 +440,7 @@ on_both!(
         let path = format!("/v2/images/{shared}");
         assert_eq!(cloud.get("two", &path).await.status, StatusCode::NOT_FOUND);
         let members = format!("{path}/members");
-        let member = json!({"member": "two"});
+        let member = json!({"member": TWO});
         let added = cloud
             .call("one", Method::POST, &members, member.clone())
             .await;
@@ -454,7 +458,7 @@ on_both!(
         );
 
         let answer = json!({"status": "accepted"});
-        let mine = format!("{members}/two");
+        let mine = format!("{members}/{TWO}");
         let by_owner = cloud.call("one", Method::PUT, &mine, answer.clone()).await;
         assert_eq!(by_owner.status, StatusCode::FORBIDDEN);
         let by_member = cloud.call("two", Method::PUT, &mine, answer).await;
@@ -533,7 +537,7 @@ on_both!(patches_change_what_they_may_and_nothing_else, cloud, {
             403,
         ),
         (
-            json!([{"op": "replace", "path": "/owner", "value": "two"}]),
+            json!([{"op": "replace", "path": "/owner", "value": TWO}]),
             403,
         ),
         (
@@ -655,7 +659,7 @@ on_both!(bad_requests_get_glances_errors, cloud, {
         (json!({"os_glance_foo": "bar"}), 403),
         (json!({"status": "active"}), 403),
         (json!({"visibility": "public"}), 403),
-        (json!({"owner": "two"}), 403),
+        (json!({"owner": TWO}), 403),
     ] {
         let answer = cloud
             .call("one", Method::POST, "/v2/images", body.clone())

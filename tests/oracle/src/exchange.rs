@@ -97,6 +97,15 @@ impl Exchange {
         })
     }
 
+    /// The body, not too much of it.
+    pub fn shown(&self) -> String {
+        match &self.body {
+            Body::None => String::new(),
+            Body::Json(value) => value.to_string().chars().take(4000).collect(),
+            Body::Other => "(a body that is no JSON)".to_owned(),
+        }
+    }
+
     /// The first header of that name (lower case).
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers

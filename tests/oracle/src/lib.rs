@@ -21,6 +21,9 @@ use std::sync::LazyLock;
 pub use exchange::{Body, Exchange, Service};
 pub use recorded::Recorded;
 
+/// Operations that no witness knows; `tests/tests/oracle_coverage.rs` keeps it whole.
+const WITHOUT: &str = include_str!("../data/without.txt");
+
 /// What an answer was held to. [`Verdict::silent`] when nothing had anything to say of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
@@ -84,6 +87,55 @@ impl Oracle {
         } else {
             Err(violations)
         }
+    }
+
+    /// The whole judgement: holds an answer to every witness, and a success that none of them knows to
+    /// the list of operations without an oracle (`data/without.txt`).
+    ///
+    /// # Errors
+    /// What is wrong with it, for a person.
+    pub fn hold(&self, exchange: &Exchange) -> Result<(), String> {
+        let request = format!(
+            "{} /{}{}{} {} at 2.{}",
+            exchange.method,
+            exchange.service.name(),
+            exchange.path,
+            exchange
+                .action
+                .iter()
+                .map(|a| format!(" {a}"))
+                .collect::<String>(),
+            exchange.status,
+            exchange.microversion
+        );
+        match self.check(exchange) {
+            Ok(verdict) if verdict.silent() && !self.listed(exchange) => Err(format!(
+                "{request}: no witness knows such an answer, and tests/oracle/data/without.txt does \
+                 not list the operation"
+            )),
+            Ok(_) => Ok(()),
+            Err(violations) => {
+                let said: Vec<String> = violations.iter().map(ToString::to_string).collect();
+                Err(format!(
+                    "{request} is not what OpenStack says:\n  {}\n{}",
+                    said.join("\n  "),
+                    exchange.shown()
+                ))
+            }
+        }
+    }
+
+    /// Whether the operation stands in the list of those without an oracle.
+    fn listed(&self, exchange: &Exchange) -> bool {
+        let path = format!("/{}{}", exchange.service.name(), exchange.path);
+        WITHOUT.lines().any(|line| {
+            let mut words = line.split(' ');
+            words.next() == Some(exchange.method.as_str())
+                && words
+                    .next()
+                    .is_some_and(|listed| template::rank(listed, &path).is_some())
+                && words.next() == exchange.action.as_deref()
+        })
     }
 
     /// Whether any witness knows a successful answer of this operation. `path` may be a template

@@ -1,8 +1,5 @@
 //! An HTTP client whose every answer passes the oracle.
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
-
 use anyhow::{Context, Result, bail};
 use fractus_oracle::{Exchange, Oracle};
 use reqwest::Method;
@@ -17,8 +14,6 @@ pub struct Client {
     pub token: Option<String>,
     /// The minor part: 96 for 2.96; `None` sends none, which is 2.1.
     pub microversion: Option<u16>,
-    /// Requests whose answer no witness of the oracle knew anything of.
-    silent: Arc<Mutex<BTreeSet<String>>>,
 }
 
 /// An answer that passed the oracle.
@@ -56,13 +51,11 @@ impl Client {
             .no_proxy()
             .tls_certs_only([])
             .build()?;
-        let silent = Arc::default();
         Ok(Self {
             http,
             url: url.to_owned(),
             token: None,
             microversion: None,
-            silent,
         })
     }
 
@@ -159,7 +152,7 @@ impl Client {
             .bytes()
             .await
             .with_context(|| format!("body of {method} {path}"))?;
-        self.judge(&method, path, body, status, &headers, &bytes)?;
+        Self::judge(&method, path, body, status, &headers, &bytes)?;
         let body = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
         Ok(Answer {
             status,
@@ -189,7 +182,6 @@ impl Client {
     }
 
     fn judge(
-        &self,
         method: &Method,
         path: &str,
         request: Option<&Value>,
@@ -207,37 +199,10 @@ impl Client {
         let Some(exchange) = exchange else {
             return Ok(());
         };
-        match Oracle::get().check(&exchange) {
-            Ok(verdict) => {
-                if verdict.silent() {
-                    let action = exchange.action.as_deref().unwrap_or_default();
-                    let said = format!("{method} {} {action} {status}", exchange.path);
-                    let mut silent = self
-                        .silent
-                        .lock()
-                        .unwrap_or_else(std::sync::PoisonError::into_inner);
-                    silent.insert(said);
-                }
-                Ok(())
-            }
-            Err(violations) => {
-                let said: Vec<String> = violations.iter().map(ToString::to_string).collect();
-                bail!(
-                    "{method} {path} {status} at 2.{} is not what OpenStack says:\n  {}\n{}",
-                    exchange.microversion,
-                    said.join("\n  "),
-                    String::from_utf8_lossy(&bytes[..bytes.len().min(4000)])
-                )
-            }
+        if let Err(said) = Oracle::get().hold(&exchange) {
+            bail!("{said}");
         }
-    }
-
-    /// What the oracle could say nothing of, so far.
-    pub fn silent(&self) -> BTreeSet<String> {
-        self.silent
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .clone()
+        Ok(())
     }
 }
 

@@ -11,6 +11,7 @@ use super::schemas::{self, More};
 use super::servers::missing;
 use crate::compute::model::time;
 use crate::compute::store::action::{self, Action};
+use crate::compute::store::placement;
 use crate::compute::store::server;
 use crate::http::schema::Schema;
 use crate::http::{ApiError, Routes};
@@ -151,7 +152,8 @@ async fn show(
     let mut view = view(&call, &id, action);
     if call.at_least(51) || call.caller.is_admin() {
         let events: Vec<Value> = if action.operation {
-            vec![event(&call, &row, action)]
+            let host = hostname(&call, &row.id).await?;
+            vec![event(&call, &row, action, &host)]
         } else {
             Vec::new()
         };
@@ -160,7 +162,15 @@ async fn show(
     Ok(Json(json!({"instanceAction": view})))
 }
 
-fn event(call: &Call, row: &server::Model, action: &Action) -> Value {
+/// Where the server is; empty while it is nowhere (a text in every answer of nova).
+async fn hostname(call: &Call, server: &str) -> Result<String, ApiError> {
+    let mut placed = placement::of_servers(call.reader(), [server.to_owned()]).await?;
+    let placed = placed.remove(server);
+    Ok(placed.map(|placed| placed.hostname).unwrap_or_default())
+}
+
+/// `host` is where the server is now: servers stay where they began.
+fn event(call: &Call, row: &server::Model, action: &Action, host: &str) -> Value {
     let result = action.ended.as_ref().map(|end| {
         if end.failure.is_some() {
             "Error"
@@ -178,12 +188,12 @@ fn event(call: &Call, row: &server::Model, action: &Action) -> Value {
     if call.caller.is_admin() {
         event["traceback"] = Value::Null;
     }
-    let host = action.ended.as_ref().and_then(|end| end.host_id.clone());
     if call.at_least(62) {
         if call.caller.is_admin() {
             event["host"] = json!(host);
         }
-        let named = host.map(|host| super::servers::view::host_digest(&row.project_id, &host));
+        let digest = || super::servers::view::host_digest(&row.project_id, host);
+        let named = (!host.is_empty()).then(digest);
         event["hostId"] = json!(named.unwrap_or_default());
     }
     if call.at_least(84) && call.caller.is_admin() {

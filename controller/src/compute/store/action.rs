@@ -23,7 +23,6 @@ pub struct Action {
 pub struct End {
     pub at_us: i64,
     pub failure: Option<String>,
-    pub host_id: Option<String>,
 }
 
 impl Action {
@@ -66,7 +65,6 @@ pub async fn of_server(
             action.ended = Some(End {
                 at_us: event.at_us,
                 failure: failed.then(|| event.message.unwrap_or_default()),
-                host_id: event.host_id,
             });
         }
     }

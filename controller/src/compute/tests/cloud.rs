@@ -36,6 +36,14 @@ use crate::secret::MasterKey;
 /// Longer than anything takes, on a machine that does other things too.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The users and projects of the tokens.
+const ROOT: &str = "00000000000000000000000000000001";
+pub const USER: &str = "00000000000000000000000000000002";
+const OTHER: &str = "00000000000000000000000000000003";
+const ADMINS: &str = "0000000000000000000000000000000a";
+pub const ONE: &str = "0000000000000000000000000000001a";
+pub const TWO: &str = "0000000000000000000000000000002a";
+
 #[derive(Debug)]
 struct Tokens(HashMap<&'static str, Arc<Identity>>);
 
@@ -144,10 +152,10 @@ impl Cloud {
             clock: SystemClock::shared(),
             random: SystemRandom::shared(),
             authenticator: Arc::new(Tokens(HashMap::from([
-                ("admin", identity("root", "admins", "admin")),
-                ("one", identity("u1", "one", "member")),
-                ("reader", identity("u1", "one", "reader")),
-                ("two", identity("u2", "two", "member")),
+                ("admin", identity(ROOT, ADMINS, "admin")),
+                ("one", identity(USER, ONE, "member")),
+                ("reader", identity(USER, ONE, "reader")),
+                ("two", identity(OTHER, TWO, "member")),
             ]))),
             images: Images::new(hooked.clone(), Arc::new(store)),
             compute: compute.clone(),
@@ -222,7 +230,7 @@ impl Cloud {
             os_hidden: false,
             min_ram: 0,
             min_disk: 0,
-            owner: "admins".to_owned(),
+            owner: ADMINS.to_owned(),
             blob: None,
             created_at_us: 1,
             updated_at_us: 1,

@@ -118,20 +118,20 @@ async fn a_private_flavor_is_seen_by_those_who_were_given_it() {
         .await;
     assert_eq!(status(&cloud.get("one", "/v2.1/flavors/p", "").await), 404);
     let path = "/v2.1/flavors/p/action";
-    let add = json!({"addTenantAccess": {"tenant": "one"}});
+    let add = json!({"addTenantAccess": {"tenant": ONE}});
     let added = cloud
         .call("admin", Method::POST, path, "", add.clone())
         .await;
     assert_eq!(
         added.json,
-        json!({"flavor_access": [{"flavor_id": "p", "tenant_id": "one"}]})
+        json!({"flavor_access": [{"flavor_id": "p", "tenant_id": ONE}]})
     );
     assert_eq!(status(&cloud.get("one", "/v2.1/flavors/p", "").await), 200);
     assert_eq!(status(&cloud.get("two", "/v2.1/flavors/p", "").await), 404);
     let again = cloud.call("admin", Method::POST, path, "", add).await;
     assert_eq!(
         again.message(),
-        "Flavor access already exists for flavor p and project one combination."
+        format!("Flavor access already exists for flavor p and project {ONE} combination.")
     );
     let public = cloud
         .get("admin", "/v2.1/flavors/1/os-flavor-access", "")
@@ -241,13 +241,17 @@ async fn keypairs_are_imported_and_below_2_92_made() {
     let others = cloud.get("two", path, "").await.json;
     assert_eq!(others, json!({"keypairs": []}));
     let peek = cloud
-        .get("two", "/v2.1/os-keypairs?user_id=u1", "2.10")
+        .get("two", &format!("/v2.1/os-keypairs?user_id={USER}"), "2.10")
         .await;
     assert_eq!(status(&peek), 403);
     let seen = cloud
-        .get("admin", "/v2.1/os-keypairs/k?user_id=u1", "2.10")
+        .get(
+            "admin",
+            &format!("/v2.1/os-keypairs/k?user_id={USER}"),
+            "2.10",
+        )
         .await;
-    assert_eq!(seen.json["keypair"]["user_id"], "u1");
+    assert_eq!(seen.json["keypair"]["user_id"], USER);
 
     let one = "/v2.1/os-keypairs/k";
     assert_eq!(
@@ -259,13 +263,16 @@ async fn keypairs_are_imported_and_below_2_92_made() {
         204
     );
     let gone = cloud.get("one", one, "").await;
-    assert_eq!(gone.message(), "Keypair k not found for user u1");
+    assert_eq!(
+        gone.message(),
+        format!("Keypair k not found for user {USER}")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn quotas_are_shown_set_and_kept() {
     let cloud = Cloud::new().await;
-    let path = "/v2.1/os-quota-sets/one";
+    let path = &format!("/v2.1/os-quota-sets/{ONE}");
     let old = cloud.get("one", path, "").await.json;
     assert_eq!(old["quota_set"]["floating_ips"], -1);
     assert_eq!(old["quota_set"]["injected_files"], 5);

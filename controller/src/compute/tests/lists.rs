@@ -104,7 +104,12 @@ async fn lists_are_filtered_and_sorted() {
     );
     assert_eq!(names("admin", "all_tenants=1", "").await.len(), 4);
     assert_eq!(
-        names("admin", "all_tenants=1&host=host-1&project_id=two", "").await,
+        names(
+            "admin",
+            &format!("all_tenants=1&host=host-1&project_id={TWO}"),
+            ""
+        )
+        .await,
         ["other"]
     );
     assert_eq!(

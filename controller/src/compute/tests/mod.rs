@@ -8,7 +8,7 @@ mod servers;
 use http::Method;
 use serde_json::{Value, json};
 
-use self::cloud::{Answer, Cloud, DISK, KERNEL};
+use self::cloud::{Answer, Cloud, DISK, KERNEL, ONE, TWO, USER};
 
 fn keys(value: &Value) -> Vec<&str> {
     let mut keys: Vec<&str> = value

@@ -655,7 +655,7 @@ async fn an_action_tells_its_events() {
     let path = format!("/v2.1/servers/{id}/os-instance-actions/{request}");
     let action = cloud.get("admin", &path, "2.84").await.json["instanceAction"].clone();
     assert_eq!(action["action"], "stop");
-    assert_eq!(action["project_id"], "one");
+    assert_eq!(action["project_id"], ONE);
     let event = &action["events"][0];
     assert_eq!(event["event"], "compute_stop_instance");
     assert_eq!(event["result"], "Success");

@@ -279,8 +279,7 @@ async fn inferences(State(app): State<App>, ctx: RequestContext) -> Result<Json<
             rules.push(json!({"prior_role": brief(&ctx, prior), "implies": implies}));
         }
     }
-    let links = json!({"self": ctx.link("/v3/role_inferences")});
-    Ok(Json(json!({"role_inferences": rules, "links": links})))
+    Ok(Json(json!({"role_inferences": rules})))
 }
 
 async fn list_implied(
