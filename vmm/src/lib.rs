@@ -21,6 +21,8 @@ pub mod config;
 pub mod cpu;
 pub mod device;
 pub mod eventfd;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod interrupt;
 pub mod kvm;
 pub mod layout;

@@ -13,7 +13,7 @@ use crate::memory::GuestMemory;
 
 const MEMORY: u64 = 32 << 20;
 
-/// Takes `input` for a kernel file and, where it is understood, loads it.
+/// Takes `input` for a kernel file and, where it is understood, loads it, with itself as initrd.
 ///
 /// # Panics
 /// If the loader does: a bug.
@@ -38,7 +38,7 @@ pub fn fuzz_load(input: &[u8]) {
     };
     let boot = Boot {
         kernel: &file,
-        initrd: None,
+        initrd: Some(&file),
         command_line: "console=ttyS0",
         rsdp: 0xe_0000,
     };

@@ -6,6 +6,7 @@
 
 mod bzimage;
 mod elf;
+#[cfg(any(test, feature = "fuzzing"))]
 mod fuzz;
 mod linux64;
 mod map;
@@ -26,6 +27,7 @@ use crate::memory::{GuestMemory, MemoryError};
 
 pub use bzimage::BzImage;
 pub use elf::{ElfKernel, Segment};
+#[cfg(any(test, feature = "fuzzing"))]
 pub use fuzz::fuzz_load;
 
 /// Something that can be read at any place; short at its end.

@@ -9,12 +9,14 @@
 //! PCI Express Base Specification (§7.2.2 ECAM).
 
 mod config;
+#[cfg(any(test, feature = "fuzzing"))]
 mod fuzz;
 mod msix;
 mod ports;
 mod root;
 
 pub use config::{BarSpec, BarWidth, ConfigSpace, ConfigState, Identity};
+#[cfg(any(test, feature = "fuzzing"))]
 pub use fuzz::fuzz_config_space;
 #[cfg(test)]
 pub(crate) use msix::tests as msix_recorder;

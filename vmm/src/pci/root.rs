@@ -209,6 +209,7 @@ impl RootComplex {
     }
 
     /// Every BAR that answers now: slot, BAR, base, size.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn places(&self) -> Vec<(usize, u8, u64, u64)> {
         read(&self.claims)
             .iter()

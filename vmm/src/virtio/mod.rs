@@ -12,6 +12,7 @@ pub mod block;
 mod bucket;
 pub mod console;
 mod device;
+#[cfg(any(test, feature = "fuzzing"))]
 mod fuzz;
 #[cfg(test)]
 mod hostile;
@@ -23,6 +24,7 @@ pub mod transport;
 
 pub use attach::attach;
 pub use device::{Activation, DeviceType, VirtioDevice};
+#[cfg(any(test, feature = "fuzzing"))]
 pub use fuzz::fuzz_queue;
 pub use queue::{Chain, QueueFault, Segment, Virtqueue};
 pub use transport::{VirtioPci, VirtioPciDevice};

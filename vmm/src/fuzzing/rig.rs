@@ -1,0 +1,233 @@
+//! A whole board without KVM: all devices as a machine has them, on buses that the target drives, with
+//! doubles of the kernel's interrupts that notice when a device loses count of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use crate::board::{self, IoApic};
+use crate::bus::Bus;
+use crate::config::{
+    ConsoleFiles, ConsolePortConfig, DiskConfig, MachineConfig, MachineFiles, PageSize, RngConfig,
+    WatchdogAction, WatchdogConfig,
+};
+use crate::device::{Board, Device, SavedDevices};
+use crate::eventfd::EventFd;
+use crate::interrupt::{Gsi, InterruptError, IoAddress, IoEvents, MsiController, MsiMessage};
+use crate::layout::{IOAPIC_PINS, Layout};
+use crate::memory::GuestMemory;
+use crate::reactor::{Reactor, ReactorThread};
+use crate::request::{RequestReceiver, channel};
+use crate::thread::Threads;
+use crate::virtio;
+
+pub(super) const MEMORY: u64 = 16 << 20;
+const DISK: u64 = 64 << 10;
+
+/// A board with a disk of two queues, a console of two ports and random numbers, in that order from
+/// PCI slot 1 on, and every fixed device.
+pub(super) struct Rig {
+    pub(super) memory: GuestMemory,
+    pub(super) pio: Arc<Bus>,
+    pub(super) mmio: Arc<Bus>,
+    pub(super) ioapic: Arc<IoApic>,
+    pub(super) doorbells: Arc<Doorbells>,
+    pub(super) requests: RequestReceiver,
+    pub(super) devices: Vec<Arc<dyn Device>>,
+    _reactor: ReactorThread,
+}
+
+impl Rig {
+    /// An error is the host's (no descriptors left), not the target's.
+    pub(super) fn new() -> Outcome<Self> {
+        let config = config();
+        let files = files()?;
+        let memory = GuestMemory::create(&config.memory)?;
+        let (requests, receiver) = channel()?;
+        let reactor = Reactor::new()?;
+        let threads = Threads::new(None, requests.clone());
+        let doorbells = Arc::new(Doorbells::default());
+        let msi: Arc<dyn MsiController> = Arc::new(Routes::default());
+        let board = Board {
+            memory: memory.clone(),
+            pio: Arc::new(Bus::new()),
+            mmio: Arc::new(Bus::new()),
+            msi: Arc::clone(&msi),
+            io_events: doorbells.clone(),
+            reactor: reactor.clone(),
+            threads: threads.clone(),
+            requests,
+            layout: Layout::new(MEMORY),
+        };
+        let mut saved = SavedDevices::default();
+        let ioapic = board::interrupts(msi, &mut saved)?;
+        let fixed = board::attach(&config, &files, ioapic.clone(), &board, &mut saved)?;
+        let mut devices = fixed.all;
+        devices.extend(virtio::attach(&config, &files, &board, &mut saved)?);
+        let reactor = reactor.run(&threads)?;
+        for device in &devices {
+            device.resume()?;
+        }
+        Ok(Self {
+            memory,
+            pio: board.pio,
+            mmio: board.mmio,
+            ioapic,
+            doorbells,
+            requests: receiver,
+            devices,
+            _reactor: reactor,
+        })
+    }
+}
+
+/// Any error of the set-up.
+pub(super) type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+fn config() -> MachineConfig {
+    let mut config = MachineConfig::minimal(MEMORY);
+    config.memory.pages = PageSize::Small;
+    config.disks = vec![DiskConfig {
+        read_only: false,
+        serial_number: "victim".to_owned(),
+        direct: false,
+        limit: None,
+        queues: 2,
+    }];
+    config.console_ports = [("a", true), ("b", false)]
+        .map(|(name, console)| ConsolePortConfig {
+            name: name.to_owned(),
+            console,
+        })
+        .into();
+    config.rng = Some(RngConfig {
+        bytes_per_second: Some(1 << 30),
+    });
+    config.watchdog = Some(WatchdogConfig {
+        action: WatchdogAction::None,
+    });
+    config
+}
+
+fn files() -> Outcome<MachineFiles> {
+    let memfd = || memfd_create("fuzz", MemfdFlags::CLOEXEC);
+    let disk = File::from(memfd()?);
+    disk.set_len(DISK)?;
+    Ok(MachineFiles {
+        kvm: memfd()?,
+        kernel: memfd()?.into(),
+        initrd: None,
+        disks: vec![disk],
+        serial: line()?,
+        console_ports: vec![line()?, ConsoleFiles::default()],
+    })
+}
+
+/// A line that takes all output and has input from the start.
+fn line() -> Outcome<ConsoleFiles> {
+    let (reader, writer) = rustix::pipe::pipe()?;
+    rustix::io::write(&writer, &[b'x'; 512])?;
+    let output: OwnedFd = File::options().write(true).open("/dev/null")?.into();
+    Ok(ConsoleFiles {
+        output: Some(output),
+        input: Some(reader),
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The kernel's ioeventfds.
+#[derive(Default)]
+pub(super) struct Doorbells(Mutex<BTreeMap<u64, EventFd>>);
+
+impl Doorbells {
+    /// Rings where the kernel would; false if the access goes to the bus.
+    pub(super) fn ring(&self, address: u64) -> bool {
+        let bells = lock(&self.0);
+        let bell = bells.get(&address);
+        bell.inspect(|bell| bell.signal()).is_some()
+    }
+}
+
+/// Ports lie below all memory that a BAR may take.
+fn place(address: IoAddress) -> u64 {
+    match address {
+        IoAddress::Port(port) => port.into(),
+        IoAddress::Mmio(address) => address,
+    }
+}
+
+impl IoEvents for Doorbells {
+    fn bind(&self, address: IoAddress, fd: &EventFd) -> Result<(), InterruptError> {
+        let copy = fd.try_clone().map_err(|source| InterruptError::Kvm {
+            action: "watch an address",
+            source,
+        })?;
+        let at = place(address);
+        assert!(lock(&self.0).insert(at, copy).is_none(), "bound twice");
+        Ok(())
+    }
+
+    fn unbind(&self, address: IoAddress, _fd: &EventFd) -> Result<(), InterruptError> {
+        let at = place(address);
+        assert!(lock(&self.0).remove(&at).is_some(), "was not bound");
+        Ok(())
+    }
+}
+
+/// The kernel's interrupt routes.
+#[derive(Default)]
+struct Routes(Mutex<RouteTable>);
+
+#[derive(Default)]
+struct RouteTable {
+    next: u32,
+    taken: BTreeSet<Gsi>,
+    bound: BTreeSet<Gsi>,
+}
+
+impl MsiController for Routes {
+    fn send(&self, _: MsiMessage) -> Result<(), InterruptError> {
+        Ok(())
+    }
+
+    fn allocate(&self) -> Result<Gsi, InterruptError> {
+        let mut table = lock(&self.0);
+        let gsi = Gsi(u32::from(IOAPIC_PINS) + table.next);
+        table.next += 1;
+        table.taken.insert(gsi);
+        Ok(gsi)
+    }
+
+    fn free(&self, gsi: Gsi) {
+        let mut table = lock(&self.0);
+        assert!(!table.bound.contains(&gsi), "freed while bound");
+        assert!(table.taken.remove(&gsi), "freed twice");
+    }
+
+    fn route(&self, routes: &[(Gsi, Option<MsiMessage>)]) -> Result<(), InterruptError> {
+        let table = lock(&self.0);
+        let pin = |gsi: &Gsi| gsi.0 < u32::from(IOAPIC_PINS);
+        let ours = |gsi: &Gsi| pin(gsi) || table.taken.contains(gsi);
+        assert!(
+            routes.iter().all(|(gsi, _)| ours(gsi)),
+            "routes what it does not have"
+        );
+        Ok(())
+    }
+
+    fn bind(&self, gsi: Gsi, _: &EventFd) -> Result<(), InterruptError> {
+        assert!(lock(&self.0).bound.insert(gsi), "bound twice");
+        Ok(())
+    }
+
+    fn unbind(&self, gsi: Gsi, _: &EventFd) -> Result<(), InterruptError> {
+        assert!(lock(&self.0).bound.remove(&gsi), "was not bound");
+        Ok(())
+    }
+}
