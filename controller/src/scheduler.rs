@@ -302,6 +302,17 @@ mod tests {
             )
     }
 
+    #[test]
+    fn a_host_without_room_for_what_is_not_asked_for_is_taken() {
+        let mut overfull = host(1);
+        overfull.used.disk_gib = overfull.limits.disk_gib + 1;
+        assert_eq!(
+            place(&request(1, 1, 1, 0), &[overfull.clone()]).ok(),
+            Some(overfull.id)
+        );
+        assert!(place(&request(1, 1, 1, 1), &[overfull]).is_err());
+    }
+
     proptest! {
         /// The answer fits and is allowed; a refusal names every host with at least one reason; the
         /// order of the hosts does not matter.
@@ -321,7 +332,9 @@ mod tests {
                     prop_assert!(taken.presence == HostPresence::Up && !taken.disabled);
                     prop_assert!(taken.used.vcpus + vcpus <= taken.limits.vcpus);
                     prop_assert!(taken.used.memory_mib + memory <= taken.limits.memory_mib);
-                    prop_assert!(taken.used.disk_gib + disk <= taken.limits.disk_gib);
+                    // Of a host that has less than it gave, nothing can still be asked.
+                    let fits = taken.used.disk_gib + disk <= taken.limits.disk_gib;
+                    prop_assert!(disk == 0 || fits);
                 }
                 Err(rejections) => {
                     prop_assert_eq!(rejections.0.len(), hosts.len());

@@ -319,5 +319,7 @@ fn use_more(host: HostId, amounts: Amounts) -> sea_orm::UpdateMany<row::Entity> 
 }
 
 fn fits(used: row::Column, limit: row::Column, amount: i64) -> sea_orm::sea_query::Expr {
-    Expr::col(used).add(amount).lte(Expr::col(limit))
+    // As the scheduler: a host that has less than it gave (a smaller disk) still has all of nothing.
+    let enough = Expr::col(used).add(amount).lte(Expr::col(limit));
+    enough.or(Expr::val(amount).lte(0_i64))
 }
