@@ -150,17 +150,27 @@ fn qcow2(prefix: &[u8]) -> Result<u64, Danger> {
     if header_length < 72 || header_length > 1 << cluster_bits {
         return Err(damaged("a header of a length that is not allowed"));
     }
-    extensions(prefix, header_length)?;
+    extensions(prefix, header_length, 1 << cluster_bits)?;
     Ok(size)
 }
 
-/// Walks the header extensions: type, length, data padded to 8 bytes, until type 0.
-fn extensions(prefix: &[u8], mut at: usize) -> Result<(), Danger> {
+/// Walks the header extensions: type, length, data padded to 8 bytes, until type 0 or the end of the
+/// first cluster. What cannot be seen is refused: another extension could hide behind it.
+fn extensions(prefix: &[u8], mut at: usize, cluster: usize) -> Result<(), Danger> {
     const BACKING_FORMAT: u32 = 0xe279_2aca;
     const DATA_FILE: u32 = 0x4441_5441;
+    let unseen = || {
+        Danger::Damaged(
+            Format::Qcow2,
+            "its header extensions leave the first 64 KiB, or the image",
+        )
+    };
     loop {
-        let (Some(kind), Some(length)) = (u32_be(prefix, at), u32_be(prefix, at + 4)) else {
+        if at + 8 > cluster {
             return Ok(());
+        }
+        let (Some(kind), Some(length)) = (u32_be(prefix, at), u32_be(prefix, at + 4)) else {
+            return Err(unseen());
         };
         match kind {
             0 => return Ok(()),
@@ -170,8 +180,8 @@ fn extensions(prefix: &[u8], mut at: usize) -> Result<(), Danger> {
         }
         let padded = (length as usize).next_multiple_of(8);
         at = match at.checked_add(8).and_then(|next| next.checked_add(padded)) {
-            Some(next) if next < prefix.len() => next,
-            _ => return Ok(()),
+            Some(next) if next <= prefix.len() => next,
+            _ => return Err(unseen()),
         };
     }
 }
@@ -205,18 +215,22 @@ fn vmdk(prefix: &[u8]) -> Result<u64, Danger> {
     if !matches!(kind.as_str(), "monolithicSparse" | "streamOptimized") {
         return Err(Danger::VmdkType(kind.chars().take(64).collect()));
     }
-    let extents = text.lines().filter(|line| {
-        matches!(
-            line.split_whitespace().next(),
-            Some("RW" | "RDONLY" | "NOACCESS")
-        )
+    let mut extents = text.lines().filter_map(|line| {
+        let mut words = line.split(is_space).filter(|word| !word.is_empty());
+        matches!(words.next(), Some("RW" | "RDONLY" | "NOACCESS")).then(|| words.nth(1))
     });
-    if extents.count() > 1 {
+    // The one extent is this file; a flat one would be another, whatever the type says.
+    if extents.next().is_some_and(|kind| kind != Some("SPARSE")) || extents.next().is_some() {
         return Err(Danger::VmdkExtents);
     }
     capacity
         .checked_mul(SECTOR)
         .ok_or_else(|| damaged("a capacity beyond 64 bits"))
+}
+
+/// What C takes for a space, and so everyone who reads descriptors with scanf.
+fn is_space(c: char) -> bool {
+    c.is_ascii_whitespace() || c == '\x0b'
 }
 
 fn bytes<const N: usize>(prefix: &[u8], at: usize) -> Option<[u8; N]> {
@@ -288,6 +302,17 @@ mod tests {
         second.extend([0; 12]);
         assert_eq!(inspect(&second), Err(Danger::BackingFile));
 
+        // Behind an extension that ends beyond what is looked at.
+        let mut far = header(1 << 30);
+        far[23] = 21;
+        far[104..108].copy_from_slice(&7_u32.to_be_bytes());
+        far[108..112].copy_from_slice(&(PREFIX as u32).to_be_bytes());
+        far.resize(PREFIX, 0);
+        assert!(matches!(
+            inspect(&far),
+            Err(Danger::Damaged(Format::Qcow2, _))
+        ));
+
         let mut unknown = header(1 << 30);
         unknown[78] = 1;
         assert_eq!(inspect(&unknown), Err(Danger::UnknownFeatures(0x100)));
@@ -318,6 +343,11 @@ mod tests {
         let two = format!("{one}RW 1 FLAT \"/etc/shadow\" 0\n");
         assert_eq!(
             inspect(&make("monolithicSparse", &two)),
+            Err(Danger::VmdkExtents)
+        );
+        let flat = "RW 2048 FLAT \"/etc/shadow\" 0\n";
+        assert_eq!(
+            inspect(&make("monolithicSparse", flat)),
             Err(Danger::VmdkExtents)
         );
         assert_eq!(

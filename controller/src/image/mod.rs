@@ -9,6 +9,8 @@ pub mod blob;
 mod data;
 mod filter;
 pub mod format;
+#[cfg(test)]
+mod format_fuzz;
 mod member;
 pub mod model;
 mod patch;
