@@ -124,6 +124,13 @@ impl Setup {
         guest
     }
 
+    /// Why it cannot be built, with all causes.
+    pub fn refused(self) -> String {
+        let built = Machine::build(self.config, self.files, None);
+        let error = built.err().expect("it is refused");
+        format!("{:#}", anyhow::Error::from(error))
+    }
+
     pub fn start(self) -> Guest {
         let mut machine = Machine::build(self.config, self.files, None).expect("build the machine");
         machine.start().expect("start the machine");
