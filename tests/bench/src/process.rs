@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use crate::interrupt;
 
@@ -63,7 +64,7 @@ impl Running {
         loop {
             let left = by.saturating_duration_since(Instant::now());
             let mut fds = [PollFd::new(&self.output, PollFlags::IN)];
-            if poll(&mut fds, Some(&seconds(left)))? == 0 {
+            if ready(&mut fds, left)? == 0 {
                 bail!("its output is open after {PATIENCE:?}");
             }
             if self.output.read(&mut [0; 4096])? == 0 {
@@ -79,7 +80,7 @@ impl Running {
             PollFd::new(&self.output, PollFlags::IN),
             PollFd::from_borrowed_fd(bell, PollFlags::IN),
         ];
-        if poll(&mut fds, Some(&seconds(left)))? == 0 {
+        if ready(&mut fds, left)? == 0 {
             bail!("nothing came within {PATIENCE:?}");
         }
         if !fds[1].revents().is_empty() {
@@ -131,10 +132,17 @@ impl Drop for Running {
     }
 }
 
-fn seconds(time: Duration) -> Timespec {
-    Timespec {
-        tv_sec: time.as_secs() as i64,
+/// How many of them are ready within this time. A signal is told by its own descriptor.
+fn ready(fds: &mut [PollFd<'_>], within: Duration) -> anyhow::Result<usize> {
+    let timeout = Timespec {
+        tv_sec: within.as_secs() as i64,
         tv_nsec: 0,
+    };
+    loop {
+        match poll(fds, Some(&timeout)) {
+            Err(Errno::INTR) => {}
+            outcome => return Ok(outcome?),
+        }
     }
 }
 
