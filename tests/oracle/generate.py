@@ -342,7 +342,15 @@ def openapi(recordings, folder, service):
     import jsonschema
     import yaml
     name, _ = OPENAPI[service]
-    document = yaml.load(open(folder / name), Loader=yaml.CSafeLoader)
+
+    class Yaml12(yaml.CSafeLoader):
+        """Of YAML 1.2: `no`, `off` and a date are texts, unlike in PyYAML."""
+
+    Yaml12.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":bool", ":timestamp"))]
+        for first, known in yaml.CSafeLoader.yaml_implicit_resolvers.items()}
+    Yaml12.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf"))
+    document = yaml.load(open(folder / name), Loader=Yaml12)
     real = {}
     for exchange in exchanges(recordings, service):
         body = exchange.get("response_body")
