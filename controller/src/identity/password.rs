@@ -3,15 +3,17 @@
 //! Whoever comes while [`QUEUE`] others wait is told to come back (429), so that logins can exhaust
 //! neither memory nor processors.
 
+mod memory;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use argon2::password_hash::phc::PasswordHash;
-use argon2::password_hash::{PasswordHasher, PasswordVerifier};
-use argon2::{Algorithm, Argon2, Params, Version};
-use tokio::sync::Semaphore;
+use argon2::password_hash::phc::{Output, PasswordHash, Salt};
+use argon2::{Algorithm, Argon2, Block, Params, Version};
 use zeroize::Zeroizing;
 
+use self::memory::Pool;
+use crate::clock::Clock;
 use crate::http::ApiError;
 
 /// Logins that may wait for a core.
@@ -20,9 +22,13 @@ const QUEUE: usize = 256;
 /// Bytes of a password that are looked at; longer ones are refused.
 pub const LONGEST: usize = 4096;
 
-#[derive(Debug, Clone)]
+/// KiB of memory that a hash takes.
+const COST: u32 = 19 * 1024;
+const PASSES: u32 = 2;
+
+#[derive(Clone)]
 pub struct Passwords {
-    cores: Arc<Semaphore>,
+    pool: Arc<Pool>,
     waiting: Arc<AtomicUsize>,
     /// Of a password that nobody has: compared with when the user does not exist, so that this
     /// takes as long as if there were one.
@@ -39,10 +45,10 @@ impl Drop for Waiter<'_> {
 }
 
 impl Passwords {
-    pub fn new() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    /// `clock` says when the memory has been idle for long enough to be given back.
+    pub fn new(clock: Arc<dyn Clock>) -> Self {
         Self {
-            cores: Arc::new(Semaphore::new(cores)),
+            pool: Pool::new(clock),
             waiting: Arc::new(AtomicUsize::new(0)),
             nobody: "$argon2id$v=19$m=19456,t=2,p=1$c29tZXNhbHRzb21lc2FsdA\
                      $wvM0qf8VUR6sWmwTnPsvDBOmKdTYRdfKmy8ym0Pd+2A"
@@ -53,11 +59,18 @@ impl Passwords {
     /// The hash to keep, as a PHC string.
     pub async fn hash(&self, password: &str) -> Result<String, ApiError> {
         let password = Zeroizing::new(password.to_owned());
-        self.on_a_core(move || {
-            argon2()?
-                .hash_password(password.as_bytes())
-                .map(|hash| hash.to_string())
-                .map_err(|error| ApiError::internal(format!("hashing a password: {error}")))
+        self.on_a_core(move |memory| {
+            let params = Params::new(COST, PASSES, 1, None).map_err(hashing)?;
+            let salt = Salt::generate();
+            let output = digest(&params, &password, &salt, Params::DEFAULT_OUTPUT_LEN, memory)?;
+            let kept = PasswordHash {
+                algorithm: Algorithm::Argon2id.ident(),
+                version: Some(Version::V0x13.into()),
+                params: (&params).try_into().map_err(hashing)?,
+                salt: Some(salt),
+                hash: Some(output),
+            };
+            Ok(kept.to_string())
         })
         .await
     }
@@ -66,24 +79,28 @@ impl Passwords {
     /// long.
     pub async fn verify(&self, password: &str, hash: Option<&str>) -> Result<bool, ApiError> {
         let known = hash.is_some() && password.len() <= LONGEST;
-        let hash = hash.unwrap_or(&self.nobody).to_owned();
+        let kept = PasswordHash::new(hash.unwrap_or(&self.nobody)).map_err(stored)?;
+        let params = Params::try_from(&kept).map_err(stored)?;
+        let (Some(salt), Some(expected)) = (kept.salt, kept.hash) else {
+            return Err(stored("it has no salt or no hash"));
+        };
+        if kept.algorithm != Algorithm::Argon2id.ident() || params.m_cost() > COST {
+            return Err(stored("it is not argon2id at this cloud's cost"));
+        }
         let password = Zeroizing::new(if known { password } else { "" }.to_owned());
-        self.on_a_core(move || {
-            let hash = PasswordHash::new(&hash)
-                .map_err(|error| ApiError::internal(format!("a stored password hash: {error}")))?;
-            Ok(argon2()?
-                .verify_password(password.as_bytes(), &hash)
-                .is_ok()
-                && known)
+        self.on_a_core(move |memory| {
+            let output = digest(&params, &password, &salt, expected.len(), memory)?;
+            // Compares in constant time.
+            Ok(output == expected && known)
         })
         .await
     }
 
     async fn on_a_core<T: Send + 'static>(
         &self,
-        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+        work: impl FnOnce(&mut [Block]) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let permit = {
+        let turn = {
             let before = self.waiting.fetch_add(1, Ordering::Relaxed);
             let _waiter = Waiter(&self.waiting);
             if before >= QUEUE {
@@ -91,75 +108,49 @@ impl Passwords {
                     "Too many logins at once; try again in a second.",
                 ));
             }
-            Arc::clone(&self.cores)
-                .acquire_owned()
-                .await
-                .map_err(ApiError::internal)?
+            self.pool.turn().await
         };
-        let hashed = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            work()
-        });
+        let turn = turn.ok_or_else(|| ApiError::internal("the pool of hashers is closed"))?;
+        let hashed = tokio::task::spawn_blocking(move || turn.run(COST as usize, work));
         hashed.await.map_err(ApiError::internal)?
     }
 }
 
-impl Default for Passwords {
-    fn default() -> Self {
-        Self::new()
-    }
+/// argon2id of `password`, in `memory`.
+fn digest(
+    params: &Params,
+    password: &str,
+    salt: &Salt,
+    length: usize,
+    memory: &mut [Block],
+) -> Result<Output, ApiError> {
+    let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params.clone());
+    let mut output = Zeroizing::new([0; Output::MAX_LENGTH]);
+    let output = output
+        .get_mut(..length)
+        .ok_or_else(|| stored("its hash is too long"))?;
+    let memory = memory
+        .get_mut(..params.block_count())
+        .ok_or_else(|| stored("it needs more memory than this cloud gives"))?;
+    argon2
+        .hash_password_into_with_memory(password.as_bytes(), salt, output, memory)
+        .map_err(hashing)?;
+    Output::new(output).map_err(hashing)
 }
 
-fn argon2() -> Result<Argon2<'static>, ApiError> {
-    let params = Params::new(19 * 1024, 2, 1, None).map_err(ApiError::internal)?;
-    Ok(Argon2::new(Algorithm::Argon2id, Version::V0x13, params))
+fn hashing(error: impl std::fmt::Display) -> ApiError {
+    ApiError::internal(format!("hashing a password: {error}"))
+}
+
+fn stored(error: impl std::fmt::Display) -> ApiError {
+    ApiError::internal(format!("a stored password hash: {error}"))
+}
+
+impl std::fmt::Debug for Passwords {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Passwords").finish_non_exhaustive()
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_password_is_verified_by_its_own_hash_only() {
-        let passwords = Passwords::new();
-        let hash = passwords.hash("correct horse").await.unwrap();
-        assert!(
-            hash.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"),
-            "{hash}"
-        );
-        assert!(
-            passwords
-                .verify("correct horse", Some(&hash))
-                .await
-                .unwrap()
-        );
-        assert!(!passwords.verify("wrong", Some(&hash)).await.unwrap());
-        assert!(!passwords.verify("correct horse", None).await.unwrap());
-    }
-
-    #[tokio::test]
-    async fn beyond_the_queue_the_answer_is_429_and_the_queue_empties_again() {
-        let passwords = Passwords::new();
-        let cores = passwords.cores.available_permits();
-        let all = Arc::clone(&passwords.cores)
-            .acquire_many_owned(cores as u32)
-            .await
-            .unwrap();
-        let waiters: Vec<_> = (0..QUEUE)
-            .map(|_| {
-                let passwords = passwords.clone();
-                tokio::spawn(async move { passwords.on_a_core(|| Ok(())).await })
-            })
-            .collect();
-        while passwords.waiting.load(Ordering::Relaxed) < QUEUE {
-            tokio::task::yield_now().await;
-        }
-        let refused = passwords.on_a_core(|| Ok(())).await.unwrap_err();
-        assert_eq!(refused.status(), http::StatusCode::TOO_MANY_REQUESTS);
-        drop(all);
-        for waiter in waiters {
-            waiter.await.unwrap().unwrap();
-        }
-        assert_eq!(passwords.waiting.load(Ordering::Relaxed), 0);
-    }
-}
+mod tests;

@@ -41,10 +41,10 @@ impl Realm {
     ) -> Result<Self, KeyError> {
         let keys = TokenKeys::open(&db, master, clock.now_us()).await?;
         Ok(Self {
+            passwords: Passwords::new(Arc::clone(&clock)),
             db,
             clock,
             keys,
-            passwords: Passwords::new(),
             remembered: RwLock::default(),
         })
     }
