@@ -1,4 +1,4 @@
-//! For tests: the whole public API in process, over an SQLite file of its own, with tokens of
+//! For tests: the whole public API in process, over a database of its own, with tokens of
 //! callers of every kind.
 
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use http_body_util::BodyExt;
 use serde_json::{Value, json};
 
 use crate::clock::SystemClock;
-use crate::database::testing::{TestDatabase, sqlite};
+use crate::database::testing::{self, TestDatabase};
 use crate::http::{App, AppParts, Public, PublicUrl, Routes, Service};
 use crate::identity::{Realm, boot};
 use crate::image::Images;
@@ -66,7 +66,7 @@ pub async fn with_services(services: Vec<Routes>) -> TestApp {
 }
 
 async fn build(services: Vec<Routes>) -> Result<TestApp, Box<dyn std::error::Error>> {
-    let database = sqlite().await;
+    let database = testing::database().await;
     let db = database.database.clone();
     let (clock, random) = (SystemClock::shared(), SystemRandom::shared());
     let realm = Realm::open(db.clone(), Arc::clone(&clock), MasterKey::ephemeral()?).await?;

@@ -1,4 +1,10 @@
-//! For tests: the same test on both engines, each with a database of its own that is gone afterwards.
+//! For tests: a database of its own for each, on either engine.
+//!
+//! A test that asks for [`database`] runs on the engine that the environment variable
+//! `FRACTUS_TEST_DATABASE` names: `sqlite` (the default) or `postgres`. `scripts/test` runs them all
+//! twice, once on each. So one engine's failures stand beside each other in one report, no test is
+//! written twice, and whoever works on one test waits for one engine. A test of the database itself
+//! asks for both at once ([`engines`]).
 //!
 //! The PostgreSQL server is started by the first test that wants one, as an unprivileged user, on a
 //! unix socket in a folder of its own under /tmp, shared by all tests of the run (all children of one
@@ -21,13 +27,68 @@ pub struct TestDatabase {
     _folder: Option<Folder>,
 }
 
-/// Runs `test` on SQLite, then on PostgreSQL.
+impl TestDatabase {
+    /// The URL of a copy, as a backup would be; it goes with the original.
+    pub async fn copy(&self) -> String {
+        if self.engine == "postgres" {
+            let server = server::shared();
+            let copy = unused_name();
+            // postgres://USER@HOST/NAME?host=FOLDER
+            let before_query = self.url.split('?').next().unwrap_or_default();
+            let original = before_query.rsplit('/').next().unwrap_or_default();
+            server.copy_database(original, &copy).await;
+            return server.url(&copy);
+        }
+        let url = format!("{}.copy", self.url);
+        let sql = format!("VACUUM INTO '{}'", url.trim_start_matches("sqlite://"));
+        let copied =
+            sea_orm::ConnectionTrait::execute_unprepared(self.database.reader(), &sql).await;
+        if let Err(error) = copied {
+            panic!("copying {}: {error}", self.url);
+        }
+        url
+    }
+}
+
+/// Whether this run's tests are to use PostgreSQL.
+pub fn on_postgres() -> bool {
+    match std::env::var("FRACTUS_TEST_DATABASE").as_deref() {
+        Ok("postgres") => true,
+        Ok("sqlite" | "") | Err(_) => false,
+        Ok(other) => panic!("FRACTUS_TEST_DATABASE={other}: it is sqlite or postgres"),
+    }
+}
+
+/// A database of the run's engine.
+pub async fn database() -> TestDatabase {
+    if on_postgres() {
+        postgres().await
+    } else {
+        sqlite().await
+    }
+}
+
+/// As [`database`], for a test that writes very often: syncs cost nothing.
+pub async fn database_in_memory() -> TestDatabase {
+    if on_postgres() {
+        postgres().await
+    } else {
+        sqlite_in_memory().await
+    }
+}
+
+/// Runs `test` on SQLite, then on PostgreSQL; in a run on PostgreSQL, only there.
 pub async fn engines<F, Fut>(test: F)
 where
     F: Fn(Database) -> Fut,
     Fut: Future<Output = ()>,
 {
-    for database in [sqlite().await, postgres().await] {
+    let others = if on_postgres() {
+        None
+    } else {
+        Some(sqlite().await)
+    };
+    for database in others.into_iter().chain([postgres().await]) {
         eprintln!("engine: {}", database.engine);
         test(database.database.clone()).await;
         database.database.close().await;
@@ -92,10 +153,22 @@ fn in_memory() -> Folder {
     }
 }
 
-/// A PostgreSQL database of its own on the run's server.
+/// A PostgreSQL database of its own on the run's server, which goes with that server: a copy of one
+/// to which the schema was applied once.
 pub async fn postgres() -> TestDatabase {
-    let url = postgres_url().await;
-    let database = open(&url).await;
+    let server = server::shared();
+    if let Some(template) = server.begin_template() {
+        server.create_database(TEMPLATE, None).await;
+        open(&server.url(TEMPLATE)).await.close().await;
+        template.finish();
+    }
+    let name = unused_name();
+    server.create_database(&name, Some(TEMPLATE)).await;
+    let url = server.url(&name);
+    let database = match Database::connect(&url).await {
+        Ok(database) => database,
+        Err(error) => panic!("opening {url}: {error:?}"),
+    };
     TestDatabase {
         database,
         engine: "postgres",
@@ -104,16 +177,22 @@ pub async fn postgres() -> TestDatabase {
     }
 }
 
-/// The URL of a new, empty PostgreSQL database.
-pub async fn postgres_url() -> String {
+const TEMPLATE: &str = "with_schema";
+
+fn unused_name() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let server = server::shared();
-    let name = format!(
+    format!(
         "test_{}_{}",
         std::process::id(),
         NEXT.fetch_add(1, Ordering::Relaxed)
-    );
-    server.create_database(&name).await;
+    )
+}
+
+/// The URL of a new, empty PostgreSQL database.
+pub async fn postgres_url() -> String {
+    let server = server::shared();
+    let name = unused_name();
+    server.create_database(&name, None).await;
     server.url(&name)
 }
 

@@ -237,7 +237,7 @@ mod tests {
 
     #[tokio::test]
     async fn altered_and_foreign_tokens_do_not_open() {
-        let db = testing::sqlite().await;
+        let db = testing::database().await;
         let keys = TokenKeys::open(&db.database, MasterKey::ephemeral().unwrap(), 0)
             .await
             .unwrap();
@@ -255,7 +255,7 @@ mod tests {
 
     #[tokio::test]
     async fn keys_change_daily_and_old_tokens_outlive_the_change() {
-        let db = testing::sqlite().await;
+        let db = testing::database().await;
         let master = MasterKey::ephemeral().unwrap();
         let keys = TokenKeys::open(&db.database, master, 0).await.unwrap();
         let mut old = claims();

@@ -279,7 +279,7 @@ async fn an_upload_beyond_the_limits_is_refused_and_leaves_nothing() {
         ..Limits::default()
     };
     for (limits, fits) in [(small, 204), (crowded, 413)] {
-        let database = testing::sqlite().await;
+        let database = testing::database().await;
         let cloud = cloud_within(database.database.clone(), limits).await;
         let id = cloud.raw("one", json!({})).await;
         let path = format!("/v2/images/{id}/file");

@@ -220,7 +220,7 @@ async fn each_step_that_fails_is_undone_with_all_before_it_last_first() {
 
 #[tokio::test]
 async fn a_new_engine_goes_on_with_the_step_that_was_not_recorded() {
-    let test = testing::sqlite().await;
+    let test = testing::database().await;
     let first = bench(&test.database, 1, standing());
     first.submit("s").await;
     assert_eq!(first.engine.advance("s").await, Advance::Advanced);
@@ -232,7 +232,7 @@ async fn a_new_engine_goes_on_with_the_step_that_was_not_recorded() {
 
 #[tokio::test]
 async fn a_step_that_asks_to_be_repeated_is_with_growing_pauses() {
-    let test = testing::sqlite().await;
+    let test = testing::database().await;
     let bench = bench(&test.database, 1, standing());
     bench.world.retry_left.store(3, Ordering::SeqCst);
     bench.submit("s").await;
@@ -246,7 +246,7 @@ async fn a_step_that_asks_to_be_repeated_is_with_growing_pauses() {
 
 #[tokio::test]
 async fn one_subjects_operations_run_one_after_the_other_in_order_of_request() {
-    let test = testing::sqlite().await;
+    let test = testing::database().await;
     let bench = bench(&test.database, 1, standing());
     let first = bench.submit("s").await;
     let second = bench.submit("s").await;
@@ -262,7 +262,7 @@ async fn one_subjects_operations_run_one_after_the_other_in_order_of_request() {
 
 #[tokio::test]
 async fn an_unknown_version_is_undone_by_its_recorded_steps() {
-    let test = testing::sqlite().await;
+    let test = testing::database().await;
     let old = bench(&test.database, 1, standing());
     old.submit("s").await;
     old.engine.advance("s").await;
@@ -275,7 +275,7 @@ async fn an_unknown_version_is_undone_by_its_recorded_steps() {
 
 #[tokio::test]
 async fn an_unknown_kind_is_parked_and_the_next_operation_of_the_subject_runs() {
-    let test = testing::sqlite().await;
+    let test = testing::database().await;
     let bench = bench(&test.database, 1, standing());
     bench.submit("s").await;
     test.database
@@ -336,7 +336,7 @@ async fn a_cancelled_operation_is_undone_even_if_a_step_of_it_is_waiting() {
 
 #[tokio::test]
 async fn a_started_engine_finishes_many_subjects_by_itself_and_stops_cleanly() {
-    let test = testing::sqlite().await;
+    let test = testing::database().await;
     let bench = bench(&test.database, 1, Arc::new(SystemClock));
     bench.engine.start().await.unwrap();
     for i in 0..40 {
@@ -361,7 +361,7 @@ async fn a_started_engine_finishes_many_subjects_by_itself_and_stops_cleanly() {
 
 #[tokio::test]
 async fn an_operation_whose_wake_up_was_lost_is_found_by_the_sweep() {
-    let test = testing::sqlite().await;
+    let test = testing::database().await;
     let clock = standing();
     let bench = bench(&test.database, 1, Arc::clone(&clock) as _);
     bench.engine.start().await.unwrap();

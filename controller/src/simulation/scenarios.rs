@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use fractus_agent_api::machine::{ServerId, StopReason};
-use sea_orm::{ConnectionTrait, DatabaseTransaction};
+use sea_orm::DatabaseTransaction;
 use uuid::Uuid;
 
 use super::requests;
@@ -60,21 +60,13 @@ fn holder(world: &World, id: Uuid) -> Option<Arc<SimulatedHost>> {
 
 /// Copies the database; answers where to.
 async fn back_up(world: &World) -> String {
-    let backup = format!("{}.backup", world.test.url.trim_start_matches("sqlite://"));
-    let sql = format!("VACUUM INTO '{backup}'");
-    world
-        .database()
-        .reader()
-        .execute_unprepared(&sql)
-        .await
-        .unwrap();
-    backup
+    world.test.copy().await
 }
 
 /// Goes on with the copy, and a controller that knows that it is one.
 async fn restore(world: &mut World, backup: &str) {
     world.controller = None;
-    world.test.database = Database::connect(&format!("sqlite://{backup}"))
+    world.test.database = Database::connect(backup)
         .await
         .unwrap();
     let begin = world

@@ -85,7 +85,7 @@ const START_US: i64 = 1_800_000_000_000_000;
 impl World {
     /// A new cloud, whose hosts have all reported to its controller.
     pub async fn new(seed: u64, plan: Plan) -> Self {
-        let test = testing::sqlite_in_memory().await;
+        let test = testing::database_in_memory().await;
         let ids = SeededRandom::new(seed);
         for n in 0..plan.hosts {
             let id = HostId(ids.uuid());

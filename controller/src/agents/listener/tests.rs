@@ -71,7 +71,7 @@ struct Bench {
 const IMAGE: Uuid = Uuid::from_u128(0xabc);
 
 async fn bench() -> Bench {
-    let test = testing::sqlite().await;
+    let test = testing::database().await;
     let database = test.database.clone();
     let (clock, random) = (SystemClock::shared(), SystemRandom::shared());
     let master = MasterKey::ephemeral().unwrap();

@@ -133,7 +133,7 @@ impl Answer {
 
 impl Cloud {
     pub async fn new() -> Self {
-        let database = crate::database::testing::sqlite().await;
+        let database = crate::database::testing::database().await;
         let (sender, written) = watch::channel(0);
         let hooked = database.database.hooked(Arc::new(Written(sender)));
         let blobs = tempfile::tempdir().unwrap();

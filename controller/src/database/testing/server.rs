@@ -17,14 +17,30 @@ pub(super) struct Server {
 pub(super) fn shared() -> Server {
     let run = std::os::unix::process::parent_id();
     let folder = PathBuf::from(format!("/tmp/fractus-postgres-{run}-{}", start_time(run)));
-    let lock = File::create(folder.with_extension("lock"));
-    let lock = lock.unwrap_or_else(|error| panic!("locking {}: {error}", folder.display()));
-    lock.lock()
-        .unwrap_or_else(|error| panic!("locking {}: {error}", folder.display()));
+    let _lock = lock(&folder);
     if !folder.join("ready").exists() {
         start(&folder, run);
     }
     Server { folder }
+}
+
+/// Held while the template is made: whoever comes meanwhile waits.
+pub(super) struct Template {
+    marker: PathBuf,
+    _lock: File,
+}
+
+impl Template {
+    pub(super) fn finish(self) {
+        let marked = fs::write(&self.marker, "");
+        marked.unwrap_or_else(|error| panic!("{}: {error}", self.marker.display()));
+    }
+}
+
+fn lock(folder: &Path) -> File {
+    let lock = File::create(folder.with_extension("lock"))
+        .and_then(|file| file.lock().map(|()| file));
+    lock.unwrap_or_else(|error| panic!("locking {}: {error}", folder.display()))
 }
 
 impl Server {
@@ -35,19 +51,48 @@ impl Server {
         )
     }
 
-    pub(super) async fn create_database(&self, name: &str) {
+    /// The right to make the database that the others are copied from; `None`: it is there.
+    pub(super) fn begin_template(&self) -> Option<Template> {
+        let marker = self.folder.join("template");
+        let lock = lock(&self.folder);
+        (!marker.exists()).then_some(Template {
+            marker,
+            _lock: lock,
+        })
+    }
+
+    pub(super) async fn create_database(&self, name: &str, template: Option<&str>) {
+        let template = template.map_or(String::new(), |name| format!(" TEMPLATE {name}"));
+        self.execute(&[format!("CREATE DATABASE {name}{template}")])
+            .await;
+    }
+
+    /// Copies a database that is in use: those who use it are cut off, and connect again.
+    pub(super) async fn copy_database(&self, original: &str, copy: &str) {
+        self.execute(&[
+            format!("ALTER DATABASE {original} ALLOW_CONNECTIONS false"),
+            format!(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{original}'"
+            ),
+            format!("CREATE DATABASE {copy} TEMPLATE {original}"),
+            format!("ALTER DATABASE {original} ALLOW_CONNECTIONS true"),
+        ])
+        .await;
+    }
+
+    async fn execute(&self, statements: &[String]) {
         let mut options = ConnectOptions::new(self.url("postgres"));
         options.max_connections(1).sqlx_logging(false);
-        let created = async {
+        let done = async {
             let connection = sea_orm::Database::connect(options).await?;
-            connection
-                .execute_unprepared(&format!("CREATE DATABASE {name}"))
-                .await?;
+            for statement in statements {
+                connection.execute_unprepared(statement).await?;
+            }
             connection.close().await
         };
-        if let Err(error) = created.await {
+        if let Err(error) = done.await {
             panic!(
-                "creating a test database on {}: {error}",
+                "PostgreSQL of the tests in {}: {statements:?}: {error}",
                 self.folder.display()
             );
         }
