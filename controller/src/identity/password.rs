@@ -62,7 +62,13 @@ impl Passwords {
         self.on_a_core(move |memory| {
             let params = Params::new(COST, PASSES, 1, None).map_err(hashing)?;
             let salt = Salt::generate();
-            let output = digest(&params, &password, &salt, Params::DEFAULT_OUTPUT_LEN, memory)?;
+            let output = digest(
+                &params,
+                &password,
+                &salt,
+                Params::DEFAULT_OUTPUT_LEN,
+                memory,
+            )?;
             let kept = PasswordHash {
                 algorithm: Algorithm::Argon2id.ident(),
                 version: Some(Version::V0x13.into()),
