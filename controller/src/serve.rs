@@ -6,6 +6,7 @@
 mod compose;
 mod config;
 mod listener;
+mod size;
 mod tls;
 
 use std::path::Path;

@@ -59,20 +59,17 @@ async fn receive(
         app: app.clone(),
         id: id.to_owned(),
         key: key.clone(),
-        kind,
         armed: true,
     };
-    let outcome = store_bytes(app, &image, &key, request.into_body()).await;
+    let outcome = take(app, &image, &key, request.into_body(), kind).await;
     guard.armed = false;
-    let uploaded = match outcome {
-        Ok(uploaded) => uploaded,
+    let taken = match outcome {
+        Ok(taken) => taken,
         Err(error) => {
             guard.undo().await;
             return Err(error);
         }
     };
-    let now_us = app.now_us();
-    let taken = store::end_upload(&images.database, id, &key, Some(uploaded), kind, now_us).await?;
     if !taken {
         images.blobs.remove(&key).await.map_err(StoreError::Blob)?;
         return Err(ApiError::new(
@@ -81,6 +78,26 @@ async fn receive(
         ));
     }
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Stores the bytes and makes them the image's; false when the image is not there any more.
+async fn take(
+    app: &App,
+    image: &Image,
+    key: &str,
+    body: Body,
+    kind: Upload,
+) -> Result<bool, ApiError> {
+    let images = app.images();
+    let quota = images.limits.project;
+    let found = store_bytes(app, image, key, body).await?;
+    let ended = store::Ended {
+        id: image.row.id.clone(),
+        blob: key.to_owned(),
+        kind,
+        now_us: app.now_us(),
+    };
+    Ok(store::end_upload(&images.database, ended, found, quota).await?)
 }
 
 fn only_octets(headers: &HeaderMap) -> Result<(), ApiError> {
@@ -103,7 +120,6 @@ struct Unfinished {
     app: App,
     id: String,
     key: String,
-    kind: Upload,
     armed: bool,
 }
 
@@ -112,9 +128,7 @@ impl Unfinished {
         let images = self.app.images();
         let now_us = self.app.now_us();
         let (id, key) = (&self.id, &self.key);
-        if let Err(error) =
-            store::end_upload(&images.database, id, key, None, self.kind, now_us).await
-        {
+        if let Err(error) = store::abandon_upload(&images.database, id, key, now_us).await {
             tracing::warn!(%error, image = %id, "a cut-off upload is put right at the next start");
         }
         if let Err(error) = images.blobs.remove(key).await {
@@ -132,7 +146,6 @@ impl Drop for Unfinished {
             app: self.app.clone(),
             id: self.id.clone(),
             key: self.key.clone(),
-            kind: self.kind,
             armed: false,
         };
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
@@ -152,6 +165,7 @@ async fn store_bytes(
     let claimed = image.row.disk_format.as_deref().unwrap_or("raw");
     let images = app.images();
     room(images).await?;
+    let left = left(images, &image.row.owner).await?;
     let mut looked_at = 0;
     let mut incoming = images.blobs.begin(key).await.map_err(StoreError::Blob)?;
     let mut seen = Seen::default();
@@ -164,6 +178,9 @@ async fn store_bytes(
         seen.take(&chunk, claimed)?;
         if seen.size > images.limits.image {
             return Err(too_large(images.limits.image));
+        }
+        if left.is_some_and(|left| seen.size > left) {
+            return Err(StoreError::over_quota(seen.size, left.unwrap_or(0)).into());
         }
         if seen.size - looked_at >= LOOK_EVERY {
             room(images).await?;
@@ -183,6 +200,16 @@ async fn room(images: &Images) -> Result<(), StoreError> {
         return Err(StoreError::Blob(BlobError::Full));
     }
     Ok(())
+}
+
+/// Bytes that the project may still add. Its images that come in at the same time are not counted: the
+/// last word is spoken when the bytes become the image's.
+async fn left(images: &Images, owner: &str) -> Result<Option<u64>, StoreError> {
+    let Some(quota) = images.limits.project else {
+        return Ok(None);
+    };
+    let (used, _) = store::usage(images.database.reader(), owner).await?;
+    Ok(Some(quota.saturating_sub(used.unsigned_abs())))
 }
 
 fn too_large(most: u64) -> ApiError {

@@ -51,6 +51,8 @@ pub enum Unusable {
 pub struct Limits {
     /// Bytes of one image (glance's `image_size_cap`).
     pub image: u64,
+    /// Bytes of all images of a project together (glance's `user_storage_quota`); `None`: no limit.
+    pub project: Option<u64>,
     /// Bytes that uploads leave free where the images are: the database may lie beside them.
     pub reserve: u64,
 }
@@ -59,6 +61,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             image: 1 << 40,
+            project: None,
             reserve: 1 << 30,
         }
     }

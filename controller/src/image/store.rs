@@ -24,6 +24,19 @@ pub enum StoreError {
     Refused(ApiError),
 }
 
+impl StoreError {
+    /// 413 in glance's words: `size` bytes came, `left` were left to the project.
+    pub fn over_quota(size: u64, left: u64) -> Self {
+        Self::Refused(ApiError::new(
+            http::StatusCode::PAYLOAD_TOO_LARGE,
+            format!(
+                "Image exceeds the storage quota: The size of the data {size} will exceed the limit. \
+                 {left} bytes remaining."
+            ),
+        ))
+    }
+}
+
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
@@ -525,48 +538,91 @@ pub async fn begin_upload(
     .await
 }
 
-/// Ends an upload: with what was found out, or (`None`) back to queued. False when the image is no
-/// longer the one that `blob` was coming in for; then the bytes are nobody's.
+/// An upload that has come to its end.
+#[derive(Debug, Clone)]
+pub struct Ended {
+    /// The image.
+    pub id: String,
+    /// Where its bytes are.
+    pub blob: String,
+    pub kind: Upload,
+    pub now_us: i64,
+}
+
+/// The image if it still is the one that `blob` was coming in for.
+async fn coming_in(
+    tx: &impl ConnectionTrait,
+    id: &str,
+    blob: &str,
+) -> Result<Option<image::Model>, DbErr> {
+    image::Entity::find_by_id(id)
+        .filter(image::Column::Blob.eq(blob))
+        .filter(image::Column::DeletedAtUs.is_null())
+        .one(tx)
+        .await
+}
+
+/// Makes the bytes the image's, if its project may have as many (`quota`: bytes of all its images).
+/// False when the image is no longer the one that they were coming in for; then they are nobody's.
 pub async fn end_upload(
+    database: &Database,
+    ended: Ended,
+    found: Uploaded,
+    quota: Option<u64>,
+) -> Result<bool, StoreError> {
+    database
+        .write(move |tx| {
+            let (ended, found) = (ended.clone(), found.clone());
+            Box::pin(async move {
+                let Some(image) = coming_in(tx, &ended.id, &ended.blob).await? else {
+                    return Ok(false);
+                };
+                if let Some(quota) = quota {
+                    let (used, _) = usage(tx, &image.owner).await?;
+                    let left = quota.saturating_sub(used.unsigned_abs());
+                    let size = found.size.unsigned_abs();
+                    if size > left {
+                        return Err(StoreError::over_quota(size, left));
+                    }
+                }
+                let mut row = image.into_active_model();
+                row.updated_at_us = Set(ended.now_us);
+                if ended.kind == Upload::Direct {
+                    row.status = Set(Status::Active.name().to_owned());
+                }
+                row.size = Set(Some(found.size));
+                row.virtual_size = Set(found.virtual_size);
+                row.checksum = Set(Some(found.checksum));
+                row.os_hash_value = Set(Some(found.os_hash_value));
+                row.blake3 = Set(Some(found.blake3));
+                row.content_format = Set(Some(found.content_format));
+                row.update(tx).await?;
+                Ok(true)
+            })
+        })
+        .await
+}
+
+/// Queues the image again, unless it is another upload's by now.
+pub async fn abandon_upload(
     database: &Database,
     id: &str,
     blob: &str,
-    uploaded: Option<Uploaded>,
-    kind: Upload,
     now_us: i64,
-) -> Result<bool, StoreError> {
+) -> Result<(), StoreError> {
     let (id, blob) = (id.to_owned(), blob.to_owned());
     database
         .write(move |tx| {
-            let (id, blob, uploaded) = (id.clone(), blob.clone(), uploaded.clone());
+            let (id, blob) = (id.clone(), blob.clone());
             Box::pin(async move {
-                let found = image::Entity::find_by_id(&id)
-                    .filter(image::Column::Blob.eq(&blob))
-                    .filter(image::Column::DeletedAtUs.is_null())
-                    .one(tx)
-                    .await?;
-                let Some(found) = found else { return Ok(false) };
-                let mut row = found.into_active_model();
-                row.updated_at_us = Set(now_us);
-                match uploaded {
-                    Some(uploaded) => {
-                        if kind == Upload::Direct {
-                            row.status = Set(Status::Active.name().to_owned());
-                        }
-                        row.size = Set(Some(uploaded.size));
-                        row.virtual_size = Set(uploaded.virtual_size);
-                        row.checksum = Set(Some(uploaded.checksum));
-                        row.os_hash_value = Set(Some(uploaded.os_hash_value));
-                        row.blake3 = Set(Some(uploaded.blake3));
-                        row.content_format = Set(Some(uploaded.content_format));
-                    }
-                    None => {
-                        row.status = Set(Status::Queued.name().to_owned());
-                        row.blob = Set(None);
-                    }
+                if let Some(image) = coming_in(tx, &id, &blob).await? {
+                    let mut row = image.into_active_model();
+                    row.updated_at_us = Set(now_us);
+                    row.status = Set(Status::Queued.name().to_owned());
+                    row.blob = Set(None);
+                    row.update(tx).await?;
                 }
-                row.update(tx).await?;
-                Ok(true)
+                Ok(())
             })
         })
         .await

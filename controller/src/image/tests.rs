@@ -273,6 +273,7 @@ async fn an_upload_beyond_the_limits_is_refused_and_leaves_nothing() {
     let small = Limits {
         image: 1000,
         reserve: 0,
+        project: None,
     };
     let crowded = Limits {
         reserve: u64::MAX,
@@ -294,6 +295,71 @@ async fn an_upload_beyond_the_limits_is_refused_and_leaves_nothing() {
             .await;
         assert_eq!(within.status.as_u16(), fits);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_project_has_no_more_bytes_of_images_than_its_quota() {
+    let database = testing::database().await;
+    let limits = Limits {
+        project: Some(1000),
+        ..Limits::default()
+    };
+    let cloud = cloud_within(database.database.clone(), limits).await;
+    let upload = async |who: &str, size: usize| {
+        let id = cloud.raw(who, json!({})).await;
+        let path = format!("/v2/images/{id}/file");
+        let answer = cloud.put_bytes(who, &path, Body::from(vec![1; size])).await;
+        (id, answer)
+    };
+    let (kept, answer) = upload("one", 600).await;
+    assert_eq!(answer.status, StatusCode::NO_CONTENT);
+    let (refused, answer) = upload("one", 500).await;
+    assert_eq!(answer.status, StatusCode::PAYLOAD_TOO_LARGE);
+    let image = format!("/v2/images/{refused}");
+    let image = cloud.get("one", &image).await.json();
+    assert_eq!((&image["status"], cloud.files()), (&json!("queued"), 1));
+    // Others have a quota of their own, and what is deleted is given back.
+    assert_eq!(upload("two", 1000).await.1.status, StatusCode::NO_CONTENT);
+    let path = format!("/v2/images/{kept}");
+    cloud.call("one", Method::DELETE, &path, Value::Null).await;
+    let path = format!("/v2/images/{refused}/file");
+    let again = cloud
+        .put_bytes("one", &path, Body::from(vec![1; 500]))
+        .await;
+    assert_eq!(again.status, StatusCode::NO_CONTENT);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_that_come_in_together_do_not_share_what_is_left_of_a_quota() {
+    let database = testing::database().await;
+    let limits = Limits {
+        project: Some(1000),
+        ..Limits::default()
+    };
+    let cloud = cloud_within(database.database.clone(), limits).await;
+    let (first, second) = (
+        cloud.raw("one", json!({})).await,
+        cloud.raw("one", json!({})).await,
+    );
+    // Each has been asked for its last byte before the other's have become an image's.
+    let barrier = Arc::new(tokio::sync::Barrier::new(2));
+    let upload = async |id: &str| {
+        let barrier = Arc::clone(&barrier);
+        let bytes = futures::stream::once(async move {
+            barrier.wait().await;
+            Ok::<_, std::io::Error>(Bytes::from(vec![1; 600]))
+        });
+        let path = format!("/v2/images/{id}/file");
+        cloud
+            .put_bytes("one", &path, Body::from_stream(bytes))
+            .await
+            .status
+            .as_u16()
+    };
+    let (a, b) = futures::join!(upload(&first), upload(&second));
+    let mut statuses = [a, b];
+    statuses.sort_unstable();
+    assert_eq!((statuses, cloud.files()), ([204, 413], 1));
 }
 
 on_both!(

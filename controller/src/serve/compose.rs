@@ -202,7 +202,7 @@ async fn images(
     let files = FileStore::open(folder, &config.name)
         .await
         .map_err(ServeError::Images)?;
-    let images = Images::new(database.clone(), Arc::new(files));
+    let images = Images::new(database.clone(), Arc::new(files)).within(config.image_limits);
     images
         .recover(clock.now_us())
         .await

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::size::Size;
 use crate::http::PublicUrl;
+use crate::image::Limits;
 
 /// Flags of `fractus serve`; the file has the same names.
 #[derive(Debug, Clone, Default, clap::Args, Deserialize)]
@@ -52,6 +54,15 @@ pub struct Options {
     /// Address and port of metrics and health, not public [default: 127.0.0.1:9464; empty: none].
     #[arg(long, env = "FRACTUS_METRICS_LISTEN")]
     pub metrics_listen: Option<String>,
+    /// Largest image, such as 10GiB [default: 1TiB].
+    #[arg(long, env = "FRACTUS_IMAGE_SIZE_LIMIT")]
+    pub image_size_limit: Option<Size>,
+    /// What all images of one project may take together, such as 200GiB [default: no limit].
+    #[arg(long, env = "FRACTUS_IMAGE_PROJECT_LIMIT")]
+    pub image_project_limit: Option<Size>,
+    /// What uploads leave free on the file system of the images [default: 1GiB].
+    #[arg(long, env = "FRACTUS_IMAGE_RESERVE")]
+    pub image_reserve: Option<Size>,
     /// The database was restored from a backup: say it at the first start after that, and only then.
     /// What hosts were told since the backup is then known to be older than what they are told now, and
     /// no server is started before its host has said that it still has it; one that is gone is ERROR.
@@ -84,6 +95,7 @@ pub struct Config {
     pub agents_listen: SocketAddr,
     pub agents_url: String,
     pub name: String,
+    pub image_limits: Limits,
     /// Begin a new epoch of machines' generations.
     pub restored: bool,
 }
@@ -175,6 +187,12 @@ impl Config {
         if name != plain(&name) || name.is_empty() {
             return Err(ConfigError::Name(name));
         }
+        let usual = Limits::default();
+        let image_limits = Limits {
+            image: options.image_size_limit.map_or(usual.image, |size| size.0),
+            project: options.image_project_limit.map(|size| size.0),
+            reserve: options.image_reserve.map_or(usual.reserve, |size| size.0),
+        };
         let metrics_listen = options
             .metrics_listen
             .unwrap_or_else(|| "127.0.0.1:9464".to_owned());
@@ -188,6 +206,7 @@ impl Config {
             agents_listen,
             agents_url: agents_url.as_str().to_owned(),
             name,
+            image_limits,
             restored: options.restored,
         })
     }
@@ -227,6 +246,9 @@ impl Options {
             plain_http: self.plain_http || file.plain_http,
             behind_proxy: self.behind_proxy || file.behind_proxy,
             metrics_listen: self.metrics_listen.or(file.metrics_listen),
+            image_size_limit: self.image_size_limit.or(file.image_size_limit),
+            image_project_limit: self.image_project_limit.or(file.image_project_limit),
+            image_reserve: self.image_reserve.or(file.image_reserve),
             agents_listen: self.agents_listen.or(file.agents_listen),
             agents_url: self.agents_url.or(file.agents_url),
             name: self.name.or(file.name),
@@ -321,6 +343,16 @@ mod tests {
         let config = Config::resolve(flags(Some("127.0.0.1:2"))).unwrap();
         assert_eq!(config.listen, "127.0.0.1:2");
         assert_eq!(config.public_url.as_str(), "https://cloud.example");
+        let limits = "image-size-limit: 4096\nimage-project-limit: 2GiB\n";
+        std::fs::write(&path, limits).unwrap();
+        let limits = Config::resolve(flags(None)).unwrap().image_limits;
+        let reserve = Limits::default().reserve;
+        let expected = Limits {
+            image: 4096,
+            project: Some(2 << 30),
+            reserve,
+        };
+        assert_eq!(limits, expected);
         // That a database was restored is true once: it has no place in a file.
         for unknown in ["lisen: x\n", "restored: true\n"] {
             std::fs::write(&path, unknown).unwrap();

@@ -66,9 +66,7 @@ async fn back_up(world: &World) -> String {
 /// Goes on with the copy, and a controller that knows that it is one.
 async fn restore(world: &mut World, backup: &str) {
     world.controller = None;
-    world.test.database = Database::connect(backup)
-        .await
-        .unwrap();
+    world.test.database = Database::connect(backup).await.unwrap();
     let begin = world
         .database()
         .write(|tx| Box::pin(async move { machine::begin_epoch(tx, 1_800_000_001_000_000).await }));

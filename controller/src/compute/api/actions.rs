@@ -287,6 +287,9 @@ async fn rebuild(call: &Call, id: &str, body: &Value) -> Result<Response, ApiErr
     admit(call, &row, Action::Rebuild).await?;
     let image_id = given["imageRef"].as_str().unwrap_or_default();
     let flavor = row.flavor()?;
+    if !ops::boot::is_there(call.reader(), &call.caller, image_id).await? {
+        return Err(ApiError::bad_request("Cannot find image for rebuild"));
+    }
     let plan = ops::boot::plan(call.reader(), &call.caller, image_id, &flavor).await?;
     let spec = create::spec(&flavor, &plan)?;
     let columns = rebuilt(call, &row, given, &plan).await?;

@@ -82,6 +82,19 @@ fn is_kernel(image: &Image) -> bool {
         .any(|format| format.as_deref() == Some("aki"))
 }
 
+/// Whether the image exists for the caller.
+pub async fn is_there(
+    connection: &impl ConnectionTrait,
+    caller: &Caller,
+    image_id: &str,
+) -> Result<bool, ApiError> {
+    match images::find_visible(connection, caller, image_id).await {
+        Ok(_) => Ok(true),
+        Err(StoreError::Refused(_)) => Ok(false),
+        Err(other) => Err(ApiError::internal(other)),
+    }
+}
+
 /// A kernel or initrd that an image names.
 async fn part(
     connection: &impl ConnectionTrait,

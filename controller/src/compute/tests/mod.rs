@@ -2,6 +2,7 @@
 
 mod cloud;
 mod flavors;
+mod images;
 mod lists;
 mod servers;
 

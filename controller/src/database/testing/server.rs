@@ -38,8 +38,8 @@ impl Template {
 }
 
 fn lock(folder: &Path) -> File {
-    let lock = File::create(folder.with_extension("lock"))
-        .and_then(|file| file.lock().map(|()| file));
+    let lock =
+        File::create(folder.with_extension("lock")).and_then(|file| file.lock().map(|()| file));
     lock.unwrap_or_else(|error| panic!("locking {}: {error}", folder.display()))
 }
 
