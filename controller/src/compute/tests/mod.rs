@@ -1,15 +1,22 @@
 //! The compute API as clients see it, over a simulated host.
 
+mod actions;
 mod cloud;
 mod flavors;
 mod images;
 mod lists;
 mod servers;
 
+use fractus_agent_api::machine::ServerId;
 use http::Method;
+use sea_orm::prelude::Uuid;
 use serde_json::{Value, json};
 
 use self::cloud::{Answer, Cloud, DISK, KERNEL, ONE, TWO, USER};
+
+fn machine(id: &str) -> ServerId {
+    ServerId(Uuid::parse_str(id).unwrap())
+}
 
 fn keys(value: &Value) -> Vec<&str> {
     let mut keys: Vec<&str> = value
