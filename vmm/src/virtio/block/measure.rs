@@ -89,16 +89,20 @@ fn run(file: &File, case: &Case) {
 
 /// What is measured: name, O_DIRECT, threads instead of io_uring, writes, depth, bytes each.
 #[rustfmt::skip]
-const CASES: [(&str, bool, bool, bool, u64, u64); 10] = [
+const CASES: [(&str, bool, bool, bool, u64, u64); 14] = [
     ("cached, io_uring, read 4K, depth 1", false, false, false, 1, 4096),
     ("cached, io_uring, read 4K, depth 32", false, false, false, 32, 4096),
     ("cached, threads,  read 4K, depth 32", false, true, false, 32, 4096),
+    ("cached, io_uring, write 4K, depth 1", false, false, true, 1, 4096),
     ("cached, io_uring, write 4K, depth 32", false, false, true, 32, 4096),
+    ("cached, threads,  write 4K, depth 1", false, true, true, 1, 4096),
+    ("cached, threads,  write 4K, depth 32", false, true, true, 32, 4096),
     ("cached, io_uring, read 128K, depth 16", false, false, false, 16, 128 << 10),
     ("direct, io_uring, read 4K, depth 1", true, false, false, 1, 4096),
     ("direct, io_uring, read 4K, depth 32", true, false, false, 32, 4096),
     ("direct, threads,  read 4K, depth 32", true, true, false, 32, 4096),
     ("direct, io_uring, write 4K, depth 32", true, false, true, 32, 4096),
+    ("direct, threads,  write 4K, depth 32", true, true, true, 32, 4096),
     ("direct, io_uring, read 128K, depth 16", true, false, false, 16, 128 << 10),
 ];
 
