@@ -85,14 +85,8 @@ const CHECKS: &[Check] = &[
         name: "io_uring",
         weight: Weight::Wanted,
         remedy: "`sysctl kernel.io_uring_disabled=0`; without it disks use a slower way",
-        look: || match fs::read_to_string("/proc/sys/kernel/io_uring_disabled") {
-            Ok(text) if text.trim() == "0" => Ok(()),
-            Ok(text) => Err(format!(
-                "switched off (kernel.io_uring_disabled={})",
-                text.trim()
-            )),
-            Err(_) => exists("/proc/sys/kernel/io_uring_group"),
-        },
+        // The switch came with Linux 6.6; rings are older.
+        look: || io_uring::IoUring::new(1).map(drop).map_err(|e| e.to_string()),
     },
     Check {
         name: "/dev/userfaultfd",
