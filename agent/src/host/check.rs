@@ -86,7 +86,11 @@ const CHECKS: &[Check] = &[
         weight: Weight::Wanted,
         remedy: "`sysctl kernel.io_uring_disabled=0`; without it disks use a slower way",
         // The switch came with Linux 6.6; rings are older.
-        look: || io_uring::IoUring::new(1).map(drop).map_err(|e| e.to_string()),
+        look: || {
+            io_uring::IoUring::new(1)
+                .map(drop)
+                .map_err(|e| e.to_string())
+        },
     },
     Check {
         name: "/dev/userfaultfd",

@@ -3,11 +3,11 @@
 //! changes seldom.
 
 use std::fs::File;
-use std::io::BufWriter;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 
 use crate::archive::Archive;
 use crate::debian::{cache, tree};
@@ -75,14 +75,7 @@ fn write_initrd(to: &Path, busybox: &Path, release: &str, modules: &Path) -> Res
         archive.folder(&format!("host/{folder}"))?;
     }
     archive.character_device("host/dev/console", 5, 1)?;
-    archive.copy("host/bin/busybox", 0o755, busybox)?;
-    for applet in applets(busybox)? {
-        let folder = match applet.as_str() {
-            "init" | "modprobe" => "sbin",
-            _ => "bin",
-        };
-        archive.link(&format!("host/{folder}/{applet}"), "/bin/busybox")?;
-    }
+    add_busybox(&mut archive, "host/", busybox)?;
     archive.link("host/bin/fractus-agent", "/opt/fractus-agent")?;
     archive.file("host/lab/init", 0o755, INIT)?;
     archive.file("host/lab/agent", 0o755, AGENT)?;
@@ -90,50 +83,30 @@ fn write_initrd(to: &Path, busybox: &Path, release: &str, modules: &Path) -> Res
     archive.file("host/etc/inittab", 0o644, INITTAB)?;
     archive.file("host/etc/passwd", 0o644, b"root::0:0:root:/:/bin/sh\n")?;
     archive.file("host/etc/group", 0o644, b"root:x:0:\n")?;
-    add_modules(&mut archive, busybox, release, modules)?;
+    modules::add(
+        &mut archive,
+        "host/",
+        modules::HOST,
+        busybox,
+        release,
+        modules,
+    )?;
     archive.finish()?;
     Ok(())
 }
 
-fn applets(busybox: &Path) -> Result<Vec<String>> {
+/// Busybox, with a link for each thing that it can be.
+pub fn add_busybox<W: Write>(archive: &mut Archive<W>, prefix: &str, busybox: &Path) -> Result<()> {
+    archive.copy(&format!("{prefix}bin/busybox"), 0o755, busybox)?;
     let output = Command::new(busybox).arg("--list").output()?;
     let list = String::from_utf8(output.stdout)?;
-    let names = list.lines().filter(|name| *name != "busybox");
-    Ok(names.map(str::to_owned).collect())
-}
-
-/// The modules, with the indices by which modprobe and the kernel find them.
-fn add_modules<W: std::io::Write>(
-    archive: &mut Archive<W>,
-    busybox: &Path,
-    release: &str,
-    modules: &Path,
-) -> Result<()> {
-    let staging = tempfile::tempdir()?;
-    let folder = staging.path().join("lib/modules").join(release);
-    let wanted = modules::wanted(modules)?;
-    for path in &wanted {
-        let to = folder.join(path);
-        if let Some(parent) = to.parent() {
-            std::fs::create_dir_all(parent)?;
-        }
-        std::fs::copy(modules.join(path), to)?;
-    }
-    let status = Command::new(busybox)
-        .args(["depmod", "-b"])
-        .arg(staging.path())
-        .arg(release)
-        .status()?;
-    if !status.success() {
-        bail!("busybox depmod: {status}");
-    }
-    let names = ["modules.alias", "modules.dep", "modules.symbols"];
-    let names = names.map(PathBuf::from);
-    for path in wanted.iter().chain(&names) {
-        let name = format!("host/lib/modules/{release}/{}", path.display());
-        archive
-            .copy(&name, 0o644, &folder.join(path))
-            .with_context(|| name.clone())?;
+    for applet in list.lines().filter(|name| *name != "busybox") {
+        // Where the kernel looks for them.
+        let folder = match applet {
+            "init" | "modprobe" => "sbin",
+            _ => "bin",
+        };
+        archive.link(&format!("{prefix}{folder}/{applet}"), "/bin/busybox")?;
     }
     Ok(())
 }

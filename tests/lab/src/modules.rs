@@ -1,63 +1,141 @@
-//! Kernel modules for a host: those wanted, with what they depend on.
+//! Kernel modules for an initial file system: those wanted, with what they depend on.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
-/// Folders below `kernel/` that are taken whole (networks, storage, virtualisation).
-const FOLDERS: &[&str] = &[
-    "arch/x86/kvm",
-    "drivers/block",
-    "drivers/md",
-    "drivers/net/vxlan",
-    "drivers/vhost",
-    "drivers/virtio",
-    "fs/btrfs",
-    "fs/ext4",
-    "fs/fuse",
-    "fs/isofs",
-    "fs/overlayfs",
-    "fs/xfs",
-    "net/8021q",
-    "net/bridge",
-    "net/ipv4",
-    "net/ipv6",
-    "net/netfilter",
-    "net/openvswitch",
-    "net/sched",
-    "net/vmw_vsock",
-];
-/// Modules by name.
-const NAMES: &[&str] = &[
-    "af_packet",
-    "ccp",
-    "crc32c_generic",
-    "crc32c_intel",
-    "dummy",
-    "ifb",
-    "ipvlan",
-    "irqbypass",
-    "macvlan",
-    "macvtap",
-    "tap",
-    "tun",
-    "veth",
-    "virtio_net",
-    "vrf",
-    "wireguard",
-];
+use crate::archive::Archive;
+
+/// What is wanted.
+#[derive(Debug, Clone, Copy)]
+pub struct Selection {
+    /// Folders below `kernel/` that are taken whole.
+    pub folders: &'static [&'static str],
+    /// Modules by name, as the kernel spells them (`_`, no `-`).
+    pub names: &'static [&'static str],
+}
+
+/// For a lab host: networks, storage, virtualisation.
+pub const HOST: Selection = Selection {
+    folders: &[
+        "arch/x86/kvm",
+        "drivers/block",
+        "drivers/md",
+        "drivers/net/vxlan",
+        "drivers/vhost",
+        "drivers/virtio",
+        "fs/btrfs",
+        "fs/ext4",
+        "fs/fuse",
+        "fs/isofs",
+        "fs/overlayfs",
+        "fs/xfs",
+        "net/8021q",
+        "net/bridge",
+        "net/ipv4",
+        "net/ipv6",
+        "net/netfilter",
+        "net/openvswitch",
+        "net/sched",
+        "net/vmw_vsock",
+    ],
+    names: &[
+        "af_packet",
+        "ccp",
+        "crc32c_generic",
+        "crc32c_intel",
+        "dummy",
+        "ifb",
+        "ipvlan",
+        "irqbypass",
+        "macvlan",
+        "macvtap",
+        "tap",
+        "tun",
+        "veth",
+        "virtio_net",
+        "vrf",
+        "wireguard",
+    ],
+};
+
+/// For the tiny guest: every device that our machines may have.
+pub const TINY: Selection = Selection {
+    folders: &["drivers/virtio", "drivers/misc/pvpanic"],
+    names: &[
+        "af_packet",
+        "button",
+        "evdev",
+        "ext4",
+        "isofs",
+        "nls_utf8",
+        "virtio_balloon",
+        "virtio_blk",
+        "virtio_console",
+        "virtio_mem",
+        "virtio_net",
+        "virtio_pci",
+        "virtio_rng",
+        "vmw_vsock_virtio_transport",
+        "wdat_wdt",
+    ],
+};
+
+/// Puts the modules below `PREFIXlib/modules/RELEASE`, with the indices by which modprobe and the
+/// kernel find them. `modules` is the folder of that release.
+pub fn add<W: Write>(
+    archive: &mut Archive<W>,
+    prefix: &str,
+    selection: Selection,
+    busybox: &Path,
+    release: &str,
+    modules: &Path,
+) -> Result<()> {
+    let staging = tempfile::tempdir()?;
+    let folder = staging.path().join("lib/modules").join(release);
+    let wanted = wanted(modules, selection)?;
+    for path in &wanted {
+        let to = folder.join(path);
+        if let Some(parent) = to.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        std::fs::copy(modules.join(path), to)?;
+    }
+    let status = Command::new(busybox)
+        .args(["depmod", "-b"])
+        .arg(staging.path())
+        .arg(release)
+        .status()?;
+    if !status.success() {
+        bail!("busybox depmod: {status}");
+    }
+    let names = ["modules.alias", "modules.dep", "modules.symbols"];
+    let names = names.map(PathBuf::from);
+    for path in wanted.iter().chain(&names) {
+        let name = format!("{prefix}lib/modules/{release}/{}", path.display());
+        archive
+            .copy(&name, 0o644, &folder.join(path))
+            .with_context(|| name.clone())?;
+    }
+    Ok(())
+}
 
 /// Paths below `modules/RELEASE`, in order: everything wanted, with its dependencies.
-pub fn wanted(modules: &Path) -> Result<BTreeSet<PathBuf>> {
+fn wanted(modules: &Path, selection: Selection) -> Result<BTreeSet<PathBuf>> {
     let mut all = BTreeMap::new();
     walk(&modules.join("kernel"), &mut all)?;
     let taken = |path: &Path| {
-        FOLDERS
-            .iter()
-            .any(|folder| path.starts_with(modules.join("kernel").join(folder)))
+        let mut folders = selection.folders.iter();
+        folders.any(|folder| path.starts_with(modules.join("kernel").join(folder)))
     };
-    let mut open: Vec<String> = NAMES.iter().map(|&name| name.to_owned()).collect();
+    let mut open: Vec<String> = selection
+        .names
+        .iter()
+        .map(|&name| name.to_owned())
+        .collect();
     open.extend(
         all.iter()
             .filter(|(_, path)| taken(path))
