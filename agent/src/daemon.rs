@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
@@ -48,7 +48,11 @@ struct Lock {
     mark: Uuid,
 }
 
-fn lock(paths: &Paths) -> anyhow::Result<Lock> {
+/// How long an agent that was killed may seem to hold its lock: a process that it was just starting has
+/// copies of all its descriptors until its exec.
+const HANDOVER: Duration = Duration::from_secs(10);
+
+fn lock(paths: &Paths, patience: Duration) -> anyhow::Result<Lock> {
     use std::io::{Read, Seek, Write};
     use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
     for folder in [&paths.state, &paths.runtime, &paths.sockets()] {
@@ -68,12 +72,19 @@ fn lock(paths: &Paths) -> anyhow::Result<Lock> {
         .mode(0o600)
         .open(&path)
         .with_context(|| path.display().to_string())?;
-    file.try_lock().with_context(|| {
-        format!(
-            "{} is locked: another agent runs with this state folder",
-            path.display()
-        )
-    })?;
+    let by = Instant::now() + patience;
+    while let Err(error) = file.try_lock() {
+        if !matches!(error, std::fs::TryLockError::WouldBlock) || Instant::now() > by {
+            return Err(error).with_context(|| {
+                format!(
+                    "{} is locked: another agent runs with this state folder",
+                    path.display()
+                )
+            });
+        }
+        // Nothing else of this agent runs yet that could be held up.
+        std::thread::sleep(Duration::from_millis(10));
+    }
     let mut text = String::new();
     file.read_to_string(&mut text)?;
     let mark = match Uuid::try_parse(text.trim()) {
@@ -93,7 +104,7 @@ fn lock(paths: &Paths) -> anyhow::Result<Lock> {
 /// Until SIGTERM or SIGINT. Machines run on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let paths = Paths::new(&config.state, &config.runtime);
-    let lock = lock(&paths)?;
+    let lock = lock(&paths, HANDOVER)?;
     let identity = Identity::load(&paths.identity())?;
     let listening = listener::bind(config.listen).await?;
     let cloud = Cloud::new(paths.clone(), identity)?;
@@ -161,4 +172,39 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         let _ = cgroups.close();
     }
     ended
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn paths(folder: &std::path::Path) -> Paths {
+        Paths::new(folder.join("state"), folder.join("run"))
+    }
+
+    #[test]
+    fn two_agents_do_not_share_a_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = lock(&paths(folder.path()), Duration::ZERO).unwrap();
+        let second = lock(&paths(folder.path()), Duration::from_millis(50));
+        assert!(second.is_err());
+        drop(first);
+        lock(&paths(folder.path()), Duration::ZERO).unwrap();
+    }
+
+    /// As by a process that a killed agent was starting, which holds copies until its exec.
+    #[test]
+    fn a_lock_that_is_let_go_of_late_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = paths(folder.path());
+        let killed = lock(&paths, Duration::ZERO).unwrap();
+        let (mark, copy) = (killed.mark, killed._file.try_clone().unwrap());
+        drop(killed);
+        assert!(lock(&paths, Duration::ZERO).is_err(), "the copy holds it");
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| lock(&paths, HANDOVER));
+            drop(copy);
+            assert_eq!(next.join().unwrap().unwrap().mark, mark);
+        });
+    }
 }
