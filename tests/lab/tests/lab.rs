@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use fractus_lab::{Lab, Options, TinyGuest};
-use fractus_tests::harness::Client;
+use fractus_tests::harness::{Client, until};
+use fractus_tests::tidy::checkout;
 use serde_json::{Value, json};
 
 /// Uploads a file; gives the image's id.
@@ -32,9 +35,10 @@ async fn tiny_image(client: &Client, tiny: &TinyGuest, command_line: &str) -> St
     upload(client, image, vec![0; 1 << 20]).await
 }
 
-async fn flavor(client: &Client, vcpus: u32) -> String {
-    let flavor = json!({"flavor": {"name": format!("tiny-{vcpus}"), "vcpus": vcpus, "ram": 256,
-        "disk": 1}});
+/// GiB of disk, MiB of memory.
+async fn flavor(client: &Client, vcpus: u32, ram: u32, disk: u32) -> String {
+    let flavor = json!({"flavor": {"name": format!("{vcpus}-{ram}-{disk}"), "vcpus": vcpus,
+        "ram": ram, "disk": disk}});
     let made = client.post("/compute/v2.1/flavors", flavor).await.unwrap();
     made.expect_status(200).unwrap().text("/flavor/id")
 }
@@ -59,7 +63,7 @@ async fn lab_a_stock_debian_kernel_lives_as_a_server() {
     let tiny = TinyGuest::make().unwrap();
     let admin = lab.controller.admin().await.unwrap();
     let image = tiny_image(&admin, &tiny, "console=ttyS0 quiet panic=-1").await;
-    let flavor = flavor(&admin, 2).await;
+    let flavor = flavor(&admin, 2, 256, 1).await;
     let server = admin.create_server("tiny", &image, &flavor).await.unwrap();
 
     let log = admin
@@ -88,4 +92,121 @@ async fn lab_a_stock_debian_kernel_lives_as_a_server() {
     let log = admin.until_logged(&server, "boots=2").await.unwrap();
     let second = said(&log, "tiny: boot", "nonce").unwrap();
     assert_ne!(second, first, "a boot, not a resume");
+}
+
+#[tokio::test]
+#[ignore = "takes a host in software: scripts/lab test"]
+async fn lab_a_server_survives_its_agent_and_returns_with_its_host() {
+    let mut lab = Lab::start(Options {
+        hosts: 1,
+        ..Options::default()
+    })
+    .await
+    .unwrap();
+    let tiny = TinyGuest::make().unwrap();
+    let admin = lab.controller.admin().await.unwrap();
+    let image = tiny_image(&admin, &tiny, "console=ttyS0 quiet panic=-1").await;
+    let flavor = flavor(&admin, 1, 256, 1).await;
+    let server = admin.create_server("tiny", &image, &flavor).await.unwrap();
+    let log = admin
+        .until_logged(&server, "tiny: ready hostname=")
+        .await
+        .unwrap();
+    let nonce = said(&log, "tiny: boot", "nonce").unwrap().to_owned();
+
+    // kill -9 of the agent: the guest's process is the same afterwards.
+    let controller = lab.controller.for_agents();
+    let host = &mut lab.hosts[0];
+    let process = "ps -o pid,args | grep '[f]ractus-agent vm' | awk '{print $1}'";
+    let before = host.done(process).unwrap();
+    assert!(!before.trim().is_empty(), "no process of the machine");
+    host.kill_agent().unwrap();
+    host.start_agent(&controller, "none").unwrap();
+    assert_eq!(host.done(process).unwrap(), before);
+    let log = admin.until_logged(&server, "tiny: ready").await.unwrap();
+    assert_eq!(said(&log, "tiny: boot", "nonce"), Some(&*nonce));
+
+    // Nothing gets through a cut cable, and everything again once it is mended.
+    host.cut_network().unwrap();
+    assert!(host.run_within("true", Duration::from_secs(2)).is_err());
+    host.mend_network().unwrap();
+    assert_eq!(host.done("hostname").unwrap(), "host1\n");
+
+    // The host loses power: the server boots again with it, nobody having asked.
+    host.done("sync").unwrap();
+    let began = Instant::now();
+    host.restart().unwrap();
+    host.start_agent(&controller, "none").unwrap();
+    println!("host is back after {:.1} s", began.elapsed().as_secs_f64());
+    let log = admin.until_logged(&server, "boots=2").await.unwrap();
+    assert_ne!(said(&log, "tiny: boot", "nonce"), Some(&*nonce));
+    admin.until_status(&server, "ACTIVE").await.unwrap();
+}
+
+/// The image that images/debian builds.
+fn debian() -> PathBuf {
+    let output = Command::new(checkout().join("images/debian/build"))
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "images/debian/build failed");
+    PathBuf::from(String::from_utf8(output.stdout).unwrap().trim())
+}
+
+/// A distribution boots in software: as long as it takes, within reason.
+async fn until_logged_slowly(client: &Client, server: &str, wanted: &str) -> String {
+    let what = format!("{wanted:?} in the log of {server}");
+    until(&what, Duration::from_secs(900), || async {
+        let answer = client.act(server, json!({"os-getConsoleOutput": {}})).await;
+        let text = answer.map_err(|e| format!("{e:#}"))?.text("/output");
+        if text.contains(wanted) {
+            Ok(text)
+        } else {
+            Err(text)
+        }
+    })
+    .await
+    .unwrap()
+}
+
+#[tokio::test]
+#[ignore = "takes a host in software: scripts/lab test"]
+async fn lab_debian_boots_from_its_disk_image() {
+    let lab = Lab::start(Options {
+        hosts: 1,
+        ..Options::default()
+    })
+    .await
+    .unwrap();
+    let admin = lab.controller.admin().await.unwrap();
+    let debian = debian();
+    let kernel = upload_file(&admin, "debian-kernel", &debian.join("vmlinuz")).await;
+    let ramdisk = upload_file(&admin, "debian-ramdisk", &debian.join("initrd.img")).await;
+    let command_line = std::fs::read_to_string(debian.join("command-line")).unwrap();
+    let image = json!({"name": "debian", "disk_format": "qcow2", "container_format": "bare",
+        "kernel_id": kernel, "ramdisk_id": ramdisk, "os_command_line": format!("{} quiet", command_line.trim())});
+    let disk = std::fs::read(debian.join("disk.qcow2")).unwrap();
+    let image = upload(&admin, image, disk).await;
+    let flavor = flavor(&admin, 2, 768, 4).await;
+    let began = Instant::now();
+    let server = admin
+        .create_server("debian", &image, &flavor)
+        .await
+        .unwrap();
+    let log = until_logged_slowly(&admin, &server, "login:").await;
+    println!("login after {:.0} s", began.elapsed().as_secs_f64());
+    let log = match log.contains("Cloud-init v") && log.contains("finished at") {
+        true => log,
+        false => until_logged_slowly(&admin, &server, "finished at").await,
+    };
+    println!("{log}");
+    println!("cloud-init after {:.0} s", began.elapsed().as_secs_f64());
+    assert!(!log.contains("[FAILED]"), "a unit failed");
+    assert!(!log.contains("emergency mode"), "emergency mode");
+
+    let stopped = admin.act(&server, json!({"os-stop": null})).await.unwrap();
+    stopped.expect_status(202).unwrap();
+    let log = until_logged_slowly(&admin, &server, "reboot: Power down").await;
+    assert!(log.contains("Stopped"), "an orderly shutdown: {log}");
+    admin.until_status(&server, "SHUTOFF").await.unwrap();
 }
