@@ -41,6 +41,8 @@ pub struct MachineConfig {
     #[serde(default)]
     pub rng: Option<RngConfig>,
     #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
+    #[serde(default)]
     pub watchdog: Option<WatchdogConfig>,
     /// The pvpanic port, by which a guest's kernel reports that it panicked.
     #[serde(default = "yes")]
@@ -171,6 +173,17 @@ pub struct RngConfig {
     pub bytes_per_second: Option<u64>,
 }
 
+/// A balloon, by which the guest gives memory back: what the host wishes, and whatever is free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct BalloonConfig {
+    /// What the host wishes in it from the start, less than the machine's memory.
+    #[serde(default)]
+    pub bytes: u64,
+    /// The guest may take pages out of it rather than end a process for want of memory.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WatchdogConfig {
     pub action: WatchdogAction,
@@ -241,6 +254,8 @@ pub enum ConfigError {
     ConsolePortCount { count: usize },
     #[error("console port {index}: name {name:?} is empty, longer than 64 bytes, or used twice")]
     ConsolePortName { index: usize, name: String },
+    #[error("a balloon of {bytes} bytes in a machine of {memory}: it must be smaller")]
+    BalloonSize { bytes: u64, memory: u64 },
     #[error("{given} descriptors for {what}, but {wanted} in the config")]
     FileCount {
         what: &'static str,
@@ -268,6 +283,7 @@ impl MachineConfig {
             disks: Vec::new(),
             console_ports: Vec::new(),
             rng: None,
+            balloon: None,
             watchdog: None,
             pvpanic: true,
         }
@@ -281,6 +297,7 @@ impl MachineConfig {
             });
         }
         self.memory.validate()?;
+        self.check_balloon(self.balloon.map_or(0, |balloon| balloon.bytes))?;
         let length = self.command_line.len();
         if length >= COMMAND_LINE_MAX || self.command_line.contains('\0') {
             return Err(ConfigError::CommandLine { length });
@@ -312,6 +329,15 @@ impl MachineConfig {
             }
         }
         Ok(())
+    }
+
+    /// Whether a balloon may be that large.
+    pub fn check_balloon(&self, bytes: u64) -> Result<(), ConfigError> {
+        let memory = self.memory.bytes;
+        match bytes < memory {
+            true => Ok(()),
+            false => Err(ConfigError::BalloonSize { bytes, memory }),
+        }
     }
 
     /// Checks that `files` are for this config.

@@ -210,6 +210,45 @@ impl GuestMemory {
         Ok(done)
     }
 
+    /// Gives the whole pages of `length` bytes at `guest` back to the host; returns how many bytes
+    /// those are. They read as zero from now on, until somebody writes to them. What is no RAM is
+    /// passed over.
+    ///
+    /// Huge pages are not given back: they were taken in advance so that no touch can fail, and another
+    /// would take them meanwhile.
+    pub fn give_back(&self, guest: u64, length: u64) -> Result<u64, MemoryError> {
+        if matches!(self.pages, PageSize::Huge2MiB | PageSize::Huge1GiB) {
+            return Ok(0);
+        }
+        let page = self.pages.bytes();
+        let end = guest.saturating_add(length);
+        let mut given = 0;
+        for region in self.map.iter() {
+            let (base, size) = (region.start_addr().0, region.len());
+            let last = end.min(base + size) / page * page;
+            let Some(file) = region.file_offset().filter(|_| guest < last) else {
+                continue;
+            };
+            let first = guest.max(base).next_multiple_of(page);
+            let bytes = last.saturating_sub(first);
+            if bytes == 0 {
+                continue;
+            }
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let offset = file.start() + (first - base);
+            rustix::fs::fallocate(&*self.file, flags, offset, bytes).map_err(|source| {
+                MemoryError::Discard {
+                    source: source.into(),
+                }
+            })?;
+            // What a stream has sent of them is no longer so.
+            let mapping = region.get_mmap();
+            (mapping.bitmap()).set_addr_range((first - base) as usize, bytes as usize);
+            given += bytes;
+        }
+        Ok(given)
+    }
+
     /// All zeros again, and nothing of it in the host's memory. No vCPU runs, no device is active.
     pub fn clear(&self) -> Result<(), MemoryError> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -346,6 +385,36 @@ mod tests {
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x8_0000)).unwrap(), 0);
         let blocks = rustix::fs::fstat(memory.as_fd()).unwrap().st_blocks;
         assert!(blocks <= 8, "{blocks} blocks are still there");
+    }
+
+    #[test]
+    fn whole_pages_of_ram_are_given_back_and_nothing_beside_them() {
+        let memory = GuestMemory::create(&config(HOLE_START + (2 << 20))).unwrap();
+        let byte = |address| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
+        memory.write_slice(&[7; 0x5000], GuestAddress(0)).unwrap();
+        memory.write_obj(7u8, GuestAddress(HOLE_END)).unwrap();
+        memory
+            .iter()
+            .for_each(|region| region.get_mmap().bitmap().reset());
+
+        assert_eq!(memory.give_back(0x1001, 0x2fff).unwrap(), 0x2000);
+        assert_eq!(
+            [0xfff, 0x1fff, 0x2000, 0x3fff, 0x4000].map(byte),
+            [7, 7, 0, 0, 7]
+        );
+        let region = memory.iter().next().unwrap();
+        let dirty = |address| GuestMemoryRegion::bitmap(region).dirty_at(address);
+        assert_eq!(
+            [0x1000, 0x2000, 0x3000, 0x4000].map(dirty),
+            [false, true, true, false]
+        );
+
+        assert_eq!(memory.give_back(HOLE_START, 1 << 20).unwrap(), 0);
+        assert_eq!(memory.give_back(u64::MAX - 1, u64::MAX).unwrap(), 0);
+        // Over the end of the low part, the hole, and the high part.
+        let across = memory.give_back(HOLE_START - 0x2000, HOLE_END - HOLE_START + 0x3000);
+        assert_eq!(across.unwrap(), 0x3000);
+        assert_eq!(byte(HOLE_END), 0);
     }
 
     #[test]

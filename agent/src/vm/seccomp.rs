@@ -135,7 +135,12 @@ const BLOCK: &[i64] = &[
     libc::SYS_lseek,
 ];
 
-const CONSOLE: &[i64] = &[libc::SYS_recvfrom, libc::SYS_sendto];
+const CONSOLE: &[i64] = &[
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    // The balloon gives the guest's memory back.
+    libc::SYS_fallocate,
+];
 
 /// KVM's ioctls (type 0xAE) that a running machine makes; creating a VM, a vCPU or a device is not
 /// among them.

@@ -173,6 +173,7 @@ impl Probe {
             "random" => self.random(words, out),
             "touch" => self.touch(words, out),
             "dirty" => self.dirty(words, out),
+            "balloon" => self.balloon(words, out),
             "spin" => spin(words),
             "stamp" => stamp(words),
             "gaps" => tell_gaps(out),
@@ -321,6 +322,29 @@ impl Probe {
             done / PAGES_PER_MIB,
             clock::us(cpu::tsc() - begin)
         );
+        Ok(())
+    }
+
+    fn balloon(&mut self, words: &mut Words, out: &mut Line) -> Outcome {
+        const USAGE: Refusal = Refusal::Usage("free MIB | target");
+        let balloon = self.devices.balloon.as_mut().ok_or(Refusal::NoDevice)?;
+        match (words.word(), words.number()) {
+            (Some("target"), None) => {
+                let _ = write!(out, " pages={}", balloon.target()?);
+            }
+            (Some("free"), Some(mib)) => {
+                let begin = cpu::tsc();
+                let mut left = mib << 20;
+                for stretch in memory::free(&self.info) {
+                    let length = stretch.length.min(left);
+                    balloon.report_free(stretch.start, length)?;
+                    left -= length;
+                }
+                let us = clock::us(cpu::tsc() - begin);
+                let _ = write!(out, " mib={} us={us}", mib - (left >> 20));
+            }
+            _ => return Err(USAGE),
+        }
         Ok(())
     }
 

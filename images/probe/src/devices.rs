@@ -3,6 +3,7 @@
 use virtio_drivers::transport::{DeviceType, Transport};
 use virtio_drivers::{Error, Result};
 
+use crate::balloon::Balloon;
 use crate::disk::Disk;
 use crate::memory::{self, Registers};
 use crate::pci::Bus;
@@ -127,6 +128,7 @@ pub struct Devices {
     pub disks: [Option<Disk>; MAX_DISKS],
     pub rng: Option<Rng>,
     pub console: Option<Console>,
+    pub balloon: Option<Balloon>,
     pvpanic: PvPanic,
 }
 
@@ -138,6 +140,7 @@ impl Devices {
             disks: [const { None }; MAX_DISKS],
             rng: None,
             console: None,
+            balloon: None,
             pvpanic: PvPanic::Port,
         };
         let mut functions = [None; 64];
@@ -177,6 +180,7 @@ impl Devices {
             }
             DeviceType::EntropySource => self.rng = Some(Rng::new(transport)?),
             DeviceType::Console => self.console = Some(Console::new(transport)?),
+            DeviceType::MemoryBalloon => self.balloon = Some(Balloon::new(transport)?),
             // No driver yet.
             _ => return Err(Error::Unsupported),
         }

@@ -33,6 +33,9 @@
 //! | `disk-discard DEV OFF LEN`, `disk-zero DEV OFF LEN`, `disk-flush DEV` | `ok …` |
 //! | `random N` | `ok random HEX…` from virtio-rng |
 //! | `touch MIB` | `ok touch mib= us=`: a write into every page of that much memory |
+//! | `balloon free MIB` | `ok balloon mib= us=`: reports that much of free memory, from its start, as free
+//! | | (what was `touch`ed is there again as zeros) |
+//! | `balloon target` | `ok balloon pages=`: what the host wishes in it |
 //! | `dirty RATE_MIB SECONDS` | `ok dirty mib= us=`: that rate, over and over |
 //! | `spin MS [CPU]` | `ok spin`; on another CPU at once, it goes on there |
 //! | `stamp spin\|MS\|off` | how every CPU looks at its TSC, for `gaps` |
@@ -48,6 +51,7 @@
 #![no_main]
 
 mod acpi;
+mod balloon;
 mod clock;
 mod command;
 mod cpu;

@@ -146,6 +146,15 @@ pub fn dirty(start: u64, pages: u64, value: u64) {
     }
 }
 
+/// Free memory as a device's buffer.
+///
+/// # Safety
+/// The range lies in a stretch of [`free`], and nobody else has it as a buffer meanwhile.
+pub unsafe fn as_buffer(start: u64, length: u64) -> &'static mut [u8] {
+    // SAFETY: no Rust object lies there, as the caller says.
+    unsafe { core::slice::from_raw_parts_mut(start as *mut u8, length as usize) }
+}
+
 /// A page below 1 MiB that the loader lists as memory, for starting processors.
 pub fn low_page(info: &StartInfo) -> usize {
     const WISHED: u64 = 0x1_0000;

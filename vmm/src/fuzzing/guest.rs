@@ -15,8 +15,8 @@ use crate::request::Request;
 const STEP: usize = 12;
 /// More steps teach nothing that fewer do not.
 const STEPS_MAX: usize = 400;
-/// Disk, console, random numbers: PCI slots 1 to 3.
-const DEVICES: u8 = 3;
+/// Disk, console, random numbers, balloon: PCI slots 1 to 4.
+const DEVICES: u8 = 4;
 const QUEUES: u64 = 8;
 /// Where a driver that knows its work has its rings; what is below is for buffers.
 const RINGS: u64 = 8 << 20;
@@ -273,7 +273,7 @@ impl Guest {
 
     /// Makes a chain available, counted once or as often as the guest pleases.
     fn offer(&mut self, device: u8, queue: u64, head: u16, jump: u64) {
-        let size = if device == 0 { 256 } else { 64 };
+        let size = [256, 64, 64, 128][usize::from(device)];
         let count = &mut self.available[index(device, queue)];
         let driver = ring(device, queue) + 0x1000;
         let slot = driver + 4 + 2 * u64::from(*count % size);

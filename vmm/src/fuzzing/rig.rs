@@ -11,8 +11,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use crate::board::{self, IoApic};
 use crate::bus::Bus;
 use crate::config::{
-    ConsoleFiles, ConsolePortConfig, DiskConfig, MachineConfig, MachineFiles, PageSize, RngConfig,
-    WatchdogAction, WatchdogConfig,
+    BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, MachineConfig, MachineFiles,
+    PageSize, RngConfig, WatchdogAction, WatchdogConfig,
 };
 use crate::device::{Board, Device, SavedDevices};
 use crate::eventfd::EventFd;
@@ -27,7 +27,7 @@ use crate::virtio;
 pub(super) const MEMORY: u64 = 16 << 20;
 const DISK: u64 = 64 << 10;
 
-/// A board with a disk of two queues, a console of two ports and random numbers, in that order from
+/// A board with a disk of two queues, a console of two ports, random numbers and a balloon, in that order from
 /// PCI slot 1 on, and every fixed device.
 pub(super) struct Rig {
     pub(super) memory: GuestMemory,
@@ -66,7 +66,7 @@ impl Rig {
         let ioapic = board::interrupts(msi, &mut saved)?;
         let fixed = board::attach(&config, &files, ioapic.clone(), &board, &mut saved)?;
         let mut devices = fixed.all;
-        devices.extend(virtio::attach(&config, &files, &board, &mut saved)?);
+        devices.extend(virtio::attach(&config, &files, &board, &mut saved)?.devices);
         let reactor = reactor.run(&threads)?;
         for device in &devices {
             device.resume()?;
@@ -105,6 +105,10 @@ fn config() -> MachineConfig {
         .into();
     config.rng = Some(RngConfig {
         bytes_per_second: Some(1 << 30),
+    });
+    config.balloon = Some(BalloonConfig {
+        bytes: 1 << 20,
+        deflate_on_oom: true,
     });
     config.watchdog = Some(WatchdogConfig {
         action: WatchdogAction::None,

@@ -18,7 +18,7 @@ use crate::memory::{GuestMemory, MemoryError};
 use crate::reactor::Reactor;
 use crate::request::channel;
 use crate::thread::{ThreadHook, Threads};
-use crate::virtio;
+use crate::virtio::{self, Attached};
 
 /// Why a machine could not be made. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -141,7 +141,11 @@ fn assemble(
         panic,
         all: mut devices,
     } = board::attach(&config, &files, ioapic, &board, &mut saved)?;
-    devices.extend(virtio::attach(&config, &files, &board, &mut saved)?);
+    let Attached {
+        devices: behind_pci,
+        balloon,
+    } = virtio::attach(&config, &files, &board, &mut saved)?;
+    devices.extend(behind_pci);
     saved.finish()?;
     let reactor_thread = reactor
         .run(&threads)
@@ -154,6 +158,7 @@ fn assemble(
         devices,
         power,
         panic,
+        balloon,
         _reactor: reactor_thread,
         receiver,
         state: RunState::Ready,

@@ -31,6 +31,7 @@ use crate::memory::GuestMemory;
 use crate::reactor::ReactorThread;
 use crate::request::{Request, RequestReceiver, VcpuReport};
 use crate::thread::ThreadHook;
+use crate::virtio::balloon::{BalloonControl, BalloonReport};
 
 pub use build::BuildError;
 pub use event::{Event, Registers, RunState, StopReason};
@@ -44,6 +45,7 @@ pub struct Machine {
     devices: Vec<Arc<dyn Device>>,
     power: Arc<PowerPort>,
     panic: Option<Arc<PvPanic>>,
+    balloon: Option<BalloonControl>,
     receiver: RequestReceiver,
     state: RunState,
     /// Requests that were taken from the queue and not carried out yet.
@@ -79,6 +81,10 @@ pub enum MachineError {
     Memory(#[from] crate::memory::MemoryError),
     #[error(transparent)]
     Boot(#[from] crate::boot::BootError),
+    #[error("this machine has no balloon")]
+    NoBalloon,
+    #[error(transparent)]
+    Config(#[from] crate::config::ConfigError),
 }
 
 impl Machine {
@@ -162,6 +168,24 @@ impl Machine {
     /// Asks the guest to power itself off, as far as it listens (ACPI power button).
     pub fn press_power_button(&self) {
         self.power.press_button();
+    }
+
+    /// Wishes `bytes` of the guest's memory in its balloon; it gives them as it can. What a machine
+    /// that is saved was last told goes on where it is restored.
+    pub fn set_balloon(&mut self, bytes: u64) -> Result<(), MachineError> {
+        let balloon = self.balloon.as_ref().ok_or(MachineError::NoBalloon)?;
+        self.config.check_balloon(bytes)?;
+        balloon.set_target(bytes);
+        if let Some(config) = &mut self.config.balloon {
+            config.bytes = bytes;
+        }
+        Ok(())
+    }
+
+    /// What is known of the balloon and of the guest's own view of its memory; asks the guest for
+    /// fresh statistics, which the next call tells. `None`: there is no balloon.
+    pub fn balloon_stats(&self) -> Option<BalloonReport> {
+        self.balloon.as_ref().map(BalloonControl::report)
     }
 
     /// Ends the machine; the guest is not asked.

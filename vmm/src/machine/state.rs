@@ -7,7 +7,7 @@ use crate::config::MachineConfig;
 use crate::cpu::VcpuState;
 use crate::device::SavedDevice;
 
-pub const STATE_VERSION: u32 = 1;
+pub const STATE_VERSION: u32 = 2;
 
 /// State of a machine, for its stream. Memory goes beside it.
 #[derive(Debug, Serialize, Deserialize)]

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::balloon::{Balloon, BalloonControl};
 use super::block::Block;
 use super::console::Console;
 use super::rng::Rng;
@@ -10,16 +11,22 @@ use crate::config::{MachineConfig, MachineFiles};
 use crate::device::{Board, Device, DeviceError, SavedDevice, SavedDevices};
 use crate::pci::{PciBus, RootComplex};
 
+/// What stands behind PCI.
+pub struct Attached {
+    pub devices: Vec<Arc<dyn Device>>,
+    pub balloon: Option<BalloonControl>,
+}
+
 /// Makes the root complex and all virtio devices of a machine. What it keeps of `files` it duplicates.
 ///
-/// Slots are given in a fixed order (disks, console, random numbers), so that a guest finds its devices
+/// Slots are given in a fixed order (disks, console, random numbers, balloon), so that a guest finds its devices
 /// in the same places after every start.
 pub fn attach(
     config: &MachineConfig,
     files: &MachineFiles,
     board: &Board,
     saved: &mut SavedDevices,
-) -> Result<Vec<Arc<dyn Device>>, DeviceError> {
+) -> Result<Attached, DeviceError> {
     let bus = PciBus::plug(board)?;
     let mut devices: Vec<Arc<dyn Device>> = Vec::new();
     for (index, (disk, file)) in config.disks.iter().zip(&files.disks).enumerate() {
@@ -56,12 +63,27 @@ pub fn attach(
         };
         devices.push(plug("rng0", make, bus.root(), board, saved)?);
     }
+    let mut control = None;
+    if let Some(config) = &config.balloon {
+        let make = |saved: Option<&SavedDevice>| {
+            let balloon = match saved {
+                Some(saved) => Balloon::restore(saved, config, board)?,
+                None => Balloon::new("balloon0", config, board),
+            };
+            control = Some(balloon.control());
+            Ok(Box::new(balloon) as Box<dyn VirtioDevice>)
+        };
+        devices.push(plug("balloon0", make, bus.root(), board, saved)?);
+    }
     if let Some(state) = saved.take(bus.id())? {
         bus.load(&state)?;
     }
     // After the functions: its reset looks at where theirs has put their BARs.
     devices.push(Arc::new(bus));
-    Ok(devices)
+    Ok(Attached {
+        devices,
+        balloon: control,
+    })
 }
 
 /// Puts a device on the bus, new or as it was saved; `make` makes it from the state of its own.

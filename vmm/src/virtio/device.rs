@@ -12,6 +12,7 @@ pub enum DeviceType {
     Block = 2,
     Console = 3,
     Entropy = 4,
+    Balloon = 5,
 }
 
 impl DeviceType {
@@ -20,7 +21,7 @@ impl DeviceType {
         match self {
             DeviceType::Block => [0x01, 0x80, 0],
             DeviceType::Console => [0x07, 0x80, 0],
-            DeviceType::Entropy => [0xff, 0, 0],
+            DeviceType::Entropy | DeviceType::Balloon => [0xff, 0, 0],
         }
     }
 }

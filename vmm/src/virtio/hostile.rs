@@ -5,12 +5,13 @@ use std::fs::File;
 
 use proptest::prelude::*;
 
+use super::balloon::Balloon;
 use super::block::Block;
 use super::console::Console;
 use super::rng::Rng;
 use super::testing::{Driver, MEMORY, Rig, read_part, write_part};
 use super::{VirtioDevice, VirtioPciDevice};
-use crate::config::{ConsoleFiles, ConsolePortConfig, DiskConfig, RngConfig};
+use crate::config::{BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, RngConfig};
 use crate::device::Device;
 
 #[derive(Debug, Clone)]
@@ -202,6 +203,20 @@ proptest! {
             &acts,
             |rig| Box::new(Rng::new("victim", &RngConfig { bytes_per_second: Some(1 << 30) }, &rig.board.reactor).unwrap()),
             |driver| assert_eq!(driver.request(0, &[write_part(0x1000, 16)]), 16),
+        );
+    }
+
+    #[test]
+    fn against_a_balloon(acts in acts()) {
+        attack(
+            &acts,
+            |rig| Box::new(Balloon::new("victim", &BalloonConfig::default(), &rig.board)),
+            |driver| {
+                driver.put(0x1000, &3u32.to_le_bytes());
+                driver.put(0x3000, &[7; 4096]);
+                driver.request(0, &[read_part(0x1000, 4)]);
+                assert_eq!(driver.take(0x3000, 4096), [0; 4096]);
+            },
         );
     }
 

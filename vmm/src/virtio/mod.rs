@@ -8,6 +8,7 @@
 //! drains it and gives them back. Pause, reset and save are all made of these two.
 
 mod attach;
+pub mod balloon;
 pub mod block;
 mod bucket;
 pub mod console;
@@ -22,7 +23,7 @@ pub mod rng;
 pub(crate) mod testing;
 pub mod transport;
 
-pub use attach::attach;
+pub use attach::{Attached, attach};
 pub use device::{Activation, DeviceType, VirtioDevice};
 #[cfg(any(test, feature = "fuzzing"))]
 pub use fuzz::fuzz_queue;

@@ -324,6 +324,11 @@ impl Virtqueue {
             .map_err(|_| QueueFault::Ring)
     }
 
+    /// Tells the driver that the device's configuration changed.
+    pub fn config_changed(&self) {
+        self.interrupt.config_changed();
+    }
+
     /// Takes the device to DEVICE_NEEDS_RESET.
     pub fn fail(&self, fault: &QueueFault) {
         self.interrupt

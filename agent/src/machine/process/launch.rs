@@ -11,7 +11,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use fractus_agent_api::machine::{MachineSpec, Pages, ServerId};
 use fractus_vmm::config::{
-    CpuConfig, CpuProfile, DiskConfig, MachineConfig, MemoryConfig, PageSize, RngConfig,
+    BalloonConfig, CpuConfig, CpuProfile, DiskConfig, MachineConfig, MemoryConfig, PageSize,
+    RngConfig,
 };
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socketpair};
 use uuid::Uuid;
@@ -310,6 +311,10 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
         disks: Vec::new(),
         console_ports: Vec::new(),
         rng: Some(RngConfig::default()),
+        balloon: Some(BalloonConfig {
+            bytes: 0,
+            deflate_on_oom: true,
+        }),
         watchdog: None,
         pvpanic: true,
     };
