@@ -210,3 +210,44 @@ async fn lab_debian_boots_from_its_disk_image() {
     assert!(log.contains("Stopped"), "an orderly shutdown: {log}");
     admin.until_status(&server, "SHUTOFF").await.unwrap();
 }
+
+/// Boots in all; four at a time.
+fn boots() -> usize {
+    let asked = std::env::var("FRACTUS_BOOTS");
+    asked.ok().and_then(|n| n.parse().ok()).unwrap_or(4)
+}
+
+#[tokio::test]
+#[ignore = "takes a host in software: scripts/lab test"]
+async fn lab_soak_of_boots_four_at_once() {
+    let lab = Lab::start(Options {
+        hosts: 1,
+        ..Options::default()
+    })
+    .await
+    .unwrap();
+    let tiny = TinyGuest::make().unwrap();
+    let admin = lab.controller.admin().await.unwrap();
+    let image = tiny_image(&admin, &tiny, "console=ttyS0 quiet panic=-1").await;
+    let flavor = flavor(&admin, 1, 256, 1).await;
+    let mut done = 0;
+    while done < boots() {
+        let mut servers = Vec::new();
+        for number in 0..4 {
+            let name = format!("soak-{}", done + number);
+            servers.push(admin.create_server(&name, &image, &flavor).await.unwrap());
+        }
+        for server in &servers {
+            let log = until_logged_slowly(&admin, server, "tiny: ready hostname=").await;
+            assert_eq!(said(&log, "mounted", "boots"), Some("1"), "{log}");
+        }
+        for server in &servers {
+            let path = format!("/compute/v2.1/servers/{server}");
+            let deleted = admin.delete(&path).await.unwrap();
+            deleted.expect_status(204).unwrap();
+            admin.until_gone(server).await.unwrap();
+        }
+        done += servers.len();
+        println!("{done} boots");
+    }
+}
