@@ -29,4 +29,6 @@ pub mod testing;
 pub mod tls;
 
 #[cfg(test)]
+mod malformed;
+#[cfg(test)]
 mod rights;

@@ -6,7 +6,7 @@
 //! found wrong, so that [`added`] can show that it finds it. Owns no code of the controller.
 
 mod added;
-mod things;
+pub mod things;
 
 use http::Method;
 
@@ -15,7 +15,8 @@ use crate::http::{Endpoint, Service};
 use crate::policy::Needs;
 use crate::testing::{self, TestApp};
 
-fn shown(endpoint: &Endpoint) -> String {
+/// `GET compute/v2.1/servers/{id}`, with an action behind it.
+pub fn shown(endpoint: &Endpoint) -> String {
     let action = endpoint
         .action
         .map_or(String::new(), |action| format!(" {action}"));

@@ -110,7 +110,7 @@ impl Things {
 
     /// The path with its parameters filled in. A parameter that nothing stands for fails the test:
     /// an endpoint tried with a thing that does not exist proves little.
-    fn path(&self, endpoint: &Endpoint) -> String {
+    pub fn path(&self, endpoint: &Endpoint) -> String {
         let service = endpoint.service.prefix();
         let mut filled = format!("/{service}");
         let mut before = "";
@@ -129,9 +129,22 @@ impl Things {
         filled
     }
 
-    pub async fn try_as(&self, cloud: &TestApp, token: &str, endpoint: &Endpoint) -> Answer {
-        let path = self.path(endpoint);
-        let body = self.body(endpoint);
+    /// Each parameter (`{id}`) of the path, and the path with `id` in its place.
+    pub fn paths_with(&self, endpoint: &Endpoint, id: &str) -> Vec<(&'static str, String)> {
+        let template: Vec<_> = endpoint.path.split('/').collect();
+        let right = self.path(endpoint);
+        let parameters = (1..template.len()).filter(|at| template[*at].starts_with('{'));
+        let paths = parameters.map(|at| {
+            // The service's prefix comes first.
+            let mut segments: Vec<_> = right.split('/').collect();
+            segments[at + 1] = id;
+            (template[at], segments.join("/"))
+        });
+        paths.collect()
+    }
+
+    /// Headers of a request by the owner of a token.
+    pub fn headers<'a>(&self, token: &'a str, endpoint: &Endpoint) -> Vec<(&'a str, &'a str)> {
         let kind = match (endpoint.service.prefix(), &endpoint.method) {
             ("image", &Method::PATCH) => "application/openstack-images-v2.1-json-patch",
             ("image", &Method::PUT) if !endpoint.path.contains("members") => {
@@ -139,19 +152,25 @@ impl Things {
             }
             _ => "application/json",
         };
+        headers(token, kind, version(endpoint))
+    }
+
+    pub async fn try_as(&self, cloud: &TestApp, token: &str, endpoint: &Endpoint) -> Answer {
+        let path = self.path(endpoint);
+        let body = self.body(endpoint);
         let body = if body.is_null() {
             String::new()
         } else {
             body.to_string()
         };
-        let headers = headers(token, kind, version(endpoint));
+        let headers = self.headers(token, endpoint);
         cloud
             .send(endpoint.method.clone(), &path, &headers, body)
             .await
     }
 
     /// A body that is right; `{}` where none but an administrator gets as far as having it read.
-    fn body(&self, endpoint: &Endpoint) -> Value {
+    pub fn body(&self, endpoint: &Endpoint) -> Value {
         let image = &self.0[&("image", "images")];
         if let Some(action) = endpoint.action {
             let given = match action {
@@ -194,9 +213,13 @@ impl Things {
 /// A version at which the endpoint exists.
 fn version(endpoint: &Endpoint) -> &'static str {
     let newer = ["/tags", "/remote-consoles"];
+    // What changes them by id is younger than what shows them.
+    let put = ["/v2.1/flavors/{id}", "/v2.1/os-services/{id}"];
     if endpoint.service.prefix() != "compute" {
         ""
-    } else if newer.iter().any(|part| endpoint.path.contains(part)) {
+    } else if newer.iter().any(|part| endpoint.path.contains(part))
+        || endpoint.method == Method::PUT && put.contains(&endpoint.path)
+    {
         "compute 2.96"
     } else {
         "compute 2.1"
