@@ -114,12 +114,19 @@ pub fn find(source: &mut dyn ReadAt, limits: &Limits) -> Result<Found, FindError
     let mut search = Search {
         disk: &disk,
         trees: Vec::new(),
+        problems: Vec::new(),
         remarks: Vec::new(),
         other: None,
     };
     let outcome = search.run();
-    let Search { remarks, other, .. } = search;
-    let looked_for = remarks;
+    let Search {
+        mut problems,
+        remarks,
+        other,
+        ..
+    } = search;
+    problems.extend(remarks);
+    let looked_for = problems;
     match (outcome, other) {
         (Ok(Some(found)), _) => Ok(found),
         (Ok(None), None) => Err(FindError::NotBootable { looked_for }),
@@ -138,6 +145,8 @@ pub fn find(source: &mut dyn ReadAt, limits: &Limits) -> Result<Found, FindError
 struct Search<'a> {
     disk: &'a Disk<'a>,
     trees: Vec<Tree<'a>>,
+    /// What is wrong with configurations that are there: told first.
+    problems: Vec<String>,
     remarks: Vec<String>,
     /// A file system that only Linux reads, and where it is.
     other: Option<(&'static str, String)>,
@@ -227,11 +236,24 @@ impl Search<'_> {
         Ok(())
     }
 
-    fn is_there(&self, tree: usize, path: &str) -> Result<bool, Fault> {
-        match self.trees.get(tree).map(|tree| tree.node(path)) {
-            Some(Err(fault)) if fault.ends_the_search() => Err(fault),
-            Some(Ok(node)) => Ok(node.kind == fs::Kind::File),
-            _ => Ok(false),
+    /// Whether there is such a file; what is wrong on the way to it is said.
+    fn is_there(&mut self, tree: usize, path: &str) -> Result<bool, Fault> {
+        let Some(tree) = self.trees.get(tree) else {
+            return Ok(false);
+        };
+        match tree.node(path) {
+            Ok(node) => Ok(node.kind == fs::Kind::File),
+            Err(fault) if fault.ends_the_search() => Err(fault),
+            Err(Fault::NotFound | Fault::NotAFolder) => Ok(false),
+            Err(fault) => {
+                // The same is wrong on the way to every path, mostly.
+                let (name, fault) = (&tree.name, fault.to_string());
+                let mut said = self.problems.iter();
+                if !said.any(|said| said.starts_with(name) && said.ends_with(&fault)) {
+                    self.problems.push(format!("{name} {path}: {fault}"));
+                }
+                Ok(false)
+            }
         }
     }
 
@@ -253,7 +275,7 @@ impl Search<'_> {
             Err(fault) if fault.ends_the_search() => return Err(fault),
             Err(fault) => fault.to_string(),
         };
-        self.remarks.push(format!("{origin}: {problem}"));
+        self.problems.push(format!("{origin}: {problem}"));
         Ok(None)
     }
 
@@ -341,7 +363,7 @@ impl Search<'_> {
     }
 
     /// The grub.cfg of an EFI partition's folders.
-    fn vendors(&self, tree: usize) -> Result<Vec<String>, Fault> {
+    fn vendors(&mut self, tree: usize) -> Result<Vec<String>, Fault> {
         let mut found = Vec::new();
         for folder in EFI {
             let names = match self.trees.get(tree).map(|tree| tree.names(folder)) {
@@ -362,10 +384,8 @@ impl Search<'_> {
     /// Readable file systems on which there was no configuration.
     fn say_what_is_missing(&mut self) {
         for tree in &self.trees {
-            let said = self
-                .remarks
-                .iter()
-                .any(|remark| remark.starts_with(&tree.name));
+            let mut said = self.problems.iter().chain(&self.remarks);
+            let said = said.any(|remark| remark.starts_with(&tree.name));
             if !said {
                 self.remarks.push(format!(
                     "{} has neither /boot/grub/grub.cfg, /boot/extlinux.conf nor /loader/entries",

@@ -20,9 +20,9 @@ mod crc;
 pub mod disk;
 mod find;
 pub mod fs;
-mod fuzz;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod partition;
 
 pub use disk::{Limits, Piece, ReadAt};
 pub use find::{FindError, Found, FoundFile, find};
-pub use fuzz::fuzz_find;

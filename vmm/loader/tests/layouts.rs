@@ -6,12 +6,10 @@
     reason = "a fault fails the test"
 )]
 
-#[path = "image/distributions.rs"]
-mod distributions;
 mod image;
 
-use distributions::*;
 use fractus_loader::{FindError, Found, FoundFile, Limits, Piece, find};
+use image::distributions::*;
 use image::*;
 
 fn search(disk: &[u8]) -> Result<Found, FindError> {

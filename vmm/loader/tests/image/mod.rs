@@ -7,6 +7,8 @@
     reason = "each test program uses its part, and a fault here fails the test"
 )]
 
+pub mod distributions;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

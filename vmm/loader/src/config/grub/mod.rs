@@ -41,3 +41,9 @@ pub fn read<'a>(
         Err(stop) => Ok(Err(stop.to_string())),
     }
 }
+
+/// Whether a script is one at all.
+#[cfg(test)]
+pub(crate) fn parses(text: &str) -> bool {
+    script::parse(text).is_ok()
+}

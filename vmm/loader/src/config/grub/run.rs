@@ -13,8 +13,12 @@ use crate::fs::{Kind, Tree, normal};
 
 /// Calls of functions and files within each other.
 const MAX_DEPTH: u32 = 24;
-/// Bytes of a word or value; variables; functions.
-const MAX_WORD: usize = 64 << 10;
+/// Bytes of a word or value, and of all words of a command.
+const MAX_WORD: usize = 16 << 10;
+const MAX_WORDS: usize = 256 << 10;
+/// Bytes that are kept over a run, as values and menu entries.
+const MAX_KEPT: usize = 16 << 20;
+/// Variables; functions.
 const MAX_NAMES: usize = 2048;
 
 /// Why a script came to nothing.
@@ -59,6 +63,7 @@ pub struct Run<'r, 'a> {
     words: Vec<String>,
     loaded: Loaded,
     depth: u32,
+    kept: usize,
     /// `$?` is 0.
     good: bool,
 }
@@ -74,6 +79,7 @@ impl<'r, 'a> Run<'r, 'a> {
             words: Vec::new(),
             loaded: Loaded::default(),
             depth: 0,
+            kept: 0,
             good: true,
         };
         for (name, value) in [
@@ -99,6 +105,7 @@ impl<'r, 'a> Run<'r, 'a> {
 
     pub fn set(&mut self, name: &str, value: &str) {
         if self.variables.len() < MAX_NAMES || self.variables.contains_key(name) {
+            self.kept += name.len() + value.len();
             self.variables.insert(name.to_owned(), value.to_owned());
         }
     }
@@ -174,6 +181,9 @@ impl<'r, 'a> Run<'r, 'a> {
 
     fn command(&mut self, command: &Command) -> Result<(), Stop> {
         self.disk.step()?;
+        if self.kept > MAX_KEPT {
+            return Err(Stop::TooMuch("values"));
+        }
         match command {
             Command::Simple { words, block } => self.simple(words, block.as_ref()),
             Command::If(branches) => {
@@ -219,31 +229,31 @@ impl<'r, 'a> Run<'r, 'a> {
 
     fn expand(&mut self, words: &[Word]) -> Result<Vec<String>, Stop> {
         let mut expanded = Vec::new();
+        let mut total = 0;
         for word in words {
             let mut text = String::new();
             let mut something = word.quoted;
             for part in &word.parts {
-                match part {
-                    Part::Text(more) => text.push_str(more),
-                    Part::Variable { name, quoted } => {
-                        let value = self.value(name);
-                        if *quoted {
-                            text.push_str(&value);
-                            continue;
-                        }
-                        // Without quotes, spaces part words.
-                        let mut parts = value.split([' ', '\t', '\n']).peekable();
-                        while let Some(part) = parts.next() {
-                            text.push_str(part);
-                            if parts.peek().is_some() && (something || !text.is_empty()) {
-                                expanded.push(std::mem::take(&mut text));
-                                something = false;
-                            }
-                        }
-                    }
-                }
-                if text.len() > MAX_WORD || expanded.len() > MAX_WORD {
+                let (value, splits) = match part {
+                    Part::Text(more) => (more.clone(), false),
+                    Part::Variable { name, quoted } => (self.value(name), !quoted),
+                };
+                total += value.len();
+                if text.len() + value.len() > MAX_WORD || total > MAX_WORDS {
                     return Err(Stop::TooMuch("words"));
+                }
+                if !splits {
+                    text.push_str(&value);
+                    continue;
+                }
+                // Without quotes, spaces part words.
+                let mut parts = value.split([' ', '\t', '\n']).peekable();
+                while let Some(part) = parts.next() {
+                    text.push_str(part);
+                    if parts.peek().is_some() && (something || !text.is_empty()) {
+                        expanded.push(std::mem::take(&mut text));
+                        something = false;
+                    }
                 }
             }
             if something || !text.is_empty() {
@@ -489,6 +499,7 @@ impl<'r, 'a> Run<'r, 'a> {
             return Err(Stop::TooMuch("menu entries"));
         }
         let Some(title) = title else { return Ok(false) };
+        self.kept += words_length(&rest) + title.len();
         let action = action(rest);
         self.menu.push(MenuEntry { title, id, action });
         Ok(true)
@@ -631,6 +642,10 @@ impl<'r, 'a> Run<'r, 'a> {
         expanded.push_str(rest);
         expanded
     }
+}
+
+fn words_length(words: &[String]) -> usize {
+    words.iter().map(String::len).sum()
 }
 
 fn finish(loaded: Loaded, title: &str) -> Result<Entry, Stop> {

@@ -142,11 +142,15 @@ impl Superblock {
         let within = group % per_block * self.descriptor_size;
         let block = if self.incompatible & META_GROUPS != 0 && index >= self.first_meta_group {
             let group = index * per_block;
-            let copy = u64::from(self.has_superblock(group));
+            // With clusters of blocks of 1 KiB the first group begins at block 0, and its
+            // superblock at block 1.
+            let late = self.block_size == 1024 && index == 0 && self.first_block == 0;
+            let copy = u64::from(self.has_superblock(group)) + u64::from(late);
             let start = group.checked_mul(self.blocks_per_group);
             start.and_then(|start| start.checked_add(self.first_block + copy))
         } else {
-            Some(self.first_block + 1 + index)
+            // Behind the superblock, which stands at byte 1024.
+            Some(1024 / self.block_size + 1 + index)
         };
         Ok((block.ok_or(Fault::OutOfBounds)?, within))
     }

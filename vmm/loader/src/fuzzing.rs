@@ -1,4 +1,5 @@
-//! What a user's disk can do to the loader, driven by bytes: for `cargo fuzz` and for property tests.
+//! The body of the fuzz target `disk_boot` (`vmm/fuzz`): takes any bytes for a user's disk, and panics
+//! only where there is a bug. Compiled for `cargo fuzz` and for tests; a machine never has it.
 
 use std::io;
 use std::time::Duration;
@@ -55,12 +56,12 @@ impl ReadAt for Sparse<'_> {
 ///
 /// # Panics
 /// If the loader does, or promises what is not there: a bug.
-pub fn fuzz_find(input: &[u8]) {
+pub fn disk_boot(input: &[u8]) {
     check(&mut Sparse::new(input));
 }
 
 /// Searches any disk, on a small budget.
-pub(crate) fn check(disk: &mut dyn ReadAt) {
+fn check(disk: &mut dyn ReadAt) {
     let size = disk.size();
     let limits = Limits {
         memory: 16 << 20,
@@ -91,4 +92,36 @@ pub(crate) fn check(disk: &mut dyn ReadAt) {
         sum += length;
     }
     assert!(sum <= 2 * limits.memory, "larger than memory");
+}
+
+#[cfg(test)]
+#[path = "../../fuzz/replay.rs"]
+mod replay;
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn whatever_a_disk_holds_is_an_answer() {
+        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/disk_boot");
+        replay::replay(&seeds, 1500, disk_boot);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_an_answer(input in prop::collection::vec(any::<u8>(), 0..3000)) {
+            disk_boot(&input);
+            check(&mut input.as_slice());
+        }
+
+        #[test]
+        fn any_script_is_an_answer(script in "(if|then|else|fi|while|do|done|for|in|function|menuentry|submenu|set|linux|initrd|search|\\[|\\]|\\{|\\}|;|\n| |'|\"|\\$|\\{a\\}|a=|b|/|-|!|=|>|blscfg|source|\\\\){0,80}") {
+            let _ = crate::config::grub::parses(&script);
+        }
+    }
 }
