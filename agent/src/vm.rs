@@ -27,7 +27,7 @@ use fractus_vmm::machine::Machine;
 use fractus_vmm::thread::{ThreadHook, ThreadKind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
 
-use self::guest::Guest;
+use self::guest::{Guest, GuestError};
 use self::jail::Namespaces;
 use self::protocol::{FileRole, FromMachine, Launch, SERIAL_LOG, ToMachine, VERSION};
 use self::supervise::{Supervisor, Terminal};
@@ -128,6 +128,9 @@ fn live(mut parts: Supervisor, socket: OwnedFd) -> ExitCode {
     parts.agent = Some(socket);
     if let Err(error) = parts.guest.start() {
         log::line(format_args!("failed: {error}"));
+        if let GuestError::NotBootable(detail) = &error {
+            parts.say(detail);
+        }
         if let Some(agent) = &parts.agent {
             let failed = FromMachine::Failed {
                 detail: error.to_string(),
@@ -288,9 +291,7 @@ fn build(
     }
     let machine = MachineFiles {
         kvm,
-        kernel: files
-            .file(FileRole::Kernel)
-            .ok_or(VmError::Missing(FileRole::Kernel))?,
+        kernel: files.file(FileRole::Kernel),
         initrd: files.file(FileRole::Initrd),
         disks,
         serial: ConsoleFiles {

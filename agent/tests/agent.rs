@@ -347,7 +347,8 @@ fn only_controllers_may_call_and_bad_bodies_are_answered() -> Result {
             "{refused}"
         );
         wrong = put(1, wanted(&kernel, Power::Running));
-        wrong.wanted.spec.boot.kernel.blake3 = "../../../../etc/passwd".into();
+        let kernel = wrong.wanted.spec.boot.kernel.as_mut();
+        kernel.unwrap().blake3 = "../../../../etc/passwd".into();
         let refused = agent.client.put(id, &wrong).await.unwrap_err();
         assert!(
             matches!(refused.refusal(), Some(Refusal::Invalid { .. })),

@@ -3,10 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 mod common;
+#[path = "../../vmm/loader/tests/image/mod.rs"]
+mod image;
 
 use common::*;
 use fractus_agent_api::machine::{ImageRef, MachineReport, Observed, Power, ServerId, StopReason};
 use futures::SinkExt;
+use image::distributions::debian;
 use tokio_tungstenite::tungstenite::Message;
 
 async fn with_probes() -> Result<Option<(Cloud, Agent, ImageRef)>> {
@@ -206,6 +209,77 @@ fn a_triple_fault_is_reported_as_one_and_a_bad_kernel_as_a_failure() -> Result {
         let failed = |report: &MachineReport| matches!(report.observed, Observed::Failed { .. });
         agent.settled(other, 1, failed).await?;
         assert_eq!(agent.processes(other), Vec::<i32>::new());
+        Ok(())
+    })
+}
+
+/// A machine without a kernel of its own, on a disk of this image.
+fn from_disk(image: &ImageRef) -> fractus_agent_api::machine::Wanted {
+    let mut wanted = wanted(image, Power::Running);
+    wanted.spec.boot.kernel = None;
+    if let Some(disk) = &mut wanted.spec.root_disk {
+        disk.image = Some(image.clone());
+    }
+    wanted
+}
+
+#[test]
+fn a_disk_boots_in_the_jail_and_one_that_cannot_says_so_on_its_console() -> Result {
+    block_on(async {
+        let Some(probe) = probe() else {
+            println!("no /dev/kvm: nothing was tested");
+            return Ok(());
+        };
+        let content = debian(&probe, b"initrd");
+        let (cloud, agent, image) = start(&content, false).await?;
+        let id = new_id();
+        agent.put(id, &put(1, from_disk(&image))).await?;
+        agent.settled(id, 1, is_running).await?;
+        boots(&agent, id, 1).await?;
+        ticks(&agent, id).await?;
+        // The jailed process reads the disk again, by itself.
+        let mut console = agent.client.console(id).await?;
+        console.send(Message::binary("reboot\n")).await?;
+        boots(&agent, id, 2).await?;
+        ticks(&agent, id).await?;
+        // The guest wipes its disk; there is nothing to be found then.
+        let size = content.len() - (content.len() % 512);
+        let wipe = format!("disk-zero 0 0 {size}\n");
+        console.send(Message::binary(wipe)).await?;
+        agent.console_says(id, "ok disk-zero").await?;
+        console.send(Message::binary("reboot\n")).await?;
+        let stopped = |report: &MachineReport| {
+            matches!(
+                &report.observed,
+                Observed::Stopped { reason: StopReason::NotBootable { detail } }
+                    if detail.contains("no partition table")
+            )
+        };
+        agent.settled(id, 1, stopped).await?;
+        agent
+            .console_says(id, "fractus: nothing to boot was found")
+            .await?;
+
+        let nonsense = image_of(&[7; 8192]);
+        cloud.add_image(&nonsense, &[7; 8192]);
+        let other = new_id();
+        agent.put(other, &put(1, from_disk(&nonsense))).await?;
+        let failed = |report: &MachineReport| {
+            matches!(&report.observed, Observed::Failed { reason }
+                if reason.contains("no partition table"))
+        };
+        agent.settled(other, 1, failed).await?;
+        agent
+            .console_says(other, "fractus: nothing to boot was found")
+            .await?;
+        let by = std::time::Instant::now() + PATIENCE;
+        while !agent.processes(other).is_empty() {
+            anyhow::ensure!(std::time::Instant::now() < by, "its process lives on");
+            // sleeps because a process's end is seen by looking; a deadline ends it.
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        // And the agent lives.
+        agent.client.get(id).await?;
         Ok(())
     })
 }

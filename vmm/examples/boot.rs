@@ -1,25 +1,32 @@
 //! Boots a kernel with its serial line on standard output, for work on the VMM:
-//! `boot KERNEL [--memory MIB] [--cpus N] [--initrd FILE] [--disk FILE]... [--append TEXT]`.
+//! `boot KERNEL|disk [--memory MIB] [--cpus N] [--initrd FILE] [--disk FILE]... [--append TEXT]`.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use fractus_vmm::config::{ConsoleFiles, DiskConfig, MachineConfig, MachineFiles};
+use fractus_vmm::config::{BootSource, ConsoleFiles, DiskConfig, MachineConfig, MachineFiles};
 use fractus_vmm::machine::{Event, Machine};
 
 fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
     let kernel = arguments.next().context("which kernel?")?;
     let mut config = MachineConfig::minimal(256 << 20);
+    let kernel = match kernel.as_str() {
+        "disk" => {
+            config.boot = BootSource::Disk(0);
+            None
+        }
+        path => Some(File::open(path)?),
+    };
     let mut files = MachineFiles {
         kvm: OpenOptions::new()
             .read(true)
             .write(true)
             .open("/dev/kvm")?
             .into(),
-        kernel: File::open(kernel)?,
+        kernel,
         initrd: None,
         disks: Vec::new(),
         serial: ConsoleFiles {

@@ -29,7 +29,11 @@ pub struct MachineConfig {
     pub uuid: Uuid,
     pub cpus: CpuConfig,
     pub memory: MemoryConfig,
-    /// Kernel command line, handed to the kernel as it is; no NUL bytes.
+    /// Where kernel and initrd come from.
+    #[serde(default)]
+    pub boot: BootSource,
+    /// Kernel command line, handed to the kernel as it is; no NUL bytes. With a boot from a disk it
+    /// is put behind the one that is found there.
     #[serde(default)]
     pub command_line: String,
     /// In the order of `MachineFiles::disks`.
@@ -51,6 +55,17 @@ pub struct MachineConfig {
 
 fn yes() -> bool {
     true
+}
+
+/// Where kernel and initrd come from, at the start and at every reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BootSource {
+    /// From the descriptors in [`MachineFiles`].
+    #[default]
+    Files,
+    /// From what the boot configuration on this disk (from 0) says.
+    Disk(usize),
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -206,8 +221,8 @@ pub enum WatchdogAction {
 pub struct MachineFiles {
     /// /dev/kvm, read-write.
     pub kvm: OwnedFd,
-    /// ELF with a PVH note, or a bzImage; read with pread.
-    pub kernel: File,
+    /// ELF with a PVH note, or a bzImage; read with pread. `None` for a machine that boots a disk.
+    pub kernel: Option<File>,
     pub initrd: Option<File>,
     /// In the order of `MachineConfig::disks`.
     pub disks: Vec<File>,
@@ -242,6 +257,8 @@ pub enum ConfigError {
     CommandLine { length: usize },
     #[error("{count} disks: at most {MAX_DISKS}")]
     DiskCount { count: usize },
+    #[error("boot from disk {index}: there are {count}")]
+    BootDisk { index: usize, count: usize },
     #[error(
         "disk {index}: serial number {serial:?} is not at most {MAX_SERIAL_NUMBER} printable ASCII characters"
     )]
@@ -279,6 +296,7 @@ impl MachineConfig {
                 pages: PageSize::Transparent,
                 host_nodes: Vec::new(),
             },
+            boot: BootSource::Files,
             command_line: String::new(),
             disks: Vec::new(),
             console_ports: Vec::new(),
@@ -306,6 +324,12 @@ impl MachineConfig {
             return Err(ConfigError::DiskCount {
                 count: self.disks.len(),
             });
+        }
+        if let BootSource::Disk(index) = self.boot
+            && index >= self.disks.len()
+        {
+            let count = self.disks.len();
+            return Err(ConfigError::BootDisk { index, count });
         }
         for (index, disk) in self.disks.iter().enumerate() {
             disk.validate(index)?;
@@ -342,7 +366,9 @@ impl MachineConfig {
 
     /// Checks that `files` are for this config.
     pub fn validate_files(&self, files: &MachineFiles) -> Result<(), ConfigError> {
+        let kernels = usize::from(self.boot == BootSource::Files);
         let counts = [
+            ("kernels", usize::from(files.kernel.is_some()), kernels),
             ("disks", files.disks.len(), self.disks.len()),
             (
                 "console ports",

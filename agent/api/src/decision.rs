@@ -93,7 +93,10 @@ pub fn intake(held: Option<&Intent>, put: &PutMachine) -> Result<Intake, Refusal
     {
         return invalid("a root disk has at most 64 TiB".to_owned());
     }
-    let images = [Some(&spec.boot.kernel), spec.boot.initrd.as_ref()]
+    if spec.boot.kernel.is_none() && spec.root_disk.is_none() {
+        return invalid("neither a kernel nor a disk to boot".to_owned());
+    }
+    let images = [spec.boot.kernel.as_ref(), spec.boot.initrd.as_ref()]
         .into_iter()
         .chain([spec.root_disk.as_ref().and_then(|disk| disk.image.as_ref())])
         .flatten();
@@ -218,12 +221,12 @@ mod tests {
                 cpus: vec![],
                 cpu_profile: "host".into(),
                 boot: Boot {
-                    kernel: ImageRef {
+                    kernel: Some(ImageRef {
                         id: uuid::Uuid::from_u128(1),
                         size: 1,
                         blake3: "0f".repeat(32),
                         format: ImageFormat::Raw,
-                    },
+                    }),
                     initrd: None,
                     command_line: String::new(),
                 },

@@ -110,12 +110,15 @@ pub enum Pages {
     Huge1GiB,
 }
 
-/// Direct kernel boot.
+/// What is booted: a kernel that is given, or what the root disk's own boot configuration says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Boot {
-    pub kernel: ImageRef,
+    /// `None`: from the root disk, read anew at every start and reset.
+    #[serde(default)]
+    pub kernel: Option<ImageRef>,
     #[serde(default)]
     pub initrd: Option<ImageRef>,
+    /// With a boot from disk: put behind the command line that is found there.
     #[serde(default)]
     pub command_line: String,
 }
@@ -206,6 +209,10 @@ pub enum StopReason {
     TripleFault,
     /// KVM could not go on (KVM_EXIT_INTERNAL_ERROR, failed entry); registers in the text.
     InternalError {
+        detail: String,
+    },
+    /// The guest reset itself, and there was nothing (more) on its disk that could be booted.
+    NotBootable {
         detail: String,
     },
     /// The VMM failed or was killed.

@@ -49,14 +49,13 @@ impl Makings for HostMakings {
         boot: &Boot,
         progress: &Progress,
     ) -> Result<(), MakeError> {
-        self.link(paths, &boot.kernel, progress).await?;
-        if let Some(initrd) = &boot.initrd {
-            self.link(paths, initrd, progress).await?;
-        }
-        let wanted: Vec<_> = [Some(&boot.kernel), boot.initrd.as_ref()]
+        let wanted: Vec<_> = [boot.kernel.as_ref(), boot.initrd.as_ref()]
             .into_iter()
             .flatten()
             .collect();
+        for image in &wanted {
+            self.link(paths, image, progress).await?;
+        }
         let folder = || failed(paths.folder().display().to_string());
         for entry in fs::read_dir(paths.folder()).map_err(folder())? {
             let path = entry.map_err(folder())?.path();

@@ -36,7 +36,9 @@ use crate::machine::process::spawn::{Inherited, spawn};
 #[serde(deny_unknown_fields)]
 struct ByHand {
     machine: MachineConfig,
-    kernel: PathBuf,
+    /// Left out: `machine.boot` says which disk is booted, `{"disk": 0}`.
+    #[serde(default)]
+    kernel: Option<PathBuf>,
     #[serde(default)]
     initrd: Option<PathBuf>,
     #[serde(default)]
@@ -135,7 +137,9 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
         Ok::<(), VmError>(())
     };
     add(FileRole::Kvm, &PathBuf::from("/dev/kvm"), true)?;
-    add(FileRole::Kernel, &kernel, false)?;
+    if let Some(kernel) = &kernel {
+        add(FileRole::Kernel, kernel, false)?;
+    }
     if let Some(initrd) = &initrd {
         add(FileRole::Initrd, initrd, false)?;
     }

@@ -26,13 +26,20 @@ pub trait Guest {
 pub enum GuestError {
     #[error("the machine: {0}")]
     Machine(String),
+    /// Said on its console, too.
+    #[error("{0}")]
+    NotBootable(String),
     #[error("the stand-in: {0}")]
     StandIn(#[from] io::Error),
 }
 
 impl From<machine::MachineError> for GuestError {
     fn from(error: machine::MachineError) -> Self {
-        Self::Machine(error.to_string())
+        let text = super::chain(&error);
+        match error {
+            machine::MachineError::Boot(_) => Self::NotBootable(text),
+            _ => Self::Machine(text),
+        }
     }
 }
 
@@ -86,6 +93,7 @@ pub fn reason(reason: machine::StopReason) -> StopReason {
         Machine::GuestPowerOff => StopReason::GuestPowerOff,
         Machine::TripleFault { .. } => StopReason::TripleFault,
         Machine::InternalError { .. } => StopReason::InternalError { detail: text },
+        Machine::NotBootable { detail } => StopReason::NotBootable { detail },
         Machine::Watchdog | Machine::DeviceFault { .. } | Machine::VmmFault { .. } => {
             StopReason::VmmFault { detail: text }
         }

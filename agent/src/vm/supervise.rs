@@ -83,6 +83,11 @@ impl Supervisor {
             {
                 // What the guest said last is in the socket still; nobody writes there any more.
                 self.carry_output(&mut others, usize::MAX);
+                if let StopReason::NotBootable { detail } = &reason {
+                    self.say(detail);
+                    let console = others.console.as_ref();
+                    let _ = console.map(|console| send(console, detail.as_bytes(), SEND));
+                }
                 return self.end(reason);
             }
             if ready.console {
@@ -168,6 +173,20 @@ impl Supervisor {
             {
                 others.console = None;
             }
+        }
+    }
+
+    /// Says something on the guest's console that the guest did not: it has ended, and this is why.
+    pub fn say(&mut self, text: &str) {
+        let text = format!("\r\nfractus: {text}\r\n");
+        let bytes = text.as_bytes();
+        if let Some(log) = &mut self.serial_log
+            && let Err(error) = log.write(bytes)
+        {
+            log::line(format_args!("serial log: {error}"));
+        }
+        if let Some(terminal) = &self.terminal {
+            let _ = rustix::io::write(&terminal.output, bytes);
         }
     }
 

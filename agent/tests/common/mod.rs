@@ -396,7 +396,7 @@ pub fn wanted(kernel: &ImageRef, power: Power) -> Wanted {
             cpus: vec![],
             cpu_profile: "host".into(),
             boot: Boot {
-                kernel: kernel.clone(),
+                kernel: Some(kernel.clone()),
                 initrd: None,
                 command_line: "tick_ms=100".into(),
             },

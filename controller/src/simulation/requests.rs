@@ -31,7 +31,7 @@ fn plan() -> BootPlan {
         format: ImageFormat::Raw,
     };
     BootPlan {
-        kernel: image(1),
+        kernel: Some(image(1)),
         initrd: None,
         command_line: String::new(),
         root_disk: Some(RootDisk {

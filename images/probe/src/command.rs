@@ -184,6 +184,10 @@ impl Probe {
                 }
                 Ok(())
             }
+            "command-line" => {
+                let _ = write!(out, " {}", self.info.command_line.as_str());
+                Ok(())
+            }
             "poweroff" => {
                 self.acpi.power_off();
                 after("still powered on")

@@ -41,6 +41,7 @@
 //! | `stamp spin\|MS\|off` | how every CPU looks at its TSC, for `gaps` |
 //! | `gaps` | `ok gaps US US …`: the largest gap each CPU saw since the last `gaps` |
 //! | `echo TEXT` | `ok echo TEXT` |
+//! | `command-line` | `ok command-line TEXT`: the kernel's |
 //! | `interrupts` | `ok interrupts VECTOR=COUNT …` of the boot CPU |
 //! | `poweroff`, `reboot`, `triple-fault`, `panic`, `halt` | what they say |
 //! | `misuse queue\|pci\|acpi [N]` | a hostile act; `ok misuse …` if the guest lives on |

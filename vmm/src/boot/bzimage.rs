@@ -1,7 +1,5 @@
 //! Linux bzImage (Documentation/arch/x86/boot.rst), for its 64-bit entry point.
 
-use std::fs::File;
-
 use super::{BootError, Fields, KernelError, Source, check_room, read_exact};
 use crate::layout::Layout;
 use crate::memory::GuestMemory;
@@ -115,13 +113,13 @@ pub fn parse<S: Source + ?Sized>(source: &S) -> Result<BzImage, KernelError> {
 /// Copies the protected-mode code; returns the address after what it needs.
 pub fn load(
     image: &BzImage,
-    file: &File,
+    file: &dyn Source,
     memory: &GuestMemory,
     layout: &Layout,
 ) -> Result<u64, BootError> {
     let end = image.address.saturating_add(image.init_size);
     check_room(image.address, end, layout)?;
-    let read = memory.read_file(file, image.offset, image.address, image.size)?;
+    let read = file.load(memory, image.offset, image.address, image.size)?;
     if read != image.size {
         return Err(KernelError::Truncated {
             what: "the kernel's code",

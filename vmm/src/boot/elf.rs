@@ -1,7 +1,5 @@
 //! ELF kernels with a PVH entry (ELF64 and ELF32, little-endian x86; Xen's docs/misc/pvh.pandoc).
 
-use std::fs::File;
-
 use super::{BootError, Fields, KernelError, Source, check_room, read_exact};
 use crate::layout::Layout;
 use crate::memory::GuestMemory;
@@ -192,7 +190,7 @@ fn find_entry<S: Source + ?Sized>(source: &S, notes: &Segment) -> Result<Option<
 /// Copies the segments; returns the address after the last.
 pub fn load(
     kernel: &ElfKernel,
-    file: &File,
+    file: &dyn Source,
     memory: &GuestMemory,
     layout: &Layout,
 ) -> Result<u64, BootError> {
@@ -200,7 +198,7 @@ pub fn load(
     for segment in &kernel.segments {
         let end = segment.address + segment.memory_size;
         check_room(segment.address, end, layout)?;
-        let read = memory.read_file(file, segment.offset, segment.address, segment.file_size)?;
+        let read = file.load(memory, segment.offset, segment.address, segment.file_size)?;
         if read != segment.file_size {
             return Err(KernelError::Truncated { what: "a segment" }.into());
         }

@@ -1,10 +1,13 @@
 //! Loads a kernel: PVH ELF or Linux bzImage, with initrd and command line, into guest memory.
 //!
+//! The files are descriptors, or parts of a disk that the loader found ([`disk`]).
+//!
 //! Kernel files come from users: [`parse_kernel`] believes nothing in them, reads little, allocates
-//! little, and answers with a typed error. What is loaded goes from the file into guest memory without
-//! a copy in between.
+//! little, and answers with a typed error. What is loaded from a descriptor goes into guest memory
+//! without a copy in between.
 
 mod bzimage;
+pub mod disk;
 mod elf;
 #[cfg(any(test, feature = "fuzzing"))]
 mod fuzz;
@@ -35,6 +38,37 @@ pub trait Source {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
     /// Bytes.
     fn size(&self) -> io::Result<u64>;
+
+    /// Copies `length` bytes from `offset` to guest memory at `guest`, at most as many as there are;
+    /// returns how many.
+    fn load(
+        &self,
+        memory: &GuestMemory,
+        offset: u64,
+        guest: u64,
+        length: u64,
+    ) -> Result<u64, MemoryError> {
+        let failed = |source| MemoryError::ReadFile {
+            length,
+            guest,
+            source,
+        };
+        let mut buffer = vec![0; length.min(1 << 20) as usize];
+        let mut done = 0;
+        while done < length {
+            let take = (length - done).min(buffer.len() as u64) as usize;
+            let part = buffer.get_mut(..take).unwrap_or_default();
+            let read = self.read_at(offset + done, part).map_err(failed)?;
+            if read == 0 {
+                break;
+            }
+            let target = GuestAddress(guest + done);
+            let written = memory.write_slice(part.get(..read).unwrap_or_default(), target);
+            written.map_err(|error| failed(io::Error::other(error)))?;
+            done += read as u64;
+        }
+        Ok(done)
+    }
 }
 
 impl Source for File {
@@ -44,6 +78,16 @@ impl Source for File {
 
     fn size(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
+    }
+
+    fn load(
+        &self,
+        memory: &GuestMemory,
+        offset: u64,
+        guest: u64,
+        length: u64,
+    ) -> Result<u64, MemoryError> {
+        memory.read_file(self, offset, guest, length)
     }
 }
 
@@ -109,6 +153,18 @@ pub enum BootError {
     Acpi(#[from] AcpiError),
     #[error("write boot data to guest memory")]
     Write(#[from] vm_memory::GuestMemoryError),
+    #[error("no kernel and no disk to boot were given")]
+    NoKernel,
+    #[error(transparent)]
+    Disk(#[from] fractus_loader::FindError),
+    #[error("{how} cannot be booted ({file})")]
+    OnDisk {
+        /// Which entry of which file led to it.
+        how: String,
+        /// The kernel.
+        file: String,
+        source: Box<BootError>,
+    },
 }
 
 /// Tells what a kernel file is. Safe on any bytes.
@@ -123,8 +179,8 @@ pub fn parse_kernel<S: Source + ?Sized>(source: &S) -> Result<Kernel, KernelErro
 
 /// What a machine boots.
 pub struct Boot<'a> {
-    pub kernel: &'a File,
-    pub initrd: Option<&'a File>,
+    pub kernel: &'a dyn Source,
+    pub initrd: Option<&'a dyn Source>,
     pub command_line: &'a str,
     /// Guest address of the ACPI root pointer.
     pub rsdp: u64,
@@ -147,7 +203,7 @@ pub struct Inspected {
 
 /// Looks at the files. Loading them afterwards takes nothing but pread, so that a process that may do
 /// no more can still reset its machine.
-pub fn inspect(kernel: &File, initrd: Option<&File>) -> Result<Inspected, BootError> {
+pub fn inspect(kernel: &dyn Source, initrd: Option<&dyn Source>) -> Result<Inspected, BootError> {
     let size = initrd.map(Source::size).transpose();
     Ok(Inspected {
         kernel: parse_kernel(kernel)?,
@@ -205,7 +261,7 @@ pub fn load_inspected(
 
 /// Puts the initrd as high as it goes below `limit` (last usable address), above the kernel's end.
 fn load_initrd(
-    file: &File,
+    file: &dyn Source,
     size: u64,
     kernel_end: u64,
     limit: u64,
@@ -217,7 +273,7 @@ fn load_initrd(
     let address = address
         .filter(|address| *address >= kernel_end.max(HIGH_MEMORY))
         .ok_or(BootError::InitrdDoesNotFit { size })?;
-    let read = memory.read_file(file, 0, address, size)?;
+    let read = file.load(memory, 0, address, size)?;
     if read != size {
         return Err(BootError::Initrd(io::ErrorKind::UnexpectedEof.into()));
     }

@@ -122,7 +122,7 @@ fn files() -> Outcome<MachineFiles> {
     disk.set_len(DISK)?;
     Ok(MachineFiles {
         kvm: memfd()?,
-        kernel: memfd()?.into(),
+        kernel: Some(memfd()?.into()),
         initrd: None,
         disks: vec![disk],
         serial: line()?,

@@ -5,11 +5,12 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::state::{MachineState, STATE_VERSION};
-use super::{Machine, RunState};
+use super::{Kernel, Machine, RunState};
 use crate::board::{self, FixedDevices, acpi};
-use crate::boot::{self, Boot, BootError};
+use crate::boot::disk::BootDisk;
+use crate::boot::{self, Boot, BootError, Source};
 use crate::bus::Bus;
-use crate::config::{ConfigError, MachineConfig, MachineFiles};
+use crate::config::{BootSource, ConfigError, MachineConfig, MachineFiles};
 use crate::cpu::{BootRegisters, Surroundings, VcpuSet, VcpuSetError};
 use crate::device::{Board, DeviceError, SavedDevices};
 use crate::kvm::{Hypervisor, KvmError, controllers};
@@ -55,9 +56,16 @@ pub(super) fn build(
     config.validate()?;
     let memory = GuestMemory::create(&config.memory)?;
     let mut parts = assemble(config, files, memory, SavedDevices::default(), hook)?;
-    let boot = parts.load()?;
+    // A disk is read at the start: its content is a user's, and by then the process is locked down.
+    let boot = match parts.kernel {
+        Kernel::Files(_) => Some(parts.load()?),
+        Kernel::Disk(_) => None,
+    };
     parts.vcpus.ready().map_err(VcpuSetError::from)?;
-    parts.vcpus.power_on(boot).map_err(VcpuSetError::from)?;
+    if let Some(boot) = boot {
+        parts.vcpus.power_on(boot).map_err(VcpuSetError::from)?;
+        parts.loaded = true;
+    }
     Ok(parts)
 }
 
@@ -103,8 +111,8 @@ fn assemble(
     hook: Option<ThreadHook>,
 ) -> Result<Machine, BuildError> {
     config.validate_files(&files)?;
-    let inspected = boot::inspect(&files.kernel, files.initrd.as_ref())?;
     let host = |what| move |source| BuildError::Host { what, source };
+    let kernel = kernel(&config, &files)?;
     let layout = Layout::new(config.memory.bytes);
     let kvm = files
         .kvm
@@ -166,7 +174,8 @@ fn assemble(
         announced: Default::default(),
         config,
         files,
-        inspected,
+        kernel,
+        loaded: false,
         memory,
         layout,
         _board: board,
@@ -174,16 +183,46 @@ fn assemble(
     })
 }
 
+/// What is booted, now and at every reset.
+fn kernel(config: &MachineConfig, files: &MachineFiles) -> Result<Kernel, BuildError> {
+    match config.boot {
+        BootSource::Files => {
+            let kernel = files.kernel.as_ref().ok_or(BootError::NoKernel)?;
+            let initrd = files.initrd.as_ref().map(|initrd| initrd as &dyn Source);
+            Ok(Kernel::Files(boot::inspect(kernel, initrd)?))
+        }
+        BootSource::Disk(index) => {
+            let disk = files.disks.get(index).ok_or(BootError::NoKernel)?;
+            let disk = disk.try_clone().map_err(|source| BuildError::Host {
+                what: "duplicate the descriptor of the disk to boot",
+                source,
+            })?;
+            Ok(Kernel::Disk(BootDisk::new(disk)))
+        }
+    }
+}
+
 impl Machine {
     /// Puts kernel, initrd, command line and tables into memory, which is zero.
     pub(super) fn load(&self) -> Result<BootRegisters, BootError> {
+        acpi::write(&self.config, &self.layout, &self.memory)?;
+        let command_line = &self.config.command_line;
+        let inspected = match &self.kernel {
+            Kernel::Files(inspected) => inspected,
+            Kernel::Disk(disk) => {
+                return disk.load(command_line, acpi::RSDP, &self.memory, &self.layout);
+            }
+        };
         let boot = Boot {
-            kernel: &self.files.kernel,
-            initrd: self.files.initrd.as_ref(),
-            command_line: &self.config.command_line,
+            kernel: self.files.kernel.as_ref().ok_or(BootError::NoKernel)?,
+            initrd: self
+                .files
+                .initrd
+                .as_ref()
+                .map(|initrd| initrd as &dyn Source),
+            command_line,
             rsdp: acpi::RSDP,
         };
-        acpi::write(&self.config, &self.layout, &self.memory)?;
-        boot::load_inspected(&self.inspected, &boot, &self.memory, &self.layout)
+        boot::load_inspected(inspected, &boot, &self.memory, &self.layout)
     }
 }

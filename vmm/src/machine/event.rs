@@ -45,6 +45,8 @@ pub enum StopReason {
     InternalError { vcpu: u8, detail: String },
     /// The watchdog's action was to power off.
     Watchdog,
+    /// After a reset there was nothing that could be booted.
+    NotBootable { detail: String },
     /// A device was misused beyond repair or lost its host resource.
     DeviceFault { device: String, detail: String },
     /// A part of the VMM failed: a thread panicked, or a reset did not succeed.
@@ -60,6 +62,7 @@ impl fmt::Display for StopReason {
             StopReason::InternalError { vcpu, detail } => {
                 write!(f, "KVM could not go on with vCPU {vcpu}: {detail}")
             }
+            StopReason::NotBootable { detail } => write!(f, "it cannot be booted: {detail}"),
             StopReason::Watchdog => write!(f, "powered off by the watchdog"),
             StopReason::DeviceFault { device, detail } => write!(f, "device {device}: {detail}"),
             StopReason::VmmFault { detail } => write!(f, "the VMM failed: {detail}"),

@@ -21,7 +21,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::board::{PowerPort, PvPanic};
-use crate::boot::Inspected;
+use crate::boot::disk::BootDisk;
+use crate::boot::{BootError, Inspected};
 use crate::config::{MachineConfig, MachineFiles, WatchdogAction};
 use crate::cpu::{VcpuError, VcpuSet, VcpuSetError};
 use crate::device::{Board, Device, DeviceError};
@@ -54,11 +55,20 @@ pub struct Machine {
     announced: VecDeque<Event>,
     config: MachineConfig,
     files: MachineFiles,
-    inspected: Inspected,
+    kernel: Kernel,
+    /// Memory holds what the first vCPU begins with.
+    loaded: bool,
     memory: GuestMemory,
     layout: Layout,
     _board: Board,
     vm: Arc<Vm>,
+}
+
+/// What a machine boots.
+enum Kernel {
+    /// The descriptors in its files.
+    Files(Inspected),
+    Disk(BootDisk),
 }
 
 /// Why a machine could not be started, paused or resumed.
@@ -80,7 +90,7 @@ pub enum MachineError {
     #[error(transparent)]
     Memory(#[from] crate::memory::MemoryError),
     #[error(transparent)]
-    Boot(#[from] crate::boot::BootError),
+    Boot(#[from] BootError),
     #[error("this machine has no balloon")]
     NoBalloon,
     #[error(transparent)]
@@ -134,9 +144,14 @@ impl Machine {
         &self.memory
     }
 
-    /// Lets the guest run for the first time.
+    /// Lets the guest run for the first time. A machine that boots from a disk reads it now.
     pub fn start(&mut self) -> Result<(), MachineError> {
         self.expect(RunState::Ready, "started")?;
+        if !self.loaded {
+            let boot = self.load()?;
+            self.vcpus.power_on(boot)?;
+            self.loaded = true;
+        }
         self.run()
     }
 
@@ -343,8 +358,12 @@ impl Machine {
     fn reset(&mut self) {
         match self.restart() {
             Ok(()) => self.announce(Event::GuestReset),
+            Err(MachineError::Boot(error)) => {
+                let detail = in_full(&error);
+                self.end(StopReason::NotBootable { detail });
+            }
             Err(error) => {
-                let detail = format!("reset: {error}");
+                let detail = format!("reset: {}", in_full(&error));
                 self.end(StopReason::VmmFault { detail });
             }
         }
@@ -372,6 +391,7 @@ impl Machine {
         self.memory.clear()?;
         let boot = self.load()?;
         self.vcpus.power_on(boot)?;
+        self.loaded = true;
         if running { self.run() } else { Ok(()) }
     }
 
@@ -385,6 +405,17 @@ impl Machine {
         self.state = RunState::Stopped;
         self.announce(Event::Stopped(reason));
     }
+}
+
+/// An error with its causes.
+fn in_full(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
 }
 
 /// A pause that ends itself: whatever goes wrong meanwhile, the guest runs on.

@@ -161,7 +161,7 @@ pub fn files(kernel: File) -> (MachineFiles, UnixStream) {
             .open("/dev/kvm")
             .unwrap()
             .into(),
-        kernel,
+        kernel: Some(kernel),
         initrd: None,
         disks: Vec::new(),
         serial: ConsoleFiles {

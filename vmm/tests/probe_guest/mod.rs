@@ -60,7 +60,7 @@ impl Setup {
         config.rng = Some(RngConfig::default());
         let files = MachineFiles {
             kvm: open_kvm(),
-            kernel: File::open(image()).expect("the probe image"),
+            kernel: Some(File::open(image()).expect("the probe image")),
             initrd: None,
             disks: Vec::new(),
             serial: both_ways(&end),
@@ -129,6 +129,16 @@ impl Setup {
         let built = Machine::build(self.config, self.files, None);
         let error = built.err().expect("it is refused");
         format!("{:#}", anyhow::Error::from(error))
+    }
+
+    /// For a machine that boots from a disk.
+    pub fn without_kernel(mut self) -> Self {
+        self.files.kernel = None;
+        self
+    }
+
+    pub fn build(self) -> Machine {
+        Machine::build(self.config, self.files, None).expect("build the machine")
     }
 
     pub fn start(self) -> Guest {
@@ -268,7 +278,7 @@ impl Guest {
         let (serial, end) = UnixStream::pair().expect("a socket pair");
         let files = MachineFiles {
             kvm: open_kvm(),
-            kernel: File::open(image()).expect("the probe image"),
+            kernel: Some(File::open(image()).expect("the probe image")),
             initrd: None,
             disks: disks
                 .iter()

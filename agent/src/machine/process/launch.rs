@@ -11,8 +11,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use fractus_agent_api::machine::{MachineSpec, Pages, ServerId};
 use fractus_vmm::config::{
-    BalloonConfig, CpuConfig, CpuProfile, DiskConfig, MachineConfig, MemoryConfig, PageSize,
-    RngConfig,
+    BalloonConfig, BootSource, CpuConfig, CpuProfile, DiskConfig, MachineConfig, MemoryConfig,
+    PageSize, RngConfig,
 };
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socketpair};
 use uuid::Uuid;
@@ -200,11 +200,15 @@ impl HostLauncher {
                     .open(kvm)
                     .map_err(at(kvm))?,
             );
-            let kernel = paths.image(&plan.spec.boot.kernel);
-            files.push(FileRole::Kernel, File::open(&kernel).map_err(at(&kernel))?);
-            if let Some(initrd) = &plan.spec.boot.initrd {
-                let initrd = paths.image(initrd);
-                files.push(FileRole::Initrd, File::open(&initrd).map_err(at(&initrd))?);
+            let boot = &plan.spec.boot;
+            for (role, image) in [
+                (FileRole::Kernel, &boot.kernel),
+                (FileRole::Initrd, &boot.initrd),
+            ] {
+                if let Some(image) = image {
+                    let image = paths.image(image);
+                    files.push(role, File::open(&image).map_err(at(&image))?);
+                }
             }
         }
         if plan.spec.root_disk.is_some() {
@@ -218,6 +222,9 @@ impl HostLauncher {
                 limit: None,
                 queues: 1,
             });
+            if plan.spec.boot.kernel.is_none() {
+                config.boot = BootSource::Disk(0);
+            }
         }
         for (role, path) in [
             (FileRole::SerialLog, paths.serial_log()),
@@ -307,6 +314,7 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
             },
             host_nodes: spec.numa_nodes.clone(),
         },
+        boot: BootSource::Files,
         command_line: spec.boot.command_line.clone(),
         disks: Vec::new(),
         console_ports: Vec::new(),

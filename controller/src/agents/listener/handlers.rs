@@ -238,7 +238,8 @@ fn uses(wanted: &Wanted, image: Uuid) -> bool {
     let spec = &wanted.spec;
     let initrd = spec.boot.initrd.iter();
     let root = spec.root_disk.iter().filter_map(|disk| disk.image.as_ref());
-    std::iter::once(&spec.boot.kernel)
+    let kernel = spec.boot.kernel.iter();
+    kernel
         .chain(initrd)
         .chain(root)
         .any(|used| used.id == image)

@@ -213,12 +213,12 @@ fn wanted() -> Wanted {
             cpus: vec![],
             cpu_profile: "host".into(),
             boot: Boot {
-                kernel: ImageRef {
+                kernel: Some(ImageRef {
                     id: IMAGE,
                     size: 9,
                     blake3: "0".repeat(64),
                     format: ImageFormat::Raw,
-                },
+                }),
                 initrd: None,
                 command_line: String::new(),
             },

@@ -312,7 +312,8 @@ async fn rebuilt(
 ) -> Result<server::ActiveModel, ApiError> {
     let text = |name: &str| given[name].as_str().map(str::to_owned);
     let image_id = text("imageRef").unwrap_or_default();
-    let kernel = plan.kernel.id.to_string();
+    let kernel = plan.kernel.as_ref().map(|image| image.id.to_string());
+    let kernel = kernel.unwrap_or_default();
     let mut change = server::ActiveModel {
         kernel_id: Set(if kernel == image_id {
             String::new()

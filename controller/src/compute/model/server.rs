@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 /// created or rebuilt: later changes of the image do not reach a server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BootPlan {
-    pub kernel: ImageRef,
+    /// None: from the root disk.
+    #[serde(default)]
+    pub kernel: Option<ImageRef>,
     #[serde(default)]
     pub initrd: Option<ImageRef>,
     #[serde(default)]
@@ -29,7 +31,7 @@ impl BootPlan {
     /// Every image that the machine's host must be able to fetch.
     pub fn images(&self) -> impl Iterator<Item = &ImageRef> {
         let disk = self.root_disk.as_ref().and_then(|disk| disk.image.as_ref());
-        [Some(&self.kernel), self.initrd.as_ref(), disk]
+        [self.kernel.as_ref(), self.initrd.as_ref(), disk]
             .into_iter()
             .flatten()
     }

@@ -1,7 +1,8 @@
 //! What a machine boots: an image's properties turned into kernel, initrd, command line and disk.
 //!
 //! - A disk image (raw or qcow2) boots through its property `kernel_id`, with `ramdisk_id` if there is
-//!   one, and `os_command_line`.
+//!   one, and `os_command_line`; without `kernel_id` it boots by what is on the disk itself, and
+//!   `os_command_line` is put behind the command line found there.
 //! - An image that is itself a kernel (disk or container format `aki`: an ELF with a PVH note, or a
 //!   bzImage) boots as it is; its `ramdisk_id` and `os_command_line` count too, and the disk is an
 //!   empty one of the flavor's size.
@@ -44,19 +45,17 @@ pub async fn plan(
         });
         let command_line = command_line.unwrap_or_default();
         return Ok(BootPlan {
-            kernel: reference(&image)?,
+            kernel: Some(reference(&image)?),
             initrd,
             command_line,
             root_disk,
         });
     }
-    let Some(kernel) = image.property("kernel_id").filter(|id| !id.is_empty()) else {
-        return Err(ApiError::bad_request(format!(
-            "Image {image_id} does not say which kernel it boots: set its property kernel_id to an \
-             image with a Linux kernel (and ramdisk_id, os_command_line as needed)"
-        )));
+    let kernel = match image.property("kernel_id").filter(|id| !id.is_empty()) {
+        Some(id) => Some(reference(&part(connection, caller, id).await?)?),
+        None => None,
     };
-    let kernel = reference(&part(connection, caller, kernel).await?)?;
+    let otherwise = if kernel.is_some() { COMMAND_LINE } else { "" };
     let disk = reference(&image)?;
     let virtual_size = positive(image.row.virtual_size).max(disk.size);
     let size = if flavor.disk > 0 {
@@ -65,9 +64,11 @@ pub async fn plan(
         virtual_size
     };
     Ok(BootPlan {
+        // Of no use without a kernel that goes with it.
+        initrd: initrd.filter(|_| kernel.is_some()),
         kernel,
-        initrd,
-        command_line: command_line.unwrap_or_else(|| COMMAND_LINE.to_owned()),
+        command_line: command_line.unwrap_or_else(|| otherwise.to_owned()),
+
         root_disk: Some(RootDisk {
             image: Some(disk),
             size,

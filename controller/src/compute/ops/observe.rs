@@ -64,7 +64,7 @@ impl Observer for ServerObserver {
 }
 
 /// What a user is told, and what an administrator is told besides; none for an ordinary end.
-fn fault(reason: &StopReason) -> Option<(&'static str, Option<&str>)> {
+fn fault(reason: &StopReason) -> Option<(&str, Option<&str>)> {
     match reason {
         StopReason::Requested | StopReason::GuestPowerOff | StopReason::HostReboot => None,
         StopReason::TripleFault => Some((
@@ -75,6 +75,7 @@ fn fault(reason: &StopReason) -> Option<(&'static str, Option<&str>)> {
             "KVM could not go on with the guest; its registers are in the details",
             Some(detail),
         )),
+        StopReason::NotBootable { detail } => Some((detail, Some(detail))),
         StopReason::VmmFault { detail } => Some((
             "The machine's process ended by a fault; its disks are whole, reboot the server hard",
             Some(detail),

@@ -53,7 +53,7 @@ async fn the_machine_is_what_image_and_flavor_say() {
     let machine = row.unwrap().unwrap();
     let spec = &machine.wanted.spec;
     assert_eq!((spec.vcpus, spec.memory_mib), (1, 256));
-    assert_eq!(spec.boot.kernel.id.to_string(), KERNEL);
+    assert_eq!(spec.boot.kernel.as_ref().unwrap().id.to_string(), KERNEL);
     assert_eq!(spec.boot.command_line, "console=ttyS0 x=1");
     let disk = spec.root_disk.as_ref().unwrap();
     assert_eq!(
@@ -64,20 +64,26 @@ async fn the_machine_is_what_image_and_flavor_say() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_without_a_kernel_is_refused_with_what_to_do() {
+async fn an_image_without_a_kernel_boots_what_is_on_its_disk() {
     let cloud = Cloud::new().await;
     let bare = "0a11ce00-0000-4000-8000-000000000003";
-    cloud.image(bare, "raw", &[]).await;
+    cloud
+        .image(bare, "raw", &[("os_command_line", "quiet")])
+        .await;
     let body = json!({"server": {"name": "x", "imageRef": bare, "flavorRef": "1"}});
-    let refused = cloud
+    let made = cloud
         .call("one", Method::POST, "/v2.1/servers", "", body)
         .await;
-    assert_eq!(status(&refused), 400);
-    assert!(
-        refused.message().contains("set its property kernel_id"),
-        "{}",
-        refused.message()
-    );
+    let id = made.json["server"]["id"].as_str().unwrap();
+    cloud
+        .until("one", id, |server| server["status"] == "ACTIVE")
+        .await;
+    let row = crate::reconcile::machine::find(cloud.app.database().reader(), machine(id)).await;
+    let spec = row.unwrap().unwrap().wanted.spec;
+    assert_eq!((spec.boot.kernel, spec.boot.initrd), (None, None));
+    assert_eq!(spec.boot.command_line, "quiet");
+    let image = spec.root_disk.unwrap().image.unwrap();
+    assert_eq!(image.id.to_string(), bare);
 }
 
 /// Asks for a server that would be made but for `change`.
@@ -347,7 +353,7 @@ async fn a_kernel_image_boots_by_itself_with_an_empty_disk() {
         .await;
     let row = crate::reconcile::machine::find(cloud.app.database().reader(), machine(id)).await;
     let spec = row.unwrap().unwrap().wanted.spec;
-    assert_eq!(spec.boot.kernel.id.to_string(), KERNEL);
+    assert_eq!(spec.boot.kernel.as_ref().unwrap().id.to_string(), KERNEL);
     let disk = spec.root_disk.unwrap();
     assert_eq!((disk.image, disk.size), (None, 1 << 30));
 }

@@ -368,7 +368,8 @@ fn row(
     let image_part = |part: Option<&fractus_agent_api::machine::ImageRef>| {
         part.map_or(String::new(), |image| image.id.to_string())
     };
-    let kernel = Some(&order.plan.kernel).filter(|image| image.id.to_string() != order.image_id);
+    let kernel = order.plan.kernel.as_ref();
+    let kernel = kernel.filter(|image| image.id.to_string() != order.image_id);
     let tags: BTreeSet<String> = tags::read(&given["tags"]);
     let config_drive = given.get("config_drive").is_some_and(as_bool);
     Ok(server::Model {
