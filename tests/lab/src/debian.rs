@@ -1,7 +1,9 @@
 //! Debian packages, unpacked into the cache by `scripts/debian-tree`.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 use fractus_tests::tidy::checkout;
@@ -45,6 +47,27 @@ pub fn cache() -> Result<PathBuf> {
         .join("lab");
     std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     Ok(folder)
+}
+
+/// What was made here some builds ago is not wanted again; a few of each kind are kept.
+const KEPT: usize = 4;
+
+/// To be called with each use of a thing in the cache whose name begins with `kind`: forgets those that
+/// were not used for longest. What a running lab has open stays as long as it has it open.
+pub fn used(kind: &str, thing: &Path) -> Result<()> {
+    File::open(thing)?.set_modified(SystemTime::now())?;
+    let entries = std::fs::read_dir(cache()?)?.flatten();
+    let mut all: Vec<_> = entries
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(kind))
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    all.sort();
+    for (_, path) in all.iter().rev().skip(KEPT) {
+        // Another test may do the same.
+        let _ = std::fs::remove_file(path);
+        let _ = std::fs::remove_dir_all(path);
+    }
+    Ok(())
 }
 
 impl Tree {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use crate::archive::Archive;
-use crate::debian::{cache, tree};
+use crate::debian::{cache, tree, used};
 use crate::image::add_busybox;
 use crate::modules;
 
@@ -81,6 +81,7 @@ impl TinyGuest {
             )?;
             new.persist(&initrd)?;
         }
+        used("tiny-", &initrd)?;
         Ok(Self {
             kernel,
             initrd,

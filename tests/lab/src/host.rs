@@ -135,13 +135,19 @@ impl Host {
         if !state.exists() {
             format_disk(&state)?;
         }
+        // The cache may forget it while this host is to be started again.
+        let own = folder.join("payload");
+        let _ = std::fs::remove_file(&own);
+        if std::fs::hard_link(payload, &own).is_err() {
+            std::fs::copy(payload, &own)?;
+        }
         Ok(Self {
             name: format!("host{number}"),
             number,
             image: image.clone(),
             files: Files {
                 folder: folder.to_path_buf(),
-                payload: payload.to_path_buf(),
+                payload: own,
                 state,
             },
             ports: segment.ports(number)?,

@@ -10,7 +10,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use crate::archive::Archive;
-use crate::debian::{cache, tree};
+use crate::debian::{cache, tree, used};
 use crate::{kernel, modules};
 
 const INIT: &[u8] = include_bytes!("../host/init");
@@ -60,6 +60,7 @@ impl HostImage {
                 let _ = new.keep();
             }
         }
+        used("host-", &folder)?;
         Ok(image)
     }
 }

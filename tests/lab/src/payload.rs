@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::archive::Archive;
-use crate::debian::cache;
+use crate::debian::{cache, used};
 
 /// Makes the disk for this agent, if it was not made before.
 pub fn make(agent: &Path) -> Result<PathBuf> {
@@ -22,10 +22,10 @@ pub fn make(agent: &Path) -> Result<PathBuf> {
     let hash = blake3::hash(&bytes).to_hex();
     let disk = cache()?.join(format!("payload-{}", &hash[..16]));
     if !disk.exists() {
-        let folder = cache()?;
-        let new = tempfile::NamedTempFile::new_in(&folder)?;
+        let new = tempfile::NamedTempFile::new_in(cache()?)?;
         let mut archive = Archive::new(BufWriter::new(new));
-        archive.copy("opt/fractus-agent", 0o755, &stripped(agent)?)?;
+        let stripped = strip(agent)?;
+        archive.copy("opt/fractus-agent", 0o755, &stripped)?;
         for library in libraries(agent)? {
             let name = library.display().to_string();
             archive.copy(name.trim_start_matches('/'), 0o755, &library)?;
@@ -33,19 +33,19 @@ pub fn make(agent: &Path) -> Result<PathBuf> {
         let new = archive.finish()?.into_inner()?;
         fill(new.as_file())?;
         new.persist(&disk)?;
-        forget_older(&folder, &disk);
     }
+    used("payload-", &disk)?;
     Ok(disk)
 }
 
 /// Development builds are mostly names and line numbers; the host's memory is small.
-fn stripped(agent: &Path) -> Result<PathBuf> {
+fn strip(agent: &Path) -> Result<tempfile::TempPath> {
     let to = tempfile::NamedTempFile::new()?.into_temp_path();
     let done = Command::new("strip").arg("-o").arg(&to).arg(agent).status();
-    match done {
-        Ok(status) if status.success() => Ok(to.keep()?),
-        _ => Ok(agent.to_path_buf()),
+    if !done.is_ok_and(|status| status.success()) {
+        std::fs::copy(agent, &to)?;
     }
+    Ok(to)
 }
 
 /// As the dynamic linker finds them here.
@@ -69,18 +69,4 @@ fn fill(mut disk: &File) -> Result<()> {
     let more = size.next_multiple_of(1 << 20) - size;
     disk.write_all(&vec![0; usize::try_from(more)?])?;
     Ok(())
-}
-
-/// Each build of the agent leaves one: keep a few.
-fn forget_older(folder: &Path, newest: &Path) {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut disks: Vec<_> = entries
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with("payload-"))
-        .filter(|entry| entry.path() != newest)
-        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
-        .collect();
-    disks.sort();
-    for (_, path) in disks.iter().rev().skip(4) {
-        let _ = std::fs::remove_file(path);
-    }
 }

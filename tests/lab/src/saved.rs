@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use crate::debian::cache;
+use crate::debian::{cache, used};
 use crate::host::Running;
 use crate::image::HostImage;
 use crate::monitor::Monitor;
@@ -38,6 +38,7 @@ pub fn ensure(image: &HostImage, segment: &Segment) -> Result<PathBuf> {
         save(image, segment, &new).context("booting and saving a host")?;
         std::fs::rename(&new, &file)?;
     }
+    used("saved-", &file)?;
     Ok(file)
 }
 
