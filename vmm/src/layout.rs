@@ -75,11 +75,27 @@ pub const ZERO_PAGE: u64 = 0x7000;
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Bytes, with the terminating zero.
 pub const COMMAND_LINE_MAX: usize = 0x1_0000;
-/// End of conventional memory; ACPI tables stand between here and 1 MiB.
+/// End of conventional memory.
 pub const LOW_MEMORY_END: u64 = 0xa_0000;
-pub const ACPI_TABLES: Window = Window {
+/// What firmware would have left, up to 1 MiB: reserved in the guest's memory map.
+pub const FIRMWARE: Window = Window {
     base: 0xe_0000,
     size: 0x2_0000,
+};
+/// Part of it, as the next two.
+pub const ACPI_TABLES: Window = Window {
+    base: FIRMWARE.base,
+    size: 0xf000,
+};
+/// The generation id has a page of its own.
+pub const GENERATION: Window = Window {
+    base: ACPI_TABLES.end(),
+    size: 0x1000,
+};
+/// Where guests without EFI look for the tables.
+pub const SMBIOS: Window = Window {
+    base: GENERATION.end(),
+    size: 0x1_0000,
 };
 /// Kernels are loaded from here.
 pub const HIGH_MEMORY: u64 = 0x10_0000;

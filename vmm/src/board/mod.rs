@@ -4,12 +4,14 @@
 //! APICs (in the kernel) and one IOAPIC (here, since the chip is split).
 
 pub mod acpi;
+pub mod generation;
 mod ioapic;
 mod ports;
 mod power;
 mod pvpanic;
 mod rtc;
 mod serial;
+pub mod smbios;
 mod watchdog;
 
 use std::sync::Arc;
@@ -17,7 +19,7 @@ use std::time::SystemTime;
 
 pub use ioapic::IoApic;
 pub use ports::{KeyboardController, ResetRegister};
-pub use power::{PowerPort, PowerResources};
+pub use power::{EVENT_GENERATION, PowerPort, PowerResources};
 pub use pvpanic::PvPanic;
 pub use rtc::Rtc;
 pub use serial::{SerialPort, SerialResources};

@@ -1,5 +1,5 @@
 //! What hardware-reduced ACPI has of power: sleep control (S5) and the event register of the generic
-//! event device, by which the power button speaks (ACPI 6.5 §4.8.3.7, §5.6.9).
+//! event device, by which the power button and others speak (ACPI 6.5 §4.8.3.7, §5.6.9).
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -27,6 +27,7 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 
 /// Bits of the event register; reading clears it.
 pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
+pub const EVENT_GENERATION: u8 = 1 << 1;
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PowerState {
@@ -53,7 +54,12 @@ impl PowerPort {
 
     /// The guest is told that somebody pressed the button.
     pub fn press_button(&self) {
-        self.lock().events |= EVENT_POWER_BUTTON;
+        self.raise(EVENT_POWER_BUTTON);
+    }
+
+    /// Has the guest's ACPI look at these events; those that it has not looked at stay.
+    pub fn raise(&self, events: u8) {
+        self.lock().events |= events;
         self.resources.line.pulse();
     }
 

@@ -1,6 +1,6 @@
 //! The memory map that a kernel is given.
 
-use crate::layout::{ACPI_TABLES, HIGH_MEMORY, LOW_MEMORY_END, Layout, PCI_ECAM, Window};
+use crate::layout::{FIRMWARE, HIGH_MEMORY, LOW_MEMORY_END, Layout, PCI_ECAM, Window};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MapKind {
@@ -18,7 +18,7 @@ impl MapKind {
     }
 }
 
-/// Ranges in ascending order. ACPI tables are reserved rather than reclaimable: they stay.
+/// Ranges in ascending order. What firmware leaves is reserved rather than reclaimable: it stays.
 pub fn memory_map(layout: &Layout) -> Vec<(Window, MapKind)> {
     let conventional = Window {
         base: 0,
@@ -30,7 +30,7 @@ pub fn memory_map(layout: &Layout) -> Vec<(Window, MapKind)> {
     };
     let mut map = vec![
         (conventional, MapKind::Ram),
-        (ACPI_TABLES, MapKind::Reserved),
+        (FIRMWARE, MapKind::Reserved),
         (extended, MapKind::Ram),
         (PCI_ECAM, MapKind::Reserved),
     ];

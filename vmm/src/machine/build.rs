@@ -5,8 +5,8 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::state::{MachineState, STATE_VERSION};
-use super::{Kernel, Machine, RunState};
-use crate::board::{self, FixedDevices, acpi};
+use super::{Kernel, Machine, MachineError, RunState};
+use crate::board::{self, FixedDevices, acpi, generation, smbios};
 use crate::boot::disk::BootDisk;
 use crate::boot::{self, Boot, BootError, Source};
 use crate::bus::Bus;
@@ -36,6 +36,8 @@ pub enum BuildError {
     Device(#[from] DeviceError),
     #[error("the kernel cannot be booted")]
     Boot(#[from] BootError),
+    #[error("what the guest finds in its memory could not be written")]
+    Load(#[source] Box<MachineError>),
     #[error("a saved machine of version {version}; this build reads version {STATE_VERSION}")]
     StateVersion { version: u32 },
     #[error("a saved machine with {states} vCPU states for {count} vCPUs")]
@@ -58,7 +60,10 @@ pub(super) fn build(
     let mut parts = assemble(config, files, memory, SavedDevices::default(), hook)?;
     // A disk is read at the start: its content is a user's, and by then the process is locked down.
     let boot = match parts.kernel {
-        Kernel::Files(_) => Some(parts.load()?),
+        Kernel::Files(_) => Some(parts.load().map_err(|error| match error {
+            MachineError::Boot(error) => BuildError::Boot(error),
+            error => BuildError::Load(Box::new(error)),
+        })?),
         Kernel::Disk(_) => None,
     };
     parts.vcpus.ready().map_err(VcpuSetError::from)?;
@@ -204,13 +209,16 @@ fn kernel(config: &MachineConfig, files: &MachineFiles) -> Result<Kernel, BuildE
 
 impl Machine {
     /// Puts kernel, initrd, command line and tables into memory, which is zero.
-    pub(super) fn load(&self) -> Result<BootRegisters, BootError> {
-        acpi::write(&self.config, &self.layout, &self.memory)?;
+    pub(super) fn load(&self) -> Result<BootRegisters, MachineError> {
+        acpi::write(&self.config, &self.layout, &self.memory).map_err(BootError::from)?;
+        smbios::write(self.config.uuid, &self.memory).map_err(MachineError::Identity)?;
+        generation::write(&self.memory)?;
         let command_line = &self.config.command_line;
         let inspected = match &self.kernel {
             Kernel::Files(inspected) => inspected,
             Kernel::Disk(disk) => {
-                return disk.load(command_line, acpi::RSDP, &self.memory, &self.layout);
+                let registers = disk.load(command_line, acpi::RSDP, &self.memory, &self.layout)?;
+                return Ok(registers);
             }
         };
         let boot = Boot {
@@ -223,6 +231,7 @@ impl Machine {
             command_line,
             rsdp: acpi::RSDP,
         };
-        boot::load_inspected(inspected, &boot, &self.memory, &self.layout)
+        let registers = boot::load_inspected(inspected, &boot, &self.memory, &self.layout)?;
+        Ok(registers)
     }
 }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::board::{PowerPort, PvPanic};
+use crate::board::{EVENT_GENERATION, PowerPort, PvPanic, generation};
 use crate::boot::disk::BootDisk;
 use crate::boot::{BootError, Inspected};
 use crate::config::{MachineConfig, MachineFiles, WatchdogAction};
@@ -91,6 +91,10 @@ pub enum MachineError {
     Memory(#[from] crate::memory::MemoryError),
     #[error(transparent)]
     Boot(#[from] BootError),
+    #[error("write the SMBIOS tables to guest memory")]
+    Identity(#[source] vm_memory::GuestMemoryError),
+    #[error(transparent)]
+    Generation(#[from] crate::board::generation::GenerationError),
     #[error("this machine has no balloon")]
     NoBalloon,
     #[error(transparent)]
@@ -183,6 +187,15 @@ impl Machine {
     /// Asks the guest to power itself off, as far as it listens (ACPI power button).
     pub fn press_power_button(&self) {
         self.power.press_button();
+    }
+
+    /// Tells the guest that it is not the one it was: call it on a paused machine that was restored
+    /// from a snapshot, before it goes on. A migration is no occasion.
+    pub fn change_generation(&mut self) -> Result<(), MachineError> {
+        self.expect(RunState::Paused, "given a new generation id")?;
+        generation::write(&self.memory)?;
+        self.power.raise(EVENT_GENERATION);
+        Ok(())
     }
 
     /// Wishes `bytes` of the guest's memory in its balloon; it gives them as it can. What a machine

@@ -88,3 +88,29 @@ fn a_guest_may_panic_once_in_each_of_its_lives() {
     let life = [panicked, Event::GuestReset];
     assert_eq!(events, [life.clone(), life].concat());
 }
+
+#[test]
+fn a_new_generation_is_in_memory_and_told_by_an_event_and_a_resume_alone_is_none() {
+    // Wait for a byte (as `echo`), then say what the event register of the power port holds.
+    let wait = [0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb];
+    let events = crate::layout::ACPI_PM_PORT + 4;
+    let guest = Guest::new().bytes(&wait).echo(events).halt();
+    let mut rig = Rig::build(common::config(), &guest);
+    let id = |rig: &Rig| {
+        let place = vm_memory::GuestAddress(crate::layout::GENERATION.base);
+        vm_memory::Bytes::read_obj::<u128>(&**rig.machine.memory(), place).unwrap()
+    };
+    rig.machine.start().unwrap();
+    let first = id(&rig);
+    assert_ne!(first, 0);
+    assert!(rig.machine.change_generation().is_err(), "it runs");
+    rig.machine.pause().unwrap();
+    rig.machine.resume().unwrap();
+    rig.machine.pause().unwrap();
+    assert_eq!(id(&rig), first);
+    rig.machine.change_generation().unwrap();
+    assert_ne!(id(&rig), first);
+    rig.machine.resume().unwrap();
+    rig.serial.write_all(b"x").unwrap();
+    assert_eq!(rig.hear(1).as_bytes(), [EVENT_GENERATION]);
+}

@@ -9,11 +9,11 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{OEM, OEM_REVISION, OEM_TABLE, encode};
-use crate::board::power::{EVENT_POWER_BUTTON, EVENTS, S5};
+use crate::board::power::{EVENT_GENERATION, EVENT_POWER_BUTTON, EVENTS, S5};
 use crate::config::MachineConfig;
 use crate::layout::{
-    ACPI_PM_PORT, ACPI_SCI, Layout, PCI_BUSES, PCI_CONFIG_PORT, PCI_ECAM, PCI_IO, PCI_MMIO32,
-    PVPANIC_PORT, RTC_PORT, SERIAL_IRQ, SERIAL_PORT,
+    ACPI_PM_PORT, ACPI_SCI, GENERATION, Layout, PCI_BUSES, PCI_CONFIG_PORT, PCI_ECAM, PCI_IO,
+    PCI_MMIO32, PVPANIC_PORT, RTC_PORT, SERIAL_IRQ, SERIAL_PORT,
 };
 
 /// Status of a device that is there, enabled, shown and working.
@@ -26,6 +26,7 @@ pub fn dsdt(config: &MachineConfig, layout: &Layout) -> Vec<u8> {
     serial(&mut devices);
     clock(&mut devices);
     power(&mut devices);
+    generation(&mut devices);
     if config.pvpanic {
         panic_port(&mut devices);
     }
@@ -171,19 +172,15 @@ fn power(into: &mut Vec<u8>) {
         FieldUpdateRule::WriteAsZeroes,
         vec![FieldEntry::Named(*b"GEDB", 8)],
     );
-    let event = Raw::of(&Method::new(
-        Path::new("_EVT"),
-        1,
-        true,
-        vec![
-            &Store::new(&Local(0), &Path::new("GEDB")),
-            &And::new(&Local(1), &Local(0), &EVENT_POWER_BUTTON),
-            &If::new(
-                &Local(1),
-                vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
-            ),
-        ],
-    ));
+    let mut body = encode(&Store::new(&Local(0), &Path::new("GEDB")));
+    let mut when = |event: u8, act: &dyn Aml| {
+        body.extend(encode(&And::new(&Local(1), &Local(0), &event)));
+        body.extend(encode(&If::new(&Local(1), vec![act])));
+    };
+    let notify = |device: &str| Raw::of(&Notify::new(&Path::new(device), &0x80u8));
+    when(EVENT_POWER_BUTTON, &notify("\\_SB_.PWRB"));
+    when(EVENT_GENERATION, &notify("\\_SB_.VGEN"));
+    let event = Raw::of(&Method::new(Path::new("_EVT"), 1, true, vec![&Raw(body)]));
     let interrupt = Interrupt::new(true, true, false, false, ACPI_SCI.into());
     device(
         into,
@@ -195,6 +192,21 @@ fn power(into: &mut Vec<u8>) {
             &OpRegion::new(Path::new("GEDR"), OpRegionSpace::SystemIO, &register, &1u8),
             &field,
             &event,
+        ],
+    );
+}
+
+/// Found by its compatible id; Linux knows the short form, too. ADDR is the place, in two halves.
+fn generation(into: &mut Vec<u8>) {
+    let (low, high) = (GENERATION.base as u32, (GENERATION.base >> 32) as u32);
+    device(
+        into,
+        "VGEN",
+        vec![
+            &name("_HID", &"FRCT0001"),
+            &name("_CID", &Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"])),
+            &name("_DDN", &"VM_Gen_Counter"),
+            &name("ADDR", &Package::new(vec![&low, &high])),
         ],
     );
 }
