@@ -312,6 +312,9 @@ impl Search<'_> {
         };
         let name = format!("{} {}", tree.name, place.path);
         match tree.file(&place.path, limit) {
+            Ok((_, pieces)) if !pieces.iter().all(|piece| self.holds(piece)) => {
+                Ok(Err(format!("{name}: it leaves the disk")))
+            }
             Ok((size, pieces)) if size > 0 => Ok(Ok(FoundFile { name, size, pieces })),
             Ok(_) => Ok(Err(format!("{name}: empty"))),
             Err(fault) if fault.ends_the_search() => Err(fault),
@@ -322,13 +325,28 @@ impl Search<'_> {
         }
     }
 
+    /// Whatever a file system says, nothing behind the disk's end is promised.
+    fn holds(&self, piece: &Piece) -> bool {
+        match piece {
+            Piece::Disk { offset, length } => {
+                let end = offset.checked_add(*length);
+                end.is_some_and(|end| end <= self.disk.size())
+            }
+            Piece::Zero { .. } | Piece::Bytes(_) => true,
+        }
+    }
+
     /// Entries of all partitions together, as the specification has them on two.
     fn boot_loader_specification(&mut self) -> Result<Option<Found>, Fault> {
         let (mut items, mut pattern) = (Vec::new(), None);
         for (index, tree) in self.trees.iter().enumerate() {
             for folder in BLS {
+                let left = config::MAX_ENTRIES.saturating_sub(items.len());
+                if left == 0 {
+                    break;
+                }
                 match bls::read(&self.trees, index, folder, &mut self.remarks) {
-                    Ok(more) => items.extend(more),
+                    Ok(more) => items.extend(more.into_iter().take(left)),
                     Err(fault) if fault.ends_the_search() => return Err(fault),
                     Err(_) => {}
                 }

@@ -7,7 +7,7 @@ mod image;
 use std::time::{Duration, Instant};
 
 use fractus_loader::{FindError, Limits, ReadAt, find};
-use image::distributions::{ALPINE, debian, debian_grub};
+use image::distributions::{ALPINE, alpine, debian, debian_grub};
 use image::*;
 
 /// What is said of a disk, which must come within a second.
@@ -222,6 +222,14 @@ fn damage_within_ext4_is_named() {
     let mut nonsense = good();
     debugfs(&mut nonsense, "set_inode_field / block[5] 1\n");
     assert!(!refused(&nonsense).is_empty());
+}
+
+#[test]
+fn a_fat_that_is_larger_than_its_partition_is_damaged() {
+    let mut disk = alpine("", b"k", b"i").fat(4, 16);
+    disk[19..21].fill(0);
+    disk[32..36].fill(0xff);
+    says(&disk, "larger than its partition");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use super::{Entry, MAX_CONFIG, MAX_ENTRIES, Place, glob, join, version};
+use super::{Entry, MAX_ENTRIES, MAX_ITEM, MAX_PATTERN, Place, glob, join, version};
 use crate::disk::Fault;
 use crate::fs::Tree;
 
@@ -34,7 +34,7 @@ impl Item {
             _ => (name, false),
         };
         let mut item = Item {
-            id: id.to_owned(),
+            id: key_of(id),
             exhausted,
             ..Item::default()
         };
@@ -44,9 +44,9 @@ impl Item {
             let value = value.trim();
             match key {
                 "title" => item.title = Some(value.to_owned()),
-                "version" => item.version = value.to_owned(),
-                "sort-key" => item.sort_key = Some(value.to_owned()),
-                "machine-id" => item.machine_id = value.to_lowercase(),
+                "version" => item.version = key_of(value),
+                "sort-key" => item.sort_key = Some(key_of(value)),
+                "machine-id" => item.machine_id = key_of(&value.to_lowercase()),
                 "linux" => item.linux = Some(value.to_owned()),
                 "initrd" => item.initrds.push(value.to_owned()),
                 "options" => {
@@ -63,6 +63,11 @@ impl Item {
     pub fn title(&self) -> String {
         self.title.clone().unwrap_or_else(|| self.id.clone())
     }
+}
+
+/// What entries are sorted by: no longer than it is worth comparing.
+fn key_of(value: &str) -> String {
+    value.chars().take(MAX_PATTERN).collect()
 }
 
 fn is_count(tries: &str) -> bool {
@@ -111,7 +116,8 @@ pub fn read(
     let mut items = Vec::new();
     for name in names {
         let path = format!("{folder}/{name}");
-        match place.text(&path, MAX_CONFIG) {
+        place.disk.step()?;
+        match place.text(&path, MAX_ITEM) {
             Ok(text) => {
                 let mut item = Item::parse(&name, &text);
                 item.tree = tree;
@@ -133,7 +139,8 @@ pub fn default_pattern(text: &str) -> Option<&str> {
         value.starts_with([' ', '\t']).then(|| value.trim())
     })?;
     // @saved and the like are in variables of the firmware.
-    (!pattern.is_empty() && !pattern.starts_with('@')).then_some(pattern)
+    let usable = !pattern.is_empty() && pattern.len() <= MAX_PATTERN && !pattern.starts_with('@');
+    usable.then_some(pattern)
 }
 
 /// The entry to boot: the first of the pattern, else the first that can be booted at all.

@@ -26,6 +26,9 @@ pub struct Entry {
 
 /// Largest configuration file, bytes.
 pub const MAX_CONFIG: u64 = 1 << 20;
+/// Largest file of an entry, and longest pattern of names, bytes: they are compared with each other.
+pub const MAX_ITEM: u64 = 16 << 10;
+pub const MAX_PATTERN: usize = 256;
 /// Files of one folder that are looked at.
 pub const MAX_ENTRIES: usize = 512;
 

@@ -12,6 +12,8 @@ use crate::bytes::{be16, be32, be64, slice};
 use crate::disk::{Fault, Piece};
 
 const MAGIC: u32 = 0xc03b_3998;
+/// How a journal's blocks begin.
+pub const MARK: [u8; 4] = MAGIC.to_be_bytes();
 const DESCRIPTOR: u32 = 1;
 const COMMIT: u32 = 2;
 const SUPERBLOCK_1: u32 = 3;
@@ -50,8 +52,7 @@ impl Journal {
 
 /// Puts the journal's mark back at the begin of a block.
 pub fn unescape(within: u64, buffer: &mut [u8]) {
-    let mark = MAGIC.to_be_bytes();
-    let mark = mark.get(within.min(4) as usize..).unwrap_or_default();
+    let mark = MARK.get(within.min(4) as usize..).unwrap_or_default();
     for (to, from) in buffer.iter_mut().zip(mark) {
         *to = *from;
     }
@@ -198,7 +199,8 @@ impl<'r, 'a> Log<'r, 'a> {
                 }
                 _ => break,
             }
-            if writes.len() + commit.writes.len() > MAX_WRITES || revoked.len() > MAX_WRITES {
+            let kept = commit.writes.len() + commit.revoked.len();
+            if writes.len() + kept > MAX_WRITES || revoked.len() > MAX_WRITES {
                 return Err(Fault::Damaged("a journal of too many blocks"));
             }
         }

@@ -2,6 +2,7 @@
 
 use super::Ext4;
 use super::inode::Inode;
+use super::journal::MARK;
 use crate::bytes::{le16, le32, slice};
 use crate::disk::{Fault, Piece, Pieces};
 
@@ -116,12 +117,18 @@ impl Walk<'_, '_> {
                 length: (block - at) * size,
             })?;
             let (place, escaped) = self.ext4.journal.place(block);
+            if place >= superblock.blocks {
+                return Err(Fault::Damaged("a journal behind the file system's end"));
+            }
             self.pieces.push(match escaped {
-                true => Piece::Bytes(self.ext4.block(block)?),
-                false => Piece::Disk {
-                    offset: base + place.min(superblock.blocks) * size,
-                    length: size,
-                },
+                // Four bytes differ; the rest stays on the disk.
+                true => Piece::Bytes(MARK.to_vec()),
+                false => Piece::Bytes(Vec::new()),
+            })?;
+            let skip = if escaped { MARK.len() as u64 } else { 0 };
+            self.pieces.push(Piece::Disk {
+                offset: base + place * size + skip,
+                length: size - skip,
             })?;
             at = block + 1;
         }

@@ -59,6 +59,11 @@ impl<'a> Fat<'a> {
         if clusters == 0 || table_sectors == 0 || reserved == 0 {
             return Err(Fault::Damaged("the parameter block"));
         }
+        if sectors.saturating_mul(sector) > volume.size {
+            return Err(Fault::Damaged(
+                "the parameter block (the file system is larger than its partition)",
+            ));
+        }
         let width = match clusters {
             0..4085 => Width::Fat12,
             4085..65525 => Width::Fat16,
