@@ -299,6 +299,7 @@ fn build(
             input: Some(serial),
         },
         console_ports: Vec::new(),
+        nets: Vec::new(),
     };
     let hook: ThreadHook = Arc::new(move |kind: ThreadKind| hook(kind.into()));
     let machine = Machine::build(launch.config.clone(), machine, Some(hook))

@@ -34,6 +34,7 @@ fn main() -> anyhow::Result<()> {
             input: Some(std::io::stdin().as_fd().try_clone_to_owned()?),
         },
         console_ports: Vec::new(),
+        nets: Vec::new(),
     };
     while let Some(option) = arguments.next() {
         let value = arguments

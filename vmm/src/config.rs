@@ -22,6 +22,9 @@ pub const MAX_CONSOLE_PORTS: usize = 16;
 /// virtio-blk's serial number field (virtio 1.2 §5.2.6: VIRTIO_BLK_T_GET_ID), bytes.
 pub const MAX_SERIAL_NUMBER: usize = 20;
 pub const MAX_QUEUES: u16 = 16;
+pub const MAX_NETS: usize = 8;
+/// Least MTU of a network device (virtio 1.2 §5.1.4: at least 68; IPv6 wants 1280, which is up to the guest).
+pub const MIN_MTU: u16 = 68;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MachineConfig {
@@ -44,6 +47,9 @@ pub struct MachineConfig {
     pub console_ports: Vec<ConsolePortConfig>,
     #[serde(default)]
     pub rng: Option<RngConfig>,
+    /// In the order of `MachineFiles::nets`.
+    #[serde(default)]
+    pub nets: Vec<NetConfig>,
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
     #[serde(default)]
@@ -173,6 +179,34 @@ pub struct DiskLimit {
     pub burst_ms: u32,
 }
 
+/// A network device.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NetConfig {
+    /// Its address at the start: of one station, not of a group.
+    pub mac: [u8; 6],
+    /// Pairs of virtqueues, 1 to [`MAX_QUEUES`]; the driver begins with one of them.
+    #[serde(default = "one")]
+    pub queues: u16,
+    /// What the driver is told; `None`: nothing, so that it takes its own default (1500).
+    #[serde(default)]
+    pub mtu: Option<u16>,
+    #[serde(default)]
+    pub limit: Option<NetLimit>,
+}
+
+/// Rate limit of a network device, for each direction by itself; `None` is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NetLimit {
+    #[serde(default)]
+    pub bytes_per_second: Option<u64>,
+    /// A segment that the guest leaves for the host to cut counts as one.
+    #[serde(default)]
+    pub packets_per_second: Option<u64>,
+    /// What may pass at once after a quiet time, as thousandths of a second of the rate.
+    #[serde(default)]
+    pub burst_ms: u32,
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ConsolePortConfig {
     /// Shows up as /sys/class/virtio-ports/*/name in the guest, `org.qemu.guest_agent.0` for one.
@@ -229,6 +263,17 @@ pub struct MachineFiles {
     pub serial: ConsoleFiles,
     /// In the order of `MachineConfig::console_ports`.
     pub console_ports: Vec<ConsoleFiles>,
+    /// In the order of `MachineConfig::nets`.
+    pub nets: Vec<NetFiles>,
+}
+
+/// The host's end of a network device.
+#[derive(Debug, Default)]
+pub struct NetFiles {
+    /// One a pair of queues: queues of one tap (opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, and
+    /// IFF_MULTI_QUEUE if there are several), or sockets that keep the bounds of packets, each of which
+    /// begins with the 12 bytes of virtio_net_hdr.
+    pub taps: Vec<File>,
 }
 
 /// The host's end of a serial line or console port. Pipes and sockets are made non-blocking; what the
@@ -273,6 +318,10 @@ pub enum ConfigError {
     ConsolePortName { index: usize, name: String },
     #[error("a balloon of {bytes} bytes in a machine of {memory}: it must be smaller")]
     BalloonSize { bytes: u64, memory: u64 },
+    #[error("{count} network devices: at most {MAX_NETS}")]
+    NetCount { count: usize },
+    #[error("network device {index}: {what}")]
+    Net { index: usize, what: &'static str },
     #[error("{given} descriptors for {what}, but {wanted} in the config")]
     FileCount {
         what: &'static str,
@@ -302,6 +351,7 @@ impl MachineConfig {
             console_ports: Vec::new(),
             rng: None,
             balloon: None,
+            nets: Vec::new(),
             watchdog: None,
             pvpanic: true,
         }
@@ -333,6 +383,15 @@ impl MachineConfig {
         }
         for (index, disk) in self.disks.iter().enumerate() {
             disk.validate(index)?;
+        }
+        if self.nets.len() > MAX_NETS {
+            return Err(ConfigError::NetCount {
+                count: self.nets.len(),
+            });
+        }
+        for (index, net) in self.nets.iter().enumerate() {
+            net.validate()
+                .map_err(|what| ConfigError::Net { index, what })?;
         }
         if self.console_ports.len() > MAX_CONSOLE_PORTS {
             return Err(ConfigError::ConsolePortCount {
@@ -375,8 +434,13 @@ impl MachineConfig {
                 files.console_ports.len(),
                 self.console_ports.len(),
             ),
+            ("network devices", files.nets.len(), self.nets.len()),
         ];
-        for (what, given, wanted) in counts {
+        let queues = (self.nets.iter().zip(&files.nets)).map(|(net, files)| {
+            let what = "queues of a network device";
+            (what, files.taps.len(), usize::from(net.queues))
+        });
+        for (what, given, wanted) in counts.into_iter().chain(queues) {
             if given != wanted {
                 return Err(ConfigError::FileCount {
                     what,
@@ -402,6 +466,25 @@ impl MemoryConfig {
         match self.host_nodes.iter().find(|node| **node > 63) {
             Some(&node) => Err(ConfigError::HostNode { node }),
             None => Ok(()),
+        }
+    }
+}
+
+impl NetConfig {
+    fn validate(&self) -> Result<(), &'static str> {
+        let limits = self
+            .limit
+            .map(|limit| [limit.bytes_per_second, limit.packets_per_second]);
+        if self.mac == [0; 6] || self.mac[0] & 1 != 0 {
+            Err("its MAC address is none of a single station")
+        } else if !(1..=MAX_QUEUES).contains(&self.queues) {
+            Err("1 to 16 pairs of queues are possible")
+        } else if self.mtu.is_some_and(|mtu| mtu < MIN_MTU) {
+            Err("an MTU is at least 68")
+        } else if limits.is_some_and(|limits| limits.contains(&Some(0))) {
+            Err("a rate limit of 0 would stop it for ever")
+        } else {
+            Ok(())
         }
     }
 }

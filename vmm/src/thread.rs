@@ -16,6 +16,8 @@ pub enum ThreadKind {
     Vcpu,
     /// Disk I/O.
     Block,
+    /// Packets, one thread a pair of queues.
+    Net,
     /// The reactor: serial line, consoles, timers.
     Console,
     /// The one that owns the machine. The embedder's own: never started here.

@@ -1,7 +1,7 @@
 //! Tries from inside of a jail what a machine's process must not be able to do:
 //! `fractus-agent vm --jail-test ACT KIND`.
 //!
-//! KIND is `main`, `vcpu`, `block` or `console` for that thread's seccomp filter, or `none`, which shows
+//! KIND is `main`, `vcpu`, `block`, `net` or `console` for that thread's seccomp filter, or `none`, which shows
 //! that namespaces, user and Landlock refuse by themselves. The outcome is printed as
 //! `ACT KIND: refused ERRNO`, `ACT KIND: DONE`, or `ACT KIND: forbidden system call (signal 31)`.
 
@@ -222,6 +222,7 @@ pub fn inside(arguments: &[OsString], socket: OwnedFd) -> Result<ExitCode, VmErr
         Some("main") => Some(Kind::Main),
         Some("vcpu") => Some(Kind::Vcpu),
         Some("block") => Some(Kind::Block),
+        Some("net") => Some(Kind::Net),
         Some("console") => Some(Kind::Console),
         Some("none") => None,
         _ => return Err(wrong()),

@@ -18,6 +18,7 @@ pub enum Kind {
     Main,
     Vcpu,
     Block,
+    Net,
     Console,
 }
 
@@ -27,6 +28,7 @@ impl From<ThreadKind> for Kind {
             ThreadKind::Main => Self::Main,
             ThreadKind::Vcpu => Self::Vcpu,
             ThreadKind::Block => Self::Block,
+            ThreadKind::Net => Self::Net,
             ThreadKind::Console => Self::Console,
         }
     }
@@ -41,7 +43,7 @@ pub struct FilterError {
 
 /// One compiled program a kind.
 #[derive(Clone)]
-pub struct Filters(Arc<[(Kind, BpfProgram); 4]>);
+pub struct Filters(Arc<[(Kind, BpfProgram); 5]>);
 
 impl Filters {
     pub fn compile() -> Result<Self, FilterError> {
@@ -49,6 +51,7 @@ impl Filters {
             (Kind::Main, program(Kind::Main)?),
             (Kind::Vcpu, program(Kind::Vcpu)?),
             (Kind::Block, program(Kind::Block)?),
+            (Kind::Net, program(Kind::Net)?),
             (Kind::Console, program(Kind::Console)?),
         ])))
     }
@@ -179,6 +182,12 @@ const KVM_RUNTIME: &[u64] = &[
     0xc018_aec0, // KVM_CLEAR_DIRTY_LOG
 ];
 
+/// What a network device's thread asks of its tap: no new interface, no other name or address.
+const TUN_RUNTIME: &[u64] = &[
+    0x4004_54d0, // TUNSETOFFLOAD
+    0x4004_54d9, // TUNSETQUEUE
+];
+
 /// FIONBIO, by which the standard library makes a descriptor non-blocking.
 const FIONBIO: u64 = 0x5421;
 
@@ -188,6 +197,8 @@ fn program(kind: Kind) -> Result<BpfProgram, FilterError> {
         Kind::Main => MAIN,
         Kind::Vcpu => &[libc::SYS_sendto],
         Kind::Block => BLOCK,
+        // It reads and writes; what it asks of its tap is below.
+        Kind::Net => &[],
         Kind::Console => CONSOLE,
     };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALL
@@ -236,9 +247,16 @@ fn conditional(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompile
         .map(|command| when(1, SeccompCmpOp::Eq, command as u64))
         .collect();
     rules.insert(libc::SYS_fcntl, commands?);
-    if kind != Kind::Block {
-        let ioctls = KVM_RUNTIME.iter().chain([&FIONBIO]);
+    let ioctls = match kind {
+        Kind::Block => Vec::new(),
+        Kind::Net => TUN_RUNTIME.to_vec(),
+        Kind::Main | Kind::Vcpu | Kind::Console => {
+            KVM_RUNTIME.iter().copied().chain([FIONBIO]).collect()
+        }
+    };
+    if !ioctls.is_empty() {
         let ioctls: Result<Vec<_>, _> = ioctls
+            .iter()
             .map(|request| when(1, SeccompCmpOp::Eq, *request))
             .collect();
         rules.insert(libc::SYS_ioctl, ioctls?);

@@ -30,6 +30,8 @@ pub const UNSAFE: &[(&str, &str)] = &[
     ("vmm/src/cpu", "vCPU set-up: ioctls of KVM and its run page"),
     (
         "vmm/src/virtio/block",
+        "vmm/src/virtio/net/frame.rs",
+        "vmm/src/virtio/net/tap.rs",
         "io_uring: buffers that the kernel writes to",
     ),
     (

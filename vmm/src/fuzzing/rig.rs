@@ -127,6 +127,7 @@ fn files() -> Outcome<MachineFiles> {
         disks: vec![disk],
         serial: line()?,
         console_ports: vec![line()?, ConsoleFiles::default()],
+        nets: Vec::new(),
     })
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::balloon::{Balloon, BalloonControl};
 use super::block::Block;
 use super::console::Console;
+use super::net::Net;
 use super::rng::Rng;
 use super::{VirtioDevice, VirtioPciDevice};
 use crate::config::{MachineConfig, MachineFiles};
@@ -19,7 +20,8 @@ pub struct Attached {
 
 /// Makes the root complex and all virtio devices of a machine. What it keeps of `files` it duplicates.
 ///
-/// Slots are given in a fixed order (disks, console, random numbers, balloon), so that a guest finds its devices
+/// Slots are given in a fixed order (disks, console, random numbers, balloon, networks), so that a guest
+/// finds its devices
 /// in the same places after every start.
 pub fn attach(
     config: &MachineConfig,
@@ -74,6 +76,17 @@ pub fn attach(
             Ok(Box::new(balloon) as Box<dyn VirtioDevice>)
         };
         devices.push(plug("balloon0", make, bus.root(), board, saved)?);
+    }
+    for (index, (net, files)) in config.nets.iter().zip(&files.nets).enumerate() {
+        let id = format!("net{index}");
+        let make = |saved: Option<&SavedDevice>| {
+            let device = Net::open(&id, net, files, &board.threads)?;
+            Ok(Box::new(match saved {
+                Some(saved) => Net::restore(saved, device)?,
+                None => device,
+            }) as Box<dyn VirtioDevice>)
+        };
+        devices.push(plug(&id, make, bus.root(), board, saved)?);
     }
     if let Some(state) = saved.take(bus.id())? {
         bus.load(&state)?;

@@ -9,6 +9,7 @@ use crate::device::{DeviceError, SavedDevice};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub enum DeviceType {
+    Net = 1,
     Block = 2,
     Console = 3,
     Entropy = 4,
@@ -19,6 +20,7 @@ impl DeviceType {
     /// PCI base class, subclass and programming interface.
     pub fn pci_class(self) -> [u8; 3] {
         match self {
+            DeviceType::Net => [0x02, 0x00, 0],
             DeviceType::Block => [0x01, 0x80, 0],
             DeviceType::Console => [0x07, 0x80, 0],
             DeviceType::Entropy | DeviceType::Balloon => [0xff, 0, 0],

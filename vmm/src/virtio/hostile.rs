@@ -8,10 +8,11 @@ use proptest::prelude::*;
 use super::balloon::Balloon;
 use super::block::Block;
 use super::console::Console;
+use super::net::Net;
 use super::rng::Rng;
 use super::testing::{Driver, MEMORY, Rig, read_part, write_part};
 use super::{VirtioDevice, VirtioPciDevice};
-use crate::config::{BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, RngConfig};
+use crate::config::{BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, NetConfig, NetFiles, RngConfig};
 use crate::device::Device;
 
 #[derive(Debug, Clone)]
@@ -230,6 +231,26 @@ proptest! {
             &acts,
             |rig| Box::new(Console::new("victim", &ports, &files, &rig.board.reactor).unwrap()),
             |driver| assert_eq!(driver.request(1, &[read_part(0x1000, 16)]), 0),
+        );
+    }
+
+    #[test]
+    fn against_a_network(acts in acts(), queues in 1u16..3) {
+        let config = NetConfig { mac: [2, 0, 0, 0, 0, 1], queues, mtu: Some(1500), limit: None };
+        let wires = super::net::testing::wires(queues);
+        let files = NetFiles { taps: wires.files };
+        // Packets wait for whatever buffers the driver posts.
+        for far in &wires.far {
+            (0..64).for_each(|_| { let _ = far.send(&[7; 1600]); });
+        }
+        attack(
+            &acts,
+            |rig| Box::new(Net::open("victim", &config, &files, &rig.board.threads).unwrap()),
+            |driver| {
+                driver.put(0x1000, &[9; 80]);
+                assert_eq!(driver.request(1, &[read_part(0x1000, 80)]), 0);
+                wires.far[0].expect(|packet| packet == [9; 80]);
+            },
         );
     }
 }

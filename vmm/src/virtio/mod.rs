@@ -1,6 +1,6 @@
 //! virtio 1.2 devices over PCI, modern only.
 //!
-//! Owns the transport ([`transport`]), the virtqueues ([`queue`]) and the devices ([`block`], [`console`], [`rng`]). A guest's memory is read as one reads a stranger's: every ring, descriptor and length is
+//! Owns the transport ([`transport`]), the virtqueues ([`queue`]) and the devices ([`block`], [`console`], [`net`], [`rng`]). A guest's memory is read as one reads a stranger's: every ring, descriptor and length is
 //! checked before use, work and memory for one request are bounded by the queue's size, and a queue
 //! that lies takes its device to DEVICE_NEEDS_RESET with a reason (virtio 1.2 §2.1.1), nothing more.
 //!
@@ -17,6 +17,7 @@ mod device;
 mod fuzz;
 #[cfg(test)]
 mod hostile;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]

@@ -6,7 +6,7 @@
 use std::num::Wrapping;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::desc::split::Descriptor;
@@ -170,8 +170,8 @@ pub struct Virtqueue {
     /// Interrupt on the next occasion whatever the driver's used_event says: after a restore nobody
     /// knows any more what was last signalled.
     unsure: bool,
-    /// Something was pushed since the last [`Virtqueue::notify`].
-    pushed: bool,
+    /// How many chains were pushed since the last [`Virtqueue::notify`].
+    pushed: u16,
 }
 
 impl Virtqueue {
@@ -216,7 +216,7 @@ impl Virtqueue {
             interrupt,
             indirect,
             unsure,
-            pushed: false,
+            pushed: 0,
         })
     }
 
@@ -282,32 +282,68 @@ impl Virtqueue {
 
     /// Hands a chain back to the driver, `written` bytes of it filled.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueFault> {
-        self.pushed = true;
+        self.pushed = self.pushed.saturating_add(1);
         self.queue
             .add_used(self.memory.as_ref(), head, written)
             .map_err(|_| QueueFault::Ring)
     }
 
+    /// Hands back chains that belong together: the driver sees all of them at once. At most as many
+    /// as the queue is long.
+    pub fn push_together(&mut self, used: &[(u16, u32)]) -> Result<(), QueueFault> {
+        let Some(((head, written), before)) = used.split_last() else {
+            return Ok(());
+        };
+        let (size, first) = (self.queue.size(), self.queue.next_used());
+        for (step, (head, written)) in before.iter().enumerate() {
+            let slot = first.wrapping_add(step as u16) % size;
+            let place = (self.queue.used_ring()).checked_add(4 + 8 * u64::from(slot));
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            place
+                .and_then(|place| {
+                    let stored = self.memory.write_obj(element.to_le(), GuestAddress(place));
+                    stored.ok()
+                })
+                .ok_or(QueueFault::Ring)?;
+        }
+        // The index that the last one publishes is behind all of them.
+        let before = before.len() as u16;
+        self.queue.set_next_used(first.wrapping_add(before));
+        self.pushed = self.pushed.saturating_add(before);
+        self.push(*head, *written)
+    }
+
     /// Interrupts the driver, if it wants that, about what was pushed since the last time.
     pub fn notify(&mut self) -> Result<(), QueueFault> {
-        if !std::mem::take(&mut self.pushed) && !self.unsure {
+        let pushed = std::mem::take(&mut self.pushed);
+        if pushed == 0 && !self.unsure {
             return Ok(());
         }
-        let memory = self.memory.as_ref();
-        let wanted = self
-            .queue
-            .needs_notification(memory)
-            .map_err(|_| QueueFault::Ring)?;
-        let refused = !self.queue.event_idx_enabled() && {
-            let flags: u16 = (memory
-                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed))
-            .map_err(|_| QueueFault::Ring)?;
-            u16::from_le(flags) & NO_INTERRUPT != 0
+        // The driver writes what it wants, then looks at the index (§2.7.7.1): what was pushed has to
+        // be there before this is read.
+        fence(Ordering::SeqCst);
+        let driver = self.queue.avail_ring();
+        let wanted = if self.queue.event_idx_enabled() {
+            let event = self.word(driver.checked_add(4 + 2 * u64::from(self.queue.size())))?;
+            let behind = self.queue.next_used().wrapping_sub(event).wrapping_sub(1);
+            behind < pushed
+        } else {
+            self.word(Some(driver))? & NO_INTERRUPT == 0
         };
-        if std::mem::take(&mut self.unsure) || (wanted && !refused) {
+        if std::mem::take(&mut self.unsure) || wanted {
             self.interrupt.queue(self.index);
         }
         Ok(())
+    }
+
+    fn word(&self, address: Option<u64>) -> Result<u16, QueueFault> {
+        address
+            .and_then(|address| {
+                let word = self.memory.load(GuestAddress(address), Ordering::Relaxed);
+                word.ok()
+            })
+            .map(u16::from_le)
+            .ok_or(QueueFault::Ring)
     }
 
     /// Asks to be kicked; true if chains came in meanwhile, for which no kick will come.

@@ -169,6 +169,7 @@ pub fn files(kernel: File) -> (MachineFiles, UnixStream) {
             input: Some(theirs),
         },
         console_ports: Vec::new(),
+        nets: Vec::new(),
     };
     (files, ours)
 }

@@ -65,6 +65,7 @@ impl Setup {
             disks: Vec::new(),
             serial: both_ways(&end),
             console_ports: Vec::new(),
+            nets: Vec::new(),
         };
         Self {
             config,
@@ -286,6 +287,7 @@ impl Guest {
                 .collect(),
             serial: both_ways(&end),
             console_ports: Vec::new(),
+            nets: Vec::new(),
         };
         let mut machine = Machine::restore(saved, memory, files, None).expect("restore");
         machine.resume().expect("resume");

@@ -1,0 +1,312 @@
+use std::time::Instant;
+
+use super::control::{F_CTRL_RX, F_GUEST_TSO4, F_GUEST_TSO6, F_MQ, F_MRG_RXBUF, HEADER};
+use super::testing::{Far, wires};
+use super::*;
+use crate::config::NetLimit;
+use crate::device::Device;
+use crate::virtio::VirtioPciDevice;
+use crate::virtio::testing::{Driver, Rig, read_part, write_part};
+
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 2];
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const BUFFERS: u64 = 0x10_0000;
+
+fn config(queues: u16) -> NetConfig {
+    NetConfig {
+        mac: MAC,
+        queues,
+        mtu: Some(9000),
+        limit: None,
+    }
+}
+
+struct Bench {
+    rig: Rig,
+    driver: Driver,
+    far: Vec<Far>,
+}
+
+fn start_with(config: &NetConfig, features: u64) -> Bench {
+    let rig = Rig::new();
+    let (board, recorder) = rig.with_recorder();
+    let wires = wires(config.queues);
+    let files = NetFiles { taps: wires.files };
+    let net = Net::open("net0", config, &files, &rig.board.threads).unwrap();
+    let device = VirtioPciDevice::new("net0", Box::new(net), &board).unwrap();
+    let driver = Driver::start_with(&rig, device, recorder, features);
+    let far = wires.far;
+    Bench { rig, driver, far }
+}
+
+fn start(queues: u16) -> Bench {
+    start_with(&config(queues), u64::MAX)
+}
+
+/// A packet with its header: `length` bytes in all.
+fn packet(to: [u8; 6], length: usize, seed: u8) -> Vec<u8> {
+    let mut bytes = vec![0; HEADER];
+    bytes.extend(to);
+    let at = bytes.len();
+    bytes.extend((at..length).map(|place| (place as u8).wrapping_mul(31) ^ seed));
+    bytes
+}
+
+impl Bench {
+    /// Posts receive buffers of that many bytes, one after the other in memory.
+    fn post(&mut self, queue: usize, count: u64, length: u32) {
+        for step in 0..count {
+            let place = BUFFERS + step * u64::from(length);
+            self.driver.submit(queue, &[write_part(place, length)]);
+        }
+        self.driver.kick(queue);
+    }
+
+    fn control(&mut self, queue: usize, command: &[u8]) -> u8 {
+        self.driver.put(0x1000, command);
+        self.driver.put(0x2000, &[0xee]);
+        let parts = [
+            read_part(0x1000, 2),
+            read_part(0x1002, command.len() as u32 - 2),
+            write_part(0x2000, 1),
+        ];
+        assert_eq!(self.driver.request(queue, &parts), 1);
+        self.driver.take(0x2000, 1)[0]
+    }
+}
+
+#[test]
+fn configuration_says_address_link_pairs_and_mtu() {
+    let bench = start(3);
+    assert_eq!(bench.driver.config(0, 6), MAC);
+    assert_eq!(bench.driver.config(6, 6), [1, 0, 3, 0, 0x28, 0x23]);
+    assert_eq!(bench.driver.offered() & F_MQ, F_MQ);
+    assert_eq!(start(1).driver.offered() & F_MQ, 0);
+}
+
+#[test]
+fn packets_pass_both_ways_with_their_headers() {
+    let mut bench = start(1);
+    let mut out = packet(OTHER, 1500, 1);
+    out[..4].copy_from_slice(&[1, 0, 0, 0]);
+    bench.driver.put(0x3000, &out);
+    let parts = [read_part(0x3000, 12), read_part(0x300c, 1488)];
+    assert_eq!(bench.driver.request(TRANSMIT, &parts), 0);
+    assert_eq!(bench.far[0].take(), out);
+
+    bench.post(RECEIVE, 1, 2048);
+    let mut packet = packet(MAC, 900, 2);
+    bench.far[0].send(&packet).unwrap();
+    assert_eq!(bench.driver.used(RECEIVE), (0, 900));
+    packet[10] = 1;
+    assert_eq!(bench.driver.take(BUFFERS, 900), packet);
+}
+
+#[test]
+fn a_long_packet_is_spread_over_as_many_buffers_as_it_needs_and_shown_at_once() {
+    let mut bench = start(1);
+    bench.post(RECEIVE, 50, 1536);
+    let mut long = packet(MAC, 60_000, 3);
+    bench.far[0].send(&long).unwrap();
+    let (mut used, mut rest) = (Vec::new(), long.len());
+    used.push(bench.driver.used(RECEIVE));
+    // With the first all of them are there: no wait for the others.
+    used.extend(std::iter::from_fn(|| bench.driver.try_used(RECEIVE)));
+    for (step, (head, length)) in used.iter().enumerate() {
+        assert_eq!((*head, *length as usize), (step as u16, rest.min(1536)));
+        rest -= rest.min(1536);
+    }
+    assert_eq!((used.len(), rest), (40, 0));
+    long[10] = 40;
+    assert!(bench.driver.take(BUFFERS, long.len()) == long);
+    // The next one goes on with the buffer after it.
+    bench.far[0].send(&packet(MAC, 100, 4)).unwrap();
+    assert_eq!(bench.driver.used(RECEIVE), (40, 100));
+}
+
+#[test]
+fn a_packet_waits_for_buffers_that_are_missing() {
+    let mut bench = start(1);
+    bench.post(RECEIVE, 2, 1024);
+    let mut long = packet(MAC, 3000, 5);
+    bench.far[0].send(&long).unwrap();
+    // A command passes: the thread is past the packet by then.
+    assert_eq!(bench.control(2, &[0, 0, 1]), 0);
+    assert_eq!(bench.driver.try_used(RECEIVE), None);
+    let third = BUFFERS + 2048;
+    bench.driver.submit(RECEIVE, &[write_part(third, 1024)]);
+    bench.driver.kick(RECEIVE);
+    assert_eq!(bench.driver.used(RECEIVE), (0, 1024));
+    assert_eq!(bench.driver.used(RECEIVE), (1, 1024));
+    assert_eq!(bench.driver.used(RECEIVE), (2, 952));
+    long[10] = 3;
+    assert!(bench.driver.take(BUFFERS, 3000) == long);
+}
+
+#[test]
+fn without_mergeable_buffers_what_is_too_long_is_dropped() {
+    let features = !(F_MRG_RXBUF | F_GUEST_TSO4 | F_GUEST_TSO6);
+    let mut bench = start_with(&config(1), features);
+    bench.post(RECEIVE, 2, 1600);
+    bench.far[0].send(&packet(MAC, 1700, 6)).unwrap();
+    bench.far[0].send(&packet(MAC, 1600, 7)).unwrap();
+    assert_eq!(bench.driver.used(RECEIVE), (0, 1600));
+    assert_eq!(bench.driver.take(BUFFERS + 10, 2), [1, 0]);
+    assert_eq!(bench.driver.try_used(RECEIVE), None);
+}
+
+#[test]
+fn the_filter_keeps_out_what_is_for_others() {
+    let mut bench = start(1);
+    assert_eq!(bench.control(2, &[0, 0, 0]), 0, "not promiscuous");
+    bench.post(RECEIVE, 4, 2048);
+    bench.far[0].send(&packet(OTHER, 100, 8)).unwrap();
+    bench.far[0].send(&packet(MAC, 101, 9)).unwrap();
+    assert_eq!(bench.driver.used(RECEIVE), (0, 101));
+    assert_eq!(
+        bench.control(2, &[1, 1, 2, 0, 0, 0, 0, 2]),
+        0,
+        "the address"
+    );
+    assert_eq!(bench.driver.config(0, 6), OTHER);
+    bench.far[0].send(&packet(MAC, 102, 10)).unwrap();
+    bench.far[0].send(&packet(OTHER, 103, 11)).unwrap();
+    assert_eq!(bench.driver.used(RECEIVE), (1, 103));
+    assert_eq!(bench.control(2, &[2, 0, 1, 0]), 1, "no VLAN filter");
+}
+
+#[test]
+fn pairs_are_used_once_the_driver_asks_for_them() {
+    let mut bench = start(2);
+    bench.post(RECEIVE, 1, 2048);
+    bench.driver.put(0x3000, &packet(OTHER, 200, 12));
+    bench.driver.submit(3, &[read_part(0x3000, 200)]);
+    bench.driver.kick(3);
+    assert_eq!(bench.control(4, &[4, 0, 3, 0]), 1, "there are only two");
+    assert!(bench.far[1].try_take().is_none(), "not in use yet");
+    assert_eq!(bench.control(4, &[4, 0, 2, 0]), 0);
+    assert_eq!(bench.far[1].take(), packet(OTHER, 200, 12));
+    assert_eq!(bench.driver.used(3), (0, 0));
+    bench.post(2, 1, 2048);
+    bench.far[1].send(&packet(MAC, 300, 13)).unwrap();
+    assert_eq!(bench.driver.used(2), (0, 300));
+}
+
+#[test]
+fn without_multi_queue_the_control_queue_is_the_third() {
+    let mut bench = start_with(&config(4), !F_MQ);
+    assert_eq!(bench.control(2, &[0, 0, 0]), 0);
+    let mut bench = start_with(&config(1), !(F_CTRL_RX | F_MQ));
+    assert_eq!(bench.control(2, &[0, 0, 0]), 1, "was not negotiated");
+}
+
+#[test]
+fn a_pause_gives_unused_buffers_back_and_loses_no_packet() {
+    let mut bench = start(1);
+    bench.post(RECEIVE, 60, 1536);
+    for round in 0..20u8 {
+        bench.far[0].send(&packet(MAC, 400, round)).unwrap();
+        bench.driver.device.pause().unwrap();
+        bench.driver.device.save().unwrap();
+        bench.driver.device.resume().unwrap();
+    }
+    for round in 0..20u8 {
+        assert_eq!(bench.driver.used(RECEIVE), (round.into(), 400));
+        let mut sent = packet(MAC, 400, round);
+        sent[10] = 1;
+        let place = BUFFERS + 1536 * u64::from(round);
+        assert!(bench.driver.take(place, 400) == sent, "round {round}");
+    }
+}
+
+#[test]
+fn a_restored_device_goes_on_where_the_saved_one_stopped() {
+    let mut bench = start(2);
+    assert_eq!(bench.control(4, &[4, 0, 2, 0]), 0);
+    assert_eq!(bench.control(4, &[0, 0, 0]), 0);
+    bench.post(2, 3, 2048);
+    bench.far[1].send(&packet(MAC, 500, 14)).unwrap();
+    assert_eq!(bench.driver.used(2), (0, 500));
+    bench.driver.device.pause().unwrap();
+    let saved = bench.driver.device.save().unwrap();
+
+    let (board, recorder) = bench.rig.with_recorder();
+    let wires = wires(2);
+    let files = NetFiles { taps: wires.files };
+    let restored = VirtioPciDevice::restore(&saved, &board, |saved| {
+        let net = Net::open("net0", &config(2), &files, &board.threads)?;
+        Ok(Box::new(Net::restore(saved, net)?))
+    })
+    .unwrap();
+    // The old one is gone, and its doorbells with it.
+    let old = std::mem::replace(&mut bench.driver.device, restored);
+    drop(old);
+    bench.driver.recorder = recorder;
+    bench.driver.device.resume().unwrap();
+    wires.far[1].send(&packet(OTHER, 600, 15)).unwrap();
+    wires.far[1].send(&packet(MAC, 601, 16)).unwrap();
+    assert_eq!(bench.driver.used(2), (1, 601), "the filter holds too");
+}
+
+#[test]
+fn a_reset_forgets_filter_and_pairs() {
+    let mut bench = start(2);
+    assert_eq!(bench.control(4, &[4, 0, 2, 0]), 0);
+    assert_eq!(bench.control(4, &[0, 0, 0]), 0);
+    bench.driver.initialise(u64::MAX);
+    bench.post(RECEIVE, 1, 2048);
+    bench.far[0].send(&packet(OTHER, 100, 17)).unwrap();
+    assert_eq!(bench.driver.used(RECEIVE), (0, 100));
+}
+
+#[test]
+fn a_buffer_the_wrong_way_round_takes_the_device_out_of_service_until_its_reset() {
+    let mut bench = start(1);
+    bench.driver.submit(TRANSMIT, &[write_part(0x3000, 100)]);
+    bench.driver.kick(TRANSMIT);
+    bench.driver.wait_for_needs_reset();
+    bench.driver.initialise(u64::MAX);
+    bench.driver.put(0x3000, &packet(OTHER, 64, 18));
+    bench.driver.request(TRANSMIT, &[read_part(0x3000, 64)]);
+    assert_eq!(bench.far[0].take(), packet(OTHER, 64, 18));
+}
+
+#[test]
+fn what_is_no_packet_is_dropped_and_the_next_one_goes() {
+    let mut bench = start(1);
+    bench.driver.put(0x3000, &packet(OTHER, 64, 19));
+    let huge = [read_part(0x3000, 1 << 20)];
+    assert_eq!(bench.driver.request(TRANSMIT, &huge), 0);
+    assert_eq!(bench.driver.request(TRANSMIT, &[read_part(0x3000, 11)]), 0);
+    bench.driver.request(TRANSMIT, &[read_part(0x3000, 64)]);
+    assert_eq!(bench.far[0].take(), packet(OTHER, 64, 19));
+    assert!(bench.far[0].try_take().is_none());
+}
+
+#[test]
+fn a_rate_limit_holds_each_direction() {
+    let mut limited = config(1);
+    limited.limit = Some(NetLimit {
+        bytes_per_second: None,
+        packets_per_second: Some(50),
+        burst_ms: 100,
+    });
+    let mut bench = start_with(&limited, u64::MAX);
+    bench.driver.put(0x3000, &packet(OTHER, 64, 20));
+    bench.post(RECEIVE, 15, 2048);
+    let begin = Instant::now();
+    for _ in 0..15 {
+        bench.driver.submit(TRANSMIT, &[read_part(0x3000, 64)]);
+        bench.far[0].send(&packet(MAC, 64, 21)).unwrap();
+    }
+    bench.driver.kick(TRANSMIT);
+    for _ in 0..15 {
+        bench.driver.used(TRANSMIT);
+        bench.driver.used(RECEIVE);
+    }
+    // 5 at once, then 10 at 50 a second.
+    let took = begin.elapsed();
+    assert!(took >= Duration::from_millis(180), "{took:?}");
+}

@@ -1,0 +1,411 @@
+//! The thread of one pair of queues. The first pair's serves the control queue too.
+//!
+//! It waits in one place only, for kicks, packets, commands and the rate limits. Nothing is ever in
+//! flight between two turns, so a command finds it at rest.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::{Receiver as Commands, Sender, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::io::Errno;
+
+use super::backend::NetBackend;
+use super::control::{COMMAND_MAX, Change, Control, F_MRG_RXBUF};
+use super::frame::Frame;
+use super::limit::Limiter;
+use super::receive::{Receiver, Turn};
+use super::transmit::Transmitter;
+use crate::eventfd::EventFd;
+use crate::virtio::queue::{Chain, QueueFault, Virtqueue, gather, scatter, total};
+
+const OK: u8 = 0;
+const ERROR: u8 = 1;
+
+const COMMANDS: u64 = 0;
+const BACKEND: u64 = 1;
+const QUEUE: u64 = 2;
+const CONTROL: u64 = 3;
+
+/// What the device, or the first pair's thread, asks of a pair's thread.
+pub(super) enum Command {
+    Activate {
+        receive: Option<Virtqueue>,
+        transmit: Option<Virtqueue>,
+        /// The first pair's only.
+        control: Option<Virtqueue>,
+        features: u64,
+    },
+    /// Whether the pair is in use, from now on; answered once it is so.
+    Enable(bool, SyncSender<()>),
+    /// What the driver can receive has changed.
+    Offloads,
+    GiveBack(SyncSender<Vec<Virtqueue>>),
+    Stop,
+}
+
+/// How a thread is spoken to.
+pub(super) struct Link {
+    pub(super) commands: Sender<Command>,
+    pub(super) bell: EventFd,
+}
+
+impl Link {
+    /// False if the thread has ended.
+    pub(super) fn send(&self, command: Command) -> bool {
+        let sent = self.commands.send(command).is_ok();
+        self.bell.signal();
+        sent
+    }
+}
+
+/// What all threads of a device share.
+pub(super) struct Shared {
+    control: Mutex<Arc<Control>>,
+    pub(super) incoming: Limiter,
+    pub(super) outgoing: Limiter,
+}
+
+impl Shared {
+    pub(super) fn new(control: Control, incoming: Limiter, outgoing: Limiter) -> Self {
+        Self {
+            control: Mutex::new(Arc::new(control)),
+            incoming,
+            outgoing,
+        }
+    }
+
+    pub(super) fn control(&self) -> Arc<Control> {
+        Arc::clone(&self.control.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn set_control(&self, control: Control) {
+        *self.control.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(control);
+    }
+}
+
+/// One pair.
+pub(super) struct Worker {
+    index: u16,
+    backend: Box<dyn NetBackend>,
+    shared: Arc<Shared>,
+    commands: Commands<Command>,
+    bell: EventFd,
+    /// The other pairs, of the first one.
+    others: Vec<Link>,
+    epoll: OwnedFd,
+    frame: Frame,
+    features: u64,
+    enabled: bool,
+    failed: bool,
+    receiver: Option<Receiver>,
+    transmitter: Option<Transmitter>,
+    control: Option<Virtqueue>,
+    /// There may be a command in it.
+    kicked: bool,
+}
+
+impl Worker {
+    pub(super) fn new(
+        index: u16,
+        backend: Box<dyn NetBackend>,
+        shared: Arc<Shared>,
+        commands: Commands<Command>,
+        bell: EventFd,
+    ) -> Result<Self, Errno> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        let edge = EventFlags::IN | EventFlags::ET;
+        epoll::add(
+            &epoll,
+            bell.as_fd(),
+            EventData::new_u64(COMMANDS),
+            EventFlags::IN,
+        )?;
+        let (data, flags) = (EventData::new_u64(BACKEND), edge | EventFlags::OUT);
+        epoll::add(&epoll, backend.as_fd(), data, flags)?;
+        Ok(Self {
+            index,
+            backend,
+            shared,
+            commands,
+            bell,
+            others: Vec::new(),
+            epoll,
+            frame: Frame::new(),
+            features: 0,
+            enabled: false,
+            failed: false,
+            receiver: None,
+            transmitter: None,
+            control: None,
+            kicked: false,
+        })
+    }
+
+    /// Makes it the first pair's: it speaks to the others.
+    pub(super) fn lead(&mut self, others: Vec<Link>) {
+        self.others = others;
+    }
+
+    pub(super) fn run(mut self) {
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(8);
+        loop {
+            while let Ok(command) = self.commands.try_recv() {
+                if matches!(command, Command::Stop) {
+                    return;
+                }
+                self.obey(command);
+            }
+            let more = self.turn();
+            self.wait(&mut events, more);
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Activate {
+                receive,
+                transmit,
+                control,
+                features,
+            } => {
+                self.features = features;
+                self.failed = false;
+                let queues = [(&receive, QUEUE), (&transmit, QUEUE), (&control, CONTROL)];
+                for (queue, source) in queues {
+                    if let Some(queue) = queue {
+                        self.listen(queue.kick(), source);
+                    }
+                }
+                self.kicked = true;
+                let mergeable = features & F_MRG_RXBUF != 0;
+                self.receiver = receive.map(|queue| Receiver::new(queue, mergeable));
+                self.transmitter = transmit.map(Transmitter::new);
+                self.control = control;
+                self.apply_offloads();
+                let enabled = self.index < self.shared.control().pairs;
+                self.enable(enabled);
+            }
+            Command::Enable(enabled, done) => {
+                self.enable(enabled);
+                let _ = done.send(());
+            }
+            Command::Offloads => self.apply_offloads(),
+            Command::GiveBack(reply) => {
+                let _ = reply.send(self.give_back());
+            }
+            Command::Stop => {}
+        }
+    }
+
+    /// Edge-triggered: each kick wakes once, and the count need not be read.
+    fn listen(&self, kick: BorrowedFd<'_>, source: u64) {
+        let flags = EventFlags::IN | EventFlags::ET;
+        if let Err(error) = epoll::add(&self.epoll, kick, EventData::new_u64(source), flags) {
+            tracing::error!(%error, "a network device cannot hear its queue");
+        }
+    }
+
+    fn enable(&mut self, enabled: bool) {
+        self.enabled = enabled;
+        if let Err(error) = self.backend.set_enabled(enabled) {
+            tracing::warn!(%error, enabled, "a queue of a tap could not be switched");
+        }
+        if let Some(receiver) = &mut self.receiver {
+            receiver.readable = true;
+            if !enabled {
+                receiver.put_back();
+            }
+        }
+    }
+
+    fn apply_offloads(&mut self) {
+        let offloads = self.shared.control().offloads(self.features);
+        if let Some(receiver) = &mut self.receiver {
+            receiver.expect_segments(offloads.tso4 || offloads.tso6);
+        }
+        if self.index == 0
+            && let Err(error) = self.backend.set_offloads(offloads)
+        {
+            tracing::warn!(%error, ?offloads, "the tap's offloads could not be set");
+        }
+    }
+
+    fn give_back(&mut self) -> Vec<Virtqueue> {
+        let receive = self.receiver.take().map(Receiver::give_back);
+        let transmit = self.transmitter.take().map(Transmitter::give_back);
+        let queues: Vec<_> = [receive, transmit, self.control.take()]
+            .into_iter()
+            .flatten()
+            .collect();
+        for queue in &queues {
+            let _ = epoll::delete(&self.epoll, queue.kick());
+        }
+        queues
+    }
+
+    /// Does what there is to do, a bounded part of it; true if there may be more.
+    fn turn(&mut self) -> bool {
+        if self.failed {
+            return false;
+        }
+        let mut more = self.kicked && self.serve(Self::serve_control);
+        self.kicked = more;
+        if self.enabled {
+            more |= self.serve(Self::receive);
+            more |= self.serve(Self::transmit);
+        }
+        more && !self.failed
+    }
+
+    /// A queue that lies ends the service of its pair until the driver's reset.
+    fn serve(&mut self, what: impl Fn(&mut Self) -> Result<Turn, (u16, QueueFault)>) -> bool {
+        match what(self) {
+            Ok(turn) => turn == Turn::More,
+            Err((index, fault)) => {
+                self.failed = true;
+                let queues = [
+                    self.receiver.as_ref().map(Receiver::queue),
+                    self.transmitter.as_ref().map(Transmitter::queue),
+                    self.control.as_ref(),
+                ];
+                let mut queues = queues.into_iter().flatten();
+                if let Some(queue) = queues.find(|queue| queue.index() == index) {
+                    queue.fail(&fault);
+                }
+                false
+            }
+        }
+    }
+
+    fn receive(&mut self) -> Result<Turn, (u16, QueueFault)> {
+        let Some(receiver) = &mut self.receiver else {
+            return Ok(Turn::Idle);
+        };
+        let control = self.shared.control();
+        let (backend, limiter) = (&mut *self.backend, &self.shared.incoming);
+        let turn = receiver.turn(backend, &mut self.frame, &control, limiter);
+        turn.map_err(|fault| (receiver.queue().index(), fault))
+    }
+
+    fn transmit(&mut self) -> Result<Turn, (u16, QueueFault)> {
+        let Some(transmitter) = &mut self.transmitter else {
+            return Ok(Turn::Idle);
+        };
+        let limiter = &self.shared.outgoing;
+        let turn = transmitter.turn(&mut *self.backend, &mut self.frame, limiter);
+        turn.map_err(|fault| (transmitter.queue().index(), fault))
+    }
+
+    fn serve_control(&mut self) -> Result<Turn, (u16, QueueFault)> {
+        let Some(mut queue) = self.control.take() else {
+            return Ok(Turn::Idle);
+        };
+        let index = queue.index();
+        let turn = self.commands_in(&mut queue);
+        self.control = Some(queue);
+        turn.map_err(|fault| (index, fault))
+    }
+
+    fn commands_in(&mut self, queue: &mut Virtqueue) -> Result<Turn, QueueFault> {
+        for _ in 0..queue.size() {
+            let Some(chain) = queue.pop()? else { break };
+            if chain.writable().is_empty() {
+                return Err(QueueFault::Malformed {
+                    head: chain.head,
+                    what: "command: it has no place for the answer",
+                });
+            }
+            let answer = self.command(queue, &chain);
+            scatter(queue.memory(), chain.writable(), &[answer]);
+            queue.push(chain.head, 1)?;
+        }
+        queue.notify()?;
+        let more = queue.enable_kicks()?;
+        Ok(if more { Turn::More } else { Turn::Idle })
+    }
+
+    fn command(&mut self, queue: &Virtqueue, chain: &Chain) -> u8 {
+        let length = total(chain.readable());
+        if length > COMMAND_MAX {
+            return ERROR;
+        }
+        let mut bytes = vec![0; length as usize];
+        if !gather(queue.memory(), chain.readable(), &mut bytes) {
+            return ERROR;
+        }
+        let mut control = Control::clone(&self.shared.control());
+        let most = self.others.len() as u16 + 1;
+        match control.command(&bytes, self.features, most) {
+            Ok(change) => {
+                self.shared.set_control(control);
+                self.carry_out(change);
+                OK
+            }
+            Err(_) => ERROR,
+        }
+    }
+
+    fn carry_out(&mut self, change: Change) {
+        match change {
+            Change::Filter => {}
+            Change::Offloads => {
+                self.apply_offloads();
+                for other in &self.others {
+                    other.send(Command::Offloads);
+                }
+            }
+            Change::Pairs => {
+                let pairs = usize::from(self.shared.control().pairs);
+                for (other, link) in self.others.iter().enumerate() {
+                    let (done, wait) = sync_channel(1);
+                    // They wait for nobody, so that this is over at once.
+                    if link.send(Command::Enable(other + 1 < pairs, done)) {
+                        let _ = wait.recv();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits for whatever comes first; only looks at what has come if there is `more` to do.
+    fn wait(&mut self, events: &mut Vec<epoll::Event>, more: bool) {
+        let active = self.enabled && !self.failed;
+        let waits = [
+            (self.receiver.is_some(), &self.shared.incoming),
+            (self.transmitter.is_some(), &self.shared.outgoing),
+        ];
+        let timeout = (waits.into_iter())
+            .filter(|(there, _)| active && *there)
+            .map(|(_, limiter)| limiter.wait())
+            .filter(|wait| !wait.is_zero())
+            .chain(more.then_some(Duration::ZERO))
+            .min()
+            .map(timespec);
+        events.clear();
+        let buffer = rustix::buffer::spare_capacity(events);
+        // A signal's EINTR is a turn for nothing.
+        let _ = epoll::wait(&self.epoll, buffer, timeout.as_ref());
+        for event in events.iter() {
+            match event.data.u64() {
+                COMMANDS => drop(self.bell.take()),
+                BACKEND => {
+                    if let Some(receiver) = &mut self.receiver {
+                        receiver.readable = true;
+                    }
+                }
+                CONTROL => self.kicked = true,
+                _ => {}
+            }
+        }
+    }
+}
+
+fn timespec(wait: Duration) -> Timespec {
+    Timespec {
+        tv_sec: wait.as_secs() as i64,
+        tv_nsec: i64::from(wait.subsec_nanos()),
+    }
+}
