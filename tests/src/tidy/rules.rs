@@ -30,10 +30,13 @@ pub const UNSAFE: &[(&str, &str)] = &[
     ("vmm/src/cpu", "vCPU set-up: ioctls of KVM and its run page"),
     (
         "vmm/src/virtio/block",
-        "vmm/src/virtio/net/frame.rs",
-        "vmm/src/virtio/net/tap.rs",
         "io_uring: buffers that the kernel writes to",
     ),
+    (
+        "vmm/src/virtio/net/frame.rs",
+        "packets read and written in guest memory",
+    ),
+    ("vmm/src/virtio/net/tap.rs", "ioctls of tun"),
     (
         "agent/src/vm",
         "the jail: clone, namespaces, seccomp, descriptors inherited from the parent",
