@@ -319,6 +319,7 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
         disks: Vec::new(),
         console_ports: Vec::new(),
         rng: Some(RngConfig::default()),
+        nets: Vec::new(),
         balloon: Some(BalloonConfig {
             bytes: 0,
             deflate_on_oom: true,

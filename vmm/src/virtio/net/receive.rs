@@ -48,6 +48,8 @@ pub struct Receiver {
     longest: usize,
     /// A packet for which there were too few buffers, header first.
     parked: Option<Vec<u8>>,
+    /// The driver is to kick when it posts buffers.
+    asking: bool,
     /// The backend may have a packet.
     pub readable: bool,
 }
@@ -61,6 +63,7 @@ impl Receiver {
             room: 0,
             longest: ORDINARY,
             parked: None,
+            asking: true,
             readable: true,
         }
     }
@@ -146,6 +149,7 @@ impl Receiver {
 
     /// There are too few buffers; the driver's next kick tells of more.
     fn starved(&mut self) -> Result<Turn, QueueFault> {
+        self.asking = true;
         let more = self.queue.enable_kicks()?;
         Ok(if more { Turn::More } else { Turn::Idle })
     }
@@ -155,7 +159,8 @@ impl Receiver {
         !self.mergeable || self.posted.len() >= usize::from(self.queue.size())
     }
 
-    /// Takes buffers until they hold `wanted` bytes; only one where packets cannot be spread.
+    /// Takes buffers until they hold `wanted` bytes; only one where packets cannot be spread. Buffers
+    /// that are posted while there are enough need no kick.
     fn fill(&mut self, wanted: usize) -> Result<(), QueueFault> {
         while self.room < wanted && (self.mergeable || self.posted.is_empty()) {
             let Some(chain) = self.queue.pop()? else {
@@ -170,6 +175,10 @@ impl Receiver {
             }
             self.room += room;
             self.posted.push_back(chain);
+        }
+        if self.asking && self.room >= wanted {
+            self.asking = false;
+            self.queue.disable_kicks()?;
         }
         Ok(())
     }
