@@ -5,6 +5,7 @@ use core::fmt::{self, Write as _};
 use crate::acpi::Acpi;
 use crate::devices::Devices;
 use crate::serial::{self, Line};
+use crate::stack::{self, Stack};
 use crate::start_info::StartInfo;
 use crate::{clock, cpu, memory, misuse, nonce, smp};
 
@@ -64,18 +65,22 @@ pub struct Probe {
     info: StartInfo,
     pub acpi: Acpi,
     pub devices: Devices,
+    stack: Option<Stack>,
     typed: Line,
     spoken: Line,
     serial_interrupts: u64,
 }
 
 impl Probe {
-    pub fn new(info: StartInfo, acpi: Acpi, devices: Devices) -> Self {
+    pub fn new(info: StartInfo, acpi: Acpi, mut devices: Devices) -> Self {
+        let stack =
+            (info.option("net_ip")).and_then(|address| Stack::new(devices.net.take()?, address));
         let (typed, spoken) = (Line::new(), Line::new());
         Self {
             info,
             acpi,
             devices,
+            stack,
             typed,
             spoken,
             serial_interrupts: u64::MAX,
@@ -104,8 +109,10 @@ impl Probe {
                 crate::say!("button");
                 self.acpi.power_off();
             }
-            if !self.listen() {
-                clock::doze(seen, clock::FOREVER);
+            let busy = self.stack.as_mut().is_some_and(Stack::turn);
+            if !self.listen() && !busy {
+                let due = self.stack.as_mut().map_or(clock::FOREVER, Stack::due);
+                clock::doze(seen, due);
             }
         }
     }
@@ -202,6 +209,17 @@ impl Probe {
                 Ok(())
             }
             "halt" => cpu::halt_forever(),
+            "net" => match (&self.stack, &self.devices.net) {
+                (Some(stack), _) => {
+                    stack.tell(out);
+                    Ok(())
+                }
+                (None, Some(net)) => {
+                    stack::tell(net, out);
+                    Ok(())
+                }
+                (None, None) => Err(Refusal::NoDevice),
+            },
             "misuse" => misuse::act(self, words, out),
             _ => self.disk(name, words, out),
         }

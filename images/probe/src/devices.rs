@@ -6,6 +6,7 @@ use virtio_drivers::{Error, Result};
 use crate::balloon::Balloon;
 use crate::disk::Disk;
 use crate::memory::{self, Registers};
+use crate::net::Net;
 use crate::pci::Bus;
 use crate::say;
 use crate::virtio::{self, PciTransport, Queue};
@@ -129,18 +130,20 @@ pub struct Devices {
     pub rng: Option<Rng>,
     pub console: Option<Console>,
     pub balloon: Option<Balloon>,
+    pub net: Option<Net>,
     pvpanic: PvPanic,
 }
 
 impl Devices {
     /// Finds them all and says a line for each.
-    pub fn find(bus: Bus) -> Self {
+    pub fn find(bus: Bus, offloads: bool) -> Self {
         let mut found = Self {
             bus,
             disks: [const { None }; MAX_DISKS],
             rng: None,
             console: None,
             balloon: None,
+            net: None,
             pvpanic: PvPanic::Port,
         };
         let mut functions = [None; 64];
@@ -159,7 +162,7 @@ impl Devices {
                 continue;
             };
             let outcome = match PciTransport::new(function) {
-                Some(transport) => found.add(kind, transport),
+                Some(transport) => found.add(kind, transport, offloads),
                 None => Err(Error::ConfigSpaceMissing),
             };
             match outcome {
@@ -172,7 +175,7 @@ impl Devices {
         found
     }
 
-    fn add(&mut self, kind: DeviceType, transport: PciTransport) -> Result {
+    fn add(&mut self, kind: DeviceType, transport: PciTransport, offloads: bool) -> Result {
         match kind {
             DeviceType::Block => {
                 let place = self.disks.iter_mut().find(|place| place.is_none());
@@ -181,7 +184,10 @@ impl Devices {
             DeviceType::EntropySource => self.rng = Some(Rng::new(transport)?),
             DeviceType::Console => self.console = Some(Console::new(transport)?),
             DeviceType::MemoryBalloon => self.balloon = Some(Balloon::new(transport)?),
-            // No driver yet.
+            DeviceType::Network if self.net.is_none() => {
+                self.net = Some(Net::new(transport, offloads)?);
+            }
+            // No driver.
             _ => return Err(Error::Unsupported),
         }
         Ok(())

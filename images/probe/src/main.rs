@@ -15,7 +15,8 @@
 //!
 //! # Command line
 //! `tick_ms=N` (default 1000; 0: none), `vcpus=N` (start no more), `tsc_khz=N`,
-//! `stamp=spin|MS` (see `stamp`), `run="cmd; cmd"` (commands carried out once booted).
+//! `stamp=spin|MS` (see `stamp`), `net_ip=A.B.C.D/N` (answer to ARP, ping, and UDP and TCP on port 7,
+//! TCP on ports 9 and 19: see `stack`), `net_offloads=0` (none), `run="cmd; cmd"` (commands carried out once booted).
 //!
 //! # Commands
 //! From the command line, a line on COM1, or a line on the first virtio-console port (answered on
@@ -40,6 +41,7 @@
 //! | `spin MS [CPU]` | `ok spin`; on another CPU at once, it goes on there |
 //! | `stamp spin\|MS\|off` | how every CPU looks at its TSC, for `gaps` |
 //! | `gaps` | `ok gaps US US …`: the largest gap each CPU saw since the last `gaps` |
+//! | `net` | `ok net mac= features= in= out= ip= taken=`: packets, and bytes taken by port 9 |
 //! | `echo TEXT` | `ok echo TEXT` |
 //! | `command-line` | `ok command-line TEXT`: the kernel's |
 //! | `interrupts` | `ok interrupts VECTOR=COUNT …` of the boot CPU |
@@ -61,9 +63,11 @@ mod disk;
 mod interrupts;
 mod memory;
 mod misuse;
+mod net;
 mod pci;
 mod serial;
 mod smp;
+mod stack;
 mod start_info;
 mod virtio;
 
@@ -98,7 +102,8 @@ extern "C" fn probe_main(start: u64) -> ! {
         &info,
         info.number("vcpus").unwrap_or(cpu::MAX_CPUS as u64) as usize,
     );
-    let mut devices = Devices::find(pci::Bus::scan(acpi.ecam));
+    let offloads = info.number("net_offloads") != Some(0);
+    let mut devices = Devices::find(pci::Bus::scan(acpi.ecam), offloads);
     NONCE.store(fresh_nonce(&mut devices), Ordering::Relaxed);
     say!(
         "boot nonce={:016x} vcpus={} memory_mib={} disks={} rng={} console={} tsc_khz={}/{source}",

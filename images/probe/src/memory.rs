@@ -45,8 +45,8 @@ static TABLES: Aligned<Pool<128>> = Aligned(Pool {
     pages: UnsafeCell::new([[0; PAGE_SIZE]; 128]),
     taken: AtomicUsize::new(0),
 });
-static DMA: Aligned<Pool<512>> = Aligned(Pool {
-    pages: UnsafeCell::new([[0; PAGE_SIZE]; 512]),
+static DMA: Aligned<Pool<1024>> = Aligned(Pool {
+    pages: UnsafeCell::new([[0; PAGE_SIZE]; 1024]),
     taken: AtomicUsize::new(0),
 });
 

@@ -12,7 +12,9 @@ use super::net::Net;
 use super::rng::Rng;
 use super::testing::{Driver, MEMORY, Rig, read_part, write_part};
 use super::{VirtioDevice, VirtioPciDevice};
-use crate::config::{BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, NetConfig, NetFiles, RngConfig};
+use crate::config::{
+    BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, NetConfig, NetFiles, RngConfig,
+};
 use crate::device::Device;
 
 #[derive(Debug, Clone)]
