@@ -490,7 +490,8 @@ impl NetConfig {
 }
 
 impl DiskConfig {
-    fn validate(&self, index: usize) -> Result<(), ConfigError> {
+    /// `index` is for the error.
+    pub fn validate(&self, index: usize) -> Result<(), ConfigError> {
         let serial = &self.serial_number;
         let printable = serial
             .bytes()

@@ -67,6 +67,9 @@ pub const ACPI_SCI: u8 = 9;
 /// Watchdog registers (16 bytes).
 pub const WATCHDOG_PORT: u16 = 0x620;
 
+/// PCI slots that are filled and emptied while the guest runs (12 bytes).
+pub const SLOTS_PORT: u16 = 0x640;
+
 /// Boot data, all below 640 KiB.
 pub const BOOT_GDT: u64 = 0x500;
 pub const BOOT_PAGE_TABLES: u64 = 0x9000;

@@ -19,6 +19,8 @@ pub enum Request {
     Reset,
     /// pvpanic: the guest's kernel panicked (`crash_loaded`: it goes on into its crash kernel).
     Panicked { crash_loaded: bool },
+    /// The guest has let go of PCI slots; which, the board's slots know.
+    SlotsEjected,
     /// The guest did not feed its watchdog; the machine does what its config says.
     WatchdogFired,
     /// The guest misused a device so that only stopping the machine is left, or a host resource
@@ -47,7 +49,8 @@ impl Request {
         match self {
             Request::PowerOff | Request::Reset | Request::Vcpu { .. } => true,
             Request::DeviceFault { .. } | Request::ThreadPanicked { .. } => true,
-            Request::Panicked { .. } | Request::WatchdogFired | Request::AllEntered => false,
+            Request::Panicked { .. } | Request::WatchdogFired => false,
+            Request::SlotsEjected | Request::AllEntered => false,
         }
     }
 }

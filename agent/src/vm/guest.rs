@@ -80,7 +80,12 @@ impl Guest for machine::Machine {
     }
 
     fn next_event(&mut self) -> Option<MachineEvent> {
-        Self::next_event(self).map(event)
+        loop {
+            match event(Self::next_event(self)?) {
+                Some(event) => return Some(event),
+                None => continue,
+            }
+        }
     }
 }
 
@@ -100,9 +105,10 @@ pub fn reason(reason: machine::StopReason) -> StopReason {
     }
 }
 
-pub fn event(event: machine::Event) -> MachineEvent {
+/// In the words of the protocol; `None` for what it has no word for yet.
+pub fn event(event: machine::Event) -> Option<MachineEvent> {
     use machine::Event as Machine;
-    match event {
+    Some(match event {
         Machine::Running => MachineEvent::Running,
         Machine::Paused => MachineEvent::Paused,
         Machine::Stopped(why) => MachineEvent::Stopped {
@@ -111,5 +117,9 @@ pub fn event(event: machine::Event) -> MachineEvent {
         Machine::GuestReset => MachineEvent::GuestReset,
         Machine::Panicked { .. } => MachineEvent::Panicked,
         Machine::WatchdogFired => MachineEvent::WatchdogFired,
-    }
+        Machine::DeviceGone { id } => {
+            tracing::info!(device = id, "the guest has let a device go");
+            return None;
+        }
+    })
 }

@@ -4,6 +4,7 @@ use core::fmt::{self, Write as _};
 
 use crate::acpi::Acpi;
 use crate::devices::Devices;
+use crate::pci::Bus;
 use crate::serial::{self, Line};
 use crate::stack::{self, Stack};
 use crate::start_info::StartInfo;
@@ -11,6 +12,8 @@ use crate::{clock, cpu, memory, misuse, nonce, smp};
 
 const PAGE: u64 = 4096;
 const PAGES_PER_MIB: u64 = 256;
+/// Filled, asked for, eject: 32 bits each, as our DSDT has them.
+const SLOTS_PORT: u16 = 0x640;
 
 /// Why a command was not carried out, as its `err` line says it.
 pub enum Refusal {
@@ -181,6 +184,8 @@ impl Probe {
             "touch" => self.touch(words, out),
             "dirty" => self.dirty(words, out),
             "balloon" => self.balloon(words, out),
+            "slots" => self.slots(out),
+            "eject" => self.eject(words),
             "spin" => spin(words),
             "stamp" => stamp(words),
             "gaps" => tell_gaps(out),
@@ -344,6 +349,24 @@ impl Probe {
             done / PAGES_PER_MIB,
             clock::us(cpu::tsc() - begin)
         );
+        Ok(())
+    }
+
+    fn slots(&mut self, out: &mut Line) -> Outcome {
+        let (up, down) = (cpu::inl(SLOTS_PORT), cpu::inl(SLOTS_PORT + 4));
+        self.devices.bus = Bus::scan(self.acpi.ecam);
+        for slot in (0..32).filter(|slot| up & 1 << slot != 0) {
+            self.devices.arrived(slot);
+        }
+        let _ = write!(out, " up={up:x} down={down:x}");
+        Ok(())
+    }
+
+    fn eject(&mut self, words: &mut Words) -> Outcome {
+        let slot = words.number().filter(|slot| *slot < 32);
+        let slot = slot.ok_or(Refusal::Usage("SLOT"))? as u8;
+        self.devices.left(slot);
+        cpu::outl(SLOTS_PORT + 8, 1 << slot);
         Ok(())
     }
 

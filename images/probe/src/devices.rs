@@ -7,7 +7,7 @@ use crate::balloon::Balloon;
 use crate::disk::Disk;
 use crate::memory::{self, Registers};
 use crate::net::Net;
-use crate::pci::Bus;
+use crate::pci::{Bus, Function};
 use crate::say;
 use crate::virtio::{self, PciTransport, Queue};
 
@@ -127,6 +127,8 @@ enum PvPanic {
 pub struct Devices {
     pub bus: Bus,
     pub disks: [Option<Disk>; MAX_DISKS],
+    disk_slots: [u8; MAX_DISKS],
+    offloads: bool,
     pub rng: Option<Rng>,
     pub console: Option<Console>,
     pub balloon: Option<Balloon>,
@@ -140,6 +142,8 @@ impl Devices {
         let mut found = Self {
             bus,
             disks: [const { None }; MAX_DISKS],
+            disk_slots: [0; MAX_DISKS],
+            offloads,
             rng: None,
             console: None,
             balloon: None,
@@ -151,35 +155,64 @@ impl Devices {
             *place = Some(*function);
         }
         for function in functions.iter().flatten() {
-            let (slot, vendor, device) = (function.devfn >> 3, function.vendor, function.device);
-            if (vendor, device) == (0x1b36, 0x0011) {
-                function.enable();
-                if let Some(registers) = function.bar(0).and_then(|bar| Registers::at(bar, 4096)) {
-                    found.pvpanic = PvPanic::Registers(registers);
-                }
-            }
-            let Some(kind) = virtio::kind(function) else {
-                continue;
-            };
-            let outcome = match PciTransport::new(function) {
-                Some(transport) => found.add(kind, transport, offloads),
-                None => Err(Error::ConfigSpaceMissing),
-            };
-            match outcome {
-                Ok(()) => say!("device slot={slot} id={vendor:04x}:{device:04x} kind={kind:?}"),
-                Err(error) => {
-                    say!("device slot={slot} id={vendor:04x}:{device:04x} failed: {error}")
-                }
-            }
+            found.drive(function);
         }
         found
     }
 
-    fn add(&mut self, kind: DeviceType, transport: PciTransport, offloads: bool) -> Result {
+    fn drive(&mut self, function: &Function) {
+        let (slot, vendor, device) = (function.devfn >> 3, function.vendor, function.device);
+        if (vendor, device) == (0x1b36, 0x0011) {
+            function.enable();
+            if let Some(registers) = function.bar(0).and_then(|bar| Registers::at(bar, 4096)) {
+                self.pvpanic = PvPanic::Registers(registers);
+            }
+        }
+        let Some(kind) = virtio::kind(function) else {
+            return;
+        };
+        let outcome = match PciTransport::new(function) {
+            Some(transport) => self.add(kind, slot, transport, self.offloads),
+            None => Err(Error::ConfigSpaceMissing),
+        };
+        match outcome {
+            Ok(()) => say!("device slot={slot} id={vendor:04x}:{device:04x} kind={kind:?}"),
+            Err(error) => {
+                say!("device slot={slot} id={vendor:04x}:{device:04x} failed: {error}")
+            }
+        }
+    }
+
+    /// Drives what was put into a slot while we ran.
+    pub fn arrived(&mut self, slot: u8) {
+        let function = self.bus.functions().find(|f| f.devfn == slot << 3).copied();
+        if let Some(function) = function {
+            self.drive(&function);
+        }
+    }
+
+    /// Forgets the disk in a slot.
+    pub fn left(&mut self, slot: u8) {
+        for (place, disk_slot) in self.disks.iter_mut().zip(&self.disk_slots) {
+            if *disk_slot == slot {
+                *place = None;
+            }
+        }
+    }
+
+    fn add(
+        &mut self,
+        kind: DeviceType,
+        slot: u8,
+        transport: PciTransport,
+        offloads: bool,
+    ) -> Result {
         match kind {
             DeviceType::Block => {
-                let place = self.disks.iter_mut().find(|place| place.is_none());
-                *place.ok_or(Error::Unsupported)? = Some(Disk::new(transport)?);
+                let free = self.disks.iter().position(|place| place.is_none());
+                let free = free.ok_or(Error::Unsupported)?;
+                self.disks[free] = Some(Disk::new(transport)?);
+                self.disk_slots[free] = slot;
             }
             DeviceType::EntropySource => self.rng = Some(Rng::new(transport)?),
             DeviceType::Console => self.console = Some(Console::new(transport)?),

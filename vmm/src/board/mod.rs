@@ -11,6 +11,7 @@ mod power;
 mod pvpanic;
 mod rtc;
 mod serial;
+mod slots;
 pub mod smbios;
 mod watchdog;
 
@@ -23,6 +24,7 @@ pub use power::{EVENT_GENERATION, PowerPort, PowerResources};
 pub use pvpanic::PvPanic;
 pub use rtc::Rtc;
 pub use serial::{SerialPort, SerialResources};
+pub use slots::{PciSlots, SlotsResources};
 
 pub use watchdog::{Watchdog, WatchdogResources};
 
@@ -35,6 +37,7 @@ use crate::layout;
 /// The fixed devices of one machine.
 pub struct FixedDevices {
     pub power: Arc<PowerPort>,
+    pub slots: Arc<PciSlots>,
     pub panic: Option<Arc<PvPanic>>,
     pub all: Vec<Arc<dyn Device>>,
 }
@@ -98,6 +101,19 @@ pub fn attach(
         .insert(layout::ACPI_PM_PORT.into(), power::SIZE, power.clone())
         .map_err(bus("power"))?;
 
+    let resources = SlotsResources {
+        power: power.clone(),
+        requests: board.requests.clone(),
+    };
+    let slots = Arc::new(match saved.take(slots::ID)? {
+        Some(state) => PciSlots::restore_saved(resources, &state)?,
+        None => PciSlots::new(resources),
+    });
+    board
+        .pio
+        .insert(layout::SLOTS_PORT.into(), slots::SIZE, slots.clone())
+        .map_err(bus("slots"))?;
+
     let now: rtc::Now = Arc::new(SystemTime::now);
     let rtc = Arc::new(match saved.take(rtc::ID)? {
         Some(state) => Rtc::restore_saved(now, &state)?,
@@ -108,7 +124,7 @@ pub fn attach(
         .insert(layout::RTC_PORT.into(), 2, rtc.clone())
         .map_err(bus("rtc"))?;
 
-    let mut all: Vec<Arc<dyn Device>> = vec![ioapic, serial, power.clone(), rtc];
+    let mut all: Vec<Arc<dyn Device>> = vec![ioapic, serial, power.clone(), slots.clone(), rtc];
     let mut panic = None;
     if config.pvpanic {
         let port = Arc::new(PvPanic::new(board.requests.clone()));
@@ -134,5 +150,10 @@ pub fn attach(
             .map_err(bus("watchdog"))?;
         all.push(watchdog);
     }
-    Ok(FixedDevices { power, panic, all })
+    Ok(FixedDevices {
+        power,
+        slots,
+        panic,
+        all,
+    })
 }

@@ -28,6 +28,7 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 /// Bits of the event register; reading clears it.
 pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
 pub const EVENT_GENERATION: u8 = 1 << 1;
+pub const EVENT_PCI_SLOTS: u8 = 1 << 2;
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PowerState {

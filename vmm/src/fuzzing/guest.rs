@@ -25,12 +25,13 @@ const DEADLINE: Duration = Duration::from_secs(20);
 const RNG: u8 = 2;
 
 /// Ports that something answers at, and a neighbour that nothing does.
-const PORTS: [(u16, u16); 8] = [
+const PORTS: [(u16, u16); 9] = [
     (layout::PCI_CONFIG_PORT, 8),
     (layout::SERIAL_PORT, 8),
     (layout::KEYBOARD_PORT, 5),
     (layout::ACPI_PM_PORT, 8),
     (layout::WATCHDOG_PORT, 16),
+    (layout::SLOTS_PORT, 12),
     (layout::PVPANIC_PORT, 2),
     (layout::RTC_PORT, 2),
     (0x80, 4),

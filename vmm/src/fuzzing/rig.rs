@@ -22,7 +22,7 @@ use crate::memory::GuestMemory;
 use crate::reactor::{Reactor, ReactorThread};
 use crate::request::{RequestReceiver, channel};
 use crate::thread::Threads;
-use crate::virtio;
+use crate::virtio::{self, Placement};
 
 pub(super) const MEMORY: u64 = 16 << 20;
 const DISK: u64 = 64 << 10;
@@ -66,7 +66,9 @@ impl Rig {
         let ioapic = board::interrupts(msi, &mut saved)?;
         let fixed = board::attach(&config, &files, ioapic.clone(), &board, &mut saved)?;
         let mut devices = fixed.all;
-        devices.extend(virtio::attach(&config, &files, &board, &mut saved)?.devices);
+        devices.extend(
+            virtio::attach(&config, &files, &board, Placement::default(), &mut saved)?.devices,
+        );
         let reactor = reactor.run(&threads)?;
         for device in &devices {
             device.resume()?;

@@ -19,7 +19,7 @@ use crate::memory::{GuestMemory, MemoryError};
 use crate::reactor::Reactor;
 use crate::request::channel;
 use crate::thread::{ThreadHook, Threads};
-use crate::virtio::{self, Attached};
+use crate::virtio::{self, Attached, Placement};
 
 /// Why a machine could not be made. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +57,7 @@ pub(super) fn build(
 ) -> Result<Machine, BuildError> {
     config.validate()?;
     let memory = GuestMemory::create(&config.memory)?;
-    let mut parts = assemble(config, files, memory, SavedDevices::default(), hook)?;
+    let mut parts = assemble(config, files, memory, Saved::default(), hook)?;
     // A disk is read at the start: its content is a user's, and by then the process is locked down.
     let boot = match parts.kernel {
         Kernel::Files(_) => Some(parts.load().map_err(|error| match error {
@@ -84,6 +84,7 @@ pub(super) fn restore(
     let MachineState {
         version,
         config,
+        placement,
         clock,
         vcpus,
         devices,
@@ -99,7 +100,11 @@ pub(super) fn restore(
         });
     }
     let memory = GuestMemory::map(memory, &config.memory)?;
-    let mut machine = assemble(config, files, memory, SavedDevices::new(devices), hook)?;
+    let saved = Saved {
+        devices: SavedDevices::new(devices),
+        placement,
+    };
+    let mut machine = assemble(config, files, memory, saved, hook)?;
     machine.vcpus.ready().map_err(VcpuSetError::from)?;
     machine.vcpus.load(vcpus).map_err(VcpuSetError::from)?;
     machine.vm.set_clock(&clock)?;
@@ -107,15 +112,26 @@ pub(super) fn restore(
     Ok(machine)
 }
 
+/// What devices are made from; empty for a machine that starts anew.
+#[derive(Default)]
+struct Saved {
+    devices: SavedDevices,
+    placement: Placement,
+}
+
 /// All but what the guest starts with.
 fn assemble(
     config: MachineConfig,
     mut files: MachineFiles,
     memory: GuestMemory,
-    mut saved: SavedDevices,
+    saved: Saved,
     hook: Option<ThreadHook>,
 ) -> Result<Machine, BuildError> {
     config.validate_files(&files)?;
+    let Saved {
+        devices: mut saved,
+        placement,
+    } = saved;
     let host = |what| move |source| BuildError::Host { what, source };
     let kernel = kernel(&config, &files)?;
     let layout = Layout::new(config.memory.bytes);
@@ -151,13 +167,15 @@ fn assemble(
     let vcpus = VcpuSet::create(&hypervisor, &vm, &config.cpus, &surroundings, &threads)?;
     let FixedDevices {
         power,
+        slots,
         panic,
         all: mut devices,
     } = board::attach(&config, &files, ioapic, &board, &mut saved)?;
     let Attached {
         devices: behind_pci,
+        places,
         balloon,
-    } = virtio::attach(&config, &files, &board, &mut saved)?;
+    } = virtio::attach(&config, &files, &board, placement, &mut saved)?;
     devices.extend(behind_pci);
     saved.finish()?;
     let reactor_thread = reactor
@@ -183,7 +201,9 @@ fn assemble(
         loaded: false,
         memory,
         layout,
-        _board: board,
+        board,
+        slots,
+        places,
         vm,
     })
 }

@@ -26,6 +26,9 @@ pub enum Event {
     Stopped(StopReason),
     /// The guest reset itself (or the watchdog did); it has begun anew in this process, and runs.
     GuestReset,
+    /// The guest has let go of a device that was asked for; its descriptors are closed and the machine
+    /// has it no more.
+    DeviceGone { id: String },
     /// The guest's kernel panicked (pvpanic); the machine runs on.
     Panicked { crash_loaded: bool },
     /// The guest stopped feeding its watchdog; what the config says comes after.

@@ -10,6 +10,7 @@
 
 mod build;
 mod event;
+mod hotplug;
 mod state;
 
 use std::collections::VecDeque;
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::board::{EVENT_GENERATION, PowerPort, PvPanic, generation};
+use crate::board::{EVENT_GENERATION, PciSlots, PowerPort, PvPanic, generation};
 use crate::boot::disk::BootDisk;
 use crate::boot::{BootError, Inspected};
 use crate::config::{MachineConfig, MachineFiles, WatchdogAction};
@@ -32,6 +33,7 @@ use crate::memory::GuestMemory;
 use crate::reactor::ReactorThread;
 use crate::request::{Request, RequestReceiver, VcpuReport};
 use crate::thread::ThreadHook;
+use crate::virtio::Places;
 use crate::virtio::balloon::{BalloonControl, BalloonReport};
 
 pub use build::BuildError;
@@ -60,7 +62,9 @@ pub struct Machine {
     loaded: bool,
     memory: GuestMemory,
     layout: Layout,
-    _board: Board,
+    board: Board,
+    slots: Arc<PciSlots>,
+    places: Places,
     vm: Arc<Vm>,
 }
 
@@ -95,6 +99,10 @@ pub enum MachineError {
     Identity(#[source] vm_memory::GuestMemoryError),
     #[error(transparent)]
     Generation(#[from] crate::board::generation::GenerationError),
+    #[error("this machine has no disk {id}")]
+    NoSuchDevice { id: String },
+    #[error("{id} is the disk that the machine boots from: it stays")]
+    BootDisk { id: String },
     #[error("this machine has no balloon")]
     NoBalloon,
     #[error(transparent)]
@@ -130,6 +138,7 @@ impl Machine {
         Ok(MachineState {
             version: state::STATE_VERSION,
             config: self.config.clone(),
+            placement: self.places.placement().clone(),
             clock: self.vm.clock()?,
             vcpus: self.vcpus.save()?,
             devices: devices?,
@@ -329,6 +338,7 @@ impl Machine {
                 self.announce(Event::Panicked { crash_loaded });
             }
             Request::WatchdogFired => self.watchdog_fired(),
+            Request::SlotsEjected => self.slots_ejected(),
             Request::DeviceFault { device, detail } => {
                 self.end(StopReason::DeviceFault { device, detail });
             }
@@ -395,6 +405,7 @@ impl Machine {
             )
         });
         self.receiver.clear_halt();
+        self.remove_asked();
         for device in &self.devices {
             device.reset()?;
         }

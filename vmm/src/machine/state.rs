@@ -6,14 +6,16 @@ use serde::{Deserialize, Serialize};
 use crate::config::MachineConfig;
 use crate::cpu::VcpuState;
 use crate::device::SavedDevice;
+use crate::virtio::Placement;
 
-pub const STATE_VERSION: u32 = 2;
+pub const STATE_VERSION: u32 = 3;
 
 /// State of a machine, for its stream. Memory goes beside it.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MachineState {
     pub(super) version: u32,
     pub(super) config: MachineConfig,
+    pub(super) placement: Placement,
     /// The guest's kvm-clock, which stands while the machine does.
     pub(super) clock: kvm_clock_data,
     /// In order of their index.

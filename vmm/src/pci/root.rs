@@ -121,6 +121,32 @@ impl RootComplex {
         Ok(())
     }
 
+    /// Takes a function off the bus: it answers nowhere any more, and its slot is free. An access that
+    /// has begun ends as it would have. False if the slot is empty, or the host bridge's.
+    pub fn remove(&self, slot: usize) -> bool {
+        let _topology = lock(&self.topology);
+        if slot == 0 {
+            return false;
+        }
+        let Some(function) = write(&self.slots).get_mut(slot).and_then(Option::take) else {
+            return false;
+        };
+        let mut gone = Vec::new();
+        write(&self.claims).retain(|claim| {
+            let stays = claim.slot != slot;
+            if !stays {
+                gone.push(claim.bar);
+            }
+            stays
+        });
+        for bar in gone {
+            lock(&function).bar_moved(bar, None);
+        }
+        // Somebody may have waited for its place.
+        self.settle(0);
+        true
+    }
+
     /// Takes the place that a guest's reset gives the functions: BARs where firmware would put them.
     /// Call it after the functions were reset.
     pub fn reset(&self) {

@@ -1,6 +1,10 @@
 //! From a machine's configuration to devices on its PCI bus.
 
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use super::balloon::{Balloon, BalloonControl};
 use super::block::Block;
@@ -8,13 +12,83 @@ use super::console::Console;
 use super::net::Net;
 use super::rng::Rng;
 use super::{VirtioDevice, VirtioPciDevice};
-use crate::config::{MachineConfig, MachineFiles};
+use crate::config::{DiskConfig, MachineConfig, MachineFiles};
 use crate::device::{Board, Device, DeviceError, SavedDevice, SavedDevices};
-use crate::pci::{PciBus, RootComplex};
+use crate::pci::{PciBus, RootComplex, SLOTS};
+
+/// Which device is in which slot, beyond the order of the configuration: part of a saved machine, since
+/// devices come and go.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    /// Ids in the order of the configuration's disks; the first ones, as far as it goes.
+    disks: Vec<String>,
+    /// By id.
+    slots: BTreeMap<String, u8>,
+}
+
+/// The bus of a running machine and who is where.
+pub struct Places {
+    root: Arc<RootComplex>,
+    placement: Placement,
+}
+
+impl Places {
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// Index in the configuration, and slot.
+    pub fn disk(&self, id: &str) -> Option<(usize, u8)> {
+        let index = self.placement.disks.iter().position(|disk| disk == id)?;
+        Some((index, *self.placement.slots.get(id)?))
+    }
+
+    /// Id of the disk in a slot, and its index in the configuration.
+    pub fn disk_in(&self, slot: u8) -> Option<(String, usize)> {
+        let slots = &self.placement.slots;
+        let is_there = |id: &String| slots.get(id) == Some(&slot);
+        let index = self.placement.disks.iter().position(is_there)?;
+        Some((self.placement.disks.get(index)?.clone(), index))
+    }
+
+    /// Takes a disk off the bus.
+    pub fn forget_disk(&mut self, id: &str) {
+        self.placement.disks.retain(|disk| disk != id);
+        if let Some(slot) = self.placement.slots.remove(id) {
+            self.root.remove(slot.into());
+        }
+    }
+
+    /// Id of the disk that is made next: a number that no disk has.
+    fn next_disk(&self) -> String {
+        let mut number = 0;
+        loop {
+            let id = format!("disk{number}");
+            if !self.placement.slots.contains_key(&id) {
+                return id;
+            }
+            number += 1;
+        }
+    }
+
+    /// Puts a function where it was, or into the first free slot.
+    fn insert(&mut self, id: &str, device: &VirtioPciDevice) -> Result<u8, DeviceError> {
+        let slot = match self.placement.slots.get(id) {
+            Some(slot) => usize::from(*slot),
+            None => self.root.free_slot().unwrap_or(SLOTS),
+        };
+        (self.root.insert(slot, device.function()))
+            .map_err(|error| DeviceError::new(id, "take its place on the PCI bus", error))?;
+        let slot = slot as u8;
+        self.placement.slots.insert(id.to_owned(), slot);
+        Ok(slot)
+    }
+}
 
 /// What stands behind PCI.
 pub struct Attached {
     pub devices: Vec<Arc<dyn Device>>,
+    pub places: Places,
     pub balloon: Option<BalloonControl>,
 }
 
@@ -27,12 +101,20 @@ pub fn attach(
     config: &MachineConfig,
     files: &MachineFiles,
     board: &Board,
+    placement: Placement,
     saved: &mut SavedDevices,
 ) -> Result<Attached, DeviceError> {
     let bus = PciBus::plug(board)?;
+    let mut places = Places {
+        root: bus.root().clone(),
+        placement,
+    };
     let mut devices: Vec<Arc<dyn Device>> = Vec::new();
     for (index, (disk, file)) in config.disks.iter().zip(&files.disks).enumerate() {
-        let id = format!("disk{index}");
+        let id = match places.placement.disks.get(index) {
+            Some(id) => id.clone(),
+            None => format!("disk{index}"),
+        };
         let file = file
             .try_clone()
             .map_err(|error| DeviceError::new(&id, "duplicate its descriptor", error))?;
@@ -43,7 +125,10 @@ pub fn attach(
                 None => block,
             }) as Box<dyn VirtioDevice>)
         };
-        devices.push(plug(&id, make, bus.root(), board, saved)?);
+        devices.push(plug(&id, make, &mut places, board, saved)?);
+        if places.placement.disks.len() <= index {
+            places.placement.disks.push(id);
+        }
     }
     if !config.console_ports.is_empty() {
         let (ports, files) = (&config.console_ports, &files.console_ports);
@@ -54,7 +139,7 @@ pub fn attach(
                 None => console,
             }) as Box<dyn VirtioDevice>)
         };
-        devices.push(plug("console0", make, bus.root(), board, saved)?);
+        devices.push(plug("console0", make, &mut places, board, saved)?);
     }
     if let Some(rng) = &config.rng {
         let make = |saved: Option<&SavedDevice>| {
@@ -63,7 +148,7 @@ pub fn attach(
                 None => Rng::new("rng0", rng, &board.reactor)?,
             }) as Box<dyn VirtioDevice>)
         };
-        devices.push(plug("rng0", make, bus.root(), board, saved)?);
+        devices.push(plug("rng0", make, &mut places, board, saved)?);
     }
     let mut control = None;
     if let Some(config) = &config.balloon {
@@ -75,7 +160,7 @@ pub fn attach(
             control = Some(balloon.control());
             Ok(Box::new(balloon) as Box<dyn VirtioDevice>)
         };
-        devices.push(plug("balloon0", make, bus.root(), board, saved)?);
+        devices.push(plug("balloon0", make, &mut places, board, saved)?);
     }
     for (index, (net, files)) in config.nets.iter().zip(&files.nets).enumerate() {
         let id = format!("net{index}");
@@ -86,7 +171,7 @@ pub fn attach(
                 None => device,
             }) as Box<dyn VirtioDevice>)
         };
-        devices.push(plug(&id, make, bus.root(), board, saved)?);
+        devices.push(plug(&id, make, &mut places, board, saved)?);
     }
     if let Some(state) = saved.take(bus.id())? {
         bus.load(&state)?;
@@ -95,15 +180,31 @@ pub fn attach(
     devices.push(Arc::new(bus));
     Ok(Attached {
         devices,
+        places,
         balloon: control,
     })
+}
+
+/// Makes a disk for a machine that runs: no ring can be made any more, so threads do its I/O.
+pub fn attach_disk(
+    disk: &DiskConfig,
+    file: File,
+    board: &Board,
+    places: &mut Places,
+) -> Result<(String, u8, Arc<dyn Device>), DeviceError> {
+    let id = places.next_disk();
+    let block = Block::open_with_threads(&id, disk, file, &board.threads)?;
+    let device = VirtioPciDevice::new(&id, Box::new(block), board)?;
+    let slot = places.insert(&id, &device)?;
+    places.placement.disks.push(id.clone());
+    Ok((id, slot, Arc::new(device)))
 }
 
 /// Puts a device on the bus, new or as it was saved; `make` makes it from the state of its own.
 fn plug(
     id: &str,
     make: impl FnOnce(Option<&SavedDevice>) -> Result<Box<dyn VirtioDevice>, DeviceError>,
-    root: &RootComplex,
+    places: &mut Places,
     board: &Board,
     saved: &mut SavedDevices,
 ) -> Result<Arc<dyn Device>, DeviceError> {
@@ -111,8 +212,6 @@ fn plug(
         Some(state) => VirtioPciDevice::restore(&state, board, |state| make(Some(state)))?,
         None => VirtioPciDevice::new(id, make(None)?, board)?,
     };
-    let slot = root.free_slot().unwrap_or(usize::MAX);
-    root.insert(slot, device.function())
-        .map_err(|error| DeviceError::new(id, "take its place on the PCI bus", error))?;
+    places.insert(id, &device)?;
     Ok(Arc::new(device))
 }

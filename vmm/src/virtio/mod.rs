@@ -24,7 +24,7 @@ pub mod rng;
 pub(crate) mod testing;
 pub mod transport;
 
-pub use attach::{Attached, attach};
+pub use attach::{Attached, Placement, Places, attach, attach_disk};
 pub use device::{Activation, DeviceType, VirtioDevice};
 #[cfg(any(test, feature = "fuzzing"))]
 pub use fuzz::fuzz_queue;

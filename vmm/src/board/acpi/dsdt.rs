@@ -2,19 +2,21 @@
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
-    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify,
-    OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
+    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, MethodCall,
+    Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{OEM, OEM_REVISION, OEM_TABLE, encode};
-use crate::board::power::{EVENT_GENERATION, EVENT_POWER_BUTTON, EVENTS, S5};
+use crate::board::power::{EVENT_GENERATION, EVENT_PCI_SLOTS, EVENT_POWER_BUTTON, EVENTS, S5};
+use crate::board::slots;
 use crate::config::MachineConfig;
 use crate::layout::{
     ACPI_PM_PORT, ACPI_SCI, GENERATION, Layout, PCI_BUSES, PCI_CONFIG_PORT, PCI_ECAM, PCI_IO,
-    PCI_MMIO32, PVPANIC_PORT, RTC_PORT, SERIAL_IRQ, SERIAL_PORT,
+    PCI_MMIO32, PVPANIC_PORT, RTC_PORT, SERIAL_IRQ, SERIAL_PORT, SLOTS_PORT,
 };
+use crate::pci::SLOTS as PCI_SLOTS;
 
 /// Status of a device that is there, enabled, shown and working.
 const PRESENT: u8 = 0xf;
@@ -105,6 +107,7 @@ fn pci_root(into: &mut Vec<u8>, layout: &Layout) {
             &name("_SEG", &ZERO),
             &name("_BBN", &ZERO),
             &resources,
+            &hot_slots(),
         ],
     );
     let ecam = Memory32Fixed::new(true, PCI_ECAM.base as u32, PCI_ECAM.size as u32);
@@ -117,6 +120,57 @@ fn pci_root(into: &mut Vec<u8>, layout: &Layout) {
             &name("_CRS", &ResourceTemplate::new(vec![&ecam])),
         ],
     );
+}
+
+/// Every slot but the host bridge's can be filled and emptied: a device each with its eject method, and
+/// a method for the generic event device, which tells what the registers say (1: look at it, 3: let it
+/// go; ACPI 6.5 §5.6.6).
+fn hot_slots() -> Raw {
+    let mut body = encode(&OpRegion::new(
+        Path::new("HPSR"),
+        OpRegionSpace::SystemIO,
+        &SLOTS_PORT,
+        &(slots::SIZE as u8),
+    ));
+    // In the order of the registers.
+    const { assert!(slots::UP == 0 && slots::DOWN == 4 && slots::EJECT == 8) };
+    let fields = [*b"HPUP", *b"HPDN", *b"HPEJ"].map(|name| FieldEntry::Named(name, 32));
+    body.extend(encode(&Field::new(
+        Path::new("HPSR"),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        fields.into(),
+    )));
+    let mut scan = encode(&Store::new(&Local(0), &Path::new("HPUP")));
+    scan.extend(encode(&Store::new(&Local(1), &Path::new("HPDN"))));
+    for slot in 1..PCI_SLOTS as u32 {
+        let (path, bit) = (format!("S{slot:03}"), 1u32 << slot);
+        let address = slot << 16;
+        let eject = Raw::of(&Store::new(&Path::new("HPEJ"), &bit));
+        device(
+            &mut body,
+            &path,
+            vec![
+                &name("_ADR", &address),
+                &name("_SUN", &slot),
+                &Method::new(Path::new("_EJ0"), 1, true, vec![&eject]),
+            ],
+        );
+        for (local, event) in [(Local(0), 1u8), (Local(1), 3)] {
+            scan.extend(encode(&And::new(&Local(2), &local, &bit)));
+            let notify = Raw::of(&Notify::new(&Path::new(&path), &event));
+            scan.extend(encode(&If::new(&Local(2), vec![&notify])));
+        }
+    }
+    let scan = Raw(scan);
+    body.extend(encode(&Method::new(
+        Path::new("PCNT"),
+        0,
+        true,
+        vec![&scan],
+    )));
+    Raw(body)
 }
 
 fn serial(into: &mut Vec<u8>) {
@@ -180,6 +234,8 @@ fn power(into: &mut Vec<u8>) {
     let notify = |device: &str| Raw::of(&Notify::new(&Path::new(device), &0x80u8));
     when(EVENT_POWER_BUTTON, &notify("\\_SB_.PWRB"));
     when(EVENT_GENERATION, &notify("\\_SB_.VGEN"));
+    let scan = MethodCall::new(Path::new("\\_SB_.PCI0.PCNT"), Vec::new());
+    when(EVENT_PCI_SLOTS, &scan);
     let event = Raw::of(&Method::new(Path::new("_EVT"), 1, true, vec![&Raw(body)]));
     let interrupt = Interrupt::new(true, true, false, false, ACPI_SCI.into());
     device(

@@ -97,6 +97,20 @@ impl Block {
         Self::new(id, config, backend, threads)
     }
 
+    /// The same by threads, for a disk that comes when no ring can be made any more.
+    pub fn open_with_threads(
+        id: &str,
+        config: &DiskConfig,
+        file: File,
+        threads: &Threads,
+    ) -> Result<Self, DeviceError> {
+        let disk = DiskFile::new(file, config.read_only)
+            .map_err(|error| DeviceError::new(id, "use the disk's file", error))?;
+        let pool = Pool::new(disk, id, threads)
+            .map_err(|error| DeviceError::new(id, "start its threads", error))?;
+        Self::new(id, config, Box::new(pool), threads)
+    }
+
     /// A disk on any storage.
     pub fn new(
         id: &str,
