@@ -385,6 +385,30 @@ fn a_start_that_was_cut_off_by_the_agents_death_is_made_again_and_not_called_a_f
     })
 }
 
+/// A user namespace of its own makes a host of it that has none left.
+#[test]
+fn an_agent_that_cannot_start_machines_says_so_and_lives_and_looks_again() -> Result {
+    block_on(async {
+        let limit = |count: u32| format!("echo {count} > /proc/sys/user/max_mnt_namespaces");
+        let none = format!("{} && exec \"$0\" \"$@\"", limit(0));
+        let prelude = format!("exec unshare --user --map-root-user sh -c '{none}' \"$0\" \"$@\";");
+        let cloud = Cloud::start().await;
+        let agent = Agent::start_after(&prelude, &cloud, true).await?;
+        let lacks = async || -> Result<bool> {
+            let host = agent.client.host().await?;
+            Ok(host.unable.iter().any(|lack| lack.contains("empty root")))
+        };
+        assert!(lacks().await?, "{}", agent.log());
+        let pid = agent.pid().unwrap().to_string();
+        let more = std::process::Command::new("nsenter")
+            .args(["--user", "--target", &pid, "sh", "-c", &limit(100)])
+            .status()?;
+        assert!(more.success());
+        assert!(!lacks().await?, "{}", agent.log());
+        Ok(())
+    })
+}
+
 /// Each machine and each connection takes some: the agent must not be at its end with a thousand.
 #[test]
 fn the_agent_takes_as_many_descriptors_as_the_host_lets_it() -> Result {

@@ -4,6 +4,8 @@ use std::fmt;
 use std::fs::{self, File};
 use std::path::Path;
 
+use crate::machine::process::nest;
+
 /// How much a lack matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Weight {
@@ -64,6 +66,12 @@ const CHECKS: &[Check] = &[
         },
     },
     Check {
+        name: "an empty root",
+        weight: Weight::Needed,
+        remedy: "run the agent from a root that is a mount of its own (no initramfs, no chroot), with room in user.max_mnt_namespaces",
+        look: || nest::mounts().map(drop).map_err(|e| e.to_string()),
+    },
+    Check {
         name: "seccomp",
         weight: Weight::Needed,
         remedy: "use a kernel with CONFIG_SECCOMP_FILTER",
@@ -85,8 +93,8 @@ const CHECKS: &[Check] = &[
         name: "io_uring",
         weight: Weight::Wanted,
         remedy: "`sysctl kernel.io_uring_disabled=0`; without it disks use a slower way",
-        // The switch came with Linux 6.6; rings are older.
         look: || {
+            rings_are_for_all(fs::read_to_string("/proc/sys/kernel/io_uring_disabled").ok())?;
             io_uring::IoUring::new(1)
                 .map(drop)
                 .map_err(|e| e.to_string())
@@ -130,6 +138,15 @@ fn open_read_write(path: &str) -> Result<(), String> {
         .open(path)
         .map(drop)
         .map_err(|e| e.to_string())
+}
+
+/// Also for a machine's user, as who we are not here: 1 is for root only. The switch came with Linux
+/// 6.6; rings are older.
+fn rings_are_for_all(switch: Option<String>) -> Result<(), String> {
+    match switch.as_deref().map(str::trim) {
+        None | Some("0") => Ok(()),
+        Some(switch) => Err(format!("kernel.io_uring_disabled is {switch}")),
+    }
 }
 
 /// Asks the kernel for the version of Landlock that it has switched on.
@@ -213,6 +230,14 @@ pub fn print(mut out: impl std::io::Write) -> std::io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rings_that_only_root_may_make_are_none_for_machines() {
+        let switch = |text: &str| rings_are_for_all(Some(text.to_owned()));
+        assert!(switch("1\n").unwrap_err().contains("io_uring_disabled is 1"));
+        assert!(switch("2\n").is_err());
+        assert!(switch("0\n").is_ok() && rings_are_for_all(None).is_ok());
+    }
 
     #[test]
     fn every_lack_says_what_to_do() {

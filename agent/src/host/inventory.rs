@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use fractus_agent_api::host::{CpuReport, HostReport};
 use rustix::fs::statvfs;
@@ -17,7 +18,8 @@ pub struct Inventory {
     cpu: CpuReport,
     boot_id: uuid::Uuid,
     lacks: Vec<String>,
-    unable: Vec<String>,
+    /// What was needed and not there at the last look.
+    unable: Arc<Mutex<Vec<String>>>,
     disks: std::path::PathBuf,
 }
 
@@ -32,7 +34,7 @@ impl Inventory {
             cpu: cpu(&fs::read_to_string("/proc/cpuinfo")?),
             boot_id: boot_id()?,
             lacks: words(lacks),
-            unable: words(unable),
+            unable: Arc::new(Mutex::new(words(unable))),
             disks: disks.to_owned(),
         })
     }
@@ -67,8 +69,23 @@ impl Inventory {
                 .and_then(|s| s.parse().ok())
                 .unwrap_or(0),
             lacks: self.lacks.clone(),
-            unable: self.unable.clone(),
+            unable: self.unable(),
         }
+    }
+}
+
+impl Inventory {
+    /// Looked at again while there is something: no server comes here to find out that it is mended.
+    fn unable(&self) -> Vec<String> {
+        let mut unable = self.unable.lock().unwrap_or_else(PoisonError::into_inner);
+        if !unable.is_empty() {
+            let needed = check::lacks();
+            let needed = needed
+                .iter()
+                .filter(|lack| lack.weight == check::Weight::Needed);
+            *unable = needed.map(ToString::to_string).collect();
+        }
+        unable.clone()
     }
 }
 

@@ -17,7 +17,7 @@
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread::JoinHandle;
@@ -29,7 +29,7 @@ use serde::Deserialize;
 
 use super::protocol::{FileRole, FromMachine, JailConfig, Launch, MachineEvent, ToMachine};
 use super::{VmError, packet, system};
-use crate::machine::process::nest::{Making, Nest};
+use crate::machine::process::nest::{self, Making};
 use crate::machine::process::spawn::{Inherited, spawn};
 
 #[derive(Debug, Deserialize)]
@@ -96,8 +96,8 @@ fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
         return Err(usage());
     }
     let io = |what| move |source| VmError::System { what, source };
-    // An agent has the one from its start; here it is made beside the rest.
-    let nest = jailed.then(|| std::thread::spawn(Nest::new));
+    // An agent has it from its start; here it is made beside the rest.
+    let nest = jailed.then(|| std::thread::spawn(nest::mounts));
     let network = jailed.then(Making::network).transpose();
     let network = network.map_err(io("a network namespace"))?;
     let text = std::fs::read_to_string(path).map_err(|e| named(path.display(), &e))?;
@@ -193,7 +193,7 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
 fn apart(
     mut launch: Launch,
     files: Vec<OwnedFd>,
-    nest: JoinHandle<std::io::Result<Nest>>,
+    nest: JoinHandle<std::io::Result<BorrowedFd<'static>>>,
     network: Making,
 ) -> Result<StopReason, VmError> {
     let io = |what| move |source| VmError::System { what, source };
@@ -217,12 +217,12 @@ fn apart(
     drop(theirs);
     let panicked = |_| Err(std::io::Error::other("its thread panicked"));
     let nest = nest.join().unwrap_or_else(panicked);
-    let nest = nest.map_err(io("an empty root"))?;
+    let mounts = nest.map_err(io("an empty root"))?;
     let network = network.wait().map_err(io("a network namespace"))?;
     let namespaces = [FileRole::MountNamespace, FileRole::NetworkNamespace];
     launch.files.extend(namespaces);
     let mut borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    borrowed.extend([nest.mounts(), network.as_fd()]);
+    borrowed.extend([mounts, network.as_fd()]);
     packet::send(&ours, &launch, &borrowed)?;
     // What the machine alone should hold is not held here too.
     drop((files, network));

@@ -2,9 +2,9 @@
 //!
 //! Its parent has made it with PID, IPC and UTS namespaces of its own (and put it into a control group),
 //! and hands over a network namespace and a mount namespace that are empty. Here it moves into them (an
-//! empty read-only tmpfs is its root), and loses its user, every capability, the way back to any of them, and by Landlock the right to name a file, a port or
-//! a process outside. What is left is the descriptors it was given; [`super::seccomp`] then takes the
-//! system calls that it does not need.
+//! empty read-only tmpfs is its root: it looks), and loses its user, every capability, the way back to
+//! any of them, and by Landlock the right to name a file, a port or a process outside. What is left is
+//! the descriptors it was given; [`super::seccomp`] then takes the system calls that it does not need.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, Scope,
 };
-use rustix::fs::Mode;
+use rustix::fs::{Mode, StatVfsMountFlags, statfs, statvfs};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_remount, unmount,
 };
@@ -33,6 +33,9 @@ pub enum JailError {
     },
     #[error("Landlock: {0}")]
     Landlock(#[from] landlock::RulesetError),
+    /// Whoever started this process handed over another mount namespace than the empty one.
+    #[error("the root is not the empty read-only one")]
+    Root,
 }
 
 trait During<T> {
@@ -59,13 +62,20 @@ pub struct Namespaces {
 /// Goes in. There must be one thread only; there is no way out, and after an error the process must
 /// end.
 pub fn enter(config: JailConfig, namespaces: Namespaces) -> Result<(), JailError> {
+    enter_but_landlock(config, namespaces)?;
+    landlock()
+}
+
+/// What kernels without Landlock give; by itself only for tests of just that.
+pub(super) fn enter_but_landlock(
+    config: JailConfig,
+    namespaces: Namespaces,
+) -> Result<(), JailError> {
     umask(Mode::RWXG | Mode::RWXO);
     move_in(namespaces)?;
     limit_resources(config)?;
     drop_privileges(config)?;
-    set_no_new_privs(true).during("no_new_privs")?;
-    landlock()?;
-    Ok(())
+    set_no_new_privs(true).during("no_new_privs")
 }
 
 fn move_in(Namespaces { mounts, network }: Namespaces) -> Result<(), JailError> {
@@ -76,7 +86,27 @@ fn move_in(Namespaces { mounts, network }: Namespaces) -> Result<(), JailError> 
     move_into_link_name_space(mounts.as_fd(), Some(LinkNameSpaceType::Mount))
         .during("entering the empty root")?;
     // SAFETY: there is one thread, so nobody holds on to the namespace that is left.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.during("copying the empty root")
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.during("copying the empty root")?;
+    match is_empty_root()? {
+        true => Ok(()),
+        false => Err(JailError::Root),
+    }
+}
+
+/// Whether what [`empty_root`] makes is the root: all else trusts in it, and nothing else would notice
+/// another one. Its one page and one inode tell it from a host that has a read-only tmpfs of its own.
+fn is_empty_root() -> Result<bool, JailError> {
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    const STEP: &str = "looking at the root";
+    let kind = statfs(c"/").during(STEP)?.f_type;
+    let root = statvfs(c"/").during(STEP)?;
+    let closed = StatVfsMountFlags::RDONLY
+        | StatVfsMountFlags::NOSUID
+        | StatVfsMountFlags::NODEV
+        | StatVfsMountFlags::NOEXEC;
+    Ok(kind as u64 == TMPFS_MAGIC
+        && root.f_flag.contains(closed)
+        && (root.f_files, root.f_ffree) == (1, 0))
 }
 
 /// Makes an empty root in this thread's own mount namespace.

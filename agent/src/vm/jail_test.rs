@@ -1,9 +1,11 @@
 //! Tries from inside of a jail what a machine's process must not be able to do:
 //! `fractus-agent vm --jail-test ACT KIND`.
 //!
-//! KIND is `main`, `vcpu`, `block`, `net` or `console` for that thread's seccomp filter, or `none`, which shows
-//! that namespaces, user and Landlock refuse by themselves. The outcome is printed as
-//! `ACT KIND: refused ERRNO`, `ACT KIND: DONE`, or `ACT KIND: forbidden system call (signal 31)`.
+//! KIND is `main`, `vcpu`, `block`, `net` or `console` for that thread's seccomp filter, or `none`, which
+//! shows that namespaces, user and Landlock refuse by themselves, or `no-landlock`, which shows the same
+//! of namespaces and user; `host-root` is a jail that was given the host's mounts, and must not be entered.
+//! The outcome is printed as `ACT KIND: refused ERRNO`, `ACT KIND: DONE`, or
+//! `ACT KIND: forbidden system call (signal 31)`.
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
@@ -20,11 +22,14 @@ use super::protocol::JailConfig;
 use super::seccomp::{Filters, Kind};
 use super::{VmError, jail, packet, system};
 use crate::machine::process::identity::reap;
-use crate::machine::process::nest::{Making, Nest};
+use crate::machine::process::nest::{self, Making};
 use crate::machine::process::spawn::{Inherited, spawn};
 
 /// Name, and the attempt: what the system call returned, or less than 0 with errno set.
 type Act = (&'static str, fn() -> i64);
+
+const HOST_ROOT: &str = "host-root";
+const NO_LANDLOCK: &str = "no-landlock";
 
 /// Prepared before the lock-down: an unrestricted ring, as no machine has one.
 static RING: std::sync::Mutex<Option<IoUring>> = std::sync::Mutex::new(None);
@@ -161,7 +166,11 @@ pub fn outside(arguments: &[OsString]) -> Result<ExitCode, VmError> {
     let binary = File::open("/proc/self/exe").map_err(io("opening our binary"))?;
     let null = File::open("/dev/null").map_err(io("/dev/null"))?;
     let (mut ours, theirs) = std::io::pipe().map_err(io("a pipe"))?;
-    let nest = Nest::new().map_err(io("an empty root"))?;
+    let mounts = match arguments {
+        [_, kind] if kind == HOST_ROOT => File::open("/proc/self/ns/mnt").map(OwnedFd::from),
+        _ => nest::mounts().and_then(|mounts| mounts.try_clone_to_owned()),
+    }
+    .map_err(io("an empty root"))?;
     let network = Making::network().and_then(Making::wait);
     let network = network.map_err(io("a network namespace"))?;
     let (socket, their_socket) = socketpair(
@@ -191,7 +200,7 @@ pub fn outside(arguments: &[OsString]) -> Result<ExitCode, VmError> {
         user: 1_899_999,
         file_size: 1 << 20,
     };
-    packet::send(&socket, &config, &[nest.mounts(), network.as_fd()])?;
+    packet::send(&socket, &config, &[mounts.as_fd(), network.as_fd()])?;
     let mut said = String::new();
     ours.read_to_string(&mut said)
         .map_err(io("reading from the process"))?;
@@ -218,13 +227,14 @@ pub fn inside(arguments: &[OsString], socket: OwnedFd) -> Result<ExitCode, VmErr
         .chain(FOR_SECCOMP)
         .find(|(name, _)| act == name)
         .ok_or_else(wrong)?;
-    let kind = match kind.to_str() {
+    let name = kind.to_str();
+    let kind = match name {
         Some("main") => Some(Kind::Main),
         Some("vcpu") => Some(Kind::Vcpu),
         Some("block") => Some(Kind::Block),
         Some("net") => Some(Kind::Net),
         Some("console") => Some(Kind::Console),
-        Some("none") => None,
+        Some("none" | HOST_ROOT | NO_LANDLOCK) => None,
         _ => return Err(wrong()),
     };
     let (config, files) = packet::receive::<JailConfig>(&socket)?;
@@ -233,7 +243,11 @@ pub fn inside(arguments: &[OsString], socket: OwnedFd) -> Result<ExitCode, VmErr
         .try_into()
         .map_err(|_| VmError::Files { given, wanted: 2 })?;
     drop(socket);
-    jail::enter(config, Namespaces { mounts, network })?;
+    let namespaces = Namespaces { mounts, network };
+    match name {
+        Some(NO_LANDLOCK) => jail::enter_but_landlock(config, namespaces)?,
+        _ => jail::enter(config, namespaces)?,
+    }
     if act == "ring-openat" {
         let ring = IoUring::new(4).map_err(|source| VmError::System {
             what: "a ring",

@@ -47,11 +47,18 @@ pub struct Agent {
     child: Option<Child>,
     stand_ins: bool,
     first_user: u32,
+    /// What is done, by the shell that then becomes the agent, before it does.
+    prelude: String,
 }
 
 impl Agent {
     /// Joins the cloud and runs.
     pub async fn start(cloud: &Cloud, stand_ins: bool) -> Result<Self> {
+        Self::start_after("", cloud, stand_ins).await
+    }
+
+    /// The same, in what the shell commands of `prelude` have made.
+    pub async fn start_after(prelude: &str, cloud: &Cloud, stand_ins: bool) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let address = free_address();
         let endpoint = format!("https://{address}");
@@ -81,6 +88,7 @@ impl Agent {
             child: None,
             stand_ins,
             first_user,
+            prelude: prelude.to_owned(),
         };
         agent.run().await?;
         Ok(agent)
@@ -95,7 +103,11 @@ impl Agent {
         // As under systemd: the soft limit of descriptors is one for programs that use `select`.
         let mut command = Command::new("sh");
         command
-            .args(["-c", "ulimit -Sn 1024 && exec \"$0\" \"$@\""])
+            .arg("-c")
+            .arg(format!(
+                "ulimit -Sn 1024 && {} exec \"$0\" \"$@\"",
+                self.prelude
+            ))
             .arg(env!("CARGO_BIN_EXE_fractus-agent"))
             .args([
                 "run",

@@ -18,7 +18,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, 
 use uuid::Uuid;
 
 use super::control::{Control, watched};
-use super::nest::{Making, Nest};
+use super::nest::{self, Making};
 use super::spawn::{Inherited, spawn};
 use super::{Adoption, End, HostProcess, Launcher, Plan, ProcessError, identity, last_words};
 use crate::host::cgroup::Cgroups;
@@ -37,7 +37,6 @@ pub struct HostLauncher {
     pub mark: Uuid,
     pub boot_id: Uuid,
     pub cgroups: Option<Cgroups>,
-    nest: Nest,
     /// No KVM: guests are stand-ins.
     pub stand_ins: bool,
 }
@@ -93,7 +92,6 @@ impl HostLauncher {
             mark,
             boot_id,
             cgroups,
-            nest: Nest::new()?,
             stand_ins,
         })
     }
@@ -168,11 +166,13 @@ impl HostLauncher {
                 .enter(plan.id, pid, &plan.spec)
                 .map_err(failed("the machine's control group"))?;
         }
+        be_like_any(pid).map_err(failed("the process's place among those to be killed"))?;
+        let mounts = nest::mounts().map_err(failed("an empty root for the machine"))?;
         let network = network.wait().map_err(failed("a network namespace"))?;
         let namespaces = [FileRole::MountNamespace, FileRole::NetworkNamespace];
         launch.files.extend(namespaces);
         let mut borrowed: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-        borrowed.extend([self.nest.mounts(), network.as_fd()]);
+        borrowed.extend([mounts, network.as_fd()]);
         packet::send(socket, &launch, &borrowed)?;
         Ok(ProcessRecord {
             pid,
@@ -251,6 +251,16 @@ impl HostLauncher {
             listener(&paths.socket).map_err(at(&paths.socket))?,
         );
         Ok((config, files))
+    }
+}
+
+/// The agent's unit protects it from a host that is out of memory (`OOMScoreAdjust`), which a machine
+/// would inherit, and be spared for programs that hold less.
+fn be_like_any(pid: i32) -> io::Result<()> {
+    match std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0") {
+        // What is protected less than that needs a privilege to be more.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        done => done,
     }
 }
 
