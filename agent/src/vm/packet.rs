@@ -5,6 +5,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use fractus_vmm::config::{MAX_CONSOLE_PORTS, MAX_DISKS};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -15,8 +16,14 @@ use serde::de::DeserializeOwned;
 
 use super::protocol::MOST;
 
-/// Descriptors that one packet may carry.
-pub const MOST_FILES: usize = 32;
+/// Descriptors that one packet may carry; the kernel's own limit is 253 (SCM_MAX_FD).
+pub const MOST_FILES: usize = 128;
+
+/// What every launch carries beside disks and console ports: see
+/// [`FileRole`](super::protocol::FileRole).
+const ALWAYS: usize = 16;
+// A machine that `MachineConfig::validate` allows can be launched: an input and an output a port.
+const _: () = assert!(MAX_DISKS + 2 * MAX_CONSOLE_PORTS + ALWAYS <= MOST_FILES);
 
 #[derive(Debug, thiserror::Error)]
 pub enum PacketError {
@@ -97,4 +104,22 @@ pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<(T, Vec<OwnedFd
     bytes.truncate(length);
     let message = serde_json::from_slice(&bytes).map_err(PacketError::Garbled)?;
     Ok((message, files))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    #[test]
+    fn the_descriptors_of_the_largest_machine_arrive_in_one_packet() {
+        let flags = SocketFlags::CLOEXEC;
+        let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
+        let (one, other) = pair.unwrap();
+        let most = MAX_DISKS + 2 * MAX_CONSOLE_PORTS + ALWAYS;
+        send(&one, &most, &vec![one.as_fd(); most]).unwrap();
+        let (said, files) = receive::<usize>(&other).unwrap();
+        assert_eq!((said, files.len()), (most, most));
+    }
 }
