@@ -1,5 +1,6 @@
 //! `fractus-agent run`: the parts put together, for the life of the agent.
 
+use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -7,11 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use crate::api::listener;
+use crate::api::listener::{self, ListenError};
 use crate::api::routes::{Api, router};
 use crate::console::live::Consoles;
 use crate::host::cgroup::Cgroups;
@@ -48,11 +50,34 @@ struct Lock {
     mark: Uuid,
 }
 
-/// How long an agent that was killed may seem to hold its lock: a process that it was just starting has
-/// copies of all its descriptors until its exec.
-const HANDOVER: Duration = Duration::from_secs(10);
+/// What an agent that was killed may seem to hold, its lock and its port: a process that it was just
+/// starting has copies of all its descriptors until its exec.
+struct Handover<W> {
+    /// In all.
+    patience: Duration,
+    /// Told each time that it is not let go of yet.
+    waits: W,
+}
 
-fn lock(paths: &Paths, patience: Duration) -> anyhow::Result<Lock> {
+impl<W: Fn(&io::Error)> Handover<W> {
+    async fn take<T>(&self, mut attempt: impl AsyncFnMut() -> io::Result<T>) -> io::Result<T> {
+        use io::ErrorKind::{AddrInUse, WouldBlock};
+        let by = Instant::now() + self.patience;
+        loop {
+            match attempt().await {
+                Err(held)
+                    if matches!(held.kind(), WouldBlock | AddrInUse) && Instant::now() < by =>
+                {
+                    (self.waits)(&held);
+                }
+                done => return done,
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+async fn lock<W: Fn(&io::Error)>(paths: &Paths, handover: &Handover<W>) -> anyhow::Result<Lock> {
     use std::io::{Read, Seek, Write};
     use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
     for folder in [&paths.state, &paths.runtime, &paths.sockets()] {
@@ -72,19 +97,13 @@ fn lock(paths: &Paths, patience: Duration) -> anyhow::Result<Lock> {
         .mode(0o600)
         .open(&path)
         .with_context(|| path.display().to_string())?;
-    let by = Instant::now() + patience;
-    while let Err(error) = file.try_lock() {
-        if !matches!(error, std::fs::TryLockError::WouldBlock) || Instant::now() > by {
-            return Err(error).with_context(|| {
-                format!(
-                    "{} is locked: another agent runs with this state folder",
-                    path.display()
-                )
-            });
-        }
-        // Nothing else of this agent runs yet that could be held up.
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    let taken = handover.take(async || Ok(file.try_lock()?)).await;
+    taken.with_context(|| {
+        format!(
+            "{} is locked: another agent runs with this state folder",
+            path.display()
+        )
+    })?;
     let mut text = String::new();
     file.read_to_string(&mut text)?;
     let mark = match Uuid::try_parse(text.trim()) {
@@ -101,12 +120,26 @@ fn lock(paths: &Paths, patience: Duration) -> anyhow::Result<Lock> {
     Ok(Lock { _file: file, mark })
 }
 
+async fn listen<W: Fn(&io::Error)>(
+    address: SocketAddr,
+    handover: &Handover<W>,
+) -> Result<TcpListener, ListenError> {
+    let bound = handover.take(async || TcpListener::bind(address).await);
+    bound
+        .await
+        .map_err(|source| ListenError::Bind { address, source })
+}
+
 /// Until SIGTERM or SIGINT. Machines run on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let paths = Paths::new(&config.state, &config.runtime);
-    let lock = lock(&paths, HANDOVER)?;
+    let handover = Handover {
+        patience: Duration::from_secs(10),
+        waits: |held: &io::Error| tracing::debug!(%held, "waiting for an agent that is ending"),
+    };
+    let lock = lock(&paths, &handover).await?;
     let identity = Identity::load(&paths.identity())?;
-    let listening = listener::bind(config.listen).await?;
+    let listening = listen(config.listen, &handover).await?;
     let cloud = Cloud::new(paths.clone(), identity)?;
     let inventory = Inventory::new(&config.state).context("reading what the host has")?;
     let name = lock.mark.simple().to_string();
@@ -182,29 +215,50 @@ mod tests {
         Paths::new(folder.join("state"), folder.join("run"))
     }
 
-    #[test]
-    fn two_agents_do_not_share_a_folder() {
+    fn patient(patience: Duration) -> Handover<impl Fn(&io::Error)> {
+        let waits = |_: &io::Error| {};
+        Handover { patience, waits }
+    }
+
+    #[tokio::test]
+    async fn two_agents_do_not_share_a_folder() {
         let folder = tempfile::tempdir().unwrap();
-        let first = lock(&paths(folder.path()), Duration::ZERO).unwrap();
-        let second = lock(&paths(folder.path()), Duration::from_millis(50));
+        let paths = paths(folder.path());
+        let first = lock(&paths, &patient(Duration::ZERO)).await.unwrap();
+        let second = lock(&paths, &patient(Duration::from_millis(50))).await;
         assert!(second.is_err());
         drop(first);
-        lock(&paths(folder.path()), Duration::ZERO).unwrap();
+        lock(&paths, &patient(Duration::ZERO)).await.unwrap();
+    }
+
+    /// Lets go of it once the next agent has found it held.
+    fn late<T>(held: T) -> Handover<impl Fn(&io::Error)> {
+        let held = std::cell::Cell::new(Some(held));
+        let waits = move |_: &io::Error| drop(held.take());
+        let patience = Duration::from_secs(60);
+        Handover { patience, waits }
     }
 
     /// As by a process that a killed agent was starting, which holds copies until its exec.
-    #[test]
-    fn a_lock_that_is_let_go_of_late_is_waited_for() {
+    #[tokio::test]
+    async fn a_lock_that_is_let_go_of_late_is_waited_for() {
         let folder = tempfile::tempdir().unwrap();
         let paths = paths(folder.path());
-        let killed = lock(&paths, Duration::ZERO).unwrap();
+        let killed = lock(&paths, &patient(Duration::ZERO)).await.unwrap();
         let (mark, copy) = (killed.mark, killed._file.try_clone().unwrap());
         drop(killed);
-        assert!(lock(&paths, Duration::ZERO).is_err(), "the copy holds it");
-        std::thread::scope(|scope| {
-            let next = scope.spawn(|| lock(&paths, HANDOVER));
-            drop(copy);
-            assert_eq!(next.join().unwrap().unwrap().mark, mark);
-        });
+        let held = lock(&paths, &patient(Duration::ZERO)).await;
+        assert!(held.is_err(), "the copy holds it");
+        assert_eq!(lock(&paths, &late(copy)).await.unwrap().mark, mark);
+    }
+
+    #[tokio::test]
+    async fn a_port_that_is_let_go_of_late_is_waited_for() {
+        let killed = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = killed.local_addr().unwrap();
+        let held = listen(address, &patient(Duration::ZERO)).await;
+        assert!(held.is_err());
+        let next = listen(address, &late(killed)).await.unwrap();
+        assert_eq!(next.local_addr().unwrap(), address);
     }
 }

@@ -36,12 +36,6 @@ pub enum ListenError {
     Tls(#[from] TlsError),
 }
 
-pub async fn bind(address: SocketAddr) -> Result<TcpListener, ListenError> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| ListenError::Bind { address, source })
-}
-
 fn acceptor(link: &Link) -> Result<TlsAcceptor, TlsError> {
     let config = tls::server(&link.identity.credentials, ClientCertificate::Required)?;
     Ok(TlsAcceptor::from(Arc::new(config)))
