@@ -11,6 +11,7 @@ mod probe_guest;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::process::{Child, Command, Stdio};
 
 use fractus_vmm::config::PageSize;
 use fractus_vmm::memory::{GuestMemory, MemoryError};
@@ -37,25 +38,47 @@ fn mapping(guest: &Guest, name: &str) -> String {
     found
 }
 
-/// More huge pages than there were, until dropped.
-struct HugePages(u64);
+/// More huge pages than there would be, until dropped, or until this test is killed. Another run may do
+/// the same beside it: each adds and takes away its own.
+struct HugePages(Child);
 
+/// Gives them back when our end of its standard input closes. In a session of its own, because a test
+/// that takes too long is killed with its process group.
+const GIVE_BACK: &str = r#"
+pool=/proc/sys/vm/nr_hugepages
+read -r _
+exec 9<$pool && flock 9 && echo $(($(cat $pool) - $0)) > $pool
+"#;
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
 impl HugePages {
     /// `None` where the host gives none.
     fn more(count: u64) -> Option<Self> {
+        let pool = fs::File::open(POOL).ok()?;
+        pool.lock().ok()?;
         let read = || -> Option<u64> { fs::read_to_string(POOL).ok()?.trim().parse().ok() };
         let before = read()?;
         fs::write(POOL, (before + count).to_string()).ok()?;
-        let pages = Self(before);
-        (read()? == before + count).then_some(pages)
+        let got = read()?.saturating_sub(before);
+        let guardian = Command::new("setsid")
+            .args(["sh", "-c", GIVE_BACK, &got.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pages = Self(guardian);
+        // The guardian takes it in its turn.
+        drop(pool);
+        (got == count).then_some(pages)
     }
 }
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        fs::write(POOL, self.0.to_string()).expect("put the pool of huge pages back");
+        drop(self.0.stdin.take());
+        let given_back = self.0.wait().is_ok_and(|status| status.success());
+        assert!(given_back || std::thread::panicking(), "huge pages are left");
     }
 }
 
