@@ -111,11 +111,20 @@ fn each_machine_is_in_namespaces_of_its_own_with_an_empty_root_and_a_lone_loopba
             assert!(fields[5].starts_with("ro,nosuid,nodev,noexec"), "{mounts}");
             assert!(mounts.contains(" - tmpfs jail "), "{mounts}");
             let net = fs::read_to_string(format!("/proc/{pid}/net/dev"))?;
-            let devices: Vec<_> = net.lines().filter_map(|line| line.split_once(':')).collect();
-            assert!(matches!(devices[..], [(name, _)] if name.trim() == "lo"), "{net}");
+            let devices: Vec<_> = net
+                .lines()
+                .filter_map(|line| line.split_once(':'))
+                .collect();
+            assert!(
+                matches!(devices[..], [(name, _)] if name.trim() == "lo"),
+                "{net}"
+            );
             for held in fs::read_dir(format!("/proc/{pid}/fd"))? {
                 let held = fs::read_link(held?.path())?.display().to_string();
-                assert!(!held.starts_with("mnt:") && !held.starts_with("net:"), "{held}");
+                assert!(
+                    !held.starts_with("mnt:") && !held.starts_with("net:"),
+                    "{held}"
+                );
             }
         }
         Ok(())

@@ -78,7 +78,10 @@ impl Drop for HugePages {
     fn drop(&mut self) {
         drop(self.0.stdin.take());
         let given_back = self.0.wait().is_ok_and(|status| status.success());
-        assert!(given_back || std::thread::panicking(), "huge pages are left");
+        assert!(
+            given_back || std::thread::panicking(),
+            "huge pages are left"
+        );
     }
 }
 

@@ -234,7 +234,11 @@ mod tests {
     #[test]
     fn rings_that_only_root_may_make_are_none_for_machines() {
         let switch = |text: &str| rings_are_for_all(Some(text.to_owned()));
-        assert!(switch("1\n").unwrap_err().contains("io_uring_disabled is 1"));
+        assert!(
+            switch("1\n")
+                .unwrap_err()
+                .contains("io_uring_disabled is 1")
+        );
         assert!(switch("2\n").is_err());
         assert!(switch("0\n").is_ok() && rings_are_for_all(None).is_ok());
     }

@@ -5,7 +5,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use fractus_vmm::config::{MAX_CONSOLE_PORTS, MAX_DISKS};
+use fractus_vmm::config::{MAX_CONSOLE_PORTS, MAX_DISKS, MAX_NETS, MAX_QUEUES};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -16,14 +16,14 @@ use serde::de::DeserializeOwned;
 
 use super::protocol::MOST;
 
-/// Descriptors that one packet may carry; the kernel's own limit is 253 (SCM_MAX_FD).
-pub const MOST_FILES: usize = 128;
+/// Descriptors that one packet may carry: the kernel's own limit (SCM_MAX_FD).
+pub const MOST_FILES: usize = 253;
 
-/// What every launch carries beside disks and console ports: see
-/// [`FileRole`](super::protocol::FileRole).
-const ALWAYS: usize = 16;
-// A machine that `MachineConfig::validate` allows can be launched: an input and an output a port.
-const _: () = assert!(MAX_DISKS + 2 * MAX_CONSOLE_PORTS + ALWAYS <= MOST_FILES);
+/// What the largest machine that `MachineConfig::validate` allows is launched with: an input and an
+/// output a console port, a tap a pair of queues, and what every launch carries (see
+/// [`FileRole`](super::protocol::FileRole)).
+const LARGEST: usize = MAX_DISKS + 2 * MAX_CONSOLE_PORTS + MAX_NETS * MAX_QUEUES as usize + 16;
+const _: () = assert!(LARGEST <= MOST_FILES, "it could not be launched");
 
 #[derive(Debug, thiserror::Error)]
 pub enum PacketError {
@@ -117,9 +117,8 @@ mod tests {
         let flags = SocketFlags::CLOEXEC;
         let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
         let (one, other) = pair.unwrap();
-        let most = MAX_DISKS + 2 * MAX_CONSOLE_PORTS + ALWAYS;
-        send(&one, &most, &vec![one.as_fd(); most]).unwrap();
+        send(&one, &LARGEST, &vec![one.as_fd(); LARGEST]).unwrap();
         let (said, files) = receive::<usize>(&other).unwrap();
-        assert_eq!((said, files.len()), (most, most));
+        assert_eq!((said, files.len()), (LARGEST, LARGEST));
     }
 }
