@@ -34,7 +34,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures::future::BoxFuture;
-use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr};
+use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, RuntimeErr};
 
 /// Handle to the database; cheap to clone.
 #[derive(Clone)]
@@ -193,6 +193,23 @@ impl fmt::Debug for Database {
             .field("engine", &engine)
             .finish_non_exhaustive()
     }
+}
+
+/// What is said of a write for which there was no room, by [`is_full`]'s mark.
+const FULL: &str = "the database has no room left";
+
+/// Whether a write failed because the disk, or what bounds the database, is full.
+pub fn is_full(error: &DbErr) -> bool {
+    let source = match error {
+        DbErr::Exec(RuntimeErr::SqlxError(source))
+        | DbErr::Query(RuntimeErr::SqlxError(source))
+        | DbErr::Conn(RuntimeErr::SqlxError(source)) => source,
+        DbErr::Custom(said) => return said == FULL,
+        _ => return false,
+    };
+    let code = source.as_database_error().and_then(|error| error.code());
+    // SQLITE_FULL; PostgreSQL's disk_full.
+    code.is_some_and(|code| ["13", "53100"].contains(&&*code))
 }
 
 /// Counts one transaction made durable.

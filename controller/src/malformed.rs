@@ -5,6 +5,7 @@
 //! (the oracle in the frame looks at its form), and nothing of the database or of the images is other
 //! than it was. Owns no code of the controller.
 
+mod full;
 mod kept;
 
 use axum::body::Body;

@@ -86,7 +86,11 @@ async fn build(services: Vec<Routes>) -> Result<TestApp, Box<dyn std::error::Err
     let realm = Arc::new(realm);
     let app = App::new(AppParts {
         public_url,
-        images: Images::new(db.clone(), Arc::new(files)),
+        // A test's disk may be small.
+        images: Images::new(db.clone(), Arc::new(files)).within(crate::image::Limits {
+            reserve: 0,
+            ..crate::image::Limits::default()
+        }),
         compute: crate::compute::testing::idle(&db),
         hosts: crate::hosts::Hosts::idle(&db).await?,
         database: db,

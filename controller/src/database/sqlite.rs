@@ -155,6 +155,15 @@ where
     }
 }
 
+/// Where a group of writes came to grief.
+enum Broken {
+    /// At its begin or its end: it is all or nothing of the group.
+    Whole(DbErr),
+    /// In between: one of its writes has ended the transaction for all (SQLite rolls back by itself when
+    /// the disk is full), and the others may be as good as ever.
+    Between(DbErr),
+}
+
 /// The writer task: ends when the last handle is gone.
 async fn run_writer(
     connection: DatabaseConnection,
@@ -163,15 +172,63 @@ async fn run_writer(
 ) {
     let mut group = Vec::with_capacity(GROUP);
     while queue.recv_many(&mut group, GROUP).await > 0 {
-        let committed = commit_group(&connection, &mut group).await;
-        match &committed {
-            Ok(true) => super::count_sync(&syncs),
-            Ok(false) => {}
-            Err(error) => tracing::error!(%error, "a group of writes was not committed"),
-        }
+        let together = group.len() > 1;
+        let committed = match commit(&connection, &mut group, &syncs).await {
+            Err(Broken::Between(_)) if together => {
+                for mut job in group.drain(..) {
+                    let alone = std::slice::from_mut(&mut job);
+                    let committed = commit(&connection, alone, &syncs).await;
+                    job.answer(committed.map_err(Broken::into_inner));
+                }
+                continue;
+            }
+            other => other.map_err(Broken::into_inner),
+        };
         for job in group.drain(..) {
-            job.answer(committed.as_ref().map(|_| ()).map_err(same_error));
+            job.answer(committed.as_ref().map(|()| ()).map_err(same_error));
         }
+    }
+}
+
+impl Broken {
+    fn into_inner(self) -> DbErr {
+        match self {
+            Self::Whole(error) | Self::Between(error) => same_error(&error),
+        }
+    }
+}
+
+/// Commits a group, counts its sync, and after a failure gives the next one a connection of its own.
+async fn commit(
+    connection: &DatabaseConnection,
+    group: &mut [Box<dyn Job>],
+    syncs: &AtomicU64,
+) -> Result<(), Broken> {
+    let committed = commit_group(connection, group).await;
+    match committed {
+        Ok(true) => super::count_sync(syncs),
+        Ok(false) => {}
+        Err(broken) => {
+            let (Broken::Whole(error) | Broken::Between(error)) = &broken;
+            tracing::error!(%error, "a group of writes was not committed");
+            renew(connection).await;
+            return Err(broken);
+        }
+    }
+    Ok(())
+}
+
+/// Has the pool open another connection. Where SQLite has ended a transaction by itself, sqlx still
+/// counts one, would take the next one for a savepoint in it, and say of what was never committed that
+/// it was.
+async fn renew(connection: &DatabaseConnection) {
+    let old = connection.get_sqlite_connection_pool().acquire().await;
+    let closed = match old {
+        Ok(old) => old.close().await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = closed {
+        tracing::error!(%error, "the writing connection could not be closed");
     }
 }
 
@@ -179,32 +236,38 @@ async fn run_writer(
 async fn commit_group(
     connection: &DatabaseConnection,
     group: &mut [Box<dyn Job>],
-) -> Result<bool, DbErr> {
+) -> Result<bool, Broken> {
     let immediate = TransactionOptions {
         sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
         ..TransactionOptions::default()
     };
-    let transaction = connection.begin_with_options(immediate).await?;
+    let begun = connection.begin_with_options(immediate).await;
+    let transaction = begun.map_err(Broken::Whole)?;
     let mut kept = false;
     for job in group {
-        let savepoint = transaction.begin().await?;
-        if job.run(&savepoint).await {
-            savepoint.commit().await?;
+        let savepoint = transaction.begin().await.map_err(Broken::Between)?;
+        let ended = if job.run(&savepoint).await {
             kept = true;
+            savepoint.commit().await
         } else {
-            savepoint.rollback().await?;
-        }
+            savepoint.rollback().await
+        };
+        ended.map_err(Broken::Between)?;
     }
-    if kept {
-        transaction.commit().await?;
+    let ended = if kept {
+        transaction.commit().await
     } else {
-        transaction.rollback().await?;
-    }
+        transaction.rollback().await
+    };
+    ended.map_err(Broken::Whole)?;
     Ok(kept)
 }
 
 /// [`DbErr`] cannot be cloned; every member of a group gets one of its own.
 fn same_error(error: &DbErr) -> DbErr {
+    if super::is_full(error) {
+        return DbErr::Custom(super::FULL.to_owned());
+    }
     DbErr::Conn(RuntimeErr::Internal(format!(
         "the write was not committed: {error}"
     )))

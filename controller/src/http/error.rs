@@ -92,6 +92,17 @@ impl ApiError {
         error
     }
 
+    /// 503: what was asked could not be written, for want of room. What happened goes to the log.
+    pub fn full(what: impl std::fmt::Display) -> Self {
+        let mut error = Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "The cloud has no room to write this down. Nothing was changed; its operator has to make \
+             room where the controller's database is.",
+        );
+        error.0.cause = Some(what.to_string());
+        error
+    }
+
     /// 401: no token, or one that does not count.
     pub fn unauthorized() -> Self {
         let mut error = Self::new(
@@ -152,6 +163,8 @@ impl ApiError {
     ) -> Response {
         if let Some(cause) = &self.0.cause {
             tracing::error!(%cause, "internal error");
+            #[cfg(test)]
+            eprintln!("internal error: {cause}");
         }
         let code = self.0.status.as_u16();
         let reason = self.0.status.canonical_reason().unwrap_or("Error");
@@ -251,6 +264,9 @@ impl IntoResponse for ApiError {
 
 impl From<sea_orm::DbErr> for ApiError {
     fn from(error: sea_orm::DbErr) -> Self {
+        if crate::database::is_full(&error) {
+            return Self::full(error);
+        }
         Self::internal(error)
     }
 }

@@ -52,6 +52,10 @@ pub async fn held<F: Future<Output = Response>>(
         (name.to_string(), value.into_owned())
     });
     let status = parts.status.as_u16();
+    // A handler that fails, or panics, has a form as good as any other's.
+    if status == 500 && !path.contains(MADE_UP) {
+        panic!("{method} {path} → 500: see its cause above, or in the log");
+    }
     let exchange = Exchange::new(
         method.as_str(),
         &path,

@@ -10,7 +10,7 @@ use sea_orm::{
 
 use super::blob::BlobError;
 use super::model::{Image, Status};
-use crate::database::Database;
+use crate::database::{Database, is_full};
 use crate::http::{ApiError, Caller, Direction, PageRequest, after};
 
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +46,7 @@ impl From<StoreError> for ApiError {
                 "There is not enough space in the image store for this image.",
             ),
             StoreError::Blob(source) => Self::internal(Chain(&source)),
+            StoreError::Database(source) if is_full(&source) => Self::full(Chain(&source)),
             StoreError::Database(source) => Self::internal(Chain(&source)),
         }
     }

@@ -108,6 +108,11 @@ impl Things {
         kinds.iter().map(|kind| self.0[kind].clone()).collect()
     }
 
+    /// What stands for the parameter behind a segment: `("compute", "servers")` is a server's id.
+    pub fn named(&self, service: &'static str, segment: &'static str) -> &str {
+        &self.0[&(service, segment)]
+    }
+
     /// The path with its parameters filled in. A parameter that nothing stands for fails the test:
     /// an endpoint tried with a thing that does not exist proves little.
     pub fn path(&self, endpoint: &Endpoint) -> String {
