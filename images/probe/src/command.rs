@@ -68,7 +68,7 @@ pub struct Probe {
     info: StartInfo,
     pub acpi: Acpi,
     pub devices: Devices,
-    stack: Option<Stack>,
+    stack: Option<&'static mut Stack>,
     typed: Line,
     spoken: Line,
     serial_interrupts: u64,
@@ -112,9 +112,9 @@ impl Probe {
                 crate::say!("button");
                 self.acpi.power_off();
             }
-            let busy = self.stack.as_mut().is_some_and(Stack::turn);
+            let busy = self.stack.as_mut().is_some_and(|stack| stack.turn());
             if !self.listen() && !busy {
-                let due = self.stack.as_mut().map_or(clock::FOREVER, Stack::due);
+                let due = (self.stack.as_mut()).map_or(clock::FOREVER, |stack| stack.due());
                 clock::doze(seen, due);
             }
         }

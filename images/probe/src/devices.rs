@@ -132,7 +132,7 @@ pub struct Devices {
     pub rng: Option<Rng>,
     pub console: Option<Console>,
     pub balloon: Option<Balloon>,
-    pub net: Option<Net>,
+    pub net: Option<&'static mut Net>,
     pvpanic: PvPanic,
 }
 

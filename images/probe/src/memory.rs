@@ -221,6 +221,17 @@ pub fn dma_pages(count: usize) -> Option<&'static mut [u8]> {
     Some(unsafe { core::slice::from_raw_parts_mut(address as *mut u8, count * PAGE_SIZE) })
 }
 
+/// Keeps a value for good, off the stacks, which are small.
+pub fn keep<T>(value: T) -> Option<&'static mut T> {
+    let pages = dma_pages(size_of::<T>().div_ceil(PAGE_SIZE))?;
+    let place = pages.as_mut_ptr().cast::<T>();
+    // SAFETY: the pages are ours alone for good, large enough, and aligned for anything.
+    unsafe {
+        place.write(value);
+        Some(&mut *place)
+    }
+}
+
 /// A page of DMA memory for acts that leave it in any state; the same one every time.
 pub fn scratch_page() -> u64 {
     static SCRATCH: Aligned<Pool<1>> = Aligned(Pool {

@@ -77,7 +77,8 @@ pub struct Received {
 
 impl Net {
     /// With the offloads that the device has, or none.
-    pub fn new(mut transport: PciTransport, offloads: bool) -> Result<Self> {
+    #[inline(never)]
+    pub fn new(mut transport: PciTransport, offloads: bool) -> Result<&'static mut Self> {
         let wanted = FEATURE_MAC | FEATURE_MRG_RXBUF | if offloads { OFFLOADS } else { 0 };
         let features = transport.negotiate(wanted)?;
         if features & FEATURE_MRG_RXBUF == 0 {
@@ -90,7 +91,7 @@ impl Net {
         transmit.ring.set_dev_notify(false);
         transport.finish_init();
         let pages = |bytes: usize| memory::dma_pages(bytes.div_ceil(4096)).ok_or(Error::DmaError);
-        let mut net = Self {
+        let net = memory::keep(Self {
             transport,
             mac,
             features,
@@ -112,7 +113,8 @@ impl Net {
                 sent: false,
                 packets: 0,
             },
-        };
+        })
+        .ok_or(Error::DmaError)?;
         net.transmitter.checksums_left = net.checksums_left();
         for slot in 0..QUEUE as u16 {
             net.receiver.post(slot)?;

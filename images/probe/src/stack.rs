@@ -27,7 +27,7 @@ const DATAGRAMS: usize = 32;
 const PATTERN: usize = 251;
 
 pub struct Stack {
-    net: Net,
+    net: &'static mut Net,
     interface: Interface,
     sockets: SocketSet<'static>,
     datagrams: SocketHandle,
@@ -41,10 +41,11 @@ pub struct Stack {
 
 impl Stack {
     /// None if the address is none, or there is no memory for buffers.
-    pub fn new(mut net: Net, address: &str) -> Option<Self> {
+    #[inline(never)]
+    pub fn new(net: &'static mut Net, address: &str) -> Option<&'static mut Self> {
         let address: Ipv4Cidr = address.parse().ok()?;
         let hardware = HardwareAddress::Ethernet(EthernetAddress(net.mac));
-        let mut interface = Interface::new(Config::new(hardware), &mut net, now());
+        let mut interface = Interface::new(Config::new(hardware), net, now());
         interface.update_ip_addrs(|addresses| {
             let _ = addresses.push(IpCidr::Ipv4(address));
         });
@@ -62,7 +63,7 @@ impl Stack {
             }
             Some(handles)
         };
-        Some(Self {
+        memory::keep(Self {
             echoes: add(ECHO, SMALL, SMALL)?,
             sinks: add(DISCARD, BIG, 4096)?,
             sources: add(CHARGEN, 4096, BIG)?,
@@ -77,11 +78,11 @@ impl Stack {
 
     /// Does what there is to do; true if there may be more at once.
     pub fn turn(&mut self) -> bool {
-        let (net, sockets) = (&mut self.net, &mut self.sockets);
+        let (net, sockets) = (&mut *self.net, &mut self.sockets);
         self.interface.poll(now(), net, sockets);
         let moved = self.serve();
         if moved {
-            let (net, sockets) = (&mut self.net, &mut self.sockets);
+            let (net, sockets) = (&mut *self.net, &mut self.sockets);
             self.interface.poll(now(), net, sockets);
         }
         self.net.flush();
@@ -97,7 +98,7 @@ impl Stack {
     }
 
     pub fn tell(&self, out: &mut Line) {
-        tell(&self.net, out);
+        tell(self.net, out);
         if let Some(address) = self.interface.ipv4_addr() {
             let _ = write!(out, " ip={address}");
         }

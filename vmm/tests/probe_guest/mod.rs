@@ -14,7 +14,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use fractus_vmm::config::{
-    ConsoleFiles, ConsolePortConfig, DiskConfig, MachineConfig, MachineFiles, RngConfig,
+    ConsoleFiles, ConsolePortConfig, DiskConfig, MachineConfig, MachineFiles, NetConfig, NetFiles, RngConfig,
 };
 use fractus_vmm::machine::{Event, Machine, StopReason};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -107,6 +107,12 @@ impl Setup {
         self
     }
 
+    pub fn net(mut self, config: NetConfig, files: NetFiles) -> Self {
+        self.config.nets.push(config);
+        self.files.nets.push(files);
+        self
+    }
+
     pub fn console_port(mut self, name: &str) -> Self {
         let (near, far) = UnixStream::pair().expect("a socket pair");
         self.config.console_ports.push(ConsolePortConfig {
@@ -143,6 +149,7 @@ impl Setup {
     }
 
     pub fn start(self) -> Guest {
+        let nets = self.files.nets.iter().map(duplicate_net).collect();
         let mut machine = Machine::build(self.config, self.files, None).expect("build the machine");
         machine.start().expect("start the machine");
         self.serial.set_nonblocking(true).expect("fcntl");
@@ -150,6 +157,7 @@ impl Setup {
             machine,
             serial: self.serial,
             ports: self.ports,
+            nets,
             partial: Vec::new(),
             lines: VecDeque::new(),
             events: VecDeque::new(),
@@ -160,6 +168,12 @@ impl Setup {
 fn open_kvm() -> OwnedFd {
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     kvm.expect("open /dev/kvm: the probe tests need it").into()
+}
+
+fn duplicate_net(net: &NetFiles) -> NetFiles {
+    let duplicate = |tap: &File| tap.try_clone().expect("duplicate a tap");
+    let taps = net.taps.iter().map(duplicate).collect();
+    NetFiles { taps }
 }
 
 fn both_ways(end: &UnixStream) -> ConsoleFiles {
@@ -181,6 +195,8 @@ pub struct Guest {
     pub machine: Machine,
     serial: UnixStream,
     pub ports: Vec<UnixStream>,
+    /// Of its network devices, for a restore.
+    nets: Vec<NetFiles>,
     partial: Vec<u8>,
     lines: VecDeque<String>,
     events: VecDeque<Event>,
@@ -287,7 +303,7 @@ impl Guest {
                 .collect(),
             serial: both_ways(&end),
             console_ports: Vec::new(),
-            nets: Vec::new(),
+            nets: self.nets.iter().map(duplicate_net).collect(),
         };
         let mut machine = Machine::restore(saved, memory, files, None).expect("restore");
         machine.resume().expect("resume");
@@ -296,6 +312,7 @@ impl Guest {
             machine,
             serial,
             ports: Vec::new(),
+            nets: self.nets,
             partial: Vec::new(),
             lines: VecDeque::new(),
             events: VecDeque::new(),

@@ -200,17 +200,15 @@ impl VirtioDevice for Net {
         }
         let mut control = queues.pop().flatten().filter(|_| has(F_CTRL_VQ));
         let mut queues = queues.into_iter();
-        let mut pair = 0;
-        while let (Some(receive), transmit) = (queues.next(), queues.next().flatten()) {
-            let control = control.take();
+        // The pairs that have no queues hear of it too: the kernel should give them no packets.
+        for pair in 0..self.links.len() {
             let command = Command::Activate {
-                receive,
-                transmit,
-                control,
+                receive: queues.next().flatten(),
+                transmit: queues.next().flatten(),
+                control: control.take(),
                 features,
             };
             self.send(pair, command)?;
-            pair += 1;
         }
         Ok(())
     }

@@ -1,0 +1,234 @@
+//! The network device between a guest that speaks IP and a tap of the host's kernel.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a fault fails the test"
+)]
+
+mod probe_guest;
+mod tap;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use fractus_vmm::config::{NetConfig, NetFiles, NetLimit};
+use probe_guest::{Guest, PATIENCE, Setup, fields};
+use rstest::rstest;
+use rustix::net::{AddressFamily, SocketType, ipproto, socket};
+
+const MAC: [u8; 6] = [2, 0xf0, 0, 0, 0, 1];
+const PATTERN: usize = 251;
+
+fn config(queues: u16) -> NetConfig {
+    NetConfig {
+        mac: MAC,
+        queues,
+        mtu: Some(1500),
+        limit: None,
+    }
+}
+
+/// A guest with an address on a tap; the calling thread is in the tap's namespace.
+fn guest_with(config: NetConfig, options: &str) -> Guest {
+    tap::enter_namespace();
+    let taps = tap::tap("guest", config.queues);
+    let address = tap::GUEST;
+    let line = format!("tick_ms=0 net_ip={address}/24 {options}");
+    let setup = Setup::new().command_line(&line);
+    setup.net(config, NetFiles { taps }).boot()
+}
+
+fn guest(options: &str) -> Guest {
+    guest_with(config(1), options)
+}
+
+fn service(port: u16) -> SocketAddr {
+    (tap::GUEST, port).into()
+}
+
+fn connect(port: u16) -> TcpStream {
+    let stream = TcpStream::connect_timeout(&service(port), PATIENCE).expect("connect");
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+/// Sends a datagram until it comes back: a lost one is no fault.
+fn datagram_echo(socket: &UdpSocket, data: &[u8]) {
+    socket
+        .set_read_timeout(Some(Duration::from_secs(2)))
+        .unwrap();
+    let mut back = vec![0; data.len() + 1];
+    for _ in 0..15 {
+        socket.send_to(data, service(7)).unwrap();
+        if let Ok((length, from)) = socket.recv_from(&mut back) {
+            assert_eq!((&back[..length], from), (data, service(7)));
+            return;
+        }
+    }
+    panic!("no datagram came back");
+}
+
+fn datagrams() -> UdpSocket {
+    UdpSocket::bind((tap::HOST, 0)).expect("bind")
+}
+
+/// An echo request, until its reply comes.
+fn ping() {
+    let raw = socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::ICMP)).expect("socket");
+    let second = Some(Duration::from_secs(2));
+    rustix::net::sockopt::set_socket_timeout(&raw, rustix::net::sockopt::Timeout::Recv, second)
+        .unwrap();
+    // Type, code, checksum, identifier, number, data: all of it adds up to ffff.
+    let mut request = [8, 0, 0, 0, 0x12, 0x34, 0, 1, b'f', b'r'];
+    let words = request
+        .chunks(2)
+        .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
+    let sum: u32 = words.sum();
+    request[2..4].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+    for _ in 0..15 {
+        rustix::net::sendto(&raw, &request, rustix::net::SendFlags::empty(), &service(0)).unwrap();
+        let mut reply = [0u8; 128];
+        let flags = rustix::net::RecvFlags::empty();
+        while let Ok((length, _)) = rustix::net::recv(&raw, &mut reply, flags) {
+            let body = &reply[20..length.max(20)];
+            if body.first() == Some(&0) && body.get(4..) == Some(&request[4..]) {
+                return;
+            }
+        }
+    }
+    panic!("no reply to a ping");
+}
+
+fn pattern(from: usize, length: usize) -> Vec<u8> {
+    (from..from + length)
+        .map(|at| (at % PATTERN) as u8)
+        .collect()
+}
+
+/// Takes that much of the guest's endless stream and checks it.
+fn take(stream: &mut TcpStream, length: usize) {
+    let mut data = vec![0; length];
+    stream.read_exact(&mut data).expect("the guest's stream");
+    assert!(data == pattern(0, length), "the stream is damaged");
+}
+
+fn taken(guest: &mut Guest) -> u64 {
+    fields(&guest.ok("net"))["taken"].parse().unwrap()
+}
+
+#[rstest]
+#[case::offloads("")]
+#[case::no_offloads("net_offloads=0")]
+fn a_guest_answers_pings_datagrams_and_connections(#[case] options: &str) {
+    let mut guest = guest(options);
+    let told = fields(&guest.ok("net"));
+    assert_eq!(told["mac"], "02:f0:00:00:00:01");
+    ping();
+    let socket = datagrams();
+    for length in [1, 100, 1472] {
+        datagram_echo(&socket, &pattern(length, length));
+    }
+    let mut stream = connect(7);
+    for round in 1..20 {
+        let data = pattern(round, 37 * round);
+        stream.write_all(&data).unwrap();
+        let mut back = vec![0; data.len()];
+        stream.read_exact(&mut back).unwrap();
+        assert!(back == data, "round {round}");
+    }
+}
+
+#[rstest]
+#[case::offloads("")]
+#[case::no_offloads("net_offloads=0")]
+fn bulk_passes_both_ways_whole(#[case] options: &str) {
+    const LENGTH: usize = 8 << 20;
+    let mut guest = guest(options);
+    take(&mut connect(19), LENGTH);
+    let mut sink = connect(9);
+    sink.write_all(&pattern(0, LENGTH)).unwrap();
+    sink.shutdown(Shutdown::Write).unwrap();
+    // The guest closes once it has taken all.
+    assert_eq!(sink.read(&mut [0]).unwrap(), 0);
+    assert_eq!(taken(&mut guest), LENGTH as u64);
+}
+
+#[test]
+fn segments_that_the_host_leaves_to_the_guest_arrive_as_one() {
+    const LENGTH: usize = 4 << 20;
+    let packets = |guest: &mut Guest| -> u64 { fields(&guest.ok("net"))["in"].parse().unwrap() };
+    let mut guest = guest("");
+    let before = packets(&mut guest);
+    let mut sink = connect(9);
+    sink.write_all(&pattern(0, LENGTH)).unwrap();
+    sink.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(sink.read(&mut [0]).unwrap(), 0);
+    let used = packets(&mut guest) - before;
+    assert!(used < (LENGTH / 1460 / 2) as u64, "{used} packets");
+}
+
+#[test]
+fn a_guest_that_drives_one_pair_of_several_hears_everything() {
+    let _guest = guest_with(config(4), "");
+    // Different flows, which the kernel would spread over all queues.
+    for _ in 0..16 {
+        datagram_echo(&datagrams(), b"flow");
+    }
+    take(&mut connect(19), 1 << 20);
+}
+
+#[test]
+fn pauses_under_traffic_damage_nothing() {
+    const LENGTH: usize = 16 << 20;
+    let mut guest = guest("");
+    let mut stream = connect(19);
+    let reader = std::thread::spawn(move || take(&mut stream, LENGTH));
+    for _ in 0..20 {
+        guest.machine.pause().unwrap();
+        guest.machine.resume().unwrap();
+        guest.ok("echo");
+    }
+    reader.join().unwrap();
+    datagram_echo(&datagrams(), b"alive");
+}
+
+#[test]
+fn a_connection_survives_a_restore() {
+    let guest = guest("");
+    let mut stream = connect(7);
+    stream.write_all(b"before").unwrap();
+    let mut back = [0; 6];
+    stream.read_exact(&mut back).unwrap();
+    let _guest = guest.through_a_restore(&[]);
+    stream.write_all(b"after!").unwrap();
+    stream.read_exact(&mut back).unwrap();
+    assert_eq!(&back, b"after!");
+}
+
+#[test]
+fn a_rebooted_guest_is_there_again() {
+    let mut guest = guest("");
+    ping();
+    guest.send("reboot");
+    guest.booted();
+    ping();
+    take(&mut connect(19), 1 << 20);
+}
+
+#[test]
+fn a_limit_of_bytes_holds() {
+    let mut limited = config(1);
+    limited.limit = Some(NetLimit {
+        bytes_per_second: Some(1 << 20),
+        packets_per_second: None,
+        burst_ms: 100,
+    });
+    let _guest = guest_with(limited, "");
+    let begin = std::time::Instant::now();
+    take(&mut connect(19), 1 << 20);
+    let took = begin.elapsed();
+    assert!(took > Duration::from_millis(800), "{took:?}");
+}
