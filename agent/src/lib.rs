@@ -2,7 +2,8 @@
 //!
 //! Reading order: [`daemon`] puts the parts together; [`machine`] is the heart (an actor a machine);
 //! [`vm`] is the other side, the machine's own process. [`api`] listens to controllers, [`host`] talks
-//! to them. `unsafe` stands only in `vm` and `machine/process`.
+//! to them. `unsafe` stands only in `vm`, `machine/process` and
+//! `network/tap`.
 
 pub mod api;
 pub mod clock;
@@ -12,6 +13,7 @@ pub mod host;
 pub mod image;
 pub mod machine;
 pub mod metrics;
+pub mod network;
 pub mod paths;
 pub mod vm;
 pub mod volume;

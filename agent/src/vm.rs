@@ -22,7 +22,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use fractus_vmm::config::{ConsoleFiles, MachineFiles};
+use fractus_vmm::config::{ConsoleFiles, MachineFiles, NetFiles};
 use fractus_vmm::machine::Machine;
 use fractus_vmm::thread::{ThreadHook, ThreadKind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
@@ -289,6 +289,13 @@ fn build(
     while let Some(disk) = files.file(FileRole::Disk) {
         disks.push(disk);
     }
+    let nets = (launch.config.nets.iter())
+        .map(|net| NetFiles {
+            taps: (0..net.queues)
+                .map_while(|_| files.file(FileRole::Tap))
+                .collect(),
+        })
+        .collect();
     let machine = MachineFiles {
         kvm,
         kernel: files.file(FileRole::Kernel),
@@ -299,7 +306,7 @@ fn build(
             input: Some(serial),
         },
         console_ports: Vec::new(),
-        nets: Vec::new(),
+        nets,
     };
     let hook: ThreadHook = Arc::new(move |kind: ThreadKind| hook(kind.into()));
     let machine = Machine::build(launch.config.clone(), machine, Some(hook))

@@ -1,4 +1,4 @@
-//! One machine without an agent: `fractus-agent vm --config FILE [--no-jail]`, for benchmarks, tests
+//! One machine without an agent: `fractus-agent vm --config FILE [--no-jail] [--tap NAME]`, for benchmarks, tests
 //! and trying things out.
 //!
 //! FILE is JSON:
@@ -6,13 +6,13 @@
 //! { "machine": { "uuid": "…", "cpus": {"count": 1}, "memory": {"bytes": 268435456},
 //!                "command_line": "tick_ms=0" },
 //!   "kernel": "/path/to/vmlinux", "initrd": null,
-//!   "disks": ["/path/to/disk.raw"],
+//!   "disks": ["/path/to/disk.raw"], "taps": ["tap0"],
 //!   "user": 1899999 }
 //! ```
-//! `machine` is a [`MachineConfig`] (its `disks` may be left out: one writable disk is assumed for
-//! each path). The serial line is standard input and output. The machine runs in a process of its own,
+//! `machine` is a [`MachineConfig`] (its `disks` and `nets` may be left out: one writable disk is
+//! assumed for each path, and a device of one queue for each tap). The serial line is standard input and output. The machine runs in a process of its own,
 //! started and jailed exactly as the agent does it, and ends when this one does; with `--no-jail` it runs in this very process,
-//! without jail and seccomp. The exit status is 0 when the guest powered off or was stopped, else 1
+//! without jail and seccomp. A tap is made if it is not there; `--tap` adds one to those of FILE. The exit status is 0 when the guest powered off or was stopped, else 1
 //! with the reason on standard error.
 
 use std::ffi::{CString, OsString};
@@ -23,7 +23,7 @@ use std::process::ExitCode;
 use std::thread::JoinHandle;
 
 use fractus_agent_api::machine::{ServerId, StopReason};
-use fractus_vmm::config::{DiskConfig, MachineConfig};
+use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde::Deserialize;
 
@@ -31,6 +31,7 @@ use super::protocol::{FileRole, FromMachine, JailConfig, Launch, MachineEvent, T
 use super::{VmError, packet, system};
 use crate::machine::process::nest::{self, Making};
 use crate::machine::process::spawn::{Inherited, spawn};
+use crate::network::tap;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -43,6 +44,9 @@ struct ByHand {
     initrd: Option<PathBuf>,
     #[serde(default)]
     disks: Vec<PathBuf>,
+    /// Names of interfaces.
+    #[serde(default)]
+    taps: Vec<String>,
     #[serde(default = "nobody")]
     user: u32,
 }
@@ -82,16 +86,23 @@ pub(super) fn report(outcome: Result<ExitCode, VmError>) -> ExitCode {
 fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
     let usage = || VmError::ByHand {
         path: "vm".to_owned(),
-        detail: "usage: fractus-agent vm --config FILE [--no-jail]".to_owned(),
+        detail: "usage: fractus-agent vm --config FILE [--no-jail] [--tap NAME]".to_owned(),
     };
     let [flag, path, rest @ ..] = arguments.as_slice() else {
         return Err(usage());
     };
-    let jailed = match rest {
-        [] => true,
-        [no] if no == "--no-jail" => false,
-        _ => return Err(usage()),
-    };
+    let (mut jailed, mut taps) = (true, Vec::new());
+    let mut rest = rest.iter();
+    while let Some(word) = rest.next() {
+        match word.to_str() {
+            Some("--no-jail") => jailed = false,
+            Some("--tap") => {
+                let name = rest.next().and_then(|name| name.to_str());
+                taps.push(name.ok_or_else(usage)?.to_owned());
+            }
+            _ => return Err(usage()),
+        }
+    }
     if flag != "--config" {
         return Err(usage());
     }
@@ -101,7 +112,8 @@ fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
     let network = jailed.then(Making::network).transpose();
     let network = network.map_err(io("a network namespace"))?;
     let text = std::fs::read_to_string(path).map_err(|e| named(path.display(), &e))?;
-    let by_hand: ByHand = serde_json::from_str(&text).map_err(|e| named(path.display(), &e))?;
+    let mut by_hand: ByHand = serde_json::from_str(&text).map_err(|e| named(path.display(), &e))?;
+    by_hand.taps.append(&mut taps);
     let (launch, files) = open(by_hand, jailed)?;
     if let (Some(nest), Some(network)) = (nest, network) {
         return apart(launch, files, nest, network);
@@ -127,6 +139,7 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
         kernel,
         initrd,
         disks,
+        taps,
         user,
     } = by_hand;
     let (mut roles, mut files) = (Vec::new(), Vec::<OwnedFd>::new());
@@ -157,6 +170,21 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
                 queues: 1,
             });
         }
+    }
+    let assumed = config.nets.is_empty();
+    for (index, name) in taps.iter().enumerate() {
+        if assumed {
+            config.nets.push(NetConfig {
+                mac: [2, 0xf0, 0, 0, 0, index as u8 + 1],
+                queues: 1,
+                mtu: None,
+                limit: None,
+            });
+        }
+        let queues = config.nets.get(index).map_or(1, |net| net.queues);
+        let queues = tap::open(name, queues).map_err(|e| named(name, &e))?;
+        roles.extend(queues.iter().map(|_| FileRole::Tap));
+        files.extend(queues);
     }
     for (role, terminal) in [
         (

@@ -135,6 +135,8 @@ pub enum FileRole {
     Initrd,
     /// In the order of `config.disks`.
     Disk,
+    /// A queue of a tap: those of `config.nets` one after the other.
+    Tap,
     SerialLog,
     Log,
     LastWords,

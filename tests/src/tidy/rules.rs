@@ -43,6 +43,10 @@ pub const UNSAFE: &[(&str, &str)] = &[
         "the jail: clone, namespaces, seccomp, descriptors inherited from the parent",
     ),
     (
+        "agent/src/network/tap.rs",
+        "ioctls of tun and of interfaces",
+    ),
+    (
         "agent/src/machine/process",
         "spawning: descriptors and namespaces between fork and exec",
     ),

@@ -14,7 +14,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use fractus_vmm::config::{
-    ConsoleFiles, ConsolePortConfig, DiskConfig, MachineConfig, MachineFiles, NetConfig, NetFiles, RngConfig,
+    ConsoleFiles, ConsolePortConfig, DiskConfig, MachineConfig, MachineFiles, NetConfig, NetFiles,
+    RngConfig,
 };
 use fractus_vmm::machine::{Event, Machine, StopReason};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
