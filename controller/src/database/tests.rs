@@ -239,3 +239,21 @@ fn a_url_is_shown_without_its_password() {
         "sqlite:///var/lib/x"
     );
 }
+
+/// `scripts/test` runs the tests once more with this variable: had it not arrived, they would all
+/// pass on SQLite again.
+#[tokio::test]
+async fn the_run_is_on_the_engine_that_its_variable_names() {
+    let test = testing::database().await;
+    let asked = std::env::var("FRACTUS_TEST_DATABASE").unwrap_or_else(|_| "sqlite".to_owned());
+    let (version, engine) = match asked.as_str() {
+        "postgres" => ("SELECT version()", "PostgreSQL"),
+        _ => ("SELECT sqlite_version()", "3."),
+    };
+    let row = test.database.reader().query_one_raw(Statement::from_string(
+        test.database.reader().get_database_backend(),
+        version,
+    ));
+    let said: String = row.await.unwrap().unwrap().try_get_by_index(0).unwrap();
+    assert!(said.starts_with(engine), "{said}");
+}

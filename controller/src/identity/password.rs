@@ -90,7 +90,13 @@ impl Passwords {
         let (Some(salt), Some(expected)) = (kept.salt, kept.hash) else {
             return Err(stored("it has no salt or no hash"));
         };
-        if kept.algorithm != Algorithm::Argon2id.ident() || params.m_cost() > COST {
+        // Only what this cloud could have made: a dearer one would hold a core for as long as it says.
+        let ours = kept.algorithm == Algorithm::Argon2id.ident()
+            && kept.version == Some(Version::V0x13.into())
+            && params.m_cost() <= COST
+            && params.t_cost() <= PASSES
+            && params.p_cost() == 1;
+        if !ours {
             return Err(stored("it is not argon2id at this cloud's cost"));
         }
         let password = Zeroizing::new(if known { password } else { "" }.to_owned());

@@ -65,10 +65,11 @@ async fn receive(
     guard.armed = false;
     let taken = match outcome {
         Ok(taken) => taken,
-        Err(error) => {
-            guard.undo().await;
-            return Err(error);
-        }
+        // An answer can be lost on its way from the database: then the bytes are the image's.
+        Err(error) => match guard.undo().await {
+            Undone::WasWhole => return Ok(StatusCode::NO_CONTENT),
+            Undone::Nothing | Undone::Queued => return Err(error),
+        },
     };
     if !taken {
         images.blobs.remove(&key).await.map_err(StoreError::Blob)?;
@@ -123,17 +124,34 @@ struct Unfinished {
     armed: bool,
 }
 
+/// What was found when an upload was to be undone.
+enum Undone {
+    /// The database cannot be asked: row and bytes stay as they are until the next start.
+    Nothing,
+    /// No image names the bytes now, and they are gone.
+    Queued,
+    /// The upload had come to its end: the bytes are the image's.
+    WasWhole,
+}
+
 impl Unfinished {
-    async fn undo(&self) {
+    /// Bytes go only when the database has said that no image names them.
+    async fn undo(&self) -> Undone {
         let images = self.app.images();
         let now_us = self.app.now_us();
         let (id, key) = (&self.id, &self.key);
-        if let Err(error) = store::abandon_upload(&images.database, id, key, now_us).await {
-            tracing::warn!(%error, image = %id, "a cut-off upload is put right at the next start");
+        match store::abandon_upload(&images.database, id, key, now_us).await {
+            Err(error) => {
+                tracing::warn!(%error, image = %id, "a cut-off upload is put right at the next start");
+                return Undone::Nothing;
+            }
+            Ok(store::Abandoned::WasWhole) => return Undone::WasWhole,
+            Ok(store::Abandoned::Queued) => {}
         }
         if let Err(error) = images.blobs.remove(key).await {
             tracing::warn!(%error, image = %id, "bytes of a cut-off upload stay until the next start");
         }
+        Undone::Queued
     }
 }
 
@@ -149,7 +167,9 @@ impl Drop for Unfinished {
             armed: false,
         };
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { again.undo().await });
+            runtime.spawn(async move {
+                again.undo().await;
+            });
         }
     }
 }
@@ -165,7 +185,9 @@ async fn store_bytes(
     let claimed = image.row.disk_format.as_deref().unwrap_or("raw");
     let images = app.images();
     room(images).await?;
-    let left = left(images, &image.row.owner).await?;
+    let owner = &image.row.owner;
+    let mut left = left(images, owner).await?;
+    let mut coming = images.coming.begin(owner);
     let mut looked_at = 0;
     let mut incoming = images.blobs.begin(key).await.map_err(StoreError::Blob)?;
     let mut seen = Seen::default();
@@ -179,11 +201,13 @@ async fn store_bytes(
         if seen.size > images.limits.image {
             return Err(too_large(images.limits.image));
         }
-        if left.is_some_and(|left| seen.size > left) {
-            return Err(StoreError::over_quota(seen.size, left.unwrap_or(0)).into());
+        let together = coming.is_now(seen.size);
+        if let Some(left) = left.filter(|left| together > *left) {
+            return Err(StoreError::over_quota(together, left).into());
         }
         if seen.size - looked_at >= LOOK_EVERY {
             room(images).await?;
+            left = self::left(images, owner).await?;
             looked_at = seen.size;
         }
         write(incoming.as_mut(), chunk).await?;
@@ -202,8 +226,8 @@ async fn room(images: &Images) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Bytes that the project may still add. Its images that come in at the same time are not counted: the
-/// last word is spoken when the bytes become the image's.
+/// Bytes that the project may still add, those that are coming in included. Other controllers' uploads
+/// are not seen: the last word is spoken when the bytes become the image's.
 async fn left(images: &Images, owner: &str) -> Result<Option<u64>, StoreError> {
     let Some(quota) = images.limits.project else {
         return Ok(None);

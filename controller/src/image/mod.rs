@@ -6,6 +6,7 @@
 
 mod api;
 pub mod blob;
+mod coming;
 mod data;
 mod filter;
 pub mod format;
@@ -31,6 +32,7 @@ pub use api::routes;
 pub use blob::BlobStore;
 pub use model::{Image, Status};
 
+use self::coming::Coming;
 use crate::database::Database;
 use crate::http::{ApiError, Caller};
 use crate::image::store::StoreError;
@@ -73,6 +75,7 @@ pub struct Images {
     pub(crate) database: Database,
     pub(crate) blobs: Arc<dyn BlobStore>,
     limits: Limits,
+    coming: Coming,
 }
 
 impl Images {
@@ -81,6 +84,7 @@ impl Images {
             database,
             blobs,
             limits: Limits::default(),
+            coming: Coming::default(),
         }
     }
 

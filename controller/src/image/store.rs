@@ -604,26 +604,39 @@ pub async fn end_upload(
         .await
 }
 
-/// Queues the image again, unless it is another upload's by now.
+/// What [`abandon_upload`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Abandoned {
+    /// No image names the bytes.
+    Queued,
+    /// [`end_upload`] had been committed, though its answer was lost: the bytes are the image's.
+    WasWhole,
+}
+
+/// Queues the image again, unless its bytes have come in whole or it is another upload's by now.
 pub async fn abandon_upload(
     database: &Database,
     id: &str,
     blob: &str,
     now_us: i64,
-) -> Result<(), StoreError> {
+) -> Result<Abandoned, StoreError> {
     let (id, blob) = (id.to_owned(), blob.to_owned());
     database
         .write(move |tx| {
             let (id, blob) = (id.clone(), blob.clone());
             Box::pin(async move {
-                if let Some(image) = coming_in(tx, &id, &blob).await? {
-                    let mut row = image.into_active_model();
-                    row.updated_at_us = Set(now_us);
-                    row.status = Set(Status::Queued.name().to_owned());
-                    row.blob = Set(None);
-                    row.update(tx).await?;
+                let Some(image) = coming_in(tx, &id, &blob).await? else {
+                    return Ok(Abandoned::Queued);
+                };
+                if image.size.is_some() {
+                    return Ok(Abandoned::WasWhole);
                 }
-                Ok(())
+                let mut row = image.into_active_model();
+                row.updated_at_us = Set(now_us);
+                row.status = Set(Status::Queued.name().to_owned());
+                row.blob = Set(None);
+                row.update(tx).await?;
+                Ok(Abandoned::Queued)
             })
         })
         .await

@@ -356,7 +356,12 @@ async fn a_started_engine_finishes_many_subjects_by_itself_and_stops_cleanly() {
         .await
         .unwrap();
     bench.engine.stop().await;
-    assert!(bench.outcome.lock().unwrap().len() >= 40);
+    let told = bench.outcome.lock().unwrap().len();
+    // PostgreSQL may repeat a transaction, and with it what was told inside.
+    assert!(
+        told == 40 || (testing::on_postgres() && told > 40),
+        "{told}"
+    );
 }
 
 #[tokio::test]

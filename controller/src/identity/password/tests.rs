@@ -38,11 +38,20 @@ async fn what_a_block_was_used_for_before_does_not_change_a_hash() {
 }
 
 #[tokio::test]
-async fn a_hash_that_costs_more_than_ours_is_refused_before_any_memory_is_taken() {
+async fn a_hash_that_is_not_of_our_kind_or_costs_more_is_refused_before_any_memory_is_taken() {
     let passwords = Passwords::new(SystemClock::shared());
-    let dear = "$argon2id$v=19$m=4194304,t=2,p=1$c29tZXNhbHRzb21lc2FsdA\
-                $wvM0qf8VUR6sWmwTnPsvDBOmKdTYRdfKmy8ym0Pd+2A";
-    passwords.verify("x", Some(dear)).await.unwrap_err();
+    for head in [
+        "$argon2id$v=19$m=4194304,t=2,p=1",
+        "$argon2id$v=19$m=19456,t=4294967295,p=1",
+        "$argon2id$v=19$m=19456,t=2,p=64",
+        "$argon2id$v=16$m=19456,t=2,p=1",
+        "$argon2i$v=19$m=19456,t=2,p=1",
+    ] {
+        let hash =
+            format!("{head}$c29tZXNhbHRzb21lc2FsdA$wvM0qf8VUR6sWmwTnPsvDBOmKdTYRdfKmy8ym0Pd+2A");
+        let refused = passwords.verify("x", Some(&hash)).await;
+        assert!(refused.is_err(), "{head}");
+    }
     assert_eq!(passwords.pool.blocks(), (0, 0));
 }
 
