@@ -45,6 +45,28 @@ fn what_the_guest_writes_is_in_the_file_and_nowhere_else() {
     );
 }
 
+#[rstest]
+#[case::one_after_the_other("1")]
+#[case::many_at_once("32")]
+fn load_on_a_disk_reaches_every_block_and_interrupts_at_most_once_each(#[case] depth: &str) {
+    let file = disk_file(2 * MIB);
+    let mut guest = Setup::new().disk(&file, |_| {}).boot();
+    let score = fields(&guest.ok(&format!("blk-bench 0 write seq {depth} 512")));
+    assert!(
+        contents(&file, 0, 2 * MIB)
+            .chunks(4096)
+            .all(|block| block.iter().any(|&byte| byte != 0))
+    );
+    assert_eq!(score["ops"], "512");
+    for count in ["interrupts", "kicks"] {
+        assert!((1..=512).contains(&score[count].parse::<u64>().unwrap()));
+    }
+    let polled = fields(&guest.ok(&format!("blk-bench 0 read random {depth} 512 4096 poll")));
+    assert_eq!(polled["interrupts"], "0", "nobody asked for one");
+    guest.ok("disk-write 0 0 65536 5");
+    guest.ok("disk-check 0 0 65536 5");
+}
+
 #[test]
 fn what_the_guest_reads_is_what_is_in_the_file() {
     let file = disk_file(4 * MIB);

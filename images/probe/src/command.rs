@@ -4,6 +4,7 @@ use core::fmt::{self, Write as _};
 
 use crate::acpi::Acpi;
 use crate::devices::Devices;
+use crate::disk_load::Load;
 use crate::pci::Bus;
 use crate::serial::{self, Line};
 use crate::stack::{self, Stack};
@@ -226,6 +227,7 @@ impl Probe {
                 (None, None) => Err(Refusal::NoDevice),
             },
             "misuse" => misuse::act(self, words, out),
+            "blk-bench" => self.load_disk(words, out),
             _ => self.disk(name, words, out),
         }
     }
@@ -280,6 +282,37 @@ impl Probe {
             "disk-flush" => disk.flush()?,
             _ => return Err(Refusal::Unknown),
         }
+        Ok(())
+    }
+
+    fn load_disk(&mut self, words: &mut Words, out: &mut Line) -> Outcome {
+        const USAGE: Refusal =
+            Refusal::Usage("DEV read|write seq|random DEPTH COUNT [SIZE [poll]]");
+        let index = words.number().ok_or(USAGE)?;
+        let mut choice = |no: &str, yes: &str| match words.word() {
+            Some(word) if word == no => Ok(false),
+            Some(word) if word == yes => Ok(true),
+            _ => Err(USAGE),
+        };
+        let (write, random) = (choice("read", "write")?, choice("seq", "random")?);
+        let (depth, count) = words.number().zip(words.number()).ok_or(USAGE)?;
+        let load = Load {
+            write,
+            random,
+            depth: u16::try_from(depth).map_err(|_| USAGE)?,
+            count,
+            size: words.number().unwrap_or(PAGE),
+            poll: words.word() == Some("poll"),
+        };
+        let disk = self.devices.disk(index as usize).ok_or(Refusal::NoDevice)?;
+        let score = disk.bear(&load)?;
+        let _ = write!(
+            out,
+            " ops={count} us={} interrupts={} kicks={}",
+            clock::us(score.tsc),
+            score.interrupts,
+            score.kicks
+        );
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use virtio_drivers::transport::Transport;
 use virtio_drivers::{Error, Result};
 
 use crate::memory;
+use crate::ring::RingMemory;
 use crate::virtio::{PciTransport, Queue};
 
 pub const SECTOR: u64 = 512;
@@ -12,12 +13,13 @@ pub const SECTOR: u64 = 512;
 const CHUNK: usize = 256 << 10;
 
 const FEATURE_RO: u64 = 1 << 5;
-const FEATURE_FLUSH: u64 = 1 << 9;
+pub const FEATURE_FLUSH: u64 = 1 << 9;
 const FEATURE_DISCARD: u64 = 1 << 13;
 const FEATURE_WRITE_ZEROES: u64 = 1 << 14;
+const FEATURES: u64 = FEATURE_RO | FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_WRITE_ZEROES;
 
-const READ: u32 = 0;
-const WRITE: u32 = 1;
+pub const READ: u32 = 0;
+pub const WRITE: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
 const DISCARD: u32 = 11;
@@ -30,6 +32,8 @@ pub struct Disk {
     /// Bytes.
     pub capacity: u64,
     buffer: &'static mut [u8],
+    /// Of the queue that bears load (disk_load.rs), once there was some.
+    pub(crate) load_ring: Option<RingMemory>,
 }
 
 impl Disk {
@@ -44,8 +48,7 @@ impl Disk {
     }
 
     fn with_buffer(mut transport: PciTransport, buffer: &'static mut [u8]) -> Result<Self> {
-        let features = transport
-            .negotiate(FEATURE_RO | FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_WRITE_ZEROES)?;
+        let features = transport.negotiate(FEATURES)?;
         let low = transport.config32(0).ok_or(Error::ConfigSpaceTooSmall)?;
         let high = transport.config32(4).ok_or(Error::ConfigSpaceTooSmall)?;
         let queue = Queue::new(&mut transport, 0)?;
@@ -57,7 +60,31 @@ impl Disk {
             features,
             capacity,
             buffer,
+            load_ring: None,
         })
+    }
+
+    /// The queue for single requests, on a device that was just reset.
+    pub(crate) fn set_up(&mut self) -> Result {
+        self.features = self.transport.negotiate(FEATURES)?;
+        self.queue = Queue::new(&mut self.transport, 0)?;
+        self.transport.finish_init();
+        Ok(())
+    }
+
+    pub(crate) fn buffer_address(&mut self) -> u64 {
+        self.buffer.as_mut_ptr() as u64
+    }
+
+    pub(crate) fn buffer_length(&self) -> u64 {
+        self.buffer.len() as u64
+    }
+
+    /// Fills the buffer with a pattern.
+    pub(crate) fn fill(&mut self, seed: u64) {
+        for (i, word) in self.buffer.chunks_exact_mut(8).enumerate() {
+            word.copy_from_slice(&pattern(seed, 8 * i as u64).to_le_bytes());
+        }
     }
 
     pub fn read_only(&self) -> bool {
@@ -187,7 +214,7 @@ impl Disk {
     }
 }
 
-fn header(kind: u32, sector: u64) -> [u8; 16] {
+pub fn header(kind: u32, sector: u64) -> [u8; 16] {
     let mut header = [0; 16];
     header[..4].copy_from_slice(&kind.to_le_bytes());
     header[8..].copy_from_slice(&sector.to_le_bytes());

@@ -32,6 +32,7 @@
 //! | `disk-write DEV OFF LEN SEED` | `ok disk-write us=` (pattern of SEED, then a flush) |
 //! | `disk-check DEV OFF LEN SEED` | `ok disk-check`, or `err disk-check at=` |
 //! | `disk-discard DEV OFF LEN`, `disk-zero DEV OFF LEN`, `disk-flush DEV` | `ok …` |
+//! | `blk-bench DEV read\|write seq\|random DEPTH COUNT [SIZE [poll]]` | `ok blk-bench ops= us= interrupts= kicks=`: so many requests (of 4096 bytes), DEPTH in flight |
 //! | `random N` | `ok random HEX…` from virtio-rng |
 //! | `touch MIB` | `ok touch mib= us=`: a write into every page of that much memory |
 //! | `balloon free MIB` | `ok balloon mib= us=`: reports that much of free memory, from its start, as free
@@ -62,11 +63,13 @@ mod command;
 mod cpu;
 mod devices;
 mod disk;
+mod disk_load;
 mod interrupts;
 mod memory;
 mod misuse;
 mod net;
 mod pci;
+mod ring;
 mod serial;
 mod smp;
 mod stack;

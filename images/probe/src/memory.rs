@@ -3,7 +3,7 @@
 
 use core::cell::UnsafeCell;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
@@ -241,6 +241,22 @@ pub fn scratch_page() -> u64 {
     SCRATCH.0.pages.get() as u64
 }
 
+/// Stretches of DMA pages that were given back: address, and in its low bits the number of pages.
+static FREED: [AtomicU64; 16] = [const { AtomicU64::new(0) }; 16];
+
+fn take_freed(pages: usize) -> Option<u64> {
+    let place = FREED.iter().find(|place| {
+        let free = place.load(Ordering::Acquire);
+        free != 0 && free % PAGE_SIZE as u64 == pages as u64
+    })?;
+    let address = place.swap(0, Ordering::AcqRel) & !(PAGE_SIZE as u64 - 1);
+    for word in (0..(pages * PAGE_SIZE) as u64).step_by(8) {
+        // SAFETY: a stretch of the pool that nobody has any more.
+        unsafe { ((address + word) as *mut u64).write_volatile(0) }
+    }
+    Some(address)
+}
+
 /// What `virtio-drivers` asks of its platform: here physical is virtual.
 pub struct ProbeHal;
 
@@ -248,7 +264,7 @@ pub struct ProbeHal;
 // identity, because all memory is mapped where it lies.
 unsafe impl Hal for ProbeHal {
     fn dma_alloc(pages: usize, _: BufferDirection) -> (PhysAddr, NonNull<u8>) {
-        match DMA.0.take(pages) {
+        match take_freed(pages).or_else(|| DMA.0.take(pages)) {
             Some(address) => (
                 address,
                 NonNull::new(address as *mut u8).unwrap_or(NonNull::dangling()),
@@ -258,7 +274,14 @@ unsafe impl Hal for ProbeHal {
         }
     }
 
-    unsafe fn dma_dealloc(_: PhysAddr, _: NonNull<u8>, _: usize) -> i32 {
+    unsafe fn dma_dealloc(address: PhysAddr, _: NonNull<u8>, pages: usize) -> i32 {
+        // Devices are reset before their queues are dropped. What finds no place is lost.
+        let free = address | pages as u64;
+        let _ = FREED.iter().any(|place| {
+            place
+                .compare_exchange(0, free, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
+        });
         0
     }
 

@@ -140,7 +140,12 @@ impl PciTransport {
         self
     }
 
-    fn reset(&mut self) {
+    /// The vector by which a queue interrupts.
+    pub fn vector_of(&self, queue: u16) -> u8 {
+        self.first_vector + queue as u8
+    }
+
+    pub fn reset(&mut self) {
         self.set_status(DeviceStatus::empty());
         let mut patience = 10_000;
         while self.get_status() != DeviceStatus::empty() && patience > 0 {
