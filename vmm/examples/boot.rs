@@ -1,8 +1,10 @@
 //! Boots a kernel with its serial line on standard output, for work on the VMM:
-//! `boot KERNEL|disk [--memory MIB] [--cpus N] [--initrd FILE] [--disk FILE]... [--append TEXT]`.
+//! `boot KERNEL|disk [--memory MIB] [--cpus N] [--initrd FILE] [--disk FILE]... [--direct-disk FILE]...
+//! [--append TEXT]`. A direct disk's file is opened O_DIRECT.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -45,14 +47,16 @@ fn main() -> anyhow::Result<()> {
             "--cpus" => config.cpus.count = value.parse()?,
             "--initrd" => files.initrd = Some(File::open(value)?),
             "--append" => config.command_line = value,
-            "--disk" => {
-                files
-                    .disks
-                    .push(OpenOptions::new().read(true).write(true).open(value)?);
+            "--disk" | "--direct-disk" => {
+                let direct = option == "--direct-disk";
+                let mut options = OpenOptions::new();
+                options.read(true).write(true);
+                options.custom_flags(if direct { libc::O_DIRECT } else { 0 });
+                files.disks.push(options.open(value)?);
                 config.disks.push(DiskConfig {
                     read_only: false,
                     serial_number: format!("disk{}", files.disks.len()),
-                    direct: false,
+                    direct,
                     limit: None,
                     queues: 1,
                 });

@@ -10,7 +10,8 @@
 //!   "user": 1899999 }
 //! ```
 //! `machine` is a [`MachineConfig`] (its `disks` and `nets` may be left out: one writable disk is
-//! assumed for each path, and a device of one queue for each tap). The serial line is standard input and output. The machine runs in a process of its own,
+//! assumed for each path, and a device of one queue for each tap); the file of a disk that is `direct`
+//! is opened so. The serial line is standard input and output. The machine runs in a process of its own,
 //! started and jailed exactly as the agent does it, and ends when this one does; with `--no-jail` it runs in this very process,
 //! without jail and seccomp. A tap is made if it is not there; `--tap` adds one to those of FILE. The exit status is 0 when the guest powered off or was stopped, else 1
 //! with the reason on standard error.
@@ -18,6 +19,7 @@
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread::JoinHandle;
@@ -143,23 +145,29 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
         user,
     } = by_hand;
     let (mut roles, mut files) = (Vec::new(), Vec::<OwnedFd>::new());
-    let mut add = |role, path: &PathBuf, writable| {
-        let file = File::options().read(true).write(writable).open(path);
+    let mut add = |role, path: &PathBuf, writable, flags| {
+        let file = File::options()
+            .read(true)
+            .write(writable)
+            .custom_flags(flags)
+            .open(path);
         roles.push(role);
         files.push(file.map_err(|e| named(path.display(), &e))?.into());
         Ok::<(), VmError>(())
     };
-    add(FileRole::Kvm, &PathBuf::from("/dev/kvm"), true)?;
+    add(FileRole::Kvm, &PathBuf::from("/dev/kvm"), true, 0)?;
     if let Some(kernel) = &kernel {
-        add(FileRole::Kernel, kernel, false)?;
+        add(FileRole::Kernel, kernel, false, 0)?;
     }
     if let Some(initrd) = &initrd {
-        add(FileRole::Initrd, initrd, false)?;
+        add(FileRole::Initrd, initrd, false, 0)?;
     }
     let mut largest = config.memory.bytes;
     let assumed = config.disks.is_empty();
-    for disk in &disks {
-        add(FileRole::Disk, disk, true)?;
+    for (index, disk) in disks.iter().enumerate() {
+        let direct = config.disks.get(index).is_some_and(|disk| disk.direct);
+        let flags = if direct { libc::O_DIRECT } else { 0 };
+        add(FileRole::Disk, disk, true, flags)?;
         largest = largest.max(std::fs::metadata(disk).map_or(0, |disk| disk.len()));
         if assumed {
             config.disks.push(DiskConfig {

@@ -5,6 +5,7 @@
 
 mod api;
 mod cloud;
+mod disk;
 mod figure;
 mod interrupt;
 mod process;
@@ -35,6 +36,11 @@ const BENCHES: &[Bench] = &[
         name: "vmm-memory",
         about: "PSS of a machine's process beyond guest memory, 256 MiB, probe booted",
         run: vmm::memory,
+    },
+    Bench {
+        name: "disk",
+        about: "4 KiB reads and writes of a raw file, direct and cached, beside QEMU's virtio-blk-pci",
+        run: disk::requests,
     },
     Bench {
         name: "api-memory",

@@ -1,9 +1,9 @@
 //! Processes under measurement: started, watched on their standard output, ended.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -14,20 +14,34 @@ use crate::interrupt;
 
 /// Nothing measured here takes nearly as long; beyond it something hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// But the firmware of a peer, and much I/O on a busy machine.
+const LONG_PATIENCE: Duration = Duration::from_secs(180);
 
 /// A child, and the machine that it may have put into a process of its own. Both are gone when it has
 /// been dropped.
 pub struct Running {
     child: Child,
+    input: Option<ChildStdin>,
     output: ChildStdout,
     began: Instant,
+    /// Nothing is waited for longer.
+    by: Instant,
 }
 
 impl Running {
     /// Starts `command` with its standard output in a pipe. The clock starts before the fork.
     pub fn start(command: &mut Command) -> anyhow::Result<Self> {
+        Self::start_with(command, Stdio::null(), PATIENCE)
+    }
+
+    /// Starts a guest that [`Running::ask`] is to talk to.
+    pub fn start_talking(command: &mut Command) -> anyhow::Result<Self> {
+        Self::start_with(command, Stdio::piped(), LONG_PATIENCE)
+    }
+
+    fn start_with(command: &mut Command, input: Stdio, patience: Duration) -> anyhow::Result<Self> {
         command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::null());
         let began = Instant::now();
@@ -36,10 +50,32 @@ impl Running {
             .with_context(|| format!("start {:?}", command.get_program()))?;
         let output = child.stdout.take().context("a pipe was asked for")?;
         Ok(Self {
+            input: child.stdin.take(),
             child,
             output,
             began,
+            by: began + patience,
         })
+    }
+
+    /// Has the probe carry out a command: its answer without the `ok`.
+    pub fn ask(&mut self, command: &str) -> anyhow::Result<String> {
+        let input = self.input.as_mut().context("it does not listen")?;
+        writeln!(input, "{command}").context("say something to the guest")?;
+        self.by = Instant::now() + LONG_PATIENCE;
+        let mut text = String::new();
+        loop {
+            text.push_str(&String::from_utf8_lossy(&self.read_some()?));
+            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            for line in whole.lines() {
+                if let Some(answer) = line.strip_prefix("ok ") {
+                    return Ok(answer.trim_end().to_owned());
+                }
+                if line.starts_with("err ") {
+                    bail!("{command}: the guest says: {line}");
+                }
+            }
+        }
     }
 
     /// Time from the start to the first byte of output.
@@ -74,14 +110,14 @@ impl Running {
     }
 
     fn read_some(&mut self) -> anyhow::Result<Vec<u8>> {
-        let left = PATIENCE.saturating_sub(self.began.elapsed());
+        let left = self.by.saturating_duration_since(Instant::now());
         let bell = interrupt::bell().context("signals are not listened to")?;
         let mut fds = [
             PollFd::new(&self.output, PollFlags::IN),
             PollFd::from_borrowed_fd(bell, PollFlags::IN),
         ];
         if ready(&mut fds, left)? == 0 {
-            bail!("nothing came within {PATIENCE:?}");
+            bail!("nothing came within {:?}", self.began.elapsed());
         }
         if !fds[1].revents().is_empty() {
             return Err(interrupt::error());
