@@ -124,6 +124,11 @@ impl Buffer {
         }
     }
 
+    /// Adds the pieces of another, which whoever holds this one keeps alive.
+    pub(super) fn borrow(&mut self, other: &Buffer) {
+        self.pieces.extend_from_slice(other.pieces());
+    }
+
     /// What is still to be transferred.
     pub(super) fn pieces(&self) -> &[libc::iovec] {
         &self.pieces[self.first..]

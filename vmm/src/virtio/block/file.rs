@@ -80,6 +80,11 @@ impl DiskFile {
         self.geometry
     }
 
+    /// Whether it is read and written past the host's cache.
+    pub(super) fn direct(&self) -> bool {
+        self.direct
+    }
+
     /// Lets go of the host's cache of it (which O_DIRECT does not fill).
     pub(super) fn drop_cache(&self) {
         if !self.direct {
@@ -136,6 +141,33 @@ pub(super) fn execute(disk: &DiskFile, io: &mut Io) -> Result<(), Errno> {
             io.buffer = Buffer::zeroes(length).ok_or(Errno::OPNOTSUPP)?;
             transfer(disk, io, offset)
         }
+    }
+}
+
+/// What came of a write that may not wait.
+pub(super) enum AtOnce {
+    /// So many bytes, of which the buffer takes note; perhaps none.
+    Wrote(u64),
+    /// This file system has no such writes to its cache.
+    Never,
+}
+
+/// Writes as much as goes without waiting for anything.
+pub(super) fn write_at_once(disk: &DiskFile, io: &mut Io) -> AtOnce {
+    let pieces = io.buffer.pieces();
+    let (fd, start, count) = (disk.file.as_raw_fd(), pieces.as_ptr(), pieces.len() as i32);
+    // SAFETY: as in `transfer`.
+    let result = unsafe { libc::pwritev2(fd, start, count, io.offset as i64, libc::RWF_NOWAIT) };
+    match u64::try_from(result) {
+        Ok(done) => {
+            io.buffer.advance(done);
+            AtOnce::Wrote(done)
+        }
+        Err(_) => match Errno::from_io_error(&io::Error::last_os_error()) {
+            // The kernel or the file system does not know it.
+            Some(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => AtOnce::Never,
+            _ => AtOnce::Wrote(0),
+        },
     }
 }
 

@@ -104,20 +104,19 @@ impl Stack {
 
     /// Hands out what is done and has passed all filters on its way up.
     pub fn reap(&mut self, done: &mut Vec<Completion>) {
+        if self.filters.is_empty() {
+            return self.backend.reap(done);
+        }
         let mut below = Vec::new();
-        self.backend.reap(&mut below);
-        for completion in below {
-            let mut rising = Some(completion);
-            for index in (0..self.filters.len()).rev() {
-                let Some(completion) = rising else { break };
-                let (upper, lower) = self.filters.split_at_mut(index + 1);
-                let mut under = Below {
-                    filters: lower,
-                    backend: self.backend.as_mut(),
-                };
-                rising = upper[index].complete(completion, &mut under);
+        loop {
+            // Again: what a filter sends down may be done at once, and nobody would hear of it.
+            self.backend.reap(&mut below);
+            if below.is_empty() {
+                return;
             }
-            done.extend(rising);
+            for completion in below.drain(..) {
+                done.extend(rise(completion, &mut self.filters, self.backend.as_mut()));
+            }
         }
     }
 
@@ -150,6 +149,20 @@ impl Stack {
             visit(upper[index].as_mut(), &mut below);
         }
     }
+}
+
+/// Takes a completion up through all filters, as far as they let it.
+fn rise(
+    completion: Completion,
+    filters: &mut [Box<dyn BlockFilter>],
+    backend: &mut dyn DiskBackend,
+) -> Option<Completion> {
+    let mut rising = completion;
+    for index in (0..filters.len()).rev() {
+        let (upper, filters) = filters.split_at_mut(index + 1);
+        rising = upper[index].complete(rising, &mut Below { filters, backend })?;
+    }
+    Some(rising)
 }
 
 /// Holds I/O back so that bytes and operations a second stay within bounds, in order.

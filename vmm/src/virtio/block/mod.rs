@@ -14,9 +14,9 @@ mod uring;
 mod worker;
 
 use std::fs::File;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -43,6 +43,10 @@ const QUEUE_SIZE: u16 = 256;
 const STATE_VERSION: u32 = 1;
 /// How long a snapshot waits for the disk to become durable.
 const SETTLE_WAIT: Duration = Duration::from_secs(30);
+/// How much later than its deadline the thread may answer.
+const GRACE: Duration = Duration::from_millis(250);
+/// How long the end of a disk waits for its thread, which hanging storage may hold for ever.
+const END_WAIT: Duration = Duration::from_secs(4);
 
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
@@ -73,6 +77,8 @@ pub struct Block {
     commands: Sender<Command>,
     control: EventFd,
     thread: Option<JoinHandle<()>>,
+    /// Hangs up when the thread has ended.
+    ended: Mutex<Receiver<()>>,
 }
 
 impl Block {
@@ -126,6 +132,7 @@ impl Block {
             stack.insert(Box::new(Limit::new(limit, Instant::now())));
         }
         let (commands, receiver) = channel();
+        let (ending, ended) = channel::<()>();
         let control = EventFd::new().map_err(failed)?;
         let writeback = Arc::new(AtomicBool::new(true));
         let (heard, shared) = (control.try_clone().map_err(failed)?, Arc::clone(&writeback));
@@ -138,7 +145,12 @@ impl Block {
         )
         .map_err(|error| failed(error.into()))?;
         let thread = threads
-            .spawn(ThreadKind::Block, id, move || worker, Worker::run)
+            .spawn(
+                ThreadKind::Block,
+                id,
+                move || (worker, ending),
+                |(worker, _ending)| worker.run(),
+            )
             .map_err(failed)?;
         Ok(Self {
             id: id.to_owned(),
@@ -148,6 +160,7 @@ impl Block {
             commands,
             control,
             thread: Some(thread),
+            ended: Mutex::new(ended),
         })
     }
 
@@ -184,7 +197,8 @@ impl Block {
         within: Duration,
         make: impl FnOnce(SyncSender<Option<T>>) -> AtRest,
     ) -> Result<T, DeviceError> {
-        let (reply, answer) = sync_channel(1);
+        // No room in between: an answer that nobody waits for any more comes back to the thread.
+        let (reply, answer) = sync_channel(0);
         let deadline = Instant::now() + within;
         self.send(
             Command::AtRest {
@@ -193,9 +207,10 @@ impl Block {
             },
             action,
         )?;
-        match answer.recv() {
+        // The thread gives up in time, unless the storage holds it in a system call.
+        match answer.recv_timeout(within + GRACE) {
             Ok(Some(value)) => Ok(value),
-            Ok(None) => {
+            Ok(None) | Err(RecvTimeoutError::Timeout) => {
                 let detail = format!("I/O was still in flight after {within:?}");
                 Err(DeviceError::new(&self.id, action, detail))
             }
@@ -309,7 +324,9 @@ impl VirtioDevice for Block {
 impl Drop for Block {
     fn drop(&mut self) {
         let _ = self.send(Command::Stop, "stop");
-        if let Some(thread) = self.thread.take() {
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let ended = ended.recv_timeout(END_WAIT);
+        if let (Some(thread), Err(RecvTimeoutError::Disconnected)) = (self.thread.take(), ended) {
             let _ = thread.join();
         }
     }

@@ -3,7 +3,12 @@
 //! A ring obeys no seccomp filter, so it is made here before its thread is locked down: disabled, its
 //! one file registered, restricted to reading, writing, syncing and allocating in that file, then
 //! enabled. Guest memory is not registered (that would touch all of it).
+//!
+//! Reads and writes of a batch that follow each other on the disk go to the kernel as one. Writes to
+//! the host's cache are made right here where the file system cannot make them without waiting (ext4):
+//! the ring would hand each of them to a thread of the kernel, one after the other, for a copy of 4 KiB.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -15,8 +20,8 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::backend::{Completion, DiskBackend, Geometry, Io, Operation};
-use super::buffer::Buffer;
-use super::file::{DiskFile, zero_modes};
+use super::buffer::{Buffer, PIECES_MAX};
+use super::file::{AtOnce, DiskFile, execute, write_at_once, zero_modes};
 
 /// Submission entries of a ring; twice as many may be in flight.
 const ENTRIES: u32 = 128;
@@ -26,6 +31,8 @@ const IN_FLIGHT_MAX: usize = 2 * ENTRIES as usize;
 /// How long to wait at the end for I/O that is still in flight.
 const LAST_WAIT: Duration = Duration::from_secs(2);
 const DISK: Fixed = Fixed(0);
+/// The most bytes that are joined into one entry: what disks take at once.
+const JOINED_MAX: u64 = 512 << 10;
 
 /// A disk's file behind a ring.
 pub struct Uring {
@@ -34,12 +41,32 @@ pub struct Uring {
     slots: Vec<Option<Slot>>,
     free: Vec<u32>,
     /// I/O that is to be given to the ring (again): it did not fit, or it did only a part.
-    waiting: Vec<u32>,
+    waiting: VecDeque<u32>,
+    /// I/O that failed together with others and is to be tried by itself.
+    apart: VecDeque<Io>,
+    /// Done without the ring.
+    ready: Vec<Completion>,
+    cached_writes: CachedWrites,
     unsubmitted: bool,
+}
+
+/// How writes to the host's cache are made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum CachedWrites {
+    /// The first one tells.
+    Unknown,
+    ByRing,
+    Here,
 }
 
 struct Slot {
     io: Io,
+    /// What follows it on the disk and goes with it.
+    followers: Vec<Io>,
+    /// The pieces of all of them, if there are followers; the memory is theirs.
+    joined: Option<Buffer>,
+    /// Not to be joined with others: it was, and failed.
+    apart: bool,
     /// Bytes that are transferred.
     done: u64,
     /// How many ways of making zeroes have failed.
@@ -83,7 +110,10 @@ impl Uring {
             disk,
             slots: (0..IN_FLIGHT_MAX).map(|_| None).collect(),
             free: (0..IN_FLIGHT_MAX as u32).rev().collect(),
-            waiting: Vec::new(),
+            waiting: VecDeque::new(),
+            apart: VecDeque::new(),
+            ready: Vec::new(),
+            cached_writes: CachedWrites::Unknown,
             unsubmitted: false,
         })
     }
@@ -94,9 +124,16 @@ impl Uring {
 
     /// Gives what waits to the ring, as far as it has room.
     fn push_waiting(&mut self) {
-        while let Some(&index) = self.waiting.last() {
+        while let Some(io) = self.apart.pop_front() {
+            if let Err(io) = self.place(io, true, 0) {
+                self.apart.push_front(io);
+                break;
+            }
+        }
+        while let Some(&index) = self.waiting.front() {
+            self.join(index);
             let Some(Some(slot)) = self.slots.get(index as usize) else {
-                self.waiting.pop();
+                self.waiting.pop_front();
                 continue;
             };
             let entry = entry(slot).user_data(index.into());
@@ -105,9 +142,76 @@ impl Uring {
             if unsafe { self.ring.submission().push(&entry) }.is_err() {
                 return;
             }
-            self.waiting.pop();
+            self.waiting.pop_front();
             self.unsubmitted = true;
         }
+    }
+
+    /// Joins what waits behind the first that waits, as far as it goes on where that ends.
+    fn join(&mut self, first: u32) {
+        let slot_at = |slots: &mut Vec<Option<Slot>>, index: u32| {
+            slots.get_mut(index as usize).and_then(Option::take)
+        };
+        let Some(mut slot) = slot_at(&mut self.slots, first) else {
+            return;
+        };
+        while let Some(&next) = self.waiting.get(1) {
+            let Some(follower) = slot_at(&mut self.slots, next) else {
+                break;
+            };
+            match slot.append(follower) {
+                Ok(()) => {
+                    self.waiting.remove(1);
+                    self.free.push(next);
+                }
+                Err(follower) => {
+                    self.slots[next as usize] = Some(follower);
+                    break;
+                }
+            }
+        }
+        self.slots[first as usize] = Some(slot);
+    }
+
+    /// Gives it a slot and has it wait for the ring; back if there is none.
+    fn place(&mut self, io: Io, apart: bool, done: u64) -> Result<(), Io> {
+        let Some(index) = self.free.pop() else {
+            return Err(io);
+        };
+        self.slots[index as usize] = Some(Slot {
+            io,
+            followers: Vec::new(),
+            joined: None,
+            apart,
+            done,
+            attempts: 0,
+        });
+        self.waiting.push_back(index);
+        Ok(())
+    }
+
+    /// Writes to the host's cache; back, with what is left, if the ring is to do it.
+    fn write_here(&mut self, mut io: Io) -> Result<(), (Io, u64)> {
+        if self.cached_writes == CachedWrites::Unknown {
+            let (policy, done) = match write_at_once(&self.disk, &mut io) {
+                AtOnce::Wrote(done) => (CachedWrites::ByRing, done),
+                AtOnce::Never => (CachedWrites::Here, 0),
+            };
+            self.cached_writes = policy;
+            if done == io.length {
+                self.ready.push(Completion { io, result: Ok(()) });
+                return Ok(());
+            }
+            if policy == CachedWrites::ByRing {
+                return Err((io, done));
+            }
+        }
+        if self.cached_writes == CachedWrites::ByRing {
+            return Err((io, 0));
+        }
+        let result = execute(&self.disk, &mut io);
+        self.ready.push(Completion { io, result });
+        Ok(())
     }
 
     fn enter(&mut self) {
@@ -127,8 +231,10 @@ impl Uring {
     }
 
     /// What became of an entry: done for good, or to be given to the ring again.
-    fn finish(&mut self, index: u32, result: i32) -> Option<Completion> {
-        let slot = self.slots.get_mut(index as usize)?.as_mut()?;
+    fn finish(&mut self, index: u32, result: i32, done: &mut Vec<Completion>) {
+        let Some(Some(slot)) = self.slots.get_mut(index as usize) else {
+            return;
+        };
         let outcome = match (slot.io.operation, result) {
             (_, result) if result == -libc::EAGAIN || result == -libc::EINTR => None,
             (Operation::WriteZeroes { .. }, result) if result == -libc::EOPNOTSUPP => {
@@ -136,7 +242,7 @@ impl Uring {
                 if slot.attempts == zero_modes(false).len() {
                     match Buffer::zeroes(slot.io.length) {
                         Some(zeroes) => slot.io.buffer = zeroes,
-                        None => return self.complete(index, Err(Errno::OPNOTSUPP)),
+                        None => return self.complete(index, Err(Errno::OPNOTSUPP), done),
                     }
                 }
                 None
@@ -147,30 +253,61 @@ impl Uring {
             (_, 0) => Some(Err(Errno::IO)),
             (_, result) => {
                 slot.done += result as u64;
-                slot.io.buffer.advance(result as u64);
-                slot.io.buffer.pieces().is_empty().then_some(Ok(()))
+                let buffer = slot.joined.as_mut().unwrap_or(&mut slot.io.buffer);
+                buffer.advance(result as u64);
+                buffer.pieces().is_empty().then_some(Ok(()))
             }
         };
         match outcome {
-            Some(result) => self.complete(index, result),
-            None => {
-                self.waiting.push(index);
-                None
-            }
+            Some(result) => self.complete(index, result, done),
+            None => self.waiting.push_back(index),
         }
     }
 
-    fn complete(&mut self, index: u32, result: Result<(), Errno>) -> Option<Completion> {
-        let slot = self.slots.get_mut(index as usize)?.take()?;
+    fn complete(&mut self, index: u32, result: Result<(), Errno>, done: &mut Vec<Completion>) {
+        let Some(slot) = self.slots.get_mut(index as usize).and_then(Option::take) else {
+            return;
+        };
         self.free.push(index);
-        Some(Completion {
-            io: slot.io,
-            result,
-        })
+        let all = std::iter::once(slot.io).chain(slot.followers);
+        if result.is_err() && slot.joined.is_some() {
+            // Which of them it was only shows one by one. Their own buffers are as they were.
+            self.apart.extend(all);
+        } else {
+            done.extend(all.map(|io| Completion { io, result }));
+        }
     }
 }
 
 impl Slot {
+    /// Bytes of all that goes together.
+    fn length(&self) -> u64 {
+        let followers: u64 = self.followers.iter().map(|io| io.length).sum();
+        self.io.length + followers
+    }
+
+    /// Takes what goes on where this ends; back if it does not, or may not be joined.
+    fn append(&mut self, next: Slot) -> Result<(), Slot> {
+        let untouched = |slot: &Slot| !slot.apart && slot.done == 0 && slot.io.length > 0;
+        let alike = matches!(self.io.operation, Operation::Read | Operation::Write)
+            && next.io.operation == self.io.operation
+            && next.joined.is_none()
+            && next.io.offset == self.io.offset + self.length();
+        let ours = self.joined.as_ref().unwrap_or(&self.io.buffer);
+        let pieces = ours.pieces().len() + next.io.buffer.pieces().len();
+        let small = self.length() + next.io.length <= JOINED_MAX && pieces <= PIECES_MAX;
+        if !(alike && small && untouched(self) && untouched(&next)) {
+            return Err(next);
+        }
+        let joined = self.joined.get_or_insert_with(Buffer::none);
+        if self.followers.is_empty() {
+            joined.borrow(&self.io.buffer);
+        }
+        joined.borrow(&next.io.buffer);
+        self.followers.push(next.io);
+        Ok(())
+    }
+
     /// Whether it moves bytes of a buffer.
     fn transfers(&self) -> bool {
         match self.io.operation {
@@ -184,7 +321,7 @@ impl Slot {
 fn entry(slot: &Slot) -> Entry {
     let io = &slot.io;
     let offset = io.offset + slot.done;
-    let pieces = io.buffer.pieces();
+    let pieces = slot.joined.as_ref().unwrap_or(&io.buffer).pieces();
     let entry = match (io.operation, pieces) {
         (Operation::Read, [one]) => {
             opcode::Read::new(DISK, one.iov_base.cast(), one.iov_len as u32)
@@ -230,23 +367,23 @@ impl DiskBackend for Uring {
     }
 
     fn submit(&mut self, io: Io) -> Result<(), Io> {
-        let Some(index) = self.free.pop() else {
+        if self.free.is_empty() {
             return Err(io);
-        };
-        self.slots[index as usize] = Some(Slot {
-            io,
-            done: 0,
-            attempts: 0,
-        });
-        self.waiting.push(index);
-        Ok(())
+        }
+        if io.operation != Operation::Write || self.disk.direct() {
+            return self.place(io, false, 0);
+        }
+        match self.write_here(io) {
+            Ok(()) => Ok(()),
+            Err((io, done)) => self.place(io, false, done),
+        }
     }
 
     fn commit(&mut self) {
         loop {
             self.push_waiting();
             self.enter();
-            // Either all is in, or the ring is full and a completion will bring us back.
+            // Either all is in, or there is no room and a completion will bring us back.
             if self.waiting.is_empty() || self.unsubmitted {
                 return;
             }
@@ -254,15 +391,13 @@ impl DiskBackend for Uring {
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        let results: Vec<_> = self
-            .ring
-            .completion()
-            .map(|entry| (entry.user_data(), entry.result()))
-            .collect();
-        for (index, result) in results {
-            done.extend(self.finish(index as u32, result));
+        done.append(&mut self.ready);
+        loop {
+            let entry = self.ring.completion().next();
+            let Some(entry) = entry else { break };
+            self.finish(entry.user_data() as u32, entry.result(), done);
         }
-        if !self.waiting.is_empty() {
+        if !(self.waiting.is_empty() && self.apart.is_empty()) {
             self.commit();
         }
     }
@@ -298,3 +433,6 @@ impl Drop for Uring {
         self.slots.drain(..).flatten().for_each(std::mem::forget);
     }
 }
+
+#[cfg(test)]
+mod tests;

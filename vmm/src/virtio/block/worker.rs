@@ -7,7 +7,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::mpsc::{Receiver, SendError, SyncSender};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
@@ -141,7 +141,10 @@ impl Worker {
         let mut done = Vec::new();
         let mut events: Vec<epoll::Event> = Vec::with_capacity(32);
         loop {
-            self.control.take();
+            let told = |event: &epoll::Event| event.data.u64() == CONTROL;
+            if events.drain(..).any(|event| told(&event)) {
+                self.control.take();
+            }
             while let Ok(command) = self.commands.try_recv() {
                 if matches!(command, Command::Stop) {
                     return;
@@ -168,14 +171,7 @@ impl Worker {
                 queues,
                 write_through,
             } => {
-                for (index, queue) in queues.iter().enumerate() {
-                    let (data, flags) = (EventData::new_u64(index as u64), EventFlags::IN);
-                    // Edge-triggered: each kick wakes once, and the count need not be read.
-                    let added = epoll::add(&self.epoll, queue.kick(), data, flags | EventFlags::ET);
-                    if let Err(error) = added {
-                        tracing::error!(%error, "a disk cannot hear its queue");
-                    }
-                }
+                self.watch(&queues);
                 self.queues = queues;
                 self.write_through = write_through;
                 self.failed = false;
@@ -186,6 +182,17 @@ impl Worker {
                 self.resting = Some((deadline, action));
             }
             Command::Stop => {}
+        }
+    }
+
+    fn watch(&self, queues: &[Virtqueue]) {
+        for (index, queue) in queues.iter().enumerate() {
+            let (data, flags) = (EventData::new_u64(index as u64), EventFlags::IN);
+            // Edge-triggered: each kick wakes once, and the count need not be read.
+            let added = epoll::add(&self.epoll, queue.kick(), data, flags | EventFlags::ET);
+            if let Err(error) = added {
+                tracing::error!(%error, "a disk cannot hear its queue");
+            }
         }
     }
 
@@ -455,7 +462,13 @@ impl Worker {
                 for queue in &self.queues {
                     let _ = epoll::delete(&self.epoll, queue.kick());
                 }
-                let _ = reply.send(Some(std::mem::take(&mut self.queues)));
+                if let Err(SendError(Some(queues))) =
+                    reply.send(Some(std::mem::take(&mut self.queues)))
+                {
+                    // Whoever asked has given up: the device works on.
+                    self.watch(&queues);
+                    self.queues = queues;
+                }
             }
             AtRest::Insert(filter, reply) => {
                 self.stack.insert(filter);
@@ -525,7 +538,6 @@ impl Worker {
                 tv_nsec: i64::from(rest.subsec_nanos()),
             }
         });
-        events.clear();
         let buffer = rustix::buffer::spare_capacity(events);
         // EINTR is how io_uring says that it has something; all sources are looked at anyway.
         let _ = epoll::wait(&self.epoll, buffer, timeout.as_ref());

@@ -1,0 +1,104 @@
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use super::*;
+use crate::virtio::block::buffer::Buffer;
+
+const BLOCK: u64 = 4096;
+
+fn disk(blocks: u64) -> (File, Uring) {
+    let file = tempfile::tempfile().unwrap();
+    for number in 0..blocks {
+        file.write_all_at(&[number as u8 + 1; BLOCK as usize], number * BLOCK)
+            .unwrap();
+    }
+    let disk = DiskFile::new(file.try_clone().unwrap(), false).unwrap();
+    (file, Uring::new(disk).unwrap())
+}
+
+fn io(tag: u32, operation: Operation, block: u64, fill: u8) -> Io {
+    let mut buffer = Buffer::bounce(BLOCK as usize, BLOCK as usize).unwrap();
+    buffer.bounced().unwrap().fill(fill);
+    Io {
+        tag,
+        operation,
+        offset: block * BLOCK,
+        length: BLOCK,
+        buffer,
+    }
+}
+
+/// All of them, in the order of their tags.
+fn finish(ring: &mut Uring, count: usize) -> Vec<Completion> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut done = Vec::new();
+    ring.commit();
+    while done.len() < count {
+        assert!(Instant::now() < deadline, "{} of {count}", done.len());
+        ring.reap(&mut done);
+        std::thread::yield_now();
+    }
+    done.sort_by_key(|completion| completion.io.tag);
+    done
+}
+
+#[test]
+fn what_follows_each_other_goes_as_one_and_each_gets_its_own() {
+    let (_file, mut ring) = disk(16);
+    for (tag, block) in [4, 5, 6, 9, 10, 2].into_iter().enumerate() {
+        ring.submit(io(tag as u32, Operation::Read, block, 0))
+            .unwrap();
+    }
+    ring.push_waiting();
+    assert_eq!(ring.in_flight(), 3, "4 to 6, 9 and 10, and 2");
+    let done = finish(&mut ring, 6);
+    for (mut completion, block) in done.into_iter().zip([4u8, 5, 6, 9, 10, 2]) {
+        completion.result.unwrap();
+        let bytes = completion.io.buffer.bounced().unwrap();
+        assert!(bytes.iter().all(|&byte| byte == block + 1), "block {block}");
+    }
+    assert_eq!(ring.in_flight(), 0);
+}
+
+#[test]
+fn of_those_that_went_as_one_only_the_bad_one_fails() {
+    let (file, mut ring) = disk(8);
+    // The disk shrinks under us: its last block is gone.
+    file.set_len(7 * BLOCK).unwrap();
+    for tag in 0..3 {
+        ring.submit(io(tag, Operation::Read, 5 + u64::from(tag), 0))
+            .unwrap();
+    }
+    let results: Vec<_> = finish(&mut ring, 3)
+        .into_iter()
+        .map(|completion| completion.result)
+        .collect();
+    assert_eq!(results, [Ok(()), Ok(()), Err(Errno::IO)]);
+}
+
+#[test]
+fn writes_to_the_cache_are_in_the_file_whichever_way_they_go() {
+    let (file, mut ring) = disk(8);
+    for policy in [
+        CachedWrites::Unknown,
+        CachedWrites::ByRing,
+        CachedWrites::Here,
+    ] {
+        ring.cached_writes = policy;
+        let fill = 0x40 + policy as u8;
+        for tag in 0..3 {
+            ring.submit(io(tag, Operation::Write, 2 + u64::from(tag), fill))
+                .unwrap();
+        }
+        for completion in finish(&mut ring, 3) {
+            completion.result.unwrap();
+        }
+        let mut bytes = [0; 5 * BLOCK as usize];
+        file.read_exact_at(&mut bytes, BLOCK).unwrap();
+        let (before, rest) = bytes.split_at(BLOCK as usize);
+        let (written, after) = rest.split_at(3 * BLOCK as usize);
+        assert!(before.iter().all(|&byte| byte == 2));
+        assert!(written.iter().all(|&byte| byte == fill));
+        assert!(after.iter().all(|&byte| byte == 6));
+    }
+}
