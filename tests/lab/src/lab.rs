@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use fractus_tests::harness::program;
+use fractus_tests::harness::{Guardian, program};
 
 use crate::controller::Controller;
 use crate::host::{Host, Start};
@@ -35,7 +35,8 @@ pub struct Lab {
     image: HostImage,
     segment: Segment,
     options: Options,
-    _temporary: Option<tempfile::TempDir>,
+    // Last: hosts and controller are ended before it removes what they used.
+    _guardian: Option<Guardian>,
 }
 
 impl Lab {
@@ -55,14 +56,16 @@ impl Lab {
     /// Starts the controller alone.
     pub async fn empty(options: Options) -> Result<Self> {
         let segment = Segment::enter()?;
-        let temporary = match &options.folder {
-            Some(_) => None,
-            None => Some(tempfile::Builder::new().prefix("fractus-lab-").tempdir()?),
-        };
-        let folder = match (&options.folder, &temporary) {
-            (Some(folder), _) => folder.clone(),
-            (None, Some(temporary)) => temporary.path().to_path_buf(),
-            (None, None) => PathBuf::new(),
+        // The guardian removes the folder also when this process is killed; it has no machines to end,
+        // which are inside of the hosts.
+        let (folder, guardian) = match &options.folder {
+            Some(folder) => (folder.clone(), None),
+            None => {
+                let folder = tempfile::Builder::new().prefix("fractus-lab-").tempdir()?;
+                let folder = folder.keep();
+                let guardian = Guardian::start(&(0..0), &folder)?;
+                (folder, Some(guardian))
+            }
         };
         std::fs::create_dir_all(&folder)?;
         let controller =
@@ -74,7 +77,7 @@ impl Lab {
             image: HostImage::make()?,
             segment,
             options,
-            _temporary: temporary,
+            _guardian: guardian,
         })
     }
 
