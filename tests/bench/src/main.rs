@@ -8,6 +8,7 @@ mod cloud;
 mod disk;
 mod figure;
 mod interrupt;
+mod net;
 mod process;
 mod vmm;
 
@@ -41,6 +42,11 @@ const BENCHES: &[Bench] = &[
         name: "disk",
         about: "4 KiB reads and writes of a raw file, direct and cached, beside QEMU's virtio-blk-pci",
         run: disk::requests,
+    },
+    Bench {
+        name: "net",
+        about: "probe's UDP echo of 64 bytes and TCP bulk of 64 MiB, each way, over a tap",
+        run: net::run,
     },
     Bench {
         name: "api-memory",
