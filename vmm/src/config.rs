@@ -42,6 +42,10 @@ pub struct MachineConfig {
     /// In the order of `MachineFiles::disks`.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// How many disks more than these may come while the machine runs, at a time: threads are made for
+    /// them at the start.
+    #[serde(default)]
+    pub hot_disks: u8,
     /// Ports of one virtio-console, in the order of `MachineFiles::console_ports`; none: no device.
     #[serde(default)]
     pub console_ports: Vec<ConsolePortConfig>,
@@ -348,6 +352,7 @@ impl MachineConfig {
             boot: BootSource::Files,
             command_line: String::new(),
             disks: Vec::new(),
+            hot_disks: 0,
             console_ports: Vec::new(),
             rng: None,
             balloon: None,
@@ -370,10 +375,9 @@ impl MachineConfig {
         if length >= COMMAND_LINE_MAX || self.command_line.contains('\0') {
             return Err(ConfigError::CommandLine { length });
         }
-        if self.disks.len() > MAX_DISKS {
-            return Err(ConfigError::DiskCount {
-                count: self.disks.len(),
-            });
+        let count = self.disks.len().max(self.hot_disks.into());
+        if count > MAX_DISKS {
+            return Err(ConfigError::DiskCount { count });
         }
         if let BootSource::Disk(index) = self.boot
             && index >= self.disks.len()

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
 use crate::request::{Request, RequestSender};
+use crate::spare::Spares;
 
 /// What a thread does, and so what it may be allowed to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -32,6 +33,21 @@ pub type ThreadHook = Arc<dyn Fn(ThreadKind) + Send + Sync>;
 pub struct Threads {
     hook: Option<ThreadHook>,
     requests: RequestSender,
+    spares: Arc<Spares>,
+}
+
+/// Tells the machine of a panic.
+pub struct Watch(RequestSender);
+
+impl Watch {
+    /// Runs `work`, under the name that a panic is told with.
+    pub fn run(&self, name: &str, work: impl FnOnce()) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+            let detail = panic_text(&*panic).to_owned();
+            let thread = name.to_owned();
+            self.0.send(Request::ThreadPanicked { thread, detail });
+        }
+    }
 }
 
 /// Enough for any thread of ours; address space only, until touched.
@@ -39,7 +55,19 @@ const STACK: usize = 512 << 10;
 
 impl Threads {
     pub fn new(hook: Option<ThreadHook>, requests: RequestSender) -> Threads {
-        Threads { hook, requests }
+        Threads {
+            hook,
+            requests,
+            spares: Arc::default(),
+        }
+    }
+
+    pub fn spares(&self) -> &Arc<Spares> {
+        &self.spares
+    }
+
+    pub fn watch(&self) -> Watch {
+        Watch(self.requests.clone())
     }
 
     /// Runs `setup` and then, behind the hook, `body` on what it returned. A panic in either becomes
@@ -55,23 +83,19 @@ impl Threads {
         B: FnOnce(S) + Send + 'static,
     {
         let hook = self.hook.clone();
-        let requests = self.requests.clone();
+        let watch = self.watch();
         let thread = name.to_owned();
         Builder::new()
             .name(name.to_owned())
             .stack_size(STACK)
             .spawn(move || {
-                let outcome = catch_unwind(AssertUnwindSafe(|| {
+                watch.run(&thread, || {
                     let ready = setup();
                     if let Some(hook) = &hook {
                         hook(kind);
                     }
                     body(ready);
-                }));
-                if let Err(panic) = outcome {
-                    let detail = panic_text(&*panic).to_owned();
-                    requests.send(Request::ThreadPanicked { thread, detail });
-                }
+                });
             })
     }
 }

@@ -14,6 +14,12 @@ use fractus_vmm::config::DiskConfig;
 use fractus_vmm::machine::Event;
 use probe_guest::{Guest, Setup};
 
+fn setup() -> Setup {
+    let mut setup = Setup::new();
+    setup.config.hot_disks = 1;
+    setup
+}
+
 fn disk_file() -> File {
     let file = tempfile::tempfile().unwrap();
     file.set_len(4 << 20).unwrap();
@@ -49,7 +55,7 @@ fn slots(answer: &str, register: &str) -> Vec<u32> {
 #[test]
 fn a_disk_is_attached_used_detached_and_its_place_taken_by_another() {
     let first = disk_file();
-    let mut guest = Setup::new().disk(&first, |_| {}).boot();
+    let mut guest = setup().disk(&first, |_| {}).boot();
     for round in 0..3 {
         let file = disk_file();
         let id = attach(&mut guest, "second", &file);
@@ -76,9 +82,12 @@ fn a_disk_is_attached_used_detached_and_its_place_taken_by_another() {
 #[test]
 fn what_was_not_asked_for_stays_and_what_was_goes_at_the_latest_with_a_reset() {
     let (first, second) = (disk_file(), disk_file());
-    let mut guest = Setup::new().disk(&first, |_| {}).boot();
+    let mut guest = setup().disk(&first, |_| {}).boot();
     let id = attach(&mut guest, "second", &second);
     let came = slots(&guest.ok("slots"), "up");
+    let third = guest.machine.attach_disk(named("third"), disk_file());
+    let refused = format!("{:#}", anyhow::Error::from(third.unwrap_err()));
+    assert!(refused.contains("in use"), "{refused}");
     guest.ok(&format!("eject {}", came[0]));
     // Any slot, also those of nobody and of the host bridge.
     (0..32).for_each(|slot| drop(guest.ok(&format!("eject {slot}"))));
@@ -94,7 +103,7 @@ fn what_was_not_asked_for_stays_and_what_was_goes_at_the_latest_with_a_reset() {
 #[test]
 fn a_restored_machine_has_its_disks_where_they_came_to_be() {
     let files = [disk_file(), disk_file(), disk_file()];
-    let mut guest = Setup::new()
+    let mut guest = setup()
         .disk(&files[0], |_| {})
         .disk(&files[1], |_| {})
         .boot();

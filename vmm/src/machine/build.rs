@@ -19,6 +19,7 @@ use crate::memory::{GuestMemory, MemoryError};
 use crate::reactor::Reactor;
 use crate::request::channel;
 use crate::thread::{ThreadHook, Threads};
+use crate::virtio::block::THREADS;
 use crate::virtio::{self, Attached, Placement};
 
 /// Why a machine could not be made. Nothing of it is left.
@@ -178,6 +179,9 @@ fn assemble(
     } = virtio::attach(&config, &files, &board, placement, &mut saved)?;
     devices.extend(behind_pci);
     saved.finish()?;
+    let spares = (threads.prepare(usize::from(config.hot_disks) * THREADS))
+        .map_err(host("start the threads of later disks"))?;
+    threads.seal();
     let reactor_thread = reactor
         .run(&threads)
         .map_err(host("start the reactor's thread"))?;
@@ -201,6 +205,7 @@ fn assemble(
         loaded: false,
         memory,
         layout,
+        _spares: spares,
         board,
         slots,
         places,

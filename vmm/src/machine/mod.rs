@@ -32,6 +32,7 @@ use crate::layout::Layout;
 use crate::memory::GuestMemory;
 use crate::reactor::ReactorThread;
 use crate::request::{Request, RequestReceiver, VcpuReport};
+use crate::spare::SpareThreads;
 use crate::thread::ThreadHook;
 use crate::virtio::Places;
 use crate::virtio::balloon::{BalloonControl, BalloonReport};
@@ -62,6 +63,7 @@ pub struct Machine {
     loaded: bool,
     memory: GuestMemory,
     layout: Layout,
+    _spares: SpareThreads,
     board: Board,
     slots: Arc<PciSlots>,
     places: Places,

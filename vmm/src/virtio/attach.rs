@@ -185,7 +185,8 @@ pub fn attach(
     })
 }
 
-/// Makes a disk for a machine that runs: no ring can be made any more, so threads do its I/O.
+/// Makes a disk for a machine that runs: no ring can be made any more, so threads do its I/O, which were
+/// prepared for it (`MachineConfig::hot_disks`).
 pub fn attach_disk(
     disk: &DiskConfig,
     file: File,

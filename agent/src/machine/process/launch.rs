@@ -327,6 +327,7 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
         boot: BootSource::Files,
         command_line: spec.boot.command_line.clone(),
         disks: Vec::new(),
+        hot_disks: 0,
         console_ports: Vec::new(),
         rng: Some(RngConfig::default()),
         nets: Vec::new(),

@@ -17,7 +17,6 @@ use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -37,8 +36,11 @@ use super::{Activation, DeviceType, VirtioDevice};
 use crate::config::DiskConfig;
 use crate::device::{DeviceError, SavedDevice};
 use crate::eventfd::EventFd;
-use crate::thread::{ThreadKind, Threads};
+use crate::spare::Running;
+use crate::thread::Threads;
 
+/// Threads that a disk without a ring takes.
+pub const THREADS: usize = 1 + pool::THREADS;
 const QUEUE_SIZE: u16 = 256;
 const STATE_VERSION: u32 = 1;
 /// How long a snapshot waits for the disk to become durable.
@@ -76,7 +78,7 @@ pub struct Block {
     writeback: Arc<AtomicBool>,
     commands: Sender<Command>,
     control: EventFd,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Running>,
     /// Hangs up when the thread has ended.
     ended: Mutex<Receiver<()>>,
 }
@@ -145,8 +147,7 @@ impl Block {
         )
         .map_err(|error| failed(error.into()))?;
         let thread = threads
-            .spawn(
-                ThreadKind::Block,
+            .work(
                 id,
                 move || (worker, ending),
                 |(worker, _ending)| worker.run(),
@@ -327,7 +328,7 @@ impl Drop for Block {
         let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
         let ended = ended.recv_timeout(END_WAIT);
         if let (Some(thread), Err(RecvTimeoutError::Disconnected)) = (self.thread.take(), ended) {
-            let _ = thread.join();
+            thread.join();
         }
     }
 }

@@ -4,21 +4,21 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 
 use super::backend::{Completion, DiskBackend, Geometry, Io};
 use super::file::{DiskFile, execute};
 use crate::eventfd::EventFd;
-use crate::thread::{ThreadKind, Threads};
+use crate::spare::Running;
+use crate::thread::Threads;
 
 /// Threads of a disk.
-const THREADS: usize = 4;
+pub const THREADS: usize = 4;
 
 /// A disk's file behind threads.
 pub struct Pool {
     disk: DiskFile,
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<Running>,
 }
 
 struct Shared {
@@ -49,8 +49,7 @@ impl Pool {
         for number in 0..THREADS {
             let (shared, disk) = (Arc::clone(&pool.shared), pool.disk.clone());
             let body = move |()| shared.serve(&disk);
-            let thread =
-                threads.spawn(ThreadKind::Block, &format!("{name}-{number}"), || (), body)?;
+            let thread = threads.work(&format!("{name}-{number}"), || (), body)?;
             pool.threads.push(thread);
         }
         Ok(pool)
@@ -119,8 +118,8 @@ impl Drop for Pool {
         self.shared.lock().stop = true;
         self.shared.more.notify_all();
         // A thread in a system call that hangs keeps what it works on alive; it is not waited for.
-        for thread in self.threads.drain(..).filter(JoinHandle::is_finished) {
-            let _ = thread.join();
+        for thread in self.threads.drain(..).filter(Running::is_finished) {
+            thread.join();
         }
     }
 }
