@@ -64,6 +64,11 @@ impl MachinePaths {
         self.folder.join("root.raw")
     }
 
+    /// ISO 9660, made anew at each start.
+    pub fn config_drive(&self) -> PathBuf {
+        self.folder.join("config.iso")
+    }
+
     /// The machine's own link to its kernel or initrd: a host starts its machines without a
     /// controller. The hash has been checked to be one.
     pub fn image(&self, image: &ImageRef) -> PathBuf {

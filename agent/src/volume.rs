@@ -1,5 +1,7 @@
-//! Disks of machines. One file a backend; today the directory.
+//! Disks of machines. One file a backend; today the directory; and config drives,
+//! which are small ISO images.
 
 pub mod directory;
+pub mod iso;
 
 pub use directory::VolumeError;

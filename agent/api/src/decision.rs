@@ -7,6 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::guest;
 use crate::machine::{Generation, Power, PutMachine, Refusal, Revision, StopReason, Wanted};
 
 /// What an agent has persisted of a machine's intent.
@@ -95,6 +96,14 @@ pub fn intake(held: Option<&Intent>, put: &PutMachine) -> Result<Intake, Refusal
     }
     if spec.boot.kernel.is_none() && spec.root_disk.is_none() {
         return invalid("neither a kernel nor a disk to boot".to_owned());
+    }
+    if let Some(instance) = &spec.guest.instance {
+        if instance.weight() > guest::MOST {
+            return invalid(format!("instance data has at most {} bytes", guest::MOST));
+        }
+        if let Err(error) = instance.layout("") {
+            return invalid(error.to_string());
+        }
     }
     let images = [spec.boot.kernel.as_ref(), spec.boot.initrd.as_ref()]
         .into_iter()
@@ -234,6 +243,7 @@ mod tests {
                     image: None,
                     size: 1 << 20,
                 }),
+                guest: Default::default(),
             },
         }
     }

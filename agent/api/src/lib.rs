@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod decision;
+pub mod guest;
 pub mod host;
 pub mod identity;
 pub mod machine;

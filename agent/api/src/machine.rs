@@ -5,6 +5,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::guest::GuestOptions;
+
 /// A server of the cloud; the machine that runs it has the same id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -92,6 +94,8 @@ pub struct MachineSpec {
     /// The root disk, made from an image (or empty) when it does not exist yet.
     #[serde(default)]
     pub root_disk: Option<RootDisk>,
+    #[serde(default)]
+    pub guest: GuestOptions,
 }
 
 fn host_profile() -> String {

@@ -1,17 +1,28 @@
 //! What machines are made of, on this host: boot files from the cache, disks in a directory.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{Boot, ImageRef, RootDisk};
 use uuid::Uuid;
 
+use crate::clock::now_us;
 use crate::image::cache::{Cache, link_or_copy};
 use crate::machine::make::{MakeError, Makings, Progress};
 use crate::paths::MachinePaths;
 use crate::volume::directory::{self, Cancel, Old};
+use crate::volume::iso;
+
+/// What cloud-init looks for.
+const LABEL: &str = "config-2";
+/// Bytes of a guest's first random numbers, as many as nova gives.
+const SEED: usize = 512;
 
 pub struct HostMakings {
     pub cache: Arc<Cache>,
@@ -100,6 +111,39 @@ impl Makings for HostMakings {
         .await;
         drop(cancel);
         Ok(made.map_err(|e| failed("making the root disk")(io::Error::other(e)))??)
+    }
+
+    /// Small, and as easily made again: it is whole or not there, and not synced.
+    fn config_drive(
+        &self,
+        paths: &MachinePaths,
+        instance: Option<&InstanceData>,
+    ) -> Result<(), MakeError> {
+        let place = paths.config_drive();
+        let io = || failed(place.display().to_string());
+        let Some(instance) = instance else {
+            return match fs::remove_file(&place) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io()(error)),
+                _ => Ok(()),
+            };
+        };
+        let unusable = |error: &dyn std::fmt::Display| MakeError::ConfigDrive(error.to_string());
+        let mut seed = [0; SEED];
+        rand::fill(&mut seed);
+        let files = instance.layout(&STANDARD.encode(seed));
+        let files = files.map_err(|error| unusable(&error))?;
+        let image = iso::image(LABEL, &files, now_us() / 1_000_000);
+        let image = image.map_err(|error| unusable(&error))?;
+        let beside = place.with_extension("iso.new");
+        // One that stands there could have been left with another mode.
+        let _ = fs::remove_file(&beside);
+        let mut options = fs::File::options();
+        options.write(true).create_new(true).mode(0o600);
+        options
+            .open(&beside)
+            .and_then(|mut file| file.write_all(&image))
+            .and_then(|()| fs::rename(&beside, &place))
+            .map_err(io())
     }
 
     fn remove(&self, paths: &MachinePaths) -> Result<(), MakeError> {

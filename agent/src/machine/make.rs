@@ -1,6 +1,7 @@
 //! What a machine is made of before it has a process: boot files and disks.
 
 use async_trait::async_trait;
+use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{Boot, RootDisk};
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -16,6 +17,8 @@ pub enum MakeError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    #[error("the config drive: {0}")]
+    ConfigDrive(String),
     #[error("{what}: {source}")]
     Io {
         what: String,
@@ -57,6 +60,13 @@ pub trait Makings: Send + Sync + 'static {
         disk: &RootDisk,
         old: Old,
         progress: &Progress,
+    ) -> Result<(), MakeError>;
+
+    /// The config drive stands in the machine's folder afterwards, and says this; none: there is none.
+    fn config_drive(
+        &self,
+        paths: &MachinePaths,
+        instance: Option<&InstanceData>,
     ) -> Result<(), MakeError>;
 
     /// All of the machine's folder but its record.

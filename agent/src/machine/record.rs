@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use fractus_agent_api::decision::{Done, Intent};
@@ -131,7 +132,14 @@ impl Record {
         }
         let beside = path.with_extension("new");
         let written = (|| {
-            let mut file = File::create(&beside)?;
+            // It may hold a user's data and a password: nobody else's to read.
+            let _ = fs::remove_file(&beside);
+            let mut options = File::options();
+            let mut file = options
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&beside)?;
             file.write_all(&bytes)?;
             // Always: a rename that reaches the disk before the bytes would leave no record at all.
             file.sync_data()?;

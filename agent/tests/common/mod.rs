@@ -416,6 +416,7 @@ pub fn wanted(kernel: &ImageRef, power: Power) -> Wanted {
                 image: None,
                 size: 1 << 20,
             }),
+            guest: Default::default(),
         },
     }
 }

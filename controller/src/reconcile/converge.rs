@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use fractus_agent_api::host::HostId;
-use fractus_agent_api::machine::{MachineReport, Observed, Power, Refusal, ServerId};
+use fractus_agent_api::machine::{MachineReport, Observed, Power, PutMachine, Refusal, ServerId};
 use sea_orm::{DatabaseTransaction, DbErr};
 
 use super::machine::{self, Machine};
@@ -15,10 +17,14 @@ use crate::clock::Clock;
 use crate::database::Database;
 use crate::operation::{Progress, StepError};
 use crate::scheduler::{self, HostPresence, HostView, Rejections, Request};
+use crate::secret::MasterKey;
 
 /// How long a step that waits for a report sleeps before it asks the agent again by itself. Reports
 /// wake it at once; this is for those that were lost.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
+
+/// What a sealed password is for.
+const PASSWORD: &str = "admin_pass";
 
 /// Places servers and brings machines to what is wanted. Cheap to clone.
 #[derive(Clone)]
@@ -29,6 +35,8 @@ pub struct Machines {
     clock: Arc<dyn Clock>,
     /// When this controller began to listen.
     since_us: i64,
+    /// Seals passwords at rest; without it none are kept.
+    master: Option<MasterKey>,
 }
 
 /// Why no host was found.
@@ -81,7 +89,46 @@ impl Machines {
             fleet,
             clock,
             since_us,
+            master: None,
         }
+    }
+
+    /// With the key that seals what is secret in a machine's intent.
+    #[must_use]
+    pub fn with_key(self, master: MasterKey) -> Self {
+        let master = Some(master);
+        Self { master, ..self }
+    }
+
+    /// A password as the database keeps it; only [`Self::tell`] opens it, for the machine's owner.
+    /// None where there is no key.
+    pub fn seal_password(&self, password: &str) -> Option<String> {
+        let sealed = self.master.as_ref()?.wrap(PASSWORD, password.as_bytes());
+        sealed.ok().map(|sealed| STANDARD.encode(sealed))
+    }
+
+    /// What the owner is told, with its secrets opened. One that this key does not open (another
+    /// cloud's database) is left out: the guest starts without it.
+    fn open(&self, machine: &Machine) -> PutMachine {
+        let mut put = machine.put();
+        if let Some(instance) = &mut put.wanted.spec.guest.instance
+            && let Some(sealed) = instance.admin_pass.take()
+        {
+            let open = |sealed: String| {
+                let sealed = STANDARD.decode(sealed).ok()?;
+                let plain = self
+                    .master
+                    .as_ref()?
+                    .unwrap_secret(PASSWORD, &sealed)
+                    .ok()?;
+                String::from_utf8(plain.to_vec()).ok()
+            };
+            instance.admin_pass = open(sealed);
+            if instance.admin_pass.is_none() {
+                tracing::warn!(server = %machine.server, "its password does not open with master.key");
+            }
+        }
+        put
     }
 
     pub fn fleet(&self) -> &Arc<Fleet> {
@@ -186,7 +233,7 @@ impl Machines {
         machine: &Machine,
     ) -> Result<Converged, StepError> {
         let told = match self.agents.agent(owner) {
-            Ok(agent) => agent.put(machine.server, &machine.put()).await,
+            Ok(agent) => agent.put(machine.server, &self.open(machine)).await,
             Err(error) => Err(error),
         };
         match told {

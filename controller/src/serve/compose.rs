@@ -70,7 +70,7 @@ impl Controller {
         let realm = Arc::new(realm);
         first_boot(config, &database, &realm, &clock, &random).await?;
         let images = images(config, &database, &*clock).await?;
-        let agents = AgentsSide::open(config, &database, master, &clock, &random).await?;
+        let agents = AgentsSide::open(config, &database, master.clone(), &clock, &random).await?;
 
         let callers: Arc<dyn crate::agents::Agents> = Arc::clone(&agents.http) as _;
         let machines = Machines::new(
@@ -78,7 +78,8 @@ impl Controller {
             callers,
             Arc::clone(&agents.fleet),
             Arc::clone(&clock),
-        );
+        )
+        .with_key(master);
         let mut kinds = Kinds::default();
         compute::register(&mut kinds, &machines, &clock);
         let engine = Engine::new(

@@ -38,6 +38,7 @@ fn plan() -> BootPlan {
             image: Some(image(2)),
             size: 1 << 30,
         }),
+        guest: Default::default(),
     }
 }
 
@@ -56,6 +57,7 @@ fn spec() -> MachineSpec {
             command_line: String::new(),
         },
         root_disk: plan.root_disk,
+        guest: Default::default(),
     }
 }
 

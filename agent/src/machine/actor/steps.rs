@@ -77,6 +77,12 @@ impl<L: Launcher> Actor<L> {
                 return Ok(());
             }
         }
+        let instance = self.record.intent.wanted.spec.guest.instance.as_deref();
+        let makings = &self.surroundings.makings;
+        if let Err(error) = blocking(|| makings.config_drive(&self.paths, instance)) {
+            self.fail(error.to_string());
+            return Ok(());
+        }
         self.observe_starting("starting its process");
         let plan = Plan {
             id: self.record.id,

@@ -226,6 +226,17 @@ impl HostLauncher {
                 config.boot = BootSource::Disk(0);
             }
         }
+        if plan.spec.guest.instance.is_some() {
+            let drive = paths.config_drive();
+            files.push(FileRole::Disk, File::open(&drive).map_err(at(&drive))?);
+            config.disks.push(DiskConfig {
+                read_only: true,
+                serial_number: "config-2".to_owned(),
+                direct: false,
+                limit: None,
+                queues: 1,
+            });
+        }
         for (role, path) in [
             (FileRole::SerialLog, paths.serial_log()),
             (FileRole::Log, paths.log()),

@@ -223,6 +223,7 @@ fn wanted() -> Wanted {
                 command_line: String::new(),
             },
             root_disk: None,
+            guest: Default::default(),
         },
     }
 }

@@ -291,13 +291,21 @@ async fn rebuild(call: &Call, id: &str, body: &Value) -> Result<Response, ApiErr
         return Err(ApiError::bad_request("Cannot find image for rebuild"));
     }
     let plan = ops::boot::plan(call.reader(), &call.caller, image_id, &flavor).await?;
-    let spec = create::spec(&flavor, &plan)?;
+    let mut spec = create::spec(&flavor, &plan)?;
     let columns = rebuilt(call, &row, given, &plan).await?;
+    let password = match given["adminPass"].as_str() {
+        Some(password) => password.to_owned(),
+        None => create::password(call),
+    };
+    if row.config_drive == ops::instance::DRIVE {
+        let mut data = ops::instance::data(&row, None)?;
+        data.admin_pass = call.app.compute().machines.seal_password(&password);
+        spec.guest.instance = Some(Box::new(data));
+    }
     wish(call, &row, Change::Rebuild, columns, Some(spec)).await?;
     let row = find(call, id).await?;
     let mut server = view::single(call, &row, Occasion::Rebuild).await?;
-    let password = given["adminPass"].as_str().map(str::to_owned);
-    server["adminPass"] = json!(password.unwrap_or_else(|| create::password(call)));
+    server["adminPass"] = json!(password);
     let location = call.ctx.link(&format!("/v2.1/servers/{id}"));
     let answer = Json(json!({"server": server}));
     Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], answer).into_response())

@@ -1,5 +1,6 @@
 //! What a server is made of, beside its row's columns.
 
+use fractus_agent_api::guest::GuestOptions;
 use fractus_agent_api::machine::{Boot, ImageRef, RootDisk};
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +18,9 @@ pub struct BootPlan {
     /// None: a machine without a disk (its image is the kernel itself).
     #[serde(default)]
     pub root_disk: Option<RootDisk>,
+    /// How its guest is treated, as image and flavor say; without instance data, which changes.
+    #[serde(default)]
+    pub guest: GuestOptions,
 }
 
 impl BootPlan {

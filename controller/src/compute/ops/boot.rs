@@ -33,6 +33,7 @@ pub async fn plan(
         )));
     }
     fits(&image, flavor)?;
+    let guest = super::instance::options(&image, flavor)?;
     let command_line = image.property("os_command_line").map(str::to_owned);
     let initrd = match image.property("ramdisk_id").filter(|id| !id.is_empty()) {
         Some(id) => Some(reference(&part(connection, caller, id).await?)?),
@@ -49,6 +50,7 @@ pub async fn plan(
             initrd,
             command_line,
             root_disk,
+            guest,
         });
     }
     let kernel = match image.property("kernel_id").filter(|id| !id.is_empty()) {
@@ -73,6 +75,7 @@ pub async fn plan(
             image: Some(disk),
             size,
         }),
+        guest,
     })
 }
 

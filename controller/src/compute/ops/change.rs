@@ -10,7 +10,7 @@ use sea_orm::DatabaseTransaction;
 use serde::{Deserialize, Serialize};
 
 use super::create::settle;
-use super::{RequestError, Tools, boot, machine_id, to_error, to_state, turn};
+use super::{RequestError, Tools, boot, instance, machine_id, to_error, to_state, turn};
 use crate::agents::host;
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
@@ -71,6 +71,11 @@ impl Change {
             Self::Unpause => ServerState::Unpausing,
             Self::Rebuild => ServerState::Rebuilding(standing),
         }
+    }
+
+    /// The guest is started with what is true of its server now, as nova writes its drive anew.
+    fn begins_anew(self) -> bool {
+        matches!(self, Self::Start | Self::HardReboot | Self::Rebuild)
     }
 
     /// What is wanted of the machine from the request on.
@@ -161,8 +166,15 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
                 if let Some(spec) = &wish.spec {
                     refit(tx, &known, spec).await?;
                 }
+                let told = match wish.change.begins_anew() {
+                    true => instance::of(tx, &id).await?,
+                    false => None,
+                };
                 machine::change(tx, server, request_id, now, |wanted| {
+                    let before = wanted.spec.guest.instance.take();
                     wish.change.apply(standing, wanted, wish.spec);
+                    let given = wanted.spec.guest.instance.take();
+                    wanted.spec.guest.instance = instance::renewed(told, given, before);
                 })
                 .await?;
                 prepared.insert(tx).await?;

@@ -8,6 +8,7 @@ pub mod boot;
 pub mod change;
 pub mod create;
 pub mod delete;
+pub mod instance;
 mod observe;
 
 use std::sync::Arc;

@@ -21,6 +21,7 @@ use crate::compute::model::server::BootPlan;
 use crate::compute::model::state::{Build, ServerState};
 use crate::compute::ops;
 use crate::compute::ops::create::NewServer;
+use crate::compute::ops::instance;
 use crate::compute::quota::{self, Usage};
 use crate::compute::store::{flavor, keypair, placement, server};
 use crate::http::{ApiError, JsonBody};
@@ -41,6 +42,7 @@ struct Order<'a> {
     host: Option<HostId>,
     hints: Value,
     password: String,
+    key: Option<keypair::Model>,
 }
 
 impl Order<'_> {
@@ -125,13 +127,13 @@ async fn order<'a>(call: &Call, body: &'a Value) -> Result<Order<'a>, ApiError> 
         .await?
         .ok_or_else(|| ApiError::bad_request(format!("Flavor {flavor_id} could not be found.")))?
         .snapshot();
-    if let Some(name) = given["key_name"].as_str()
-        && keypair::find(call.reader(), &call.caller.user_id, name)
-            .await?
-            .is_none()
-    {
-        return Err(ApiError::bad_request("Invalid key_name provided."));
-    }
+    let key = match given["key_name"].as_str() {
+        None => None,
+        Some(name) => {
+            let key = keypair::find(call.reader(), &call.caller.user_id, name).await?;
+            Some(key.ok_or_else(|| ApiError::bad_request("Invalid key_name provided."))?)
+        }
+    };
     let (zone, host) = destination(call, given).await?;
     let image_id = image_id(given)?;
     let plan = ops::boot::plan(call.reader(), &call.caller, &image_id, &flavor).await?;
@@ -149,16 +151,33 @@ async fn order<'a>(call: &Call, body: &'a Value) -> Result<Order<'a>, ApiError> 
         host,
         hints: hints.cloned().unwrap_or_else(|| json!({})),
         password,
+        key,
     })
 }
 
 fn personality(given: &Value) -> Result<(), ApiError> {
     const MOST: usize = 5;
+    const PATH: usize = 255;
+    const CONTENT: usize = 10 << 10;
     if given["personality"]
         .as_array()
         .is_some_and(|files| files.len() > MOST)
     {
         return Err(ApiError::forbidden("Personality file limit exceeded."));
+    }
+    for file in given["personality"].as_array().into_iter().flatten() {
+        let length = |name: &str| file[name].as_str().map_or(0, str::len);
+        if length("path") > PATH {
+            return Err(ApiError::forbidden(format!(
+                "Personality file path exceeds maximum {PATH}"
+            )));
+        }
+        // The content is base64.
+        if length("contents") / 4 * 3 > CONTENT {
+            return Err(ApiError::forbidden(format!(
+                "Personality file content exceeds maximum {CONTENT}"
+            )));
+        }
     }
     Ok(())
 }
@@ -315,6 +334,12 @@ fn new_server(
 ) -> Result<NewServer, ApiError> {
     let id = call.app.random().uuid().to_string();
     let row = row(call, order, reservation, index, id)?;
+    let mut spec = spec(&order.flavor, &order.plan)?;
+    if row.config_drive == instance::DRIVE {
+        let mut data = instance::data(&row, order.key.as_ref())?;
+        data.admin_pass = call.app.compute().machines.seal_password(&order.password);
+        spec.guest.instance = Some(Box::new(data));
+    }
     let flavor = &order.flavor;
     let amounts = Amounts {
         vcpus: i64::from(flavor.vcpus),
@@ -323,7 +348,7 @@ fn new_server(
     };
     Ok(NewServer {
         row,
-        spec: spec(flavor, &order.plan)?,
+        spec,
         amounts,
         host: order.host,
     })
@@ -346,6 +371,7 @@ pub fn spec(flavor: &FlavorSnapshot, plan: &BootPlan) -> Result<MachineSpec, Api
         cpu_profile: "host".to_owned(),
         boot: plan.boot(),
         root_disk: plan.root_disk.clone(),
+        guest: plan.guest.clone(),
     })
 }
 
@@ -371,7 +397,8 @@ fn row(
     let kernel = order.plan.kernel.as_ref();
     let kernel = kernel.filter(|image| image.id.to_string() != order.image_id);
     let tags: BTreeSet<String> = tags::read(&given["tags"]);
-    let config_drive = given.get("config_drive").is_some_and(as_bool);
+    // Like nova, that shows the drive which the machine has, asked for or not.
+    let config_drive = given.get("config_drive").is_some_and(as_bool) || instance::ALWAYS;
     Ok(server::Model {
         project_id: call.project()?.to_owned(),
         user_id: call.caller.user_id.clone(),
@@ -400,7 +427,7 @@ fn row(
         availability_zone: ZONE.to_owned(),
         pinned_zone: order.zone.clone(),
         config_drive: if config_drive {
-            "True".to_owned()
+            instance::DRIVE.to_owned()
         } else {
             String::new()
         },
@@ -435,7 +462,7 @@ fn row(
     })
 }
 
-/// A password of nova's shape; machines get it through the metadata service.
+/// A password of nova's shape; machines get it by their config drive.
 pub fn password(call: &Call) -> String {
     letters(
         call,
