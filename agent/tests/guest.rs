@@ -7,6 +7,7 @@ mod common;
 mod image;
 
 use common::*;
+use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{ImageRef, MachineReport, Observed, Power, ServerId, StopReason};
 use futures::SinkExt;
 use image::distributions::debian;
@@ -137,6 +138,112 @@ fn pause_reboot_rebuild_and_power_off_reach_the_guest() -> Result {
         agent.put(id, &put(6, wanted)).await?;
         agent.settled(id, 6, is_absent).await?;
         assert_eq!(agent.leftovers(id), Vec::<String>::new());
+        Ok(())
+    })
+}
+
+/// What a server's guest would be told.
+fn instance(name: &str) -> InstanceData {
+    InstanceData {
+        meta_data: [("name".to_owned(), name.into())].into(),
+        user_data: Some("IyEvYmluL3No".to_owned()),
+        vendor_data: serde_json::json!({}),
+        vendor_data2: serde_json::json!({}),
+        network_data: serde_json::json!({}),
+        ec2: serde_json::json!({}),
+        files: Vec::new(),
+        admin_pass: None,
+    }
+}
+
+#[test]
+fn a_config_drive_is_read_only_private_made_anew_and_goes_with_its_machine() -> Result {
+    use std::os::unix::fs::PermissionsExt;
+    block_on(async {
+        let Some((_cloud, agent, kernel)) = with_probes().await? else {
+            return Ok(());
+        };
+        let id = new_id();
+        let mut wanted = wanted(&kernel, Power::Running);
+        wanted.spec.guest.instance = Some(Box::new(instance("first")));
+        agent.put(id, &put(1, wanted.clone())).await?;
+        agent.settled(id, 1, is_running).await?;
+        ask(&agent, id, "disk-info 1", "ok disk-info bytes=").await?;
+        let log = agent.console_says(id, "serial=config-2").await?;
+        assert!(log.contains(" ro=1 serial=config-2"), "{log}");
+        let drive = agent.machine_folder(id).join("config.iso");
+        let first = std::fs::read(&drive)?;
+        assert_eq!(
+            std::fs::metadata(&drive)?.permissions().mode() & 0o777,
+            0o600
+        );
+        let record = agent.machine_folder(id).join("record.json");
+        assert_eq!(
+            std::fs::metadata(&record)?.permissions().mode() & 0o777,
+            0o600
+        );
+        let has = |iso: &[u8], text: &str| iso.windows(text.len()).any(|at| at == text.as_bytes());
+        assert!(has(&first, r#"{"name":"first","random_seed":""#));
+
+        wanted.spec.guest.instance = Some(Box::new(instance("second")));
+        wanted.hard_reboots = 1;
+        agent.put(id, &put(2, wanted.clone())).await?;
+        agent.settled(id, 2, is_running).await?;
+        let second = std::fs::read(&drive)?;
+        assert!(has(&second, r#"{"name":"second","random_seed":""#) && !has(&second, "first"));
+
+        wanted.power = Power::Absent;
+        agent.put(id, &put(3, wanted)).await?;
+        agent.settled(id, 3, is_absent).await?;
+        assert_eq!(agent.leftovers(id), Vec::<String>::new());
+        Ok(())
+    })
+}
+
+/// Types a command until its answer comes: a guest that boots does not listen yet.
+async fn ask(agent: &Agent, id: ServerId, command: &str, answer: &str) -> Result {
+    ticks(agent, id).await?;
+    let mut console = agent.client.console(id).await?;
+    console
+        .send(Message::binary(format!("{command}\n").into_bytes()))
+        .await?;
+    agent.console_says(id, answer).await?;
+    Ok(())
+}
+
+#[test]
+fn a_stop_asks_first_waits_as_long_as_the_image_says_and_then_pulls() -> Result {
+    block_on(async {
+        let Some((_cloud, agent, kernel)) = with_probes().await? else {
+            return Ok(());
+        };
+        let id = new_id();
+        let stopped = |report: &MachineReport| matches!(&report.observed, Observed::Stopped { reason } if *reason == StopReason::Requested);
+        let mut wanted = wanted(&kernel, Power::Running);
+        // Longer than this test may take: only a guest that heeds its button ends in time.
+        wanted.spec.guest.shutdown_timeout_s = Some(3600);
+        agent.put(id, &put(1, wanted.clone())).await?;
+        agent.settled(id, 1, is_running).await?;
+        ticks(&agent, id).await?;
+        wanted.power = Power::Stopped;
+        agent.put(id, &put(2, wanted.clone())).await?;
+        agent.settled(id, 2, stopped).await?;
+        assert!(agent.console_says(id, "button").await?.contains("button"));
+
+        // One that does not heed it is still asked, and then pulled.
+        wanted.power = Power::Running;
+        wanted.spec.guest.shutdown_timeout_s = Some(1);
+        agent.put(id, &put(3, wanted.clone())).await?;
+        agent.settled(id, 3, is_running).await?;
+        boots(&agent, id, 2).await?;
+        ask(&agent, id, "ignore-button", "ok ignore-button").await?;
+        wanted.power = Power::Stopped;
+        agent.put(id, &put(4, wanted.clone())).await?;
+        agent.settled(id, 4, stopped).await?;
+        let log = agent.console_says(id, "ok ignore-button").await?;
+        let after = log.rsplit("ok ignore-button").next().unwrap_or_default();
+        assert!(after.contains("button"), "{log}");
+        assert_eq!(agent.processes(id), Vec::<i32>::new());
         Ok(())
     })
 }

@@ -396,7 +396,7 @@ impl<L: Launcher> Actor<L> {
     fn ended(&mut self, end: End) {
         let recorded = self.record.process.take();
         self.shutdown_by = None;
-        let patience = self.surroundings.shutdown * 2;
+        let patience = self.patience() * 2;
         let asked = self
             .pressed_at
             .take()

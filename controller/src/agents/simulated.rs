@@ -11,7 +11,7 @@ use fractus_agent_api::VERSION;
 use fractus_agent_api::decision::{self, Done, Intake, Intent, Process, Seen, Step};
 use fractus_agent_api::host::{Changes, CpuReport, FullReport, HostId, HostReport};
 use fractus_agent_api::machine::{
-    MachineReport, Observed, PutMachine, Refusal, ServerId, StopReason,
+    MachineReport, Observed, PutMachine, Refusal, ServerId, StopReason, Wanted,
 };
 use futures::{SinkExt, StreamExt};
 use uuid::Uuid;
@@ -317,6 +317,14 @@ impl SimulatedHost {
 
     pub fn report(&self, id: ServerId) -> Option<MachineReport> {
         self.host().report(id)
+    }
+
+    /// What it was last told of the machine.
+    pub fn wanted(&self, id: ServerId) -> Option<Wanted> {
+        let host = self.host();
+        host.machines
+            .get(&id)
+            .map(|record| record.intent.wanted.clone())
     }
 
     /// How many disks were made for the machine.

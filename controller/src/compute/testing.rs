@@ -10,6 +10,7 @@ use crate::database::Database;
 use crate::operation::{Engine, Kinds};
 use crate::random::SystemRandom;
 use crate::reconcile::Machines;
+use crate::secret::MasterKey;
 
 /// A compute service without hosts, whose engine is not started.
 pub fn idle(database: &Database) -> Compute {
@@ -24,6 +25,10 @@ pub fn idle(database: &Database) -> Compute {
 pub fn with(database: &Database, agents: Arc<SimulatedAgents>, fleet: Arc<Fleet>) -> Compute {
     let clock = SystemClock::shared();
     let machines = Machines::new(database.clone(), agents, fleet, Arc::clone(&clock));
+    let machines = match MasterKey::ephemeral() {
+        Ok(key) => machines.with_key(key),
+        Err(_) => machines,
+    };
     let mut kinds = Kinds::default();
     ops::register(&mut kinds, &machines, &clock);
     let engine = Engine::new(database.clone(), kinds, clock, SystemRandom::shared());

@@ -73,6 +73,7 @@ pub struct Probe {
     typed: Line,
     spoken: Line,
     serial_interrupts: u64,
+    heeds_button: bool,
 }
 
 impl Probe {
@@ -88,6 +89,7 @@ impl Probe {
             typed,
             spoken,
             serial_interrupts: u64::MAX,
+            heeds_button: true,
         }
     }
 
@@ -111,7 +113,9 @@ impl Probe {
                 .button_pressed_since(cpu::interrupts_of(cpu::VECTOR_SCI))
             {
                 crate::say!("button");
-                self.acpi.power_off();
+                if self.heeds_button {
+                    self.acpi.power_off();
+                }
             }
             let busy = self.stack.as_mut().is_some_and(|stack| stack.turn());
             if !self.listen() && !busy {
@@ -199,6 +203,10 @@ impl Probe {
             }
             "command-line" => {
                 let _ = write!(out, " {}", self.info.command_line.as_str());
+                Ok(())
+            }
+            "ignore-button" | "heed-button" => {
+                self.heeds_button = name == "heed-button";
                 Ok(())
             }
             "poweroff" => {

@@ -48,6 +48,7 @@
 //! | `echo TEXT` | `ok echo TEXT` |
 //! | `command-line` | `ok command-line TEXT`: the kernel's |
 //! | `interrupts` | `ok interrupts VECTOR=COUNT …` of the boot CPU |
+//! | `ignore-button`, `heed-button` | whether the power button powers off; `button` is said either way |
 //! | `poweroff`, `reboot`, `triple-fault`, `panic`, `halt` | what they say |
 //! | `misuse queue\|pci\|acpi [N]` | a hostile act; `ok misuse …` if the guest lives on |
 //!

@@ -17,6 +17,8 @@ use crate::volume::directory::Old;
 
 /// How long a process may take from its start to its guest's first instruction.
 pub(super) const START: Duration = Duration::from_secs(120);
+/// The most that an image may ask for a guest's way down.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
 /// How long a pause or a resume may take.
 const COMMAND: Duration = Duration::from_secs(60);
 
@@ -150,11 +152,23 @@ impl<L: Launcher> Actor<L> {
         Ok(())
     }
 
+    /// How long the guest may take to go once it was asked.
+    pub(super) fn patience(&self) -> Duration {
+        let own = self.record.intent.wanted.spec.guest.shutdown_timeout_s;
+        own.map_or(self.surroundings.shutdown, |seconds| {
+            Duration::from_secs(seconds.into()).min(LONGEST)
+        })
+    }
+
     pub(super) async fn shut_down(&mut self) -> Result<(), Over> {
+        if self.patience().is_zero() {
+            self.kill().await;
+            return Ok(());
+        }
         let by = match self.shutdown_by {
             Some(by) => by,
             None => {
-                let by = Instant::now() + self.surroundings.shutdown;
+                let by = Instant::now() + self.patience();
                 self.shutdown_by = Some(by);
                 self.pressed_at = Some(Instant::now());
                 let request_id = self.record.request_id.clone();

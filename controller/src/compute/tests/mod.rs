@@ -4,6 +4,7 @@ mod actions;
 mod cloud;
 mod flavors;
 mod images;
+mod instance;
 mod lists;
 mod servers;
 

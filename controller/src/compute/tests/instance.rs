@@ -1,0 +1,160 @@
+//! What a guest is told of its server, and how image and flavor have it treated.
+
+use fractus_agent_api::guest::{GuestOptions, Watchdog};
+
+use super::*;
+
+/// How the guest of a server is to be treated, by what its host is told.
+async fn guest(cloud: &Cloud, id: &str) -> GuestOptions {
+    let row = crate::reconcile::machine::find(cloud.app.database().reader(), machine(id)).await;
+    row.unwrap().unwrap().wanted.spec.guest
+}
+
+async fn post(cloud: &Cloud, version: &str, server: Value) -> Answer {
+    let body = json!({"server": server});
+    let path = "/v2.1/servers";
+    cloud.call("one", Method::POST, path, version, body).await
+}
+
+fn asked(name: &str) -> Value {
+    json!({"name": name, "imageRef": DISK, "flavorRef": "1", "networks": "none"})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_is_told_its_name_key_user_data_and_metadata() {
+    let cloud = Cloud::new().await;
+    let public_key =
+        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGaYhl2v0GcPUE2Nd8pQxr7VfQd8e1bGq2dYm4b3kD5c me";
+    let key = json!({"keypair": {"name": "mine", "public_key": public_key}});
+    let made = cloud
+        .call("one", Method::POST, "/v2.1/os-keypairs", "", key)
+        .await;
+    assert_eq!(status(&made), 200, "{}", made.json);
+    let mut server = asked("Web One");
+    server["key_name"] = json!("mine");
+    server["user_data"] = json!("IyEvYmluL3No");
+    server["metadata"] = json!({"role": "web"});
+    let made = post(&cloud, "2.96", server).await;
+    assert_eq!(status(&made), 202, "{}", made.json);
+    let id = made.json["server"]["id"].as_str().unwrap().to_owned();
+    let shown = cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    // It has a drive though none was asked for, and shows so.
+    assert_eq!(shown["config_drive"], "True");
+
+    let instance = guest(&cloud, &id).await.instance.unwrap();
+    let told = json!(instance.meta_data);
+    assert_eq!(told["uuid"], json!(id));
+    assert_eq!(told["hostname"], "web-one.novalocal");
+    assert_eq!(told["name"], "Web One");
+    assert_eq!(told["project_id"], ONE);
+    assert_eq!(told["availability_zone"], "nova");
+    assert_eq!(told["meta"], json!({"role": "web"}));
+    assert_eq!(told["public_keys"], json!({"mine": public_key}));
+    assert_eq!(told["keys"][0]["type"], "ssh");
+    assert_eq!(instance.user_data.as_deref(), Some("IyEvYmluL3No"));
+    assert_eq!(instance.ec2["public-keys"]["0"]["openssh-key"], public_key);
+    assert_eq!(instance.ec2["instance-type"], "tiny");
+
+    // What has changed is told at the next hard reboot; a key that its user has deleted stays.
+    let metadata = json!({"metadata": {"role": "db"}});
+    let path = format!("/v2.1/servers/{id}/metadata");
+    cloud.call("one", Method::PUT, &path, "", metadata).await;
+    let gone = cloud.call(
+        "one",
+        Method::DELETE,
+        "/v2.1/os-keypairs/mine",
+        "",
+        Value::Null,
+    );
+    assert_eq!(status(&gone.await), 202);
+    let instance = guest(&cloud, &id).await.instance.unwrap();
+    assert_eq!(instance.meta_data["meta"]["role"], "web");
+    let reboot = json!({"reboot": {"type": "HARD"}});
+    assert_eq!(status(&cloud.act("one", &id, "", reboot).await), 202);
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    let instance = guest(&cloud, &id).await.instance.unwrap();
+    assert_eq!(instance.meta_data["meta"]["role"], "db");
+    assert_eq!(instance.meta_data["public_keys"]["mine"], public_key);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_password_of_the_answer_is_the_guests_and_lies_sealed_in_the_database() {
+    let cloud = Cloud::new().await;
+    let mut server = asked("web");
+    server["adminPass"] = json!("correct horse");
+    let made = post(&cloud, "2.1", server).await;
+    assert_eq!(made.json["server"]["adminPass"], "correct horse");
+    let id = made.json["server"]["id"].as_str().unwrap().to_owned();
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    let stored = guest(&cloud, &id).await.instance.unwrap().admin_pass;
+    assert!(stored.is_some_and(|sealed| !sealed.contains("correct horse")));
+    let told = cloud.host.wanted(machine(&id)).unwrap();
+    let told = told.spec.guest.instance.unwrap().admin_pass;
+    assert_eq!(told.as_deref(), Some("correct horse"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_are_put_on_the_drive_up_to_2_56_and_bounded() {
+    let cloud = Cloud::new().await;
+    let mut server = asked("web");
+    server["personality"] = json!([{"path": "/etc/banner", "contents": "aGk="}]);
+    let made = post(&cloud, "2.56", server.clone()).await;
+    let id = made.json["server"]["id"].as_str().unwrap().to_owned();
+    let files = guest_files(&cloud, &id).await;
+    assert_eq!(files, [("/etc/banner".to_owned(), "aGk=".to_owned())]);
+    assert_eq!(status(&post(&cloud, "2.57", server.clone()).await), 400);
+    server["personality"][0]["path"] = json!("/".repeat(256));
+    assert_eq!(status(&post(&cloud, "2.56", server).await), 403);
+    let mut server = asked("web");
+    server["user_data"] = json!("QUFB".repeat(16_384));
+    assert_eq!(status(&post(&cloud, "2.96", server).await), 400);
+}
+
+async fn guest_files(cloud: &Cloud, id: &str) -> Vec<(String, String)> {
+    cloud
+        .until("one", id, |server| server["status"] == "ACTIVE")
+        .await;
+    let instance = guest(cloud, id).await.instance.unwrap();
+    let files = instance.files.into_iter();
+    files.map(|file| (file.path, file.contents)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn image_and_flavor_say_how_a_guest_is_treated() {
+    const TREATED: &str = "0a11ce00-0000-4000-8000-000000000009";
+    const WRONG: &str = "0a11ce00-0000-4000-8000-00000000000a";
+    let cloud = Cloud::new().await;
+    let properties = [
+        ("kernel_id", KERNEL),
+        ("os_shutdown_timeout", "7"),
+        ("hw_watchdog_action", "poweroff"),
+        ("hw_qemu_guest_agent", "yes"),
+    ];
+    cloud.image(TREATED, "raw", &properties).await;
+    let wrong = [("kernel_id", KERNEL), ("hw_watchdog_action", "explode")];
+    cloud.image(WRONG, "raw", &wrong).await;
+    let mut server = asked("web");
+    server["imageRef"] = json!(TREATED);
+    let made = post(&cloud, "2.96", server.clone()).await;
+    let id = made.json["server"]["id"].as_str().unwrap().to_owned();
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    let treated = guest(&cloud, &id).await;
+    assert_eq!(treated.shutdown_timeout_s, Some(7));
+    assert_eq!(treated.watchdog, Some(Watchdog::PowerOff));
+    assert!(treated.agent);
+    server["imageRef"] = json!(WRONG);
+    let refused = post(&cloud, "2.96", server).await;
+    assert_eq!(status(&refused), 400);
+    assert_eq!(
+        refused.message(),
+        "Provided watchdog action (explode) is not supported."
+    );
+}
