@@ -248,6 +248,32 @@ fn a_stop_asks_first_waits_as_long_as_the_image_says_and_then_pulls() -> Result 
     })
 }
 
+#[test]
+fn a_panic_is_reported_until_the_guest_resets_itself() -> Result {
+    block_on(async {
+        let Some((_cloud, mut agent, kernel)) = with_probes().await? else {
+            return Ok(());
+        };
+        let id = running(&agent, &kernel).await?;
+        ask(&agent, id, "panic", "ok panic").await?;
+        agent
+            .settled(id, 1, |report| is_running(report) && report.guest.panicked)
+            .await?;
+        // It is not the agent alone that knows.
+        agent.restart().await?;
+        agent
+            .settled(id, 1, |report| is_running(report) && report.guest.panicked)
+            .await?;
+        let mut console = agent.client.console(id).await?;
+        console.send(Message::binary("reboot\n")).await?;
+        boots(&agent, id, 2).await?;
+        agent
+            .settled(id, 1, |report| is_running(report) && !report.guest.panicked)
+            .await?;
+        Ok(())
+    })
+}
+
 /// Nobody could find it again: it has no record and listens nowhere.
 #[test]
 fn a_machine_started_by_hand_ends_with_the_process_that_started_it() -> Result {

@@ -144,6 +144,8 @@ pub struct Seen<'a> {
     pub failed: bool,
     /// The root disk exists whole, or none is wanted.
     pub disk: bool,
+    /// The guest was paused by its own watchdog: it stays so until a new intent.
+    pub held: bool,
     /// Process, disks, logs, control group and socket: is anything of them left?
     pub remains: bool,
 }
@@ -203,6 +205,7 @@ pub fn next(wanted: &Wanted, done: &Done, seen: &Seen<'_>) -> Step {
         (_, Process::None) if seen.stop.is_some() && !hard && !soft => Step::Settled,
         (_, Process::None) if !seen.disk => Step::MakeDisk,
         (_, Process::None) => Step::Start,
+        (Power::Running, Process::Paused) if seen.held => Step::Settled,
         (Power::Running, Process::Paused) => Step::Resume,
         (Power::Paused, Process::Running) => Step::Pause,
         (Power::Running, Process::Running) | (Power::Paused, Process::Paused) => Step::Settled,
@@ -294,6 +297,7 @@ mod tests {
                 stop: self.stop.as_ref(),
                 failed: false,
                 disk: self.disk,
+                held: false,
                 remains: self.disk || self.process.is_some(),
             };
             let step = next(&wanted, &self.done, &seen);

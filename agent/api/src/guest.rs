@@ -40,6 +40,17 @@ pub enum Watchdog {
     Report,
 }
 
+/// What a guest's own devices have said since its process was started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestReport {
+    /// Its kernel said that it panicked, and the guest has not been reset since.
+    #[serde(default)]
+    pub panicked: bool,
+    /// How often it let its watchdog run out; not counted more than once in ten seconds.
+    #[serde(default)]
+    pub watchdog_fired: u64,
+}
+
 /// What a guest may know of its own server.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub struct InstanceData {

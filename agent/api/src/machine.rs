@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::guest::GuestOptions;
+use crate::guest::{GuestOptions, GuestReport};
 
 /// A server of the cloud; the machine that runs it has the same id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -178,6 +178,8 @@ pub struct MachineReport {
     /// Microseconds since the epoch at which `observed` last changed.
     #[serde(default)]
     pub changed_at_us: i64,
+    #[serde(default)]
+    pub guest: GuestReport,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -211,6 +213,8 @@ pub enum StopReason {
     /// the revision.
     GuestPowerOff,
     TripleFault,
+    /// The guest let its watchdog run out, which is to end it.
+    Watchdog,
     /// KVM could not go on (KVM_EXIT_INTERNAL_ERROR, failed entry); registers in the text.
     InternalError {
         detail: String,

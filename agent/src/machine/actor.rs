@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::time::Duration;
 
 use fractus_agent_api::decision::{self, Intake, Intent, Process as Life, Seen, Step};
+use fractus_agent_api::guest::Watchdog;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, PutMachine, Refusal, StopReason};
 use tokio::runtime::RuntimeFlavor;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -33,6 +34,8 @@ use crate::vm::protocol::{MachineEvent, State};
 
 /// How long a guest may take to go after its power button was pressed.
 pub const SHUTDOWN: Duration = Duration::from_secs(60);
+/// A watchdog is counted this often at most.
+const QUIET: Duration = Duration::from_secs(10);
 /// After this time what could not be said is said again.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -90,6 +93,8 @@ pub struct Actor<L: Launcher> {
     adopted: bool,
     /// The last that the guest said, so that one that repeats itself does not fill the log.
     said: Option<MachineEvent>,
+    /// When its watchdog was last counted.
+    fired_at: Option<Instant>,
     /// Until when the guest must have begun.
     start_by: Option<Instant>,
     mailbox: mpsc::Receiver<Message>,
@@ -142,6 +147,7 @@ impl<L: Launcher> Actor<L> {
             pressed_at: None,
             adopted: false,
             said: None,
+            fired_at: None,
             start_by: None,
             mailbox,
             reports,
@@ -242,6 +248,7 @@ impl<L: Launcher> Actor<L> {
             stop: self.record.stop.as_ref(),
             failed: self.failed.is_some(),
             disk: disk_stands,
+            held: self.record.process.is_some_and(|process| process.held),
             remains: !self.record.is_tombstone(),
         };
         if self.failed.is_some() && self.phase == Phase::None && wanted.power == Power::Absent {
@@ -323,6 +330,9 @@ impl<L: Launcher> Actor<L> {
             };
             self.record.request_id = put.request_id;
             self.record.stop = None;
+            if let Some(process) = &mut self.record.process {
+                process.held = false;
+            }
             if self.record.intent.wanted.power != Power::Absent {
                 self.record.gone_at_us = None;
             }
@@ -357,6 +367,7 @@ impl<L: Launcher> Actor<L> {
             }
             Heard::State(State::Ready | State::Stopped) => {}
             Heard::Event(event) => {
+                self.guest_says(&event);
                 // A guest may say so as often as it likes.
                 if self.said.as_ref() == Some(&event) {
                     tracing::debug!(machine = %self.record.id, ?event, "the guest, again");
@@ -376,6 +387,33 @@ impl<L: Launcher> Actor<L> {
             }
         }
         self.publish();
+    }
+
+    /// What its own devices say of the guest: recorded, for those who look at the server. A guest that
+    /// says the same over and over costs nothing.
+    fn guest_says(&mut self, event: &MachineEvent) {
+        let pauses = self.record.intent.wanted.spec.guest.watchdog == Some(Watchdog::Pause);
+        let Some(process) = &mut self.record.process else {
+            return;
+        };
+        let before = *process;
+        match event {
+            MachineEvent::Panicked => process.guest.panicked = true,
+            MachineEvent::GuestReset => process.guest.panicked = false,
+            MachineEvent::WatchdogFired => {
+                process.held = pauses;
+                if self.fired_at.is_none_or(|at| at.elapsed() > QUIET) {
+                    process.guest.watchdog_fired += 1;
+                    self.fired_at = Some(Instant::now());
+                }
+            }
+            _ => {}
+        }
+        if *process != before
+            && let Err(error) = blocking(|| self.record.note(&self.paths.record()))
+        {
+            tracing::error!(machine = %self.record.id, %error, "record");
+        }
     }
 
     /// The guest has run: an end from now on is an end.

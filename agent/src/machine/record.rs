@@ -10,6 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use fractus_agent_api::decision::{Done, Intent};
+use fractus_agent_api::guest::GuestReport;
 use fractus_agent_api::machine::{Power, ServerId, StopReason};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -52,6 +53,11 @@ pub struct ProcessRecord {
     /// Its guest has run. One that ended before that was never started.
     #[serde(default)]
     pub ran: bool,
+    #[serde(default)]
+    pub guest: GuestReport,
+    /// Its watchdog has paused it.
+    #[serde(default)]
+    pub held: bool,
 }
 
 #[derive(Debug, thiserror::Error)]

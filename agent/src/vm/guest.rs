@@ -99,7 +99,8 @@ pub fn reason(reason: machine::StopReason) -> StopReason {
         Machine::TripleFault { .. } => StopReason::TripleFault,
         Machine::InternalError { .. } => StopReason::InternalError { detail: text },
         Machine::NotBootable { detail } => StopReason::NotBootable { detail },
-        Machine::Watchdog | Machine::DeviceFault { .. } | Machine::VmmFault { .. } => {
+        Machine::Watchdog => StopReason::Watchdog,
+        Machine::DeviceFault { .. } | Machine::VmmFault { .. } => {
             StopReason::VmmFault { detail: text }
         }
     }

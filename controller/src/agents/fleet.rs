@@ -270,6 +270,7 @@ mod tests {
             rebuilds: 0,
             starts: 1,
             changed_at_us,
+            guest: Default::default(),
         }
     }
 

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use fractus_agent_api::VERSION;
 use fractus_agent_api::decision::{self, Done, Intake, Intent, Process, Seen, Step};
+use fractus_agent_api::guest::GuestReport;
 use fractus_agent_api::host::{Changes, CpuReport, FullReport, HostId, HostReport};
 use fractus_agent_api::machine::{
     MachineReport, Observed, PutMachine, Refusal, ServerId, StopReason, Wanted,
@@ -51,6 +52,10 @@ struct Record {
     /// Which guest is on the disk: raised by each rebuild.
     disks: u64,
     process: Process,
+    /// What the guest's devices have said.
+    guest: GuestReport,
+    /// Its watchdog has paused it.
+    held: bool,
     changed_at_us: i64,
 }
 
@@ -133,9 +138,12 @@ impl SimulatedHost {
                 disk: false,
                 disks: 0,
                 process: Process::None,
+                guest: GuestReport::default(),
+                held: false,
                 changed_at_us: now,
             });
             record.intent = intent;
+            record.held = false;
             record.stop = None;
             record.failed = None;
         }
@@ -272,6 +280,34 @@ impl SimulatedHost {
         ended
     }
 
+    /// The guest's kernel panics, or, having panicked, is reset. False if no process runs.
+    pub fn panic(&self, id: ServerId, panicked: bool) -> bool {
+        self.say(id, |record| record.guest.panicked = panicked)
+    }
+
+    /// The guest's watchdog runs out, and pauses it. False if no process runs.
+    pub fn pause_by_watchdog(&self, id: ServerId) -> bool {
+        self.say(id, |record| {
+            record.guest.watchdog_fired += 1;
+            record.process = Process::Paused;
+            record.held = true;
+        })
+    }
+
+    fn say(&self, id: ServerId, what: impl FnOnce(&mut Record)) -> bool {
+        let said = match self.host().machines.get_mut(&id) {
+            Some(record) if record.process != Process::None => {
+                what(record);
+                true
+            }
+            _ => false,
+        };
+        if said {
+            (self.changed)(self.id);
+        }
+        said
+    }
+
     /// What it is asked next fails on this host.
     pub fn fail(&self, id: ServerId, reason: &str) {
         if let Some(record) = self.host().machines.get_mut(&id) {
@@ -361,6 +397,10 @@ impl Host {
             rebuilds: record.done.rebuilds,
             starts: record.done.starts,
             changed_at_us: record.changed_at_us,
+            guest: match record.process {
+                Process::None => GuestReport::default(),
+                _ => record.guest,
+            },
         })
     }
 }
@@ -372,6 +412,7 @@ impl Record {
             stop: self.stop.as_ref(),
             failed: self.failed.is_some(),
             disk: self.disk || self.intent.wanted.spec.root_disk.is_none(),
+            held: self.held,
             remains: self.disk || self.process != Process::None,
         };
         decision::next(&self.intent.wanted, &self.done, &seen)
@@ -395,6 +436,7 @@ impl Record {
             Step::Start => {
                 self.process = Process::Running;
                 self.done.starts += 1;
+                self.guest = GuestReport::default();
                 self.stop = None;
             }
             Step::Pause => self.process = Process::Paused,

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use fractus_agent_api::VERSION;
+use fractus_agent_api::guest::GuestReport;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{
     MachineReport, Observed, Power, PutMachine, Revision, ServerId, StopReason,
@@ -40,6 +41,16 @@ pub trait Observer: Send + Sync + 'static {
         tx: &DatabaseTransaction,
         server: ServerId,
         reason: &StopReason,
+    ) -> Result<(), DbErr>;
+
+    /// The machine runs, or was paused by its own watchdog (`paused`, and that it is to be so has been
+    /// written in this transaction); `guest` is what the guest's devices said.
+    async fn runs(
+        &self,
+        tx: &DatabaseTransaction,
+        server: ServerId,
+        paused: bool,
+        guest: GuestReport,
     ) -> Result<(), DbErr>;
 
     /// The machine could not be made, or kept, what is wanted; what there is of it is left alone.
@@ -263,6 +274,7 @@ impl Reconciler {
         let (age, observer) = (machine.age(), Arc::clone(&self.observer));
         let power = machine.wanted.power;
         let event = self.event(machine, now);
+        let said = said(machine, &report);
         self.database
             .write(move |tx| {
                 let (report, observer) = (report.clone(), Arc::clone(&observer));
@@ -291,9 +303,30 @@ impl Reconciler {
                             .await?;
                             observer.stopped(tx, server, reason).await?;
                             let message = Some(format!("{reason:?}"));
-                            event::record(tx, Event { message, ..event }).await?;
+                            event::record(
+                                tx,
+                                Event {
+                                    message,
+                                    ..event.clone()
+                                },
+                            )
+                            .await?;
+                        }
+                        Observed::Running if power == Power::Running => {
+                            observer.runs(tx, server, false, report.guest).await?;
+                        }
+                        Observed::Paused if power == Power::Running => {
+                            machine::change(tx, server, None, now, |wanted| {
+                                wanted.power = Power::Paused;
+                            })
+                            .await?;
+                            observer.runs(tx, server, true, report.guest).await?;
                         }
                         _ => {}
+                    }
+                    if let Some(action) = said {
+                        let action = action.to_owned();
+                        event::record(tx, Event { action, ..event }).await?;
                     }
                     Ok::<_, DbErr>(())
                 })
@@ -377,6 +410,22 @@ impl Reconciler {
         let answer = answer.map_err(|error| StepError::retry(error.to_string()))?;
         self.fleet.answered(holder, &answer, self.clock.now_us());
         Ok(())
+    }
+}
+
+/// What the guest's devices have said that the row does not know of: a word for the event.
+fn said(machine: &Machine, report: &MachineReport) -> Option<&'static str> {
+    let before = machine
+        .report
+        .as_ref()
+        .filter(|old| old.starts == report.starts);
+    let before = before.map(|old| old.guest).unwrap_or_default();
+    if report.guest.watchdog_fired > before.watchdog_fired {
+        Some("watchdog_fired")
+    } else if report.guest.panicked && !before.panicked {
+        Some("guest_panicked")
+    } else {
+        None
     }
 }
 

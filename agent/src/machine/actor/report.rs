@@ -92,5 +92,9 @@ pub(super) fn report(record: &Record, observed: Observed, settled: bool) -> Mach
         rebuilds: record.done.rebuilds,
         starts: record.done.starts,
         changed_at_us: record.changed_at_us,
+        guest: record
+            .process
+            .map(|process| process.guest)
+            .unwrap_or_default(),
     }
 }

@@ -157,6 +157,8 @@ mod tests {
             start_ticks: start_ticks(pid).unwrap(),
             boot_id: boot,
             ran: true,
+            guest: Default::default(),
+            held: false,
         };
         assert!(find(&own, boot).unwrap().is_some());
         let reused = ProcessRecord {

@@ -9,10 +9,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use fractus_agent_api::guest::{GuestReport, Watchdog};
 use fractus_agent_api::machine::{MachineSpec, Pages, ServerId};
 use fractus_vmm::config::{
     BalloonConfig, BootSource, CpuConfig, CpuProfile, DiskConfig, MachineConfig, MemoryConfig,
-    PageSize, RngConfig,
+    PageSize, RngConfig, WatchdogAction, WatchdogConfig,
 };
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socketpair};
 use uuid::Uuid;
@@ -179,6 +180,8 @@ impl HostLauncher {
             start_ticks: identity::start_ticks(pid).map_err(failed("the process's start time"))?,
             boot_id: self.boot_id,
             ran: false,
+            guest: GuestReport::default(),
+            held: false,
         })
     }
 
@@ -346,7 +349,14 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
             bytes: 0,
             deflate_on_oom: true,
         }),
-        watchdog: None,
+        watchdog: spec.guest.watchdog.map(|watchdog| WatchdogConfig {
+            action: match watchdog {
+                Watchdog::Reset => WatchdogAction::Reset,
+                Watchdog::PowerOff => WatchdogAction::PowerOff,
+                Watchdog::Pause => WatchdogAction::Pause,
+                Watchdog::Report => WatchdogAction::None,
+            },
+        }),
         pvpanic: true,
     };
     config

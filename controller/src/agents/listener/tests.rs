@@ -42,6 +42,16 @@ impl Observer for Nobody {
     async fn failed(&self, _: &DatabaseTransaction, _: ServerId, _: &str) -> Result<(), DbErr> {
         Ok(())
     }
+
+    async fn runs(
+        &self,
+        _: &DatabaseTransaction,
+        _: ServerId,
+        _: bool,
+        _: fractus_agent_api::guest::GuestReport,
+    ) -> Result<(), DbErr> {
+        Ok(())
+    }
 }
 
 struct Blobs(HashMap<Uuid, Bytes>);

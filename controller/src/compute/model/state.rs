@@ -35,6 +35,8 @@ pub enum ServerState {
     Stopped,
     /// What was wanted could not be done; the reason is the server's fault row.
     Error,
+    /// The guest's kernel has panicked; its machine runs on, so that it can be looked at.
+    Crashed,
     Starting,
     Stopping(Standing),
     Pausing,
@@ -64,6 +66,7 @@ pub enum PowerState {
     Running = 1,
     Paused = 3,
     Shutdown = 4,
+    Crashed = 6,
 }
 
 impl Standing {
@@ -126,6 +129,7 @@ impl ServerState {
             Self::Paused,
             Self::Stopped,
             Self::Error,
+            Self::Crashed,
             Self::Starting,
             Self::Pausing,
             Self::Unpausing,
@@ -152,7 +156,7 @@ impl ServerState {
             Self::Active | Self::Pausing | Self::SoftRebooting => Standing::Active,
             Self::Paused | Self::Unpausing => Standing::Paused,
             Self::Stopped | Self::Starting => Standing::Stopped,
-            Self::Error => Standing::Error,
+            Self::Error | Self::Crashed => Standing::Error,
             Self::Stopping(standing)
             | Self::HardRebooting(standing)
             | Self::Rebuilding(standing)
@@ -173,7 +177,12 @@ impl ServerState {
             Self::HardRebooting(_) => Some("rebooting_hard"),
             Self::Rebuilding(_) => Some("rebuilding"),
             Self::Deleting(_) => Some("deleting"),
-            Self::Active | Self::Paused | Self::Stopped | Self::Error | Self::Deleted => None,
+            Self::Active
+            | Self::Paused
+            | Self::Stopped
+            | Self::Error
+            | Self::Crashed
+            | Self::Deleted => None,
         }
     }
 
@@ -198,7 +207,10 @@ impl ServerState {
             status,
             vm_state: standing.word(),
             task_state: self.task(),
-            power_state: standing.power(),
+            power_state: match self {
+                Self::Crashed => PowerState::Crashed,
+                _ => standing.power(),
+            },
         }
     }
 
@@ -227,6 +239,7 @@ impl ServerState {
             Self::Paused => "paused".to_owned(),
             Self::Stopped => "stopped".to_owned(),
             Self::Error => "error".to_owned(),
+            Self::Crashed => "crashed".to_owned(),
             Self::Starting => "starting".to_owned(),
             Self::Pausing => "pausing".to_owned(),
             Self::Unpausing => "unpausing".to_owned(),

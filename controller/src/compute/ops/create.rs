@@ -285,7 +285,10 @@ pub(super) async fn settle(
         return Ok(None);
     }
     let now = tools.clock.now_us();
-    machine::settle(tx, &report, now).await?;
+    // What the guest itself has said by now is the reconciler's to tell, which looks at what differs.
+    let mut plain = report.clone();
+    plain.guest = Default::default();
+    machine::settle(tx, &plain, now).await?;
     let ended = matches!(report.observed, Observed::Stopped { .. });
     if ended && matches!(machine.wanted.power, Power::Running | Power::Paused) {
         machine::change(tx, server, machine.request_id, now, |wanted| {

@@ -3,13 +3,19 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use fractus_agent_api::guest::GuestReport;
 use fractus_agent_api::machine::{ServerId, StopReason};
+use sea_orm::ActiveValue::Set;
 use sea_orm::{DatabaseTransaction, DbErr};
 
 use super::{to_error, to_state, turn};
 use crate::clock::Clock;
 use crate::compute::model::state::ServerState;
+use crate::compute::store::server;
 use crate::reconcile::Observer;
+
+const PANICKED: &str =
+    "The guest's kernel panicked; look at its console, and reboot the server hard";
 
 /// Compute's ear at the reconciler.
 pub struct ServerObserver {
@@ -45,6 +51,27 @@ impl Observer for ServerObserver {
         .await
     }
 
+    /// A panic is an error that can be looked at, and ends with the guest's own reset.
+    async fn runs(
+        &self,
+        tx: &DatabaseTransaction,
+        machine: ServerId,
+        paused: bool,
+        guest: GuestReport,
+    ) -> Result<(), DbErr> {
+        let now = self.clock.now_us();
+        turn(tx, &machine.to_string(), |row| match row.state() {
+            ServerState::Active if paused => Some(to_state(ServerState::Paused, now)),
+            ServerState::Active if guest.panicked => Some(server::ActiveModel {
+                state: Set(ServerState::Crashed.key()),
+                ..to_error(PANICKED, None, now)
+            }),
+            ServerState::Crashed if !guest.panicked => Some(to_state(ServerState::Active, now)),
+            _ => None,
+        })
+        .await
+    }
+
     async fn failed(
         &self,
         tx: &DatabaseTransaction,
@@ -66,7 +93,10 @@ impl Observer for ServerObserver {
 /// What a user is told, and what an administrator is told besides; none for an ordinary end.
 fn fault(reason: &StopReason) -> Option<(&str, Option<&str>)> {
     match reason {
-        StopReason::Requested | StopReason::GuestPowerOff | StopReason::HostReboot => None,
+        StopReason::Requested
+        | StopReason::GuestPowerOff
+        | StopReason::Watchdog
+        | StopReason::HostReboot => None,
         StopReason::TripleFault => Some((
             "The guest's processor faulted three times over; reboot the server hard",
             None,

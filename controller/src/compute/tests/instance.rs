@@ -1,6 +1,7 @@
 //! What a guest is told of its server, and how image and flavor have it treated.
 
 use fractus_agent_api::guest::{GuestOptions, Watchdog};
+use fractus_agent_api::machine::StopReason;
 
 use super::*;
 
@@ -157,4 +158,73 @@ async fn image_and_flavor_say_how_a_guest_is_treated() {
         refused.message(),
         "Provided watchdog action (explode) is not supported."
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_panics_is_an_error_with_its_reason_until_it_is_reset() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    assert!(cloud.host.panic(machine(&id), true));
+    let shown = cloud
+        .until("one", &id, |server| server["status"] == "ERROR")
+        .await;
+    assert_eq!(shown["OS-EXT-STS:power_state"], 6);
+    assert_eq!(shown["OS-EXT-STS:vm_state"], "error");
+    let message = shown["fault"]["message"].as_str().unwrap();
+    assert!(message.contains("kernel panicked"), "{message}");
+    assert_eq!(cloud.host.processes(), [machine(&id)]);
+    // Its kernel was told to reboot after a panic.
+    assert!(cloud.host.panic(machine(&id), false));
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    // Or its user has to.
+    assert!(cloud.host.panic(machine(&id), true));
+    cloud
+        .until("one", &id, |server| server["status"] == "ERROR")
+        .await;
+    let reboot = json!({"reboot": {"type": "HARD"}});
+    assert_eq!(status(&cloud.act("one", &id, "", reboot).await), 202);
+    let shown = cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    assert_eq!(shown["OS-EXT-STS:power_state"], 1);
+    let events = crate::event::of_subject(cloud.app.database().reader(), &id)
+        .await
+        .unwrap();
+    let panics = events
+        .iter()
+        .filter(|event| event.action == "guest_panicked");
+    assert_eq!(panics.count(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_its_watchdog_paused_is_paused_until_somebody_lets_it_go_on() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    assert!(cloud.host.pause_by_watchdog(machine(&id)));
+    cloud
+        .until("one", &id, |server| server["status"] == "PAUSED")
+        .await;
+    let events = crate::event::of_subject(cloud.app.database().reader(), &id)
+        .await
+        .unwrap();
+    assert!(events.iter().any(|event| event.action == "watchdog_fired"));
+    assert_eq!(
+        status(&cloud.act("one", &id, "", json!({"unpause": null})).await),
+        202
+    );
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_its_watchdog_switched_off_is_off() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    assert!(cloud.host.end_process(machine(&id), StopReason::Watchdog));
+    cloud
+        .until("one", &id, |server| server["status"] == "SHUTOFF")
+        .await;
 }
