@@ -6,6 +6,7 @@
 //! Nothing here decides that a machine should move or be destroyed: only an intent does.
 
 pub mod actor;
+pub mod guest_agent;
 pub mod make;
 pub mod process;
 pub mod record;

@@ -210,13 +210,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
             source,
         })?;
     let last_words = files.file(FileRole::LastWords);
-    let (serial, theirs) = socketpair(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .map_err(system("the serial line"))?;
+    let (serial, theirs) = streams().map_err(system("the serial line"))?;
     let filters = launch
         .jail
         .map(|_| seccomp::Filters::compile())
@@ -225,7 +219,18 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         input: files.take(FileRole::TerminalInput),
         output,
     });
-    let guest = build(&launch, &mut files, theirs, filters.clone())?;
+    let (port, guests_port) = match launch.config.console_ports.is_empty() {
+        true => (None, None),
+        false => {
+            let (ours, theirs) = streams().map_err(system("the guest agent's port"))?;
+            (Some(ours), Some(theirs))
+        }
+    };
+    let lines = Lines {
+        serial: theirs,
+        port: guests_port,
+    };
+    let guest = build(&launch, &mut files, lines, filters.clone())?;
     if let Some(filters) = filters {
         filters.apply(seccomp::Kind::Main)?;
     }
@@ -235,11 +240,34 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         listener,
         agent: None,
         serial,
+        port,
         serial_log,
         terminal,
         last_words,
         unheard: false,
         abandoned: false,
+    })
+}
+
+/// The guest's ends of its lines to the outside.
+struct Lines {
+    serial: OwnedFd,
+    /// Of the one console port that machines have, the guest agent's.
+    port: Option<OwnedFd>,
+}
+
+fn streams() -> rustix::io::Result<(OwnedFd, OwnedFd)> {
+    let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+    socketpair(family, kind, SocketFlags::CLOEXEC, None)
+}
+
+/// Both ways over one socket.
+fn both_ways(line: OwnedFd, what: &'static str) -> Result<ConsoleFiles, VmError> {
+    let output = line.try_clone();
+    let output = output.map_err(|source| VmError::System { what, source })?;
+    Ok(ConsoleFiles {
+        output: Some(output),
+        input: Some(line),
     })
 }
 
@@ -260,7 +288,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 fn build(
     launch: &Launch,
     files: &mut Files,
-    serial: OwnedFd,
+    lines: Lines,
     filters: Option<seccomp::Filters>,
 ) -> Result<Box<dyn Guest>, VmError> {
     let hook = move |kind| {
@@ -273,18 +301,13 @@ fn build(
         }
     };
     let Some(kvm) = files.take(FileRole::Kvm) else {
-        let guest = stand_in::StandIn::new(serial, move || hook(seccomp::Kind::Console)).map_err(
-            |source| VmError::System {
+        let guest = stand_in::StandIn::new(lines.serial, move || hook(seccomp::Kind::Console))
+            .map_err(|source| VmError::System {
                 what: "the stand-in",
                 source,
-            },
-        )?;
+            })?;
         return Ok(Box::new(guest));
     };
-    let output = serial.try_clone().map_err(|source| VmError::System {
-        what: "the serial line",
-        source,
-    })?;
     let mut disks = Vec::new();
     while let Some(disk) = files.file(FileRole::Disk) {
         disks.push(disk);
@@ -301,11 +324,11 @@ fn build(
         kernel: files.file(FileRole::Kernel),
         initrd: files.file(FileRole::Initrd),
         disks,
-        serial: ConsoleFiles {
-            output: Some(output),
-            input: Some(serial),
+        serial: both_ways(lines.serial, "the serial line")?,
+        console_ports: match lines.port {
+            Some(port) => vec![both_ways(port, "the guest agent's port")?],
+            None => Vec::new(),
         },
-        console_ports: Vec::new(),
         nets,
     };
     let hook: ThreadHook = Arc::new(move |kind: ThreadKind| hook(kind.into()));

@@ -22,7 +22,9 @@ use tokio::io::unix::AsyncFd;
 use uuid::Uuid;
 
 use self::control::Control;
+use super::guest_agent::GuestAgent;
 use super::record::ProcessRecord;
+use crate::clock::now_us;
 use crate::vm::protocol::{FromMachine, LastWords, MachineEvent, Role, State, ToMachine, VERSION};
 
 /// What a process is to be made of.
@@ -126,6 +128,10 @@ pub trait Process: Send + 'static {
     /// The next thing that it says or does. May be dropped and called again. After
     /// [`Heard::Ended`] it is not called any more.
     async fn hear(&mut self) -> Heard;
+
+    /// Tells the guest's agent what time it is, without waiting for it: one that was paused does not
+    /// know. Nothing happens where there is none.
+    fn set_guest_time(&self) {}
 
     /// Ends it now; returns when it is gone.
     async fn kill(&mut self) -> Result<End, ProcessError>;
@@ -271,6 +277,19 @@ impl Process for HostProcess {
                 return heard;
             }
         }
+    }
+
+    fn set_guest_time(&self) {
+        let (socket, pid) = (self.paths.socket.clone(), self.identity.pid);
+        tokio::spawn(async move {
+            let set = async {
+                let mut agent = GuestAgent::connect(&socket, pid).await?;
+                agent.set_time(now_us().saturating_mul(1000)).await
+            };
+            if let Err(error) = set.await {
+                tracing::info!(pid, %error, "the guest was not told the time");
+            }
+        });
     }
 
     async fn kill(&mut self) -> Result<End, ProcessError> {

@@ -26,6 +26,9 @@ pub enum Role {
     Control,
     /// After the `Hello`: raw bytes of the serial line, both ways.
     Console,
+    /// After the `Hello`: raw bytes of the guest agent's port, both ways. The newest such connection
+    /// is the one that counts; without one what the guest says there is lost.
+    GuestAgent,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

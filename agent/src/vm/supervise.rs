@@ -29,6 +29,8 @@ pub struct Supervisor {
     pub agent: Option<OwnedFd>,
     /// Our end of the guest's serial line, a stream socket.
     pub serial: OwnedFd,
+    /// Our end of the guest agent's port, likewise; `None`: the machine has none.
+    pub port: Option<OwnedFd>,
     pub serial_log: Option<RingWriter>,
     /// Where the serial line also goes, and comes from, when run by hand.
     pub terminal: Option<Terminal>,
@@ -53,6 +55,8 @@ struct Guests {
     /// Connections that have not said what they are for.
     new: Option<OwnedFd>,
     console: Option<OwnedFd>,
+    /// Who speaks to the guest's agent.
+    speaker: Option<OwnedFd>,
 }
 
 impl Supervisor {
@@ -93,6 +97,12 @@ impl Supervisor {
             if ready.console {
                 self.carry_input(&mut others);
             }
+            if ready.port {
+                self.carry_port(&mut others);
+            }
+            if ready.speaker {
+                self.carry_speech(&mut others);
+            }
             if ready.terminal {
                 self.carry_terminal();
             }
@@ -107,7 +117,7 @@ impl Supervisor {
 
     fn wait(&self, others: &Guests) -> Result<Ready, Errno> {
         let terminal = self.terminal.as_ref().and_then(|t| t.input.as_ref());
-        let sources: [(Option<BorrowedFd<'_>>, Source); 7] = [
+        let sources: [(Option<BorrowedFd<'_>>, Source); 9] = [
             (Some(self.serial.as_fd()), |ready| &mut ready.serial),
             (Some(self.guest.event_fd()), |ready| &mut ready.guest),
             (self.agent.as_ref().map(AsFd::as_fd), |ready| {
@@ -115,6 +125,10 @@ impl Supervisor {
             }),
             (others.console.as_ref().map(AsFd::as_fd), |ready| {
                 &mut ready.console
+            }),
+            (self.port.as_ref().map(AsFd::as_fd), |ready| &mut ready.port),
+            (others.speaker.as_ref().map(AsFd::as_fd), |ready| {
+                &mut ready.speaker
             }),
             (terminal.map(AsFd::as_fd), |ready| &mut ready.terminal),
             (others.new.as_ref().map(AsFd::as_fd), |ready| &mut ready.new),
@@ -199,6 +213,44 @@ impl Supervisor {
             Ok((length, _)) if length > 0 => self.type_in(bytes.get(..length).unwrap_or_default()),
             Err(Errno::AGAIN | Errno::INTR) => {}
             Ok(_) | Err(_) => others.console = None,
+        }
+    }
+
+    /// What the guest's agent says, to whoever speaks to it; lost if nobody does or reads.
+    fn carry_port(&mut self, others: &mut Guests) {
+        let Some(port) = &self.port else { return };
+        let mut bytes = [0; 4096];
+        for _ in 0..ROUNDS {
+            let length = match recv(port, &mut bytes, RecvFlags::DONTWAIT) {
+                Ok((length, _)) if length > 0 => length,
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => return,
+                Ok(_) | Err(_) => {
+                    self.port = None;
+                    return;
+                }
+            };
+            if let (Some(speaker), Some(bytes)) = (&others.speaker, bytes.get(..length))
+                && let Err(errno) = send(speaker, bytes, SEND)
+                && errno != Errno::AGAIN
+            {
+                others.speaker = None;
+            }
+        }
+    }
+
+    fn carry_speech(&mut self, others: &mut Guests) {
+        let (Some(speaker), Some(port)) = (&others.speaker, &self.port) else {
+            others.speaker = None;
+            return;
+        };
+        let mut bytes = [0; 4096];
+        match recv(speaker, &mut bytes, RecvFlags::DONTWAIT) {
+            Ok((length, _)) if length > 0 => {
+                let _ = send(port, bytes.get(..length).unwrap_or_default(), SEND);
+            }
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Ok(_) | Err(_) => others.speaker = None,
         }
     }
 
@@ -356,6 +408,15 @@ impl Supervisor {
             )) => {
                 others.console = Some(connection);
             }
+            Ok((
+                ToMachine::Hello {
+                    role: Role::GuestAgent,
+                    ..
+                },
+                _,
+            )) => {
+                others.speaker = Some(connection);
+            }
             Ok((other, _)) => log::line(format_args!("{other:?} came before a Hello")),
             Err(error) if error.would_block() => others.new = Some(connection),
             Err(error) => log::line(format_args!("a connection: {error}")),
@@ -390,6 +451,8 @@ struct Ready {
     guest: bool,
     agent: bool,
     console: bool,
+    port: bool,
+    speaker: bool,
     terminal: bool,
     new: bool,
     listener: bool,

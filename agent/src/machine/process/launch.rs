@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use fractus_agent_api::guest::{GuestReport, Watchdog};
 use fractus_agent_api::machine::{MachineSpec, Pages, ServerId};
 use fractus_vmm::config::{
-    BalloonConfig, BootSource, CpuConfig, CpuProfile, DiskConfig, MachineConfig, MemoryConfig,
-    PageSize, RngConfig, WatchdogAction, WatchdogConfig,
+    BalloonConfig, BootSource, ConsolePortConfig, CpuConfig, CpuProfile, DiskConfig, MachineConfig,
+    MemoryConfig, PageSize, RngConfig, WatchdogAction, WatchdogConfig,
 };
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socketpair};
 use uuid::Uuid;
@@ -23,6 +23,7 @@ use super::nest::{self, Making};
 use super::spawn::{Inherited, spawn};
 use super::{Adoption, End, HostProcess, Launcher, Plan, ProcessError, identity, last_words};
 use crate::host::cgroup::Cgroups;
+use crate::machine::guest_agent;
 use crate::machine::record::ProcessRecord;
 use crate::paths::{MachinePaths, Paths};
 use crate::vm::SUBCOMMAND;
@@ -342,7 +343,13 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
         command_line: spec.boot.command_line.clone(),
         disks: Vec::new(),
         hot_disks: 0,
-        console_ports: Vec::new(),
+        console_ports: match spec.guest.agent {
+            true => vec![ConsolePortConfig {
+                name: guest_agent::PORT.to_owned(),
+                console: false,
+            }],
+            false => Vec::new(),
+        },
         rng: Some(RngConfig::default()),
         nets: Vec::new(),
         balloon: Some(BalloonConfig {

@@ -87,7 +87,7 @@ async fn the_password_of_the_answer_is_the_guests_and_lies_sealed_in_the_databas
     let cloud = Cloud::new().await;
     let mut server = asked("web");
     server["adminPass"] = json!("correct horse");
-    let made = post(&cloud, "2.1", server).await;
+    let made = post(&cloud, "2.96", server).await;
     assert_eq!(made.json["server"]["adminPass"], "correct horse");
     let id = made.json["server"]["id"].as_str().unwrap().to_owned();
     cloud
