@@ -297,6 +297,7 @@ async fn of_compute(cloud: &TestApp, things: &mut Named) {
         ("os-hypervisors", host.clone()),
         ("os-services", host),
         ("os-quota-sets", cloud.project_id.clone()),
+        ("os-simple-tenant-usage", cloud.project_id.clone()),
         ("os-quota-class-sets", "default".to_owned()),
         ("os-extra_specs", "key".to_owned()),
         ("metadata", "key".to_owned()),

@@ -13,6 +13,7 @@ mod keypairs;
 mod quotas;
 pub mod schemas;
 mod servers;
+mod usages;
 mod versions;
 
 use crate::event::Origin;
@@ -31,6 +32,7 @@ pub fn routes() -> Routes {
     let routes = instance_actions::routes(routes);
     let routes = hosts::routes(routes);
     let routes = hypervisors::routes(routes);
+    let routes = usages::routes(routes);
     quotas::routes(routes)
 }
 

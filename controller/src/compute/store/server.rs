@@ -383,3 +383,35 @@ pub async fn turn(
         .await?;
     Ok(turned.rows_affected > 0)
 }
+
+/// Servers, deleted or not, that were there at some time between the two moments, by project and id,
+/// after `marker`.
+pub async fn there_between(
+    connection: &impl ConnectionTrait,
+    from_us: i64,
+    to_us: i64,
+    project: Option<&str>,
+    marker: Option<&Model>,
+    limit: u64,
+) -> Result<Vec<Model>, DbErr> {
+    let ended_later = Condition::any()
+        .add(Column::TerminatedAtUs.is_null())
+        .add(Column::TerminatedAtUs.gt(from_us));
+    let mut query = Entity::find()
+        .filter(Column::LaunchedAtUs.lt(to_us))
+        .filter(ended_later)
+        .order_by_asc(Column::ProjectId)
+        .order_by_asc(Column::Id)
+        .limit(limit);
+    if let Some(project) = project {
+        query = query.filter(Column::ProjectId.eq(project));
+    }
+    if let Some(marker) = marker {
+        let later = Condition::all()
+            .add(Column::ProjectId.eq(marker.project_id.as_str()))
+            .add(Column::Id.gt(marker.id.as_str()));
+        let beyond = Column::ProjectId.gt(marker.project_id.as_str());
+        query = query.filter(Condition::any().add(beyond).add(later));
+    }
+    query.all(connection).await
+}
