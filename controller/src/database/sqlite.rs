@@ -185,7 +185,7 @@ async fn run_writer(
             other => other.map_err(Broken::into_inner),
         };
         for job in group.drain(..) {
-            job.answer(committed.as_ref().map(|()| ()).map_err(same_error));
+            job.answer(committed.as_ref().copied().map_err(same_error));
         }
     }
 }

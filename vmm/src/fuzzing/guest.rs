@@ -45,11 +45,9 @@ const PORTS: [(u16, u16); 9] = [
 pub fn board(input: &[u8]) {
     let rig = match Rig::new() {
         Ok(rig) => rig,
-        Err(error) => {
-            // A host that is out of something teaches the fuzzer nothing; a test would pass by it.
-            assert!(!cfg!(test), "there is no board: {error}");
-            return;
-        }
+        // A host that is out of something teaches the fuzzer nothing; a test would pass by it.
+        Err(error) if cfg!(test) => panic!("there is no board: {error}"),
+        Err(_) => return,
     };
     let mut guest = Guest {
         rig,

@@ -287,6 +287,10 @@ impl Slot {
     }
 
     /// Takes what goes on where this ends; back if it does not, or may not be joined.
+    #[expect(
+        clippy::result_large_err,
+        reason = "what is given back is what was given: a box would allocate for each request"
+    )]
     fn append(&mut self, next: Slot) -> Result<(), Slot> {
         let untouched = |slot: &Slot| !slot.apart && slot.done == 0 && slot.io.length > 0;
         let alike = matches!(self.io.operation, Operation::Read | Operation::Write)

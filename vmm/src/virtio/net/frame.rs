@@ -31,8 +31,8 @@ pub struct Frame {
 // neither belongs to a thread.
 unsafe impl Send for Frame {}
 
-impl Frame {
-    pub fn new() -> Self {
+impl Default for Frame {
+    fn default() -> Self {
         Self {
             memory: None,
             pieces: Vec::new(),
@@ -40,7 +40,9 @@ impl Frame {
             rest: vec![0; PACKET_MAX].into_boxed_slice(),
         }
     }
+}
 
+impl Frame {
     /// Begins with no pieces, on `memory`.
     pub fn begin(&mut self, memory: &Arc<GuestMap>) {
         self.pieces.clear();
