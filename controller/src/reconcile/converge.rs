@@ -114,21 +114,19 @@ impl Machines {
         if let Some(instance) = &mut put.wanted.spec.guest.instance
             && let Some(sealed) = instance.admin_pass.take()
         {
-            let open = |sealed: String| {
-                let sealed = STANDARD.decode(sealed).ok()?;
-                let plain = self
-                    .master
-                    .as_ref()?
-                    .unwrap_secret(PASSWORD, &sealed)
-                    .ok()?;
-                String::from_utf8(plain.to_vec()).ok()
-            };
-            instance.admin_pass = open(sealed);
+            instance.admin_pass = self.open_password(&sealed);
             if instance.admin_pass.is_none() {
                 tracing::warn!(server = %machine.server, "its password does not open with master.key");
             }
         }
         put
+    }
+
+    fn open_password(&self, sealed: &str) -> Option<String> {
+        let sealed = STANDARD.decode(sealed).ok()?;
+        let master = self.master.as_ref()?;
+        let plain = master.unwrap_secret(PASSWORD, &sealed).ok()?;
+        String::from_utf8(plain.to_vec()).ok()
     }
 
     pub fn fleet(&self) -> &Arc<Fleet> {
