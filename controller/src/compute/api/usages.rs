@@ -190,10 +190,9 @@ async fn show(call: Call, Path(project): Path<String>) -> Result<Json<Value>, Ap
     }
     let period = Period::of(&call)?;
     let (mut sums, next) = sums(&call, period, Some(&project)).await?;
-    let usage = match sums.remove(&project) {
-        Some(sum) => sum.view(&project, period, true),
-        None => json!({}),
-    };
+    // Nova says `{}` where there was nothing, which its own clients' schemas do not take.
+    let usage = sums.remove(&project).unwrap_or_default();
+    let usage = usage.view(&project, period, true);
     let mut answer = json!({"tenant_usage": usage});
     if let Some(last) = next {
         let path = format!("os-simple-tenant-usage/{project}");

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Columns of the table: every state, in the order of its rows' marks.
-const COLUMNS: [&str; 16] = [
+const COLUMNS: [&str; 17] = [
     "building:scheduling",
     "building:spawning",
     "active",
@@ -20,29 +20,30 @@ const COLUMNS: [&str; 16] = [
     "rebuilding:active",
     "deleting:active",
     "deleted",
+    "crashed",
 ];
 
 /// server state × action: `y` admitted (202), `v` refused for vm_state, `t` for task_state, `r` for
 /// not ready (409 each). The situation: placed once past scheduling, launched, not locked.
 const TABLE: [(Action, &str); 18] = [
-    (Action::Start, "rvvvyvtvvvvvtvvv"),
-    (Action::Stop, "rvyvvyvttvttvttv"),
-    (Action::SoftReboot, "vvyvvvvttvttvttv"),
-    (Action::HardReboot, "vvyyyyttyyyyyttv"),
-    (Action::Pause, "vvyvvvvttvttvttv"),
-    (Action::Unpause, "vvvyvvvvvtvvvvvv"),
-    (Action::Rebuild, "vvyvyyttt vtttttv"),
-    (Action::Delete, "yyyyyyyyyyyyyyyy"),
-    (Action::ForceDelete, "yyyyyyyyyyyyyyyy"),
-    (Action::Lock, "yyyyyyyyyyyyyyyy"),
-    (Action::Unlock, "yyyyyyyyyyyyyyyy"),
-    (Action::ResetState, "yyyyyyyyyyyyyyyy"),
-    (Action::ConsoleOutput, "ryyyyyyyyyyyyyyy"),
-    (Action::RemoteConsole, "rryyrrryyyyyryyr"),
-    (Action::UpdateMetadata, "vvyyyvyyyyyyyyyv"),
-    (Action::DeleteMetadata, "vvyyyvyyyyyyyyyv"),
-    (Action::UpdateTags, "vvyyyvyyyyyyyyyv"),
-    (Action::DeleteTags, "vvyyyvyyyyyyyyyv"),
+    (Action::Start, "rvvvyvtvvvvvtvvvv"),
+    (Action::Stop, "rvyvvyvttvttvttvy"),
+    (Action::SoftReboot, "vvyvvvvttvttvttvv"),
+    (Action::HardReboot, "vvyyyyttyyyyyttvy"),
+    (Action::Pause, "vvyvvvvttvttvttvv"),
+    (Action::Unpause, "vvvyvvvvvtvvvvvvv"),
+    (Action::Rebuild, "vvyvyyttt vtttttvy"),
+    (Action::Delete, "yyyyyyyyyyyyyyyyy"),
+    (Action::ForceDelete, "yyyyyyyyyyyyyyyyy"),
+    (Action::Lock, "yyyyyyyyyyyyyyyyy"),
+    (Action::Unlock, "yyyyyyyyyyyyyyyyy"),
+    (Action::ResetState, "yyyyyyyyyyyyyyyyy"),
+    (Action::ConsoleOutput, "ryyyyyyyyyyyyyyyy"),
+    (Action::RemoteConsole, "rryyrrryyyyyryyrr"),
+    (Action::UpdateMetadata, "vvyyyvyyyyyyyyyvv"),
+    (Action::DeleteMetadata, "vvyyyvyyyyyyyyyvv"),
+    (Action::UpdateTags, "vvyyyvyyyyyyyyyvv"),
+    (Action::DeleteTags, "vvyyyvyyyyyyyyyvv"),
 ];
 
 fn situation(state: ServerState) -> Situation<'static> {
