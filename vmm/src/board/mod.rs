@@ -135,20 +135,7 @@ pub fn attach(
         panic = Some(port);
     }
     if config.watchdog.is_some() {
-        let resources = WatchdogResources::open(board)?;
-        let watchdog = match saved.take(watchdog::ID)? {
-            Some(state) => <Arc<Watchdog>>::restore_saved(resources, &state)?,
-            None => Watchdog::new(resources),
-        };
-        board
-            .pio
-            .insert(
-                layout::WATCHDOG_PORT.into(),
-                watchdog::SIZE,
-                watchdog.clone(),
-            )
-            .map_err(bus("watchdog"))?;
-        all.push(watchdog);
+        all.push(watchdog(board, saved)?);
     }
     Ok(FixedDevices {
         power,
@@ -156,4 +143,19 @@ pub fn attach(
         panic,
         all,
     })
+}
+
+fn watchdog(board: &Board, saved: &mut SavedDevices) -> Result<Arc<Watchdog>, DeviceError> {
+    let resources = WatchdogResources::open(board)?;
+    let watchdog = match saved.take(watchdog::ID)? {
+        Some(state) => <Arc<Watchdog>>::restore_saved(resources, &state)?,
+        None => Watchdog::new(resources),
+    };
+    let taken = board.pio.insert(
+        layout::WATCHDOG_PORT.into(),
+        watchdog::SIZE,
+        watchdog.clone(),
+    );
+    taken.map_err(|error| DeviceError::new("watchdog", "take its addresses", error))?;
+    Ok(watchdog)
 }

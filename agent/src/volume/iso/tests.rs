@@ -1,3 +1,5 @@
+//! What the writer makes, read back by programs that others wrote, and byte by byte.
+
 use std::process::Command;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! The device as a driver sees it, on wires instead of a tap.
+
 use std::time::Instant;
 
 use super::control::{F_CTRL_RX, F_GUEST_TSO4, F_GUEST_TSO6, F_MQ, F_MRG_RXBUF, HEADER};

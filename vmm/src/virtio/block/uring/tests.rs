@@ -1,3 +1,5 @@
+//! What is joined, what is kept apart, and in which order it is told.
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
