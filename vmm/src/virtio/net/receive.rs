@@ -31,8 +31,10 @@ const NUM_BUFFERS: u64 = 10;
 pub enum Turn {
     /// There may be more at once.
     More,
-    /// Nothing is left to do until the backend, the driver or the limit says so.
+    /// Nothing is left to do until the backend or the driver says so.
     Idle,
+    /// Nothing may be done until the limit lets it. Nobody but the clock says when that is.
+    Limited,
 }
 
 /// One receive queue.
@@ -117,7 +119,7 @@ impl Receiver {
                 return Ok(Turn::Idle);
             }
             if !limiter.wait().is_zero() {
-                return Ok(Turn::Idle);
+                return Ok(Turn::Limited);
             }
             let wanted = self.parked.as_ref().map_or(self.longest, Vec::len);
             self.fill(wanted)?;

@@ -1,6 +1,10 @@
 //! The device as a driver sees it, on wires instead of a tap.
 
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Mutex;
 use std::time::Instant;
+
+use rustix::io::Errno;
 
 use super::control::{F_CTRL_RX, F_GUEST_TSO4, F_GUEST_TSO6, F_MQ, F_MRG_RXBUF, HEADER};
 use super::testing::{Far, wires};
@@ -40,6 +44,51 @@ fn start_with(config: &NetConfig, features: u64) -> Bench {
     let device = VirtioPciDevice::new("net0", Box::new(net), &board).unwrap();
     let driver = Driver::start_with(&rig, device, recorder, features);
     let far = wires.far;
+    Bench { rig, driver, far }
+}
+
+/// Takes every packet at once and never has one, so that nothing but the driver and the clock wakes its
+/// thread. What it is to answer first can be given to it.
+struct Sink {
+    quiet: EventFd,
+    answers: Arc<Mutex<Vec<Errno>>>,
+}
+
+impl NetBackend for Sink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.quiet.as_fd()
+    }
+
+    fn receive(&mut self, _: &mut Frame) -> Result<usize, Errno> {
+        Err(Errno::AGAIN)
+    }
+
+    fn send(&mut self, _: &Frame) -> Result<(), Errno> {
+        self.answers.lock().unwrap().pop().map_or(Ok(()), Err)
+    }
+
+    fn set_offloads(&mut self, _: Offloads) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn set_enabled(&mut self, _: bool) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+/// A device on one [`Sink`] that gives these answers first, the last one before the others.
+fn start_on_a_sink(limit: Option<NetLimit>, answers: Vec<Errno>) -> Bench {
+    let rig = Rig::new();
+    let (board, recorder) = rig.with_recorder();
+    let config = NetConfig { limit, ..config(1) };
+    let sink = Sink {
+        quiet: EventFd::new().unwrap(),
+        answers: Arc::new(Mutex::new(answers)),
+    };
+    let net = Net::new("net0", &config, vec![Box::new(sink)], &rig.board.threads).unwrap();
+    let device = VirtioPciDevice::new("net0", Box::new(net), &board).unwrap();
+    let driver = Driver::start_with(&rig, device, recorder, u64::MAX);
+    let far = Vec::new();
     Bench { rig, driver, far }
 }
 
@@ -311,4 +360,28 @@ fn a_rate_limit_holds_each_direction() {
     // 5 at once, then 10 at 50 a second.
     let took = begin.elapsed();
     assert!(took >= Duration::from_millis(180), "{took:?}");
+}
+
+#[test]
+fn a_limit_that_lets_go_just_as_the_thread_goes_to_sleep_wakes_it() {
+    // Waits of one to some microseconds: the limit is over before or after the thread has looked.
+    for packets_per_second in [1_000_000, 300_000, 100_000] {
+        let limit = NetLimit {
+            bytes_per_second: None,
+            packets_per_second: Some(packets_per_second),
+            burst_ms: 1,
+        };
+        let mut bench = start_on_a_sink(Some(limit), Vec::new());
+        bench.driver.put(0x3000, &packet(OTHER, 64, 22));
+        for _ in 0..50 {
+            for _ in 0..200 {
+                bench.driver.submit(TRANSMIT, &[read_part(0x3000, 64)]);
+            }
+            // One kick for all of them.
+            bench.driver.kick(TRANSMIT);
+            for _ in 0..200 {
+                bench.driver.used(TRANSMIT);
+            }
+        }
+    }
 }

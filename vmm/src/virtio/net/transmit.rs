@@ -51,7 +51,7 @@ impl Transmitter {
     ) -> Result<Turn, QueueFault> {
         for _ in 0..BATCH {
             if !limiter.wait().is_zero() {
-                return Ok(Turn::Idle);
+                return Ok(Turn::Limited);
             }
             let Some(chain) = self.queue.pop()? else {
                 let more = self.queue.enable_kicks()?;

@@ -109,6 +109,15 @@ pub(super) struct Worker {
     control: Option<Virtqueue>,
     /// There may be a command in it.
     kicked: bool,
+    /// What the limits kept from being done in the last turn.
+    limited: Limited,
+}
+
+/// Who waits for the clock. Kicks are off meanwhile, so that nothing else might wake the thread.
+#[derive(Debug, Clone, Copy, Default)]
+struct Limited {
+    incoming: bool,
+    outgoing: bool,
 }
 
 impl Worker {
@@ -145,6 +154,7 @@ impl Worker {
             transmitter: None,
             control: None,
             kicked: false,
+            limited: Limited::default(),
         })
     }
 
@@ -252,22 +262,28 @@ impl Worker {
 
     /// Does what there is to do, a bounded part of it; true if there may be more.
     fn turn(&mut self) -> bool {
+        self.limited = Limited::default();
         if self.failed {
             return false;
         }
-        let mut more = self.kicked && self.serve(Self::serve_control);
-        self.kicked = more;
+        let mut more = false;
+        if self.kicked {
+            self.kicked = self.serve(Self::serve_control) == Turn::More;
+            more = self.kicked;
+        }
         if self.enabled {
-            more |= self.serve(Self::receive);
-            more |= self.serve(Self::transmit);
+            let (incoming, outgoing) = (self.serve(Self::receive), self.serve(Self::transmit));
+            self.limited.incoming = incoming == Turn::Limited;
+            self.limited.outgoing = outgoing == Turn::Limited;
+            more |= incoming == Turn::More || outgoing == Turn::More;
         }
         more && !self.failed
     }
 
     /// A queue that lies ends the service of its pair until the driver's reset.
-    fn serve(&mut self, what: impl Fn(&mut Self) -> Result<Turn, (u16, QueueFault)>) -> bool {
+    fn serve(&mut self, what: impl Fn(&mut Self) -> Result<Turn, (u16, QueueFault)>) -> Turn {
         match what(self) {
-            Ok(turn) => turn == Turn::More,
+            Ok(turn) => turn,
             Err((index, fault)) => {
                 self.failed = true;
                 let queues = [
@@ -279,7 +295,7 @@ impl Worker {
                 if let Some(queue) = queues.find(|queue| queue.index() == index) {
                     queue.fail(&fault);
                 }
-                false
+                Turn::Idle
             }
         }
     }
@@ -376,15 +392,14 @@ impl Worker {
 
     /// Waits for whatever comes first; only looks at what has come if there is `more` to do.
     fn wait(&mut self, events: &mut Vec<epoll::Event>, more: bool) {
-        let active = self.enabled && !self.failed;
         let waits = [
-            (self.receiver.is_some(), &self.shared.incoming),
-            (self.transmitter.is_some(), &self.shared.outgoing),
+            (self.limited.incoming, &self.shared.incoming),
+            (self.limited.outgoing, &self.shared.outgoing),
         ];
+        // A limit that has let go since the turn is a wait of nothing, not no wait.
         let timeout = (waits.into_iter())
-            .filter(|(there, _)| active && *there)
+            .filter(|(limited, _)| *limited && !self.failed)
             .map(|(_, limiter)| limiter.wait())
-            .filter(|wait| !wait.is_zero())
             .chain(more.then_some(Duration::ZERO))
             .min()
             .map(timespec);
