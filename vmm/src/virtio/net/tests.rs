@@ -385,3 +385,12 @@ fn a_limit_that_lets_go_just_as_the_thread_goes_to_sleep_wakes_it() {
         }
     }
 }
+
+#[test]
+fn a_packet_for_which_the_host_has_no_memory_is_dropped_and_holds_up_nobody() {
+    let mut bench = start_on_a_sink(None, vec![Errno::NOBUFS]);
+    bench.driver.put(0x3000, &packet(OTHER, 64, 23));
+    let head = bench.driver.submit(TRANSMIT, &[read_part(0x3000, 64)]);
+    bench.driver.kick(TRANSMIT);
+    assert_eq!(bench.driver.used(TRANSMIT), (head, 0));
+}

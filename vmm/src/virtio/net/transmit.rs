@@ -65,7 +65,7 @@ impl Transmitter {
             }
             match self.send(&chain, backend, frame) {
                 Ok(length) => limiter.passed(length),
-                Err(Errno::AGAIN | Errno::NOBUFS) => {
+                Err(Errno::AGAIN) => {
                     // The backend says when there is room.
                     self.queue.unpop();
                     return Ok(Turn::Idle);
