@@ -6,7 +6,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver as Commands, Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -19,10 +19,16 @@ use super::limit::Limiter;
 use super::receive::{Receiver, Turn};
 use super::transmit::Transmitter;
 use crate::eventfd::EventFd;
+use crate::virtio::bucket::TokenBucket;
 use crate::virtio::queue::{Chain, QueueFault, Virtqueue, gather, scatter, total};
 
 const OK: u8 = 0;
 const ERROR: u8 = 1;
+
+/// Changes of pairs and offloads a second, and at once: each takes a lock that all networks of the host
+/// share (RTNL). A driver makes a few of them in its life.
+const SETTINGS_A_SECOND: u64 = 100;
+const SETTINGS_BURST: u64 = 64;
 
 const COMMANDS: u64 = 0;
 const BACKEND: u64 = 1;
@@ -109,6 +115,8 @@ pub(super) struct Worker {
     control: Option<Virtqueue>,
     /// There may be a command in it.
     kicked: bool,
+    /// How often the driver may change what the kernel has to be told.
+    settings: TokenBucket,
     /// What the limits kept from being done in the last turn.
     limited: Limited,
 }
@@ -118,6 +126,7 @@ pub(super) struct Worker {
 struct Limited {
     incoming: bool,
     outgoing: bool,
+    settings: bool,
 }
 
 impl Worker {
@@ -154,6 +163,7 @@ impl Worker {
             transmitter: None,
             control: None,
             kicked: false,
+            settings: TokenBucket::new(SETTINGS_A_SECOND, SETTINGS_BURST, Instant::now()),
             limited: Limited::default(),
         })
     }
@@ -268,8 +278,10 @@ impl Worker {
         }
         let mut more = false;
         if self.kicked {
-            self.kicked = self.serve(Self::serve_control) == Turn::More;
-            more = self.kicked;
+            let settings = self.serve(Self::serve_control);
+            self.kicked = settings != Turn::Idle;
+            self.limited.settings = settings == Turn::Limited;
+            more = settings == Turn::More;
         }
         if self.enabled {
             let (incoming, outgoing) = (self.serve(Self::receive), self.serve(Self::transmit));
@@ -338,7 +350,11 @@ impl Worker {
                     what: "command: it has no place for the answer",
                 });
             }
-            let answer = self.command(queue, &chain);
+            let Some(answer) = self.command(queue, &chain) else {
+                queue.unpop();
+                queue.notify()?;
+                return Ok(Turn::Limited);
+            };
             scatter(queue.memory(), chain.writable(), &[answer]);
             queue.push(chain.head, 1)?;
         }
@@ -347,25 +363,39 @@ impl Worker {
         Ok(if more { Turn::More } else { Turn::Idle })
     }
 
-    fn command(&mut self, queue: &Virtqueue, chain: &Chain) -> u8 {
+    /// Its answer; none if it has to wait for its turn.
+    fn command(&mut self, queue: &Virtqueue, chain: &Chain) -> Option<u8> {
         let length = total(chain.readable());
         if length > COMMAND_MAX {
-            return ERROR;
+            return Some(ERROR);
         }
         let mut bytes = vec![0; length as usize];
         if !gather(queue.memory(), chain.readable(), &mut bytes) {
-            return ERROR;
+            return Some(ERROR);
         }
-        let mut control = Control::clone(&self.shared.control());
+        let before = self.shared.control();
+        let mut control = Control::clone(&before);
         let most = self.others.len() as u16 + 1;
-        match control.command(&bytes, self.features, most) {
-            Ok(change) => {
-                self.shared.set_control(control);
-                self.carry_out(change);
-                OK
+        let Ok(change) = control.command(&bytes, self.features, most) else {
+            return Some(ERROR);
+        };
+        let unchanged = match change {
+            Change::Filter => true,
+            Change::Offloads => control.offloads(self.features) == before.offloads(self.features),
+            Change::Pairs => control.pairs == before.pairs,
+        };
+        if !unchanged {
+            let now = Instant::now();
+            if !self.settings.wait(now).is_zero() {
+                return None;
             }
-            Err(_) => ERROR,
+            self.settings.take(1, now);
         }
+        self.shared.set_control(control);
+        if !unchanged {
+            self.carry_out(change);
+        }
+        Some(OK)
     }
 
     fn carry_out(&mut self, change: Change) {
@@ -392,6 +422,8 @@ impl Worker {
 
     /// Waits for whatever comes first; only looks at what has come if there is `more` to do.
     fn wait(&mut self, events: &mut Vec<epoll::Event>, more: bool) {
+        let settings =
+            (self.limited.settings && !self.failed).then(|| self.settings.wait(Instant::now()));
         let waits = [
             (self.limited.incoming, &self.shared.incoming),
             (self.limited.outgoing, &self.shared.outgoing),
@@ -400,6 +432,7 @@ impl Worker {
         let timeout = (waits.into_iter())
             .filter(|(limited, _)| *limited && !self.failed)
             .map(|(_, limiter)| limiter.wait())
+            .chain(settings)
             .chain(more.then_some(Duration::ZERO))
             .min()
             .map(timespec);
