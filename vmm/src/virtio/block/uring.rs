@@ -31,6 +31,9 @@ const IN_FLIGHT_MAX: usize = 2 * ENTRIES as usize;
 /// How long to wait at the end for I/O that is still in flight.
 const LAST_WAIT: Duration = Duration::from_secs(2);
 const DISK: Fixed = Fixed(0);
+/// The most bytes that are written here before the rest of the disk's work has its turn; what is longer
+/// goes to the ring.
+const HERE_MAX: u64 = 4 << 20;
 /// The most bytes that are joined into one entry: what disks take at once.
 const JOINED_MAX: u64 = 512 << 10;
 
@@ -47,6 +50,8 @@ pub struct Uring {
     /// Done without the ring.
     ready: Vec<Completion>,
     cached_writes: CachedWrites,
+    /// Bytes that were written here since the last commit.
+    written_here: u64,
     unsubmitted: bool,
 }
 
@@ -114,6 +119,7 @@ impl Uring {
             apart: VecDeque::new(),
             ready: Vec::new(),
             cached_writes: CachedWrites::Unknown,
+            written_here: 0,
             unsubmitted: false,
         })
     }
@@ -206,9 +212,10 @@ impl Uring {
                 return Err((io, done));
             }
         }
-        if self.cached_writes == CachedWrites::ByRing {
+        if self.cached_writes == CachedWrites::ByRing || io.length > HERE_MAX {
             return Err((io, 0));
         }
+        self.written_here += io.length;
         let result = execute(&self.disk, &mut io);
         self.ready.push(Completion { io, result });
         Ok(())
@@ -377,6 +384,10 @@ impl DiskBackend for Uring {
         if io.operation != Operation::Write || self.disk.direct() {
             return self.place(io, false, 0);
         }
+        if self.written_here >= HERE_MAX {
+            // What was written here is to be told first: that is when the rest comes back.
+            return Err(io);
+        }
         match self.write_here(io) {
             Ok(()) => Ok(()),
             Err((io, done)) => self.place(io, false, done),
@@ -384,6 +395,7 @@ impl DiskBackend for Uring {
     }
 
     fn commit(&mut self) {
+        self.written_here = 0;
         loop {
             self.push_waiting();
             self.enter();

@@ -19,13 +19,17 @@ fn disk(blocks: u64) -> (File, Uring) {
 }
 
 fn io(tag: u32, operation: Operation, block: u64, fill: u8) -> Io {
-    let mut buffer = Buffer::bounce(BLOCK as usize, BLOCK as usize).unwrap();
+    long_io(tag, operation, block, fill, BLOCK)
+}
+
+fn long_io(tag: u32, operation: Operation, block: u64, fill: u8, length: u64) -> Io {
+    let mut buffer = Buffer::bounce(length as usize, BLOCK as usize).unwrap();
     buffer.bounced().unwrap().fill(fill);
     Io {
         tag,
         operation,
         offset: block * BLOCK,
-        length: BLOCK,
+        length,
         buffer,
     }
 }
@@ -103,4 +107,27 @@ fn writes_to_the_cache_are_in_the_file_whichever_way_they_go() {
         assert!(written.iter().all(|&byte| byte == fill));
         assert!(after.iter().all(|&byte| byte == 6));
     }
+}
+
+#[test]
+fn writes_to_the_cache_leave_turns_to_the_rest_of_the_disks_work() {
+    let (file, mut ring) = disk(1);
+    ring.cached_writes = CachedWrites::Here;
+    let write = |tag, mib: u64| long_io(tag, Operation::Write, 0, tag as u8 + 1, mib << 20);
+    for tag in 0..4 {
+        ring.submit(write(tag, 1)).unwrap();
+    }
+    let refused = ring.submit(write(4, 1)).unwrap_err();
+    assert_eq!(refused.tag, 4);
+    ring.submit(io(5, Operation::Read, 0, 0)).unwrap();
+    assert_eq!(finish(&mut ring, 5).len(), 5);
+    ring.submit(refused).unwrap();
+    assert_eq!(finish(&mut ring, 1).len(), 1);
+    // What is longer than a turn's share never waits here at all.
+    ring.submit(write(6, 8)).unwrap();
+    assert_eq!(ring.in_flight(), 1);
+    finish(&mut ring, 1).pop().unwrap().result.unwrap();
+    let mut end = [0; BLOCK as usize];
+    file.read_exact_at(&mut end, (8 << 20) - BLOCK).unwrap();
+    assert!(end.iter().all(|&byte| byte == 7));
 }
