@@ -30,7 +30,8 @@ const QUEUE_SIZE: u16 = 128;
 const QUEUES: usize = 5;
 /// What the device counts in, whatever memory is made of (§5.5.6).
 const PAGE: u64 = 4096;
-const CHAINS_A_TURN: usize = 16;
+/// Each may be a call to the kernel for every page that it names, and others wait for the reactor.
+const CHAINS_A_TURN: usize = 4;
 const STATE_VERSION: u32 = 1;
 
 /// §5.5.3

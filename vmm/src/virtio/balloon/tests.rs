@@ -184,6 +184,7 @@ fn a_list_of_pages_that_is_none_is_a_fault_and_a_reset_repairs_it() {
         [read_part(0x1000, 6)],
         [write_part(0x1000, 8)],
         [read_part(0x1000, 4 * 4096 + 4)],
+        [read_part(0x1000, 4 * 1024 + 4)],
     ] {
         driver.submit(0, &parts);
         driver.kick(0);
@@ -195,4 +196,26 @@ fn a_list_of_pages_that_is_none_is_a_fault_and_a_reset_repairs_it() {
     }
     let length = numbers(&driver, 0x1000, &[0x100]);
     driver.request(0, &[read_part(0x1000, length)]);
+}
+
+#[test]
+fn more_lists_than_a_turn_takes_are_all_taken() {
+    let rig = Rig::new();
+    let (mut driver, control) = balloon(&rig, 0);
+    driver.put(0x10_0000, &[7; 64 << 12]);
+    for list in 0..64 {
+        let address = 0x1000 + u64::from(list) * 4;
+        let length = numbers(&driver, address, &[0x100 + list]);
+        driver.submit(0, &[read_part(address, length)]);
+    }
+    driver.kick(0);
+    for _ in 0..64 {
+        driver.used(0);
+    }
+    assert_eq!(control.report().given_back, 64 << 12);
+    // A whole page of numbers is one list.
+    let page: Vec<u32> = (0..1024).map(|number| 0x100 + number % 64).collect();
+    let length = numbers(&driver, 0x1000, &page);
+    driver.request(0, &[read_part(0x1000, length)]);
+    assert_eq!(control.report().given_back, 128 << 12);
 }

@@ -8,8 +8,8 @@ use crate::memory::GuestMemory;
 const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
 const STATISTICS: usize = 2;
-/// Page numbers of one chain; drivers send 256.
-const NUMBERS_MAX: usize = 4096;
+/// Page numbers of one chain: a page of them, as Windows sends; Linux and FreeBSD send 256.
+const NUMBERS_MAX: usize = 1024;
 
 /// What a queue is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -210,7 +210,7 @@ impl Work {
 
     fn give_back(&mut self, memory: &GuestMemory, address: u64, length: u64) {
         match memory.give_back(address, length) {
-            Ok(bytes) => self.given_back += bytes,
+            Ok(bytes) => self.given_back = self.given_back.saturating_add(bytes),
             // The guest keeps what it has: nothing is lost but the host's gain.
             Err(error) => tracing::debug!(%error, address, length, "memory was not given back"),
         }
