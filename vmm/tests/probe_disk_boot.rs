@@ -20,6 +20,7 @@ use fractus_vmm::machine::{Event, StopReason};
 use image::distributions::{debian, debian_grub};
 use image::{Files, ROOT_UUID};
 use probe_guest::{Guest, Setup};
+use rustix::fs::SeekFrom;
 
 fn probe() -> Vec<u8> {
     std::fs::read(probe_guest::image()).unwrap()
@@ -147,4 +148,22 @@ fn a_disk_opened_for_direct_reads_boots_too() {
     setup.config.disks[0].direct = true;
     let mut guest = setup.boot();
     assert!(guest.ok("command-line").contains("vmlinuz-1"));
+}
+
+#[test]
+fn a_start_that_failed_leaves_nothing_in_memory_and_can_be_tried_again() {
+    let no_kernel = Files::new()
+        .put("boot/vmlinuz-1", vec![7; 5000])
+        .put("boot/initrd.img-1", "x")
+        .put("boot/grub/grub.cfg", debian_grub("0", &["1"], ""))
+        .ext4(16, ROOT_UUID, &[]);
+    let disk = disk(&no_kernel);
+    let mut machine = setup(&disk).build();
+    machine.start().unwrap_err();
+    let data = rustix::fs::seek(machine.memory().as_fd(), SeekFrom::Data(0));
+    assert_eq!(data, Err(rustix::io::Errno::NXIO), "all of it is a hole");
+    disk.write_all_at(&root("1"), 0).unwrap();
+    machine.start().unwrap();
+    let event = machine.wait_event(Duration::from_secs(30));
+    assert_eq!(event, Some(Event::Running));
 }

@@ -159,12 +159,18 @@ impl Machine {
         &self.memory
     }
 
-    /// Lets the guest run for the first time. A machine that boots from a disk reads it now.
+    /// Lets the guest run for the first time. A machine that boots from a disk reads it now; if there is
+    /// nothing to boot on it, it can be tried again.
     pub fn start(&mut self) -> Result<(), MachineError> {
         self.expect(RunState::Ready, "started")?;
         if !self.loaded {
-            let boot = self.load()?;
-            self.vcpus.power_on(boot)?;
+            let loaded = self.load();
+            let powered = loaded.and_then(|boot| Ok(self.vcpus.power_on(boot)?));
+            if let Err(error) = powered {
+                // The next start finds memory as the first one did.
+                self.memory.clear()?;
+                return Err(error);
+            }
             self.loaded = true;
         }
         self.run()
