@@ -19,4 +19,4 @@ mod reconciler;
 mod turns;
 
 pub use converge::{Converged, Lost, Machines, NoHost};
-pub use reconciler::{Observer, Reconciler};
+pub use reconciler::{Life, Observer, Reconciler};

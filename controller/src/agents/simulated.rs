@@ -235,9 +235,13 @@ impl SimulatedHost {
         self.host().down = true;
     }
 
-    /// The agent starts anew and finds its records and processes.
+    /// The agent starts anew and finds its records and processes. That something failed was in its
+    /// memory only: it is tried again.
     pub fn start_agent(&self, instance: Uuid) {
         let mut host = self.host();
+        for record in host.machines.values_mut() {
+            record.failed = None;
+        }
         host.down = false;
         host.instance = instance;
         host.sequence = 0;

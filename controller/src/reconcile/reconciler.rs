@@ -43,14 +43,13 @@ pub trait Observer: Send + Sync + 'static {
         reason: &StopReason,
     ) -> Result<(), DbErr>;
 
-    /// The machine runs, or was paused by its own watchdog (`paused`, and that it is to be so has been
-    /// written in this transaction); `guest` is what the guest's devices said.
-    async fn runs(
+    /// The machine is alive, as is wanted of it (that it is to be paused, if its own watchdog paused it,
+    /// has been written in this transaction).
+    async fn lives(
         &self,
         tx: &DatabaseTransaction,
         server: ServerId,
-        paused: bool,
-        guest: GuestReport,
+        life: Life,
     ) -> Result<(), DbErr>;
 
     /// The machine could not be made, or kept, what is wanted; what there is of it is left alone.
@@ -60,6 +59,27 @@ pub trait Observer: Send + Sync + 'static {
         server: ServerId,
         reason: &str,
     ) -> Result<(), DbErr>;
+}
+
+/// What there is to say of a machine that is alive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Life {
+    pub paused: bool,
+    /// It was not alive, or was another process, when its owner was last heard: it was begun since.
+    pub begun: bool,
+    /// What the guest's devices said.
+    pub guest: GuestReport,
+}
+
+impl Life {
+    fn of(report: &MachineReport, last: Option<&MachineReport>) -> Self {
+        let same = |last: &MachineReport| alive(&last.observed) && last.starts == report.starts;
+        Self {
+            paused: report.observed == Observed::Paused,
+            begun: !last.is_some_and(same),
+            guest: report.guest,
+        }
+    }
 }
 
 /// The reconciler of one controller.
@@ -275,6 +295,7 @@ impl Reconciler {
         let power = machine.wanted.power;
         let event = self.event(machine, now);
         let said = said(machine, &report);
+        let life = Life::of(&report, machine.report.as_ref());
         self.database
             .write(move |tx| {
                 let (report, observer) = (report.clone(), Arc::clone(&observer));
@@ -313,14 +334,17 @@ impl Reconciler {
                             .await?;
                         }
                         Observed::Running if power == Power::Running => {
-                            observer.runs(tx, server, false, report.guest).await?;
+                            observer.lives(tx, server, life).await?;
                         }
                         Observed::Paused if power == Power::Running => {
                             machine::change(tx, server, None, now, |wanted| {
                                 wanted.power = Power::Paused;
                             })
                             .await?;
-                            observer.runs(tx, server, true, report.guest).await?;
+                            observer.lives(tx, server, life).await?;
+                        }
+                        Observed::Paused if power == Power::Paused => {
+                            observer.lives(tx, server, life).await?;
                         }
                         _ => {}
                     }

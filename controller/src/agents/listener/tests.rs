@@ -23,7 +23,7 @@ use crate::clock::SystemClock;
 use crate::database::testing::{self, TestDatabase};
 use crate::operation::{Engine, Kinds};
 use crate::random::SystemRandom;
-use crate::reconcile::{Machines, Observer, machine};
+use crate::reconcile::{Life, Machines, Observer, machine};
 use crate::secret::MasterKey;
 
 struct Nobody;
@@ -43,13 +43,7 @@ impl Observer for Nobody {
         Ok(())
     }
 
-    async fn runs(
-        &self,
-        _: &DatabaseTransaction,
-        _: ServerId,
-        _: bool,
-        _: fractus_agent_api::guest::GuestReport,
-    ) -> Result<(), DbErr> {
+    async fn lives(&self, _: &DatabaseTransaction, _: ServerId, _: Life) -> Result<(), DbErr> {
         Ok(())
     }
 }

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use fractus_agent_api::guest::GuestReport;
 use fractus_agent_api::machine::{ServerId, StopReason};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{DatabaseTransaction, DbErr};
@@ -12,7 +11,7 @@ use super::{to_error, to_state, turn};
 use crate::clock::Clock;
 use crate::compute::model::state::ServerState;
 use crate::compute::store::server;
-use crate::reconcile::Observer;
+use crate::reconcile::{Life, Observer};
 
 const PANICKED: &str =
     "The guest's kernel panicked; look at its console, and reboot the server hard";
@@ -51,22 +50,29 @@ impl Observer for ServerObserver {
         .await
     }
 
-    /// A panic is an error that can be looked at, and ends with the guest's own reset.
-    async fn runs(
+    /// A panic is an error that can be looked at, and ends with the guest's own reset. A server whose
+    /// machine could not be started is what is wanted of it once its agent has started it after all, as
+    /// a new agent tries to.
+    async fn lives(
         &self,
         tx: &DatabaseTransaction,
         machine: ServerId,
-        paused: bool,
-        guest: GuestReport,
+        life: Life,
     ) -> Result<(), DbErr> {
         let now = self.clock.now_us();
         turn(tx, &machine.to_string(), |row| match row.state() {
-            ServerState::Active if paused => Some(to_state(ServerState::Paused, now)),
-            ServerState::Active if guest.panicked => Some(server::ActiveModel {
+            ServerState::Active if life.paused => Some(to_state(ServerState::Paused, now)),
+            ServerState::Active if life.guest.panicked => Some(server::ActiveModel {
                 state: Set(ServerState::Crashed.key()),
                 ..to_error(PANICKED, None, now)
             }),
-            ServerState::Crashed if !guest.panicked => Some(to_state(ServerState::Active, now)),
+            ServerState::Crashed if !life.guest.panicked => {
+                Some(to_state(ServerState::Active, now))
+            }
+            ServerState::Error if life.begun && life.paused => {
+                Some(to_state(ServerState::Paused, now))
+            }
+            ServerState::Error if life.begun => Some(to_state(ServerState::Active, now)),
             _ => None,
         })
         .await

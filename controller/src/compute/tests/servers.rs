@@ -1,6 +1,7 @@
 //! Servers: their life, their views, what is refused.
 
-use fractus_agent_api::machine::StopReason;
+use fractus_agent_api::machine::{Power, StopReason};
+use uuid::Uuid;
 
 use super::*;
 
@@ -304,6 +305,39 @@ async fn a_guests_own_end_is_seen() {
     cloud
         .until("one", &id, |server| server["status"] == "ACTIVE")
         .await;
+}
+
+/// Its agent died after it had said that the machine cannot be started; the next one tries anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_in_error_whose_machine_is_started_after_all_is_active() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    cloud.act("one", &id, "", json!({"os-stop": null})).await;
+    cloud
+        .until("one", &id, |server| server["status"] == "SHUTOFF")
+        .await;
+    cloud.frozen.send_replace(true);
+    cloud.act("one", &id, "", json!({"os-start": null})).await;
+    let wanted = || cloud.host.wanted(machine(&id)).map(|wanted| wanted.power);
+    while wanted() != Some(Power::Running) {
+        tokio::task::yield_now().await;
+    }
+    cloud.host.fail(machine(&id), "no memory is left");
+    cloud.frozen.send_replace(false);
+    let server = cloud
+        .until("one", &id, |server| server["status"] == "ERROR")
+        .await;
+    assert_eq!(server["fault"]["message"], "no memory is left");
+    assert_eq!(cloud.host.processes(), []);
+
+    cloud.host.kill_agent();
+    cloud.host.start_agent(Uuid::from_u128(8));
+    cloud.frozen.send_replace(false);
+    let server = cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    assert_eq!(cloud.host.processes(), [machine(&id)]);
+    assert_eq!(server.get("fault"), None);
 }
 
 #[tokio::test(flavor = "multi_thread")]
