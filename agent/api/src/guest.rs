@@ -217,15 +217,30 @@ fn bytes(document: &Value) -> Vec<u8> {
     }
 }
 
+/// The bytes of base64 that a user gave, in lines or not; none if it is not base64. What the API took
+/// by this a host can lay out.
+pub fn decoded(text: &str) -> Option<Vec<u8>> {
+    let packed: String = text.split_whitespace().collect();
+    STANDARD.decode(packed).ok()
+}
+
 fn decode(text: &str, what: &'static str) -> Result<Vec<u8>, NotBase64> {
-    // Clients wrap lines.
-    let text: String = text.split_ascii_whitespace().collect();
-    STANDARD.decode(text).map_err(|_| NotBase64 { what })
+    decoded(text).ok_or(NotBase64 { what })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn base64_may_be_broken_by_any_blanks_and_nothing_else() {
+        for text in ["aGk=", " aG\nk= ", "aG\u{b}k=", "aG\u{a0}k=\u{85}"] {
+            assert_eq!(decoded(text).as_deref(), Some(&b"hi"[..]), "{text:?}");
+        }
+        for text in ["aGk", "a-k=", "aG\u{0}k="] {
+            assert_eq!(decoded(text), None, "{text:?}");
+        }
+    }
 
     fn data() -> InstanceData {
         let meta_data = json!({"uuid": "u", "project_id": "p", "devices": []});

@@ -461,13 +461,7 @@ fn is_format(text: &str, format: &str) -> bool {
         "uri" => text
             .parse::<http::Uri>()
             .is_ok_and(|uri| uri.scheme().is_some()),
-        "base64" => {
-            use base64::Engine as _;
-            let packed: String = text.chars().filter(|c| !c.is_whitespace()).collect();
-            base64::engine::general_purpose::STANDARD
-                .decode(packed)
-                .is_ok()
-        }
+        "base64" => fractus_agent_api::guest::decoded(text).is_some(),
         // Letters of any language, no control characters, no blanks around: nova's names.
         "name" => !text.trim().is_empty() && text.trim() == text && printable(text),
         "name_with_leading_trailing_spaces" => !text.trim().is_empty() && printable(text),
