@@ -64,6 +64,15 @@ pub struct Wanted {
     pub spec: MachineSpec,
 }
 
+impl Wanted {
+    /// The machine is to be gone, and nobody needs to know any more what its guest was told (a
+    /// tombstone would keep its password and user data).
+    pub fn end(&mut self) {
+        self.power = Power::Absent;
+        self.spec.guest.instance = None;
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Power {

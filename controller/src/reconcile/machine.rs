@@ -11,7 +11,7 @@ use fractus_agent_api::machine::{
 };
 use sea_orm::entity::prelude::*;
 use sea_orm::sea_query::{Expr, ExprTrait, OnConflict};
-use sea_orm::{DatabaseTransaction, QueryOrder, Set};
+use sea_orm::{DatabaseTransaction, QueryOrder, QuerySelect, Set};
 
 pub mod row {
     use sea_orm::entity::prelude::*;
@@ -279,6 +279,26 @@ pub async fn find(
         .one(connection)
         .await?;
     row.map(Machine::read).transpose()
+}
+
+/// The ids of all that a host owns; what is wanted of them may be large, and is not read.
+pub async fn ids_of_host(
+    connection: &impl ConnectionTrait,
+    host: HostId,
+) -> Result<Vec<ServerId>, DbErr> {
+    let ids: Vec<String> = row::Entity::find()
+        .filter(row::Column::HostId.eq(host.to_string()))
+        .select_only()
+        .column(row::Column::ServerId)
+        .into_tuple()
+        .all(connection)
+        .await?;
+    let id = |text: String| {
+        let id = Uuid::parse_str(&text);
+        id.map(ServerId)
+            .map_err(|error| DbErr::Type(format!("machine {text}: its id cannot be read: {error}")))
+    };
+    ids.into_iter().map(id).collect()
 }
 
 /// All that a host owns.

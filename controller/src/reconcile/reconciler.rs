@@ -192,7 +192,7 @@ impl Reconciler {
     async fn all(&self) -> Vec<ServerId> {
         let mut all = Vec::new();
         for host in self.fleet.ids() {
-            let owned = match machine::of_host(self.database.reader(), host).await {
+            let owned = match machine::ids_of_host(self.database.reader(), host).await {
                 Ok(owned) => owned,
                 Err(error) => {
                     tracing::error!(%error, %host, "reading the machines of a host");
@@ -201,8 +201,7 @@ impl Reconciler {
             };
             let reported = self.fleet.machines(host).unwrap_or_default();
             let servers: BTreeSet<ServerId> = owned
-                .iter()
-                .map(|machine| machine.server)
+                .into_iter()
                 .chain(reported.iter().map(|report| report.id))
                 .collect();
             all.extend(servers);
@@ -419,7 +418,7 @@ impl Reconciler {
         report: &MachineReport,
     ) -> Result<(), StepError> {
         let mut wanted = machine.wanted.clone();
-        wanted.power = Power::Absent;
+        wanted.end();
         let put = PutMachine {
             version: VERSION,
             generation: machine.generation,

@@ -169,13 +169,13 @@ pub(super) async fn report(
 ) -> Result<StatusCode, Failure> {
     let host = member.host_id();
     let vanished = parts.fleet.full_report(host, &full, parts.clock.now_us());
-    let owned = machine::of_host(parts.database.reader(), host).await?;
+    let owned = machine::ids_of_host(parts.database.reader(), host).await?;
     let concerned: BTreeSet<ServerId> = full
         .machines
         .iter()
         .map(|report| report.id)
         .chain(vanished)
-        .chain(owned.into_iter().map(|machine| machine.server))
+        .chain(owned)
         .collect();
     parts.reconciler.heard(concerned);
     Ok(StatusCode::NO_CONTENT)

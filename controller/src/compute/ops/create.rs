@@ -162,7 +162,7 @@ impl Step for Place {
         operation: &mut Operation,
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
-        let state: State = operation.state()?;
+        let mut state: State = operation.state()?;
         let server = machine_id(&operation.subject)?;
         let request = Request {
             server,
@@ -183,7 +183,7 @@ impl Step for Place {
             soft_reboots: 0,
             hard_reboots: 0,
             rebuilds: 0,
-            spec: state.spec,
+            spec: state.spec.clone(),
         };
         let request_id = operation.origin.request_id.clone();
         let owned = machine::own(tx, server, host, &wanted, request_id, now).await?;
@@ -197,7 +197,10 @@ impl Step for Place {
                 .then(|| to_state(ServerState::Building(Build::Spawning), now))
         })
         .await?;
-        Ok(())
+        // What the guest is told is the machine's from here on, and goes with it; an operation's row
+        // stays.
+        state.spec.guest.instance = None;
+        operation.set_state(&state)
     }
 
     async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
@@ -227,7 +230,10 @@ impl Step for Start {
         let server = machine_id(&operation.subject)?;
         match self.0.machines.converge(server).await? {
             Converged::Settled(report) => match report.observed {
-                Observed::Running | Observed::Stopped { .. } => Ok(Progress::Done),
+                // Paused: by its own watchdog, which the reconciler tells.
+                Observed::Running | Observed::Paused | Observed::Stopped { .. } => {
+                    Ok(Progress::Done)
+                }
                 Observed::Failed { reason } => Err(StepError::fail(reason)),
                 other => Err(StepError::fail(format!(
                     "the machine is {other:?} instead of running"
@@ -312,11 +318,9 @@ pub(super) async fn want_absent(
         return Ok(());
     }
     let request_id = operation.origin.request_id.clone();
-    machine::change(tx, server, request_id, tools.clock.now_us(), |wanted| {
-        wanted.power = Power::Absent;
-    })
-    .await
-    .map(|_| ())
+    let now = tools.clock.now_us();
+    let changed = machine::change(tx, server, request_id, now, Wanted::end);
+    changed.await.map(|_| ())
 }
 
 /// Waits until the owner says that neither process nor disks are left.

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use fractus_agent_api::machine::Power;
+use fractus_agent_api::machine::Wanted;
 use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 
@@ -44,10 +44,7 @@ pub async fn request(app: &App, origin: Origin, id: &str) -> Result<(), RequestE
                     .collect();
                 operation::cancel(tx, &id, &kinds, "the server is deleted").await?;
                 let machine = machine_id(&id)?;
-                machine::change(tx, machine, request_id, now, |wanted| {
-                    wanted.power = Power::Absent;
-                })
-                .await?;
+                machine::change(tx, machine, request_id, now, Wanted::end).await?;
                 let change = to_state(ServerState::Deleting(standing), now);
                 server::update(tx, &id, change).await?;
                 prepared.insert(tx).await?;
