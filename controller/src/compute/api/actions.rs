@@ -354,6 +354,10 @@ async fn rebuilt(
     if given.get("user_data").is_some() {
         change.user_data = Set(text("user_data"));
     }
+    if let Some(files) = given.get("personality") {
+        create::personality(given)?;
+        change.personality = Set(files.to_string());
+    }
     if given.get("key_name").is_some() {
         let key = text("key_name");
         if let Some(name) = &key

@@ -148,11 +148,14 @@ fn files(row: &server::Model) -> Vec<InjectedFile> {
         .collect()
 }
 
+/// What a guest is to be told, and the name of its key, which may be its user's no longer.
+pub struct Told {
+    data: InstanceData,
+    key_name: Option<String>,
+}
+
 /// What the guest of this server is to be told from its next start on; none if it has no drive.
-pub async fn of(
-    connection: &impl ConnectionTrait,
-    server: &str,
-) -> Result<Option<InstanceData>, DbErr> {
+pub async fn of(connection: &impl ConnectionTrait, server: &str) -> Result<Option<Told>, DbErr> {
     let row = server::find(connection, server).await?;
     let Some(row) = row.filter(|row| row.config_drive == DRIVE) else {
         return Ok(None);
@@ -161,21 +164,32 @@ pub async fn of(
         Some(name) => keypair::find(connection, &row.user_id, name).await?,
         None => None,
     };
-    data(&row, key.as_ref()).map(Some)
+    Ok(Some(Told {
+        data: data(&row, key.as_ref())?,
+        key_name: row.key_name,
+    }))
 }
 
 /// Instance data of the next start: what is `told` now, with the password `given` by this request or
 /// else the one that the guest had `before`, and with its key if that is no longer its user's.
 pub fn renewed(
-    told: Option<InstanceData>,
+    told: Option<Told>,
     given: Option<Box<InstanceData>>,
     before: Option<Box<InstanceData>>,
 ) -> Option<Box<InstanceData>> {
-    let Some(mut told) = told else {
+    let Some(Told {
+        data: mut told,
+        key_name,
+    }) = told
+    else {
         return given.or(before);
     };
-    let same_key = before.as_ref().filter(|_| given.is_none());
-    if let Some(before) = same_key.filter(|_| !told.meta_data.contains_key("keys")) {
+    let deleted = key_name.filter(|_| !told.meta_data.contains_key("keys"));
+    let had = |before: &&Box<InstanceData>| {
+        let key = before.meta_data.get("keys").and_then(|keys| keys.get(0));
+        deleted.is_some() && key.and_then(|key| key["name"].as_str()) == deleted.as_deref()
+    };
+    if let Some(before) = before.as_ref().filter(had) {
         for name in ["keys", "public_keys"] {
             if let Some(value) = before.meta_data.get(name) {
                 told.meta_data.insert(name.to_owned(), value.clone());

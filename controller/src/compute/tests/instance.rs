@@ -1,7 +1,9 @@
 //! What a guest is told of its server, and how image and flavor have it treated.
 
 use fractus_agent_api::guest::{GuestOptions, Watchdog};
-use fractus_agent_api::machine::StopReason;
+use fractus_agent_api::machine::{Power, StopReason};
+
+use sea_orm::EntityTrait;
 
 use super::*;
 
@@ -80,6 +82,60 @@ async fn a_guest_is_told_its_name_key_user_data_and_metadata() {
     let instance = guest(&cloud, &id).await.instance.unwrap();
     assert_eq!(instance.meta_data["meta"]["role"], "db");
     assert_eq!(instance.meta_data["public_keys"]["mine"], public_key);
+
+    // Nor is its owner locked out of a disk made anew, unless they want no key.
+    for (version, asked, keeps) in [
+        ("2.96", json!({"imageRef": DISK}), true),
+        ("2.96", json!({"imageRef": DISK, "key_name": null}), false),
+    ] {
+        let rebuilt = cloud.act("one", &id, version, json!({"rebuild": asked}));
+        assert_eq!(status(&rebuilt.await), 202);
+        cloud
+            .until("one", &id, |server| server["status"] == "ACTIVE")
+            .await;
+        let instance = guest(&cloud, &id).await.instance.unwrap();
+        let kept = instance.meta_data.contains_key("public_keys");
+        assert_eq!(
+            (kept, instance.ec2.get("public-keys").is_some()),
+            (keeps, keeps)
+        );
+    }
+}
+
+/// Neither password nor user data outlive the server, in no row and on no host.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_guest_was_told_goes_with_its_server() {
+    let cloud = Cloud::new().await;
+    let mut server = asked("web");
+    server["user_data"] = json!("c2VjcmV0");
+    let made = post(&cloud, "2.96", server).await;
+    let id = made.json["server"]["id"].as_str().unwrap().to_owned();
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    let reader = cloud.app.database().reader();
+    let operations = crate::operation::row::Entity::find()
+        .all(reader)
+        .await
+        .unwrap();
+    assert!(!operations.is_empty());
+    assert!(
+        operations
+            .iter()
+            .all(|operation| !operation.state.contains("c2VjcmV0"))
+    );
+    assert!(guest(&cloud, &id).await.instance.is_some());
+    let path = format!("/v2.1/servers/{id}");
+    cloud
+        .call("one", Method::DELETE, &path, "", Value::Null)
+        .await;
+    cloud.until_gone("one", &id).await;
+    assert_eq!(guest(&cloud, &id).await.instance, None);
+    let told = cloud.host.wanted(machine(&id)).unwrap();
+    assert_eq!(
+        (told.power, told.spec.guest.instance),
+        (Power::Absent, None)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -110,6 +166,14 @@ async fn files_are_put_on_the_drive_up_to_2_56_and_bounded() {
     let files = guest_files(&cloud, &id).await;
     assert_eq!(files, [("/etc/banner".to_owned(), "aGk=".to_owned())]);
     assert_eq!(status(&post(&cloud, "2.57", server.clone()).await), 400);
+    let other = json!([{"path": "/etc/motd", "contents": "eW8="}]);
+    let rebuild = json!({"rebuild": {"imageRef": DISK, "personality": other}});
+    assert_eq!(status(&cloud.act("one", &id, "2.56", rebuild).await), 202);
+    let files = guest_files(&cloud, &id).await;
+    assert_eq!(files, [("/etc/motd".to_owned(), "eW8=".to_owned())]);
+    let long = json!([{"path": "/".repeat(256), "contents": ""}]);
+    let rebuild = json!({"rebuild": {"imageRef": DISK, "personality": long}});
+    assert_eq!(status(&cloud.act("one", &id, "2.56", rebuild).await), 403);
     server["personality"][0]["path"] = json!("/".repeat(256));
     assert_eq!(status(&post(&cloud, "2.56", server).await), 403);
     let mut server = asked("web");
@@ -217,6 +281,23 @@ async fn a_guest_that_its_watchdog_paused_is_paused_until_somebody_lets_it_go_on
     cloud
         .until("one", &id, |server| server["status"] == "ACTIVE")
         .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_its_watchdog_paused_before_its_create_had_ended_is_paused() {
+    let cloud = Cloud::new().await;
+    cloud.frozen.send_replace(true);
+    let id = cloud.create("one", "web").await;
+    while cloud.host.wanted(machine(&id)).is_none() {
+        tokio::task::yield_now().await;
+    }
+    while cloud.host.step(machine(&id)) {}
+    assert!(cloud.host.pause_by_watchdog(machine(&id)));
+    cloud.frozen.send_replace(false);
+    cloud
+        .until("one", &id, |server| server["status"] == "PAUSED")
+        .await;
+    assert_eq!(cloud.host.processes(), [machine(&id)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -155,7 +155,7 @@ async fn order<'a>(call: &Call, body: &'a Value) -> Result<Order<'a>, ApiError> 
     })
 }
 
-fn personality(given: &Value) -> Result<(), ApiError> {
+pub(in crate::compute::api) fn personality(given: &Value) -> Result<(), ApiError> {
     const MOST: usize = 5;
     const PATH: usize = 255;
     const CONTENT: usize = 10 << 10;
