@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use fractus_agent_api::guest::GuestReport;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{MachineSpec, Observed, Power, Wanted};
 use sea_orm::ActiveValue::Set;
@@ -291,9 +292,14 @@ pub(super) async fn settle(
         return Ok(None);
     }
     let now = tools.clock.now_us();
-    // What the guest itself has said by now is the reconciler's to tell, which looks at what differs.
+    // What the guest itself has said by now is the reconciler's to tell, which looks at what differs
+    // from the row: a panic again, as the operation made the server look well; a watchdog once.
     let mut plain = report.clone();
-    plain.guest = Default::default();
+    let told = machine.report.filter(|told| told.starts == report.starts);
+    plain.guest = GuestReport {
+        panicked: false,
+        ..told.map(|told| told.guest).unwrap_or_default()
+    };
     machine::settle(tx, &plain, now).await?;
     let ended = matches!(report.observed, Observed::Stopped { .. });
     if ended && matches!(machine.wanted.power, Power::Running | Power::Paused) {

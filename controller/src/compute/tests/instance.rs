@@ -273,14 +273,33 @@ async fn a_guest_that_its_watchdog_paused_is_paused_until_somebody_lets_it_go_on
     let events = crate::event::of_subject(cloud.app.database().reader(), &id)
         .await
         .unwrap();
-    assert!(events.iter().any(|event| event.action == "watchdog_fired"));
-    assert_eq!(
-        status(&cloud.act("one", &id, "", json!({"unpause": null})).await),
-        202
-    );
+    let fired = events
+        .iter()
+        .filter(|event| event.action == "watchdog_fired");
+    assert_eq!(fired.count(), 1);
+    for (action, then) in [
+        ("unpause", "ACTIVE"),
+        ("pause", "PAUSED"),
+        ("unpause", "ACTIVE"),
+    ] {
+        let acted = cloud.act("one", &id, "", json!({action: null})).await;
+        assert_eq!(status(&acted), 202, "{action}");
+        cloud
+            .until("one", &id, |server| server["status"] == then)
+            .await;
+    }
+    // The second time is another event, the first is not told again.
+    assert!(cloud.host.pause_by_watchdog(machine(&id)));
     cloud
-        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .until("one", &id, |server| server["status"] == "PAUSED")
         .await;
+    let events = crate::event::of_subject(cloud.app.database().reader(), &id)
+        .await
+        .unwrap();
+    let fired = events
+        .iter()
+        .filter(|event| event.action == "watchdog_fired");
+    assert_eq!(fired.count(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
