@@ -178,7 +178,7 @@ async fn run_writer(
                 for mut job in group.drain(..) {
                     let alone = std::slice::from_mut(&mut job);
                     let committed = commit(&connection, alone, &syncs).await;
-                    job.answer(committed.map_err(Broken::into_inner));
+                    job.answer(committed.map_err(|broken| same_error(&broken.into_inner())));
                 }
                 continue;
             }
@@ -193,7 +193,7 @@ async fn run_writer(
 impl Broken {
     fn into_inner(self) -> DbErr {
         match self {
-            Self::Whole(error) | Self::Between(error) => same_error(&error),
+            Self::Whole(error) | Self::Between(error) => error,
         }
     }
 }

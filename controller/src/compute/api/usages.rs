@@ -7,7 +7,6 @@ use axum::extract::Path;
 use serde_json::{Value, json};
 
 use super::call::Call;
-use crate::compute::model::state::ServerState;
 use crate::compute::model::time;
 use crate::compute::store::server::{self, Model};
 use crate::http::{ApiError, Routes};
@@ -85,7 +84,8 @@ struct Sum {
 }
 
 impl Sum {
-    fn add(&mut self, row: &Model, period: Period) -> Result<(), ApiError> {
+    /// `detailed`: the server is listed, too.
+    fn add(&mut self, row: &Model, period: Period, detailed: bool) -> Result<(), ApiError> {
         let flavor = row.flavor()?;
         let hours = period.hours(row);
         let gib = flavor.disk + flavor.ephemeral;
@@ -93,12 +93,11 @@ impl Sum {
         self.gib_hours += hours * gib as f64;
         self.vcpu_hours += hours * f64::from(flavor.vcpus);
         self.mib_hours += hours * flavor.ram as f64;
+        if !detailed {
+            return Ok(());
+        }
         let launched = row.launched_at_us;
         let until = row.terminated_at_us.unwrap_or(period.now_us);
-        let state = match row.state() {
-            ServerState::Deleted => "terminated",
-            state => state.project().vm_state,
-        };
         self.servers.push(json!({
             "hours": hours,
             "flavor": flavor.name,
@@ -110,7 +109,10 @@ impl Sum {
             "vcpus": flavor.vcpus,
             "started_at": launched.map(time::micros),
             "ended_at": row.terminated_at_us.map(time::micros),
-            "state": if row.terminated_at_us.is_some() { "terminated" } else { state },
+            "state": match row.terminated_at_us {
+                Some(_) => "terminated",
+                None => row.state().project().vm_state,
+            },
             "uptime": launched.map_or(0, |launched| (until - launched).max(0) / 1_000_000),
         }));
         Ok(())
@@ -138,6 +140,7 @@ async fn sums(
     call: &Call,
     period: Period,
     project: Option<&str>,
+    detailed: bool,
 ) -> Result<(BTreeMap<String, Sum>, Option<String>), ApiError> {
     let paged = call.at_least(40);
     let limit = if paged { call.limit()? } else { PAGE };
@@ -157,7 +160,7 @@ async fn sums(
         for row in &rows {
             sums.entry(row.project_id.clone())
                 .or_default()
-                .add(row, period)?;
+                .add(row, period, detailed)?;
         }
         let full = rows.len() as u64 >= limit && limit > 0;
         let last = rows.into_iter().last();
@@ -172,7 +175,7 @@ async fn sums(
 async fn list(call: Call) -> Result<Json<Value>, ApiError> {
     let period = Period::of(&call)?;
     let detailed = call.query.last("detailed") == Some("1");
-    let (sums, next) = sums(&call, period, None).await?;
+    let (sums, next) = sums(&call, period, None, detailed).await?;
     let usages = sums.into_iter();
     let usages: Vec<Value> = usages
         .map(|(project, sum)| sum.view(&project, period, detailed))
@@ -189,7 +192,7 @@ async fn show(call: Call, Path(project): Path<String>) -> Result<Json<Value>, Ap
         call.require(Rule::admin("os_compute_api:os-simple-tenant-usage:show"))?;
     }
     let period = Period::of(&call)?;
-    let (mut sums, next) = sums(&call, period, Some(&project)).await?;
+    let (mut sums, next) = sums(&call, period, Some(&project), true).await?;
     // Nova says `{}` where there was nothing, which its own clients' schemas do not take.
     let usage = sums.remove(&project).unwrap_or_default();
     let usage = usage.view(&project, period, true);

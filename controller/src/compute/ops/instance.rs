@@ -185,11 +185,11 @@ pub fn renewed(
         return given.or(before);
     };
     let deleted = key_name.filter(|_| !told.meta_data.contains_key("keys"));
-    let had = |before: &&Box<InstanceData>| {
+    let had = |before: &&InstanceData| {
         let key = before.meta_data.get("keys").and_then(|keys| keys.get(0));
         deleted.is_some() && key.and_then(|key| key["name"].as_str()) == deleted.as_deref()
     };
-    if let Some(before) = before.as_ref().filter(had) {
+    if let Some(before) = before.as_deref().filter(had) {
         for name in ["keys", "public_keys"] {
             if let Some(value) = before.meta_data.get(name) {
                 told.meta_data.insert(name.to_owned(), value.clone());
