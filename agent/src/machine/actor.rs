@@ -20,8 +20,10 @@ use std::time::Duration;
 use fractus_agent_api::decision::{self, Intake, Intent, Process as Life, Seen, Step};
 use fractus_agent_api::guest::Watchdog;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, PutMachine, Refusal, StopReason};
+use futures::FutureExt;
 use tokio::runtime::RuntimeFlavor;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::unconstrained;
 use tokio::time::Instant;
 
 use self::report::report;
@@ -38,6 +40,9 @@ pub const SHUTDOWN: Duration = Duration::from_secs(60);
 const QUIET: Duration = Duration::from_secs(10);
 /// After this time what could not be said is said again.
 const AGAIN: Duration = Duration::from_secs(1);
+/// So many words of the process are heard before an intent is taken: a guest that talks without end
+/// must not keep it away.
+const CAUGHT_UP: usize = 16;
 
 pub type Answer = oneshot::Sender<Result<MachineReport, Refusal>>;
 
@@ -295,8 +300,23 @@ impl<L: Launcher> Actor<L> {
     }
 
     fn take(&mut self, Message::Put(put, answer): Message) {
+        self.catch_up();
         let _ = answer.send(self.put(*put));
         self.give_user_back();
+    }
+
+    /// What the process has said by now is of the intent that is still held: its end, above all, is
+    /// not to be laid to a newer one, under which it never ran.
+    fn catch_up(&mut self) {
+        for _ in 0..CAUGHT_UP {
+            let Some(process) = &mut self.process else {
+                return;
+            };
+            let Some(heard) = unconstrained(process.hear()).now_or_never() else {
+                return;
+            };
+            self.heard(heard);
+        }
     }
 
     /// A tombstone needs none; others may have it.
@@ -480,3 +500,6 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
         _ => work(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,267 @@
+//! The actor alone, with a process that says what the test has it say.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+use fractus_agent_api::decision::Done;
+use fractus_agent_api::guest::InstanceData;
+use fractus_agent_api::machine::{
+    Boot, Generation, MachineSpec, Pages, Revision, RootDisk, ServerId, Wanted,
+};
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use super::*;
+use crate::machine::make::{MakeError, Progress};
+use crate::machine::process::{Plan, ProcessError};
+use crate::machine::record::{ProcessRecord, VERSION};
+use crate::paths::Paths;
+use crate::volume::directory::Old;
+
+const BOOT: Uuid = Uuid::from_u128(0xb0);
+const ID: ServerId = ServerId(Uuid::from_u128(1));
+
+/// What a process has said and nobody has heard, in order.
+#[derive(Debug, Default, Clone)]
+struct Words(Arc<(Mutex<VecDeque<Heard>>, Notify)>);
+
+impl Words {
+    fn say(&self, heard: Heard) {
+        self.0.0.lock().unwrap().push_back(heard);
+        self.0.1.notify_one();
+    }
+}
+
+struct Double(Words);
+
+fn identity() -> ProcessRecord {
+    ProcessRecord {
+        pid: 1,
+        start_ticks: 1,
+        boot_id: BOOT,
+        ran: false,
+        guest: Default::default(),
+        held: false,
+    }
+}
+
+#[async_trait]
+impl Process for Double {
+    fn identity(&self) -> ProcessRecord {
+        identity()
+    }
+
+    async fn tell(&mut self, command: Command, _: Option<&str>) -> Result<(), ProcessError> {
+        if command == Command::Go {
+            self.0.say(Heard::Event(MachineEvent::Running));
+        }
+        Ok(())
+    }
+
+    async fn hear(&mut self) -> Heard {
+        loop {
+            let said = self.0.0.0.lock().unwrap().pop_front();
+            match said {
+                Some(heard) => return heard,
+                None => self.0.0.1.notified().await,
+            }
+        }
+    }
+
+    async fn kill(&mut self) -> Result<End, ProcessError> {
+        Ok(End::Said(StopReason::Requested))
+    }
+}
+
+/// Every process that it starts says the same words.
+struct Doubles(Words);
+
+#[async_trait]
+impl Launcher for Doubles {
+    type Process = Double;
+
+    async fn launch(&self, _: &Plan) -> Result<Double, ProcessError> {
+        Ok(Double(self.0.clone()))
+    }
+
+    async fn adopt(&self, _: ServerId, _: &ProcessRecord) -> std::io::Result<Adoption<Double>> {
+        Ok(Adoption::Alive(Double(self.0.clone())))
+    }
+
+    async fn clear(&self, _: ServerId) -> Result<(), ProcessError> {
+        Ok(())
+    }
+}
+
+struct NoMakings;
+
+#[async_trait]
+impl Makings for NoMakings {
+    async fn boot(&self, _: &MachinePaths, _: &Boot, _: &Progress) -> Result<(), MakeError> {
+        Ok(())
+    }
+
+    async fn disk(
+        &self,
+        paths: &MachinePaths,
+        _: &RootDisk,
+        _: Old,
+        _: &Progress,
+    ) -> Result<(), MakeError> {
+        std::fs::write(paths.disk(), b"disk").unwrap();
+        Ok(())
+    }
+
+    fn config_drive(&self, _: &MachinePaths, _: Option<&InstanceData>) -> Result<(), MakeError> {
+        Ok(())
+    }
+
+    fn remove(&self, paths: &MachinePaths) -> Result<(), MakeError> {
+        let _ = std::fs::remove_file(paths.disk());
+        Ok(())
+    }
+
+    fn boot_id(&self) -> Option<Uuid> {
+        Some(BOOT)
+    }
+}
+
+fn wanted(power: Power) -> Wanted {
+    Wanted {
+        power,
+        soft_reboots: 0,
+        hard_reboots: 0,
+        rebuilds: 0,
+        spec: MachineSpec {
+            vcpus: 1,
+            memory_mib: 64,
+            pages: Pages::Small,
+            numa_nodes: vec![],
+            cpus: vec![],
+            cpu_profile: "host".into(),
+            boot: Boot {
+                kernel: None,
+                initrd: None,
+                command_line: String::new(),
+            },
+            root_disk: Some(RootDisk {
+                image: None,
+                size: 1 << 20,
+            }),
+            guest: Default::default(),
+        },
+    }
+}
+
+fn put(
+    revision: u64,
+    power: Power,
+) -> (Message, oneshot::Receiver<Result<MachineReport, Refusal>>) {
+    let put = PutMachine {
+        version: 1,
+        generation: Generation(1),
+        revision: Revision(revision),
+        wanted: wanted(power),
+        request_id: None,
+    };
+    let (answer, answered) = oneshot::channel();
+    (Message::Put(Box::new(put), answer), answered)
+}
+
+struct Stage {
+    actor: Actor<Doubles>,
+    words: Words,
+    reports: watch::Receiver<MachineReport>,
+    changed: mpsc::UnboundedReceiver<ServerId>,
+    /// Keeps the mailbox open.
+    _mailbox: mpsc::Sender<Message>,
+}
+
+impl Stage {
+    /// With a machine that runs, wanted so at revision 1.
+    async fn running(folder: &Path) -> Self {
+        let words = Words::default();
+        let (sender, changed) = mpsc::unbounded_channel();
+        let surroundings = Surroundings {
+            launcher: Doubles(words.clone()),
+            makings: Arc::new(NoMakings),
+            shutdown: SHUTDOWN,
+            changed: sender,
+        };
+        let record = Record {
+            version: VERSION,
+            id: ID,
+            intent: Intent {
+                generation: Generation(1),
+                revision: Revision(1),
+                wanted: wanted(Power::Running),
+            },
+            request_id: None,
+            done: Done::default(),
+            user: 1,
+            process: None,
+            stop: None,
+            gone_at_us: None,
+            changed_at_us: 0,
+        };
+        let paths = Paths::new(folder, folder).machine(ID);
+        record.write(&paths.record()).unwrap();
+        let (mailbox, messages) = mpsc::channel(16);
+        let surroundings = Arc::new(surroundings);
+        let (actor, reports, _) = Actor::new(surroundings, paths, record, messages, Arc::default());
+        let mut stage = Self {
+            actor,
+            words,
+            reports,
+            changed,
+            _mailbox: mailbox,
+        };
+        stage.settle(Observed::Running).await;
+        while stage.changed.try_recv().is_ok() {}
+        stage
+    }
+
+    /// Turns until the machine is settled as this.
+    async fn settle(&mut self, observed: Observed) {
+        while !self.reports.borrow().settled || self.reports.borrow().observed != observed {
+            let turn = tokio::time::timeout(SHUTDOWN, self.actor.turn()).await;
+            assert!(
+                matches!(turn, Ok(Ok(()))),
+                "it stays {:?}",
+                self.reports.borrow()
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_processes_end_is_of_the_intent_that_was_held_when_it_ended() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = Stage::running(folder.path()).await;
+    // Both are there; the intent is looked at first.
+    let detail = "signal 9".to_owned();
+    stage.words.say(Heard::Ended(End::Silent { detail }));
+    let (message, mut answered) = put(2, Power::Running);
+    stage.actor.take(message);
+    let answer = answered.try_recv().unwrap().unwrap();
+    assert!(!answer.settled, "{answer:?}");
+    stage.settle(Observed::Running).await;
+    let report = stage.reports.borrow().clone();
+    assert_eq!((report.revision, report.starts), (Revision(2), 2));
+}
+
+#[tokio::test]
+async fn a_guest_that_talks_without_end_does_not_keep_an_intent_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = Stage::running(folder.path()).await;
+    for _ in 0..1000 {
+        stage.words.say(Heard::Event(MachineEvent::GuestReset));
+    }
+    let (message, mut answered) = put(2, Power::Running);
+    stage.actor.take(message);
+    assert!(answered.try_recv().unwrap().unwrap().settled);
+    let unheard = stage.words.0.0.lock().unwrap().len();
+    assert!(unheard > 900, "{unheard}");
+}
