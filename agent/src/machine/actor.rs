@@ -380,10 +380,11 @@ impl<L: Launcher> Actor<L> {
     fn heard(&mut self, heard: Heard) {
         tracing::debug!(machine = %self.record.id, ?heard, "heard");
         match heard {
-            Heard::State(State::Running) | Heard::Event(MachineEvent::Running) => self.runs(),
+            Heard::State(State::Running) | Heard::Event(MachineEvent::Running) => {
+                self.is(Phase::Running);
+            }
             Heard::State(State::Paused) | Heard::Event(MachineEvent::Paused) => {
-                self.runs();
-                self.phase = Phase::Paused;
+                self.is(Phase::Paused);
             }
             Heard::State(State::Ready | State::Stopped) => {}
             Heard::Event(event) => {
@@ -429,24 +430,36 @@ impl<L: Launcher> Actor<L> {
             }
             _ => {}
         }
-        if *process != before
-            && let Err(error) = blocking(|| self.record.note(&self.paths.record()))
-        {
-            tracing::error!(machine = %self.record.id, %error, "record");
+        if *process != before {
+            self.note();
         }
     }
 
-    /// The guest has run: an end from now on is an end.
-    fn runs(&mut self) {
-        self.phase = Phase::Running;
+    /// Running or paused. Its guest has run: an end from now on is an end.
+    fn is(&mut self, phase: Phase) {
+        let resumed = (self.phase, phase) == (Phase::Paused, Phase::Running);
+        self.phase = phase;
         self.start_by = None;
         if let Some(process) = &mut self.record.process
             && !process.ran
         {
             process.ran = true;
-            if let Err(error) = blocking(|| self.record.note(&self.paths.record())) {
-                tracing::error!(machine = %self.record.id, %error, "record");
-            }
+            self.note();
+        }
+        let wanted = &self.record.intent.wanted;
+        let reached = matches!(
+            (phase, wanted.power),
+            (Phase::Running, Power::Running) | (Phase::Paused, Power::Paused)
+        );
+        // Late is not never.
+        if reached && let Some(failure) = self.failed.take() {
+            tracing::info!(machine = %self.record.id, ?phase, failure, "after all");
+        }
+        if resumed
+            && wanted.spec.guest.agent
+            && let Some(process) = &self.process
+        {
+            process.set_guest_time();
         }
     }
 

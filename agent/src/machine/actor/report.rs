@@ -25,6 +25,13 @@ impl<L: Launcher> Actor<L> {
         self.publish();
     }
 
+    /// The same for what can be found out again after a crash; nobody is told.
+    pub(super) fn note(&self) {
+        if let Err(error) = blocking(|| self.record.note(&self.paths.record())) {
+            tracing::error!(machine = %self.record.id, %error, "record");
+        }
+    }
+
     pub(super) fn observe_starting(&mut self, step: &str) {
         self.send(
             Observed::Starting {

@@ -149,13 +149,6 @@ impl<L: Launcher> Actor<L> {
                 break;
             }
         }
-        if command == Command::Resume
-            && self.phase == Phase::Running
-            && self.record.intent.wanted.spec.guest.agent
-            && let Some(process) = &self.process
-        {
-            process.set_guest_time();
-        }
         Ok(())
     }
 

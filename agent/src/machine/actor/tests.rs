@@ -265,3 +265,31 @@ async fn a_guest_that_talks_without_end_does_not_keep_an_intent_away() {
     let unheard = stage.words.0.0.lock().unwrap().len();
     assert!(unheard > 900, "{unheard}");
 }
+
+#[tokio::test]
+async fn a_command_that_is_carried_out_late_has_not_failed() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = Stage::running(folder.path()).await;
+    for (revision, power, event, observed) in [
+        (2, Power::Paused, MachineEvent::Paused, Observed::Paused),
+        (3, Power::Running, MachineEvent::Running, Observed::Running),
+    ] {
+        stage.actor.take(put(revision, power).0);
+        let reason = "not carried out in time".to_owned();
+        stage.actor.fail(reason.clone());
+        assert!(stage.reports.borrow().settled);
+        // What is not the wanted one changes nothing.
+        let before = stage.reports.borrow().clone();
+        let state = match power {
+            Power::Paused => State::Running,
+            _ => State::Paused,
+        };
+        stage.words.say(Heard::State(state));
+        let _ = stage.actor.turn().await;
+        assert_eq!(*stage.reports.borrow(), before);
+        stage.words.say(Heard::Event(event));
+        let _ = stage.actor.turn().await;
+        let report = stage.reports.borrow().clone();
+        assert_eq!((report.settled, report.observed), (true, observed));
+    }
+}
