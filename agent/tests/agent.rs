@@ -9,6 +9,7 @@ use std::time::Instant;
 use common::*;
 use fractus_agent_api::client::CallError;
 use fractus_agent_api::client::agent::AgentClient;
+use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::identity::Peer;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, Refusal, ServerId, StopReason};
@@ -48,6 +49,51 @@ fn a_machine_is_made_reported_and_removed_without_a_trace() -> Result {
             late.unwrap_err().refusal(),
             Some(Refusal::Stale { .. })
         ));
+        Ok(())
+    })
+}
+
+#[test]
+fn nothing_of_what_a_guest_was_told_outlives_its_machine() -> Result {
+    block_on(async {
+        let (_cloud, agent, kernel) = with_stand_ins().await?;
+        let told = |power| {
+            let mut wanted = wanted(&kernel, power);
+            wanted.spec.guest.instance = Some(Box::new(InstanceData {
+                meta_data: [("name".to_owned(), "confided-name".into())].into(),
+                user_data: Some("Y29uZmlkZWQ=".to_owned()),
+                vendor_data: Default::default(),
+                vendor_data2: Default::default(),
+                network_data: Default::default(),
+                ec2: Default::default(),
+                files: Vec::new(),
+                admin_pass: Some("confided-password".to_owned()),
+            }));
+            wanted
+        };
+        let words = ["confided", "Y29uZmlkZWQ="];
+        let kept = |id: ServerId| -> Result<usize> {
+            let mut kept = 0;
+            for entry in std::fs::read_dir(agent.machine_folder(id))? {
+                let bytes = std::fs::read(entry?.path())?;
+                let text = String::from_utf8_lossy(&bytes);
+                kept += usize::from(words.iter().any(|word| text.contains(word)));
+            }
+            Ok(kept)
+        };
+        let id = new_id();
+        agent.put(id, &put(1, told(Power::Running))).await?;
+        agent.settled(id, 1, is_running).await?;
+        assert_eq!(kept(id)?, 2, "record and config drive");
+        agent.put(id, &put(2, told(Power::Absent))).await?;
+        agent.settled(id, 2, is_absent).await?;
+        assert_eq!(kept(id)?, 0);
+        // Nor is it taken when it is said of one that is gone, or never was.
+        agent.put(id, &put(3, told(Power::Absent))).await?;
+        assert_eq!(kept(id)?, 0);
+        let never = new_id();
+        agent.put(never, &put(1, told(Power::Absent))).await?;
+        assert_eq!(kept(never)?, 0);
         Ok(())
     })
 }

@@ -348,6 +348,7 @@ impl<L: Launcher> Actor<L> {
                 revision: put.revision,
                 wanted: put.wanted,
             };
+            self.record.forget_guest();
             self.record.request_id = put.request_id;
             self.record.stop = None;
             if let Some(process) = &mut self.record.process {

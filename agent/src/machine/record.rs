@@ -81,6 +81,14 @@ impl Record {
         self.intent.wanted.power == Power::Absent && self.gone_at_us.is_some()
     }
 
+    /// Who is to go boots no more: what its guest would have been told, passwords and all, is nothing
+    /// to be kept for as long as its tombstone is.
+    pub fn forget_guest(&mut self) {
+        if self.intent.wanted.power == Power::Absent {
+            self.intent.wanted.spec.guest.instance = None;
+        }
+    }
+
     pub fn read(path: &Path) -> Result<Self, RecordError> {
         let bytes = fs::read(path).map_err(|source| RecordError::Io {
             path: path.to_owned(),

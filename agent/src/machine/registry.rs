@@ -250,7 +250,7 @@ impl<L: Launcher> Machines<L> {
         let user =
             user.ok_or_else(|| unavailable("no user id is left for a machine".to_owned()))?;
         let absent = put.wanted.power == Power::Absent;
-        let record = Record {
+        let mut record = Record {
             version: VERSION,
             id,
             intent: Intent {
@@ -266,6 +266,7 @@ impl<L: Launcher> Machines<L> {
             gone_at_us: absent.then(now_us),
             changed_at_us: now_us(),
         };
+        record.forget_guest();
         record
             .write(&self.paths.machine(id).record())
             .map_err(|e| unavailable(e.to_string()))?;

@@ -226,6 +226,8 @@ impl<L: Launcher> Actor<L> {
         match removed {
             Ok(()) => {
                 self.record.gone_at_us = Some(now_us());
+                // One that an earlier agent has taken has it still.
+                self.record.forget_guest();
                 self.record.stop = None;
                 self.count_reboots();
                 self.record.done.rebuilds = self.record.intent.wanted.rebuilds;
