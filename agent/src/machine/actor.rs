@@ -2,14 +2,15 @@
 //!
 //! It owns the record and the process. Its loop asks the shared decision for the next step, carries it
 //! out, and asks again; at rest it waits for an intent, for a word of the process, or for a deadline.
-//! At start it does the same: a crash is nothing special. [`steps`] carries out, [`report`](mod@report)
-//! says what is; here it is decided, heard and waited.
+//! At start it does the same: a crash is nothing special. [`steps`] carries out, [`guest`]
+//! takes down what the guest does, [`report`](mod@report) says what is; here it is decided, heard and waited.
 //!
 //! A start that fails is reported as `Failed` with its reason and is not tried again under the same
 //! intent (what can come right by itself, like a controller that does not answer, has been waited for
 //! before that); a newer intent, or a new start of the agent, tries anew. A guest that went down by
 //! itself stays down until a newer intent.
 
+mod guest;
 mod report;
 mod steps;
 
@@ -18,7 +19,6 @@ use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::time::Duration;
 
 use fractus_agent_api::decision::{self, Intake, Intent, Process as Life, Seen, Step};
-use fractus_agent_api::guest::Watchdog;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, PutMachine, Refusal, StopReason};
 use futures::FutureExt;
 use tokio::runtime::RuntimeFlavor;
@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::unconstrained;
 use tokio::time::Instant;
 
+use self::guest::Guest;
 use self::report::report;
 use self::steps::START;
 use super::make::Makings;
@@ -36,8 +37,6 @@ use crate::vm::protocol::{MachineEvent, State};
 
 /// How long a guest may take to go after its power button was pressed.
 pub const SHUTDOWN: Duration = Duration::from_secs(60);
-/// A watchdog is counted this often at most.
-const QUIET: Duration = Duration::from_secs(10);
 /// After this time what could not be said is said again.
 const AGAIN: Duration = Duration::from_secs(1);
 /// So many words of the process are heard before an intent is taken: a guest that talks without end
@@ -96,10 +95,7 @@ pub struct Actor<L: Launcher> {
     pressed_at: Option<Instant>,
     /// The process was started by an earlier agent, which may have died before it said `Go`.
     adopted: bool,
-    /// The last that the guest said, so that one that repeats itself does not fill the log.
-    said: Option<MachineEvent>,
-    /// When its watchdog was last counted.
-    fired_at: Option<Instant>,
+    guest: Guest,
     /// Until when the guest must have begun.
     start_by: Option<Instant>,
     mailbox: mpsc::Receiver<Message>,
@@ -151,8 +147,7 @@ impl<L: Launcher> Actor<L> {
             shutdown_by: None,
             pressed_at: None,
             adopted: false,
-            said: None,
-            fired_at: None,
+            guest: Guest::default(),
             start_by: None,
             mailbox,
             reports,
@@ -274,12 +269,8 @@ impl<L: Launcher> Actor<L> {
 
     /// Until an intent, a word of the process, or the deadline.
     async fn wait(&mut self, deadline: Option<Instant>) -> Result<Woken, Over> {
-        let timer = async {
-            match deadline {
-                Some(deadline) => tokio::time::sleep_until(deadline).await,
-                None => std::future::pending().await,
-            }
-        };
+        let timer = sleep_until(deadline);
+        let quiet = sleep_until(self.guest.tell_by());
         let heard = async {
             match &mut self.process {
                 Some(process) => process.hear().await,
@@ -293,6 +284,11 @@ impl<L: Launcher> Actor<L> {
             }
             heard = heard => {
                 self.heard(heard);
+                Ok(Woken::Heard)
+            }
+            () = quiet => {
+                self.tell_panic();
+                self.publish();
                 Ok(Woken::Heard)
             }
             () = timer => Ok(Woken::Deadline),
@@ -388,16 +384,7 @@ impl<L: Launcher> Actor<L> {
                 self.is(Phase::Paused);
             }
             Heard::State(State::Ready | State::Stopped) => {}
-            Heard::Event(event) => {
-                self.guest_says(&event);
-                // A guest may say so as often as it likes.
-                if self.said.as_ref() == Some(&event) {
-                    tracing::debug!(machine = %self.record.id, ?event, "the guest, again");
-                } else {
-                    tracing::info!(machine = %self.record.id, ?event, "the guest");
-                    self.said = Some(event);
-                }
-            }
+            Heard::Event(event) => self.guest_says(&event),
             Heard::Refused(detail) => {
                 tracing::warn!(machine = %self.record.id, detail, "its process refused");
                 self.failed = Some(detail);
@@ -409,31 +396,6 @@ impl<L: Launcher> Actor<L> {
             }
         }
         self.publish();
-    }
-
-    /// What its own devices say of the guest: recorded, for those who look at the server. A guest that
-    /// says the same over and over costs nothing.
-    fn guest_says(&mut self, event: &MachineEvent) {
-        let pauses = self.record.intent.wanted.spec.guest.watchdog == Some(Watchdog::Pause);
-        let Some(process) = &mut self.record.process else {
-            return;
-        };
-        let before = *process;
-        match event {
-            MachineEvent::Panicked => process.guest.panicked = true,
-            MachineEvent::GuestReset => process.guest.panicked = false,
-            MachineEvent::WatchdogFired => {
-                process.held = pauses;
-                if self.fired_at.is_none_or(|at| at.elapsed() > QUIET) {
-                    process.guest.watchdog_fired += 1;
-                    self.fired_at = Some(Instant::now());
-                }
-            }
-            _ => {}
-        }
-        if *process != before {
-            self.note();
-        }
     }
 
     /// Running or paused. Its guest has run: an end from now on is an end.
@@ -504,6 +466,13 @@ impl<L: Launcher> Actor<L> {
             self.failed = Some("the machine's process ended before its guest ran".to_owned());
         }
         self.persist();
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -4,6 +4,8 @@
 //! is exchanged in the first packet, golden packets of every version are kept in `tests/golden`, and
 //! fields are only added. [`Launch`] alone is between one binary and itself.
 
+use std::time::Duration;
+
 use fractus_agent_api::machine::{ServerId, StopReason};
 use fractus_vmm::config::MachineConfig;
 use serde::{Deserialize, Serialize};
@@ -13,6 +15,9 @@ pub const VERSION: u32 = 1;
 
 /// Most bytes of a packet; a reason with registers in it is the longest.
 pub const MOST: usize = 64 << 10;
+
+/// A guest's watchdog, panics and resets are taken down this often at most.
+pub const QUIET: Duration = Duration::from_secs(10);
 
 /// Bytes kept of the serial line, and of the process's own log.
 pub const SERIAL_LOG: u64 = 1 << 20;

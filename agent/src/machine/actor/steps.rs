@@ -9,6 +9,7 @@ use fractus_agent_api::decision::Step;
 use fractus_agent_api::machine::{Power, StopReason};
 use tokio::time::Instant;
 
+use super::guest::Guest;
 use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
 use crate::clock::now_us;
 use crate::machine::make::Progress;
@@ -115,7 +116,8 @@ impl<L: Launcher> Actor<L> {
         let told = process.tell(Command::Go, None).await;
         self.process = Some(process);
         self.phase = Phase::Starting;
-        (self.adopted, self.pressed_at, self.said) = (false, None, None);
+        (self.adopted, self.pressed_at) = (false, None);
+        self.guest = Guest::default();
         self.start_by = Some(Instant::now() + START);
         if let Err(error) = told {
             // Its end says more.

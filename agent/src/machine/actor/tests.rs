@@ -223,6 +223,13 @@ impl Stage {
         stage
     }
 
+    /// All that was said.
+    fn hear_all(&mut self) {
+        while !self.words.0.0.lock().unwrap().is_empty() {
+            self.actor.catch_up();
+        }
+    }
+
     /// Turns until the machine is settled as this.
     async fn settle(&mut self, observed: Observed) {
         while !self.reports.borrow().settled || self.reports.borrow().observed != observed {
@@ -292,4 +299,51 @@ async fn a_command_that_is_carried_out_late_has_not_failed() {
         let report = stage.reports.borrow().clone();
         assert_eq!((report.settled, report.observed), (true, observed));
     }
+}
+
+/// How often the record was replaced since the folder is watched.
+fn writes(watched: &rustix::fd::OwnedFd) -> usize {
+    let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+    let mut reader = rustix::fs::inotify::Reader::new(watched, &mut buffer);
+    std::iter::from_fn(|| reader.next().ok().map(drop)).count()
+}
+
+#[tokio::test]
+async fn a_guest_that_panics_and_resets_without_end_costs_little_and_its_last_word_counts() {
+    use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init};
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = Stage::running(folder.path()).await;
+    let watched = init(CreateFlags::NONBLOCK).unwrap();
+    let machine = &stage.actor.paths.folder;
+    add_watch(&watched, machine, WatchFlags::MOVED_TO).unwrap();
+    for _ in 0..100 {
+        for event in [MachineEvent::Panicked, MachineEvent::GuestReset] {
+            stage.words.say(Heard::Event(event));
+        }
+    }
+    stage.hear_all();
+    // The first is told at once; that it was reset, after a while.
+    assert_eq!(writes(&watched), 1);
+    assert!(stage.reports.borrow().guest.panicked);
+    stage.actor.end_quiet();
+    let _ = stage.actor.turn().await;
+    assert_eq!(writes(&watched), 1);
+    assert!(!stage.reports.borrow().guest.panicked);
+    assert!(
+        !Record::read(&stage.actor.paths.record())
+            .unwrap()
+            .process
+            .unwrap()
+            .guest
+            .panicked
+    );
+    let pushes = std::iter::from_fn(|| stage.changed.try_recv().ok()).count();
+    assert_eq!(pushes, 2);
+    // A panic that was over within the quiet time leaves nothing to be told.
+    for event in [MachineEvent::Panicked, MachineEvent::GuestReset] {
+        stage.words.say(Heard::Event(event));
+    }
+    stage.hear_all();
+    assert_eq!(stage.actor.guest.tell_by(), None);
+    assert_eq!(writes(&watched), 0);
 }
