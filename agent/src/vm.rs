@@ -13,6 +13,7 @@ pub mod jail_test;
 mod log;
 pub mod packet;
 pub mod protocol;
+mod said;
 pub mod seccomp;
 mod stand_in;
 pub mod supervise;
@@ -22,7 +23,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use fractus_vmm::config::{ConsoleFiles, MachineFiles, NetFiles};
+use fractus_vmm::config::{ConsoleFiles, MachineFiles, NetFiles, WatchdogAction};
 use fractus_vmm::machine::Machine;
 use fractus_vmm::thread::{ThreadHook, ThreadKind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
@@ -30,6 +31,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
 use self::guest::{Guest, GuestError};
 use self::jail::Namespaces;
 use self::protocol::{FileRole, FromMachine, Launch, SERIAL_LOG, ToMachine, VERSION};
+use self::said::Said;
 use self::supervise::{Supervisor, Terminal};
 use crate::console::ring::RingWriter;
 
@@ -226,6 +228,8 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
             (Some(ours), Some(theirs))
         }
     };
+    let watchdog = launch.config.watchdog.as_ref();
+    let pauses = watchdog.is_some_and(|watchdog| watchdog.action == WatchdogAction::Pause);
     let lines = Lines {
         serial: theirs,
         port: guests_port,
@@ -244,6 +248,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         serial_log,
         terminal,
         last_words,
+        said: Said::new(pauses),
         unheard: false,
         abandoned: false,
     })

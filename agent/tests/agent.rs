@@ -9,7 +9,7 @@ use std::time::Instant;
 use common::*;
 use fractus_agent_api::client::CallError;
 use fractus_agent_api::client::agent::AgentClient;
-use fractus_agent_api::guest::InstanceData;
+use fractus_agent_api::guest::{InstanceData, Watchdog};
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::identity::Peer;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, Refusal, ServerId, StopReason};
@@ -160,6 +160,39 @@ fn a_guest_that_powers_off_while_the_agent_is_away_is_reported_with_its_reason()
             .put(id, &put(2, wanted(&kernel, Power::Running)))
             .await?;
         assert_eq!(agent.settled(id, 2, is_running).await?.starts, 2);
+        Ok(())
+    })
+}
+
+#[test]
+fn what_a_guest_does_while_the_agent_is_away_is_known_to_the_next_one() -> Result {
+    block_on(async {
+        let (_cloud, mut agent, kernel) = with_stand_ins().await?;
+        let id = new_id();
+        let mut wanted = wanted(&kernel, Power::Running);
+        wanted.spec.guest.watchdog = Some(Watchdog::Pause);
+        agent.put(id, &put(1, wanted.clone())).await?;
+        agent.settled(id, 1, is_running).await?;
+        agent.kill();
+        type_in(&agent, id, b"oops\nbite\n");
+        let by = Instant::now() + PATIENCE;
+        while !agent.vm_log(id).contains("Paused") {
+            anyhow::ensure!(Instant::now() < by, "{}", agent.vm_log(id));
+            // sleeps because a file is read as often as it takes; a deadline ends it.
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        agent.run().await?;
+        let paused = |report: &MachineReport| report.observed == Observed::Paused;
+        let report = agent.settled(id, 1, paused).await?;
+        assert_eq!(
+            (report.guest.panicked, report.guest.watchdog_fired),
+            (true, 1)
+        );
+        agent.put(id, &put(2, wanted)).await?;
+        agent.settled(id, 2, is_running).await?;
+        // And it is not called to mind again.
+        agent.restart().await?;
+        agent.settled(id, 2, is_running).await?;
         Ok(())
     })
 }

@@ -377,13 +377,18 @@ impl<L: Launcher> Actor<L> {
     fn heard(&mut self, heard: Heard) {
         tracing::debug!(machine = %self.record.id, ?heard, "heard");
         match heard {
-            Heard::State(State::Running) | Heard::Event(MachineEvent::Running) => {
-                self.is(Phase::Running);
+            Heard::Status(state, said) => {
+                if let Some(said) = said {
+                    self.guest_has_said(&said);
+                }
+                match state {
+                    State::Running => self.is(Phase::Running),
+                    State::Paused => self.is(Phase::Paused),
+                    State::Ready | State::Stopped => {}
+                }
             }
-            Heard::State(State::Paused) | Heard::Event(MachineEvent::Paused) => {
-                self.is(Phase::Paused);
-            }
-            Heard::State(State::Ready | State::Stopped) => {}
+            Heard::Event(MachineEvent::Running) => self.is(Phase::Running),
+            Heard::Event(MachineEvent::Paused) => self.is(Phase::Paused),
             Heard::Event(event) => self.guest_says(&event),
             Heard::Refused(detail) => {
                 tracing::warn!(machine = %self.record.id, detail, "its process refused");

@@ -25,7 +25,9 @@ use self::control::Control;
 use super::guest_agent::GuestAgent;
 use super::record::ProcessRecord;
 use crate::clock::now_us;
-use crate::vm::protocol::{FromMachine, LastWords, MachineEvent, Role, State, ToMachine, VERSION};
+use crate::vm::protocol::{
+    FromMachine, GuestSaid, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
+};
 
 /// What a process is to be made of.
 #[derive(Debug, Clone, PartialEq)]
@@ -98,7 +100,8 @@ impl End {
 /// What is heard of a process.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Heard {
-    State(State),
+    /// What it is; what its guest has said, where it keeps that.
+    Status(State, Option<GuestSaid>),
     Event(MachineEvent),
     /// The last command was not carried out.
     Refused(String),
@@ -147,7 +150,7 @@ pub struct HostProcess {
     /// Last of what it said, kept for its end.
     failure: Option<String>,
     /// What it answered when it was adopted.
-    greeting: Option<State>,
+    greeting: Option<Heard>,
 }
 
 /// A process that was adopted while it was busy is asked again after this time.
@@ -156,14 +159,19 @@ const AGAIN: Duration = Duration::from_secs(1);
 const DEATH: Duration = Duration::from_secs(30);
 
 impl HostProcess {
-    async fn connect(&mut self) -> Result<State, ProcessError> {
+    async fn connect(&mut self) -> Result<Heard, ProcessError> {
         let control =
             Control::connect(&self.paths.socket, self.identity.pid, Role::Control).await?;
         let answer = tokio::time::timeout(Duration::from_secs(5), control.receive()).await;
         match answer.map_err(|_| ProcessError::Mute)?? {
-            FromMachine::Status { version, state, .. } if version <= VERSION => {
+            FromMachine::Status {
+                version,
+                state,
+                guest,
+                ..
+            } if version <= VERSION => {
                 self.control = Some(control);
-                Ok(state)
+                Ok(Heard::Status(state, guest))
             }
             other => {
                 tracing::warn!(
@@ -203,8 +211,8 @@ impl HostProcess {
 
     fn heard(&mut self, message: FromMachine) -> Option<Heard> {
         match message {
-            FromMachine::Ready { .. } => Some(Heard::State(State::Ready)),
-            FromMachine::Status { state, .. } => Some(Heard::State(state)),
+            FromMachine::Ready { .. } => Some(Heard::Status(State::Ready, None)),
+            FromMachine::Status { state, guest, .. } => Some(Heard::Status(state, guest)),
             // The end of the process says so too, and once is enough.
             FromMachine::Event {
                 event: MachineEvent::Stopped { .. },
@@ -242,8 +250,8 @@ impl Process for HostProcess {
     }
 
     async fn hear(&mut self) -> Heard {
-        if let Some(state) = self.greeting.take() {
-            return Heard::State(state);
+        if let Some(greeting) = self.greeting.take() {
+            return greeting;
         }
         loop {
             let Some(control) = &self.control else {
@@ -251,8 +259,8 @@ impl Process for HostProcess {
                     _ = self.pidfd.readable() => return Heard::Ended(self.end()),
                     () = tokio::time::sleep(AGAIN) => {}
                 }
-                if let Ok(state) = self.connect().await {
-                    return Heard::State(state);
+                if let Ok(greeting) = self.connect().await {
+                    return greeting;
                 }
                 continue;
             };

@@ -58,6 +58,9 @@ pub struct ProcessRecord {
     /// Its watchdog has paused it.
     #[serde(default)]
     pub held: bool,
+    /// How often it has done so, as far as an agent has heard.
+    #[serde(default)]
+    pub holds: u64,
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -74,6 +74,9 @@ pub enum FromMachine {
         version: u32,
         id: ServerId,
         state: State,
+        /// None from processes that do not keep it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        guest: Option<GuestSaid>,
     },
     Event {
         event: MachineEvent,
@@ -95,6 +98,22 @@ pub enum State {
     Running,
     Paused,
     Stopped,
+}
+
+/// What the guest's devices have said since the process began. Events that find no agent are lost; this
+/// is not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestSaid {
+    /// Its kernel panicked, and the guest has not been reset since.
+    #[serde(default)]
+    pub panicked: bool,
+    /// How often it let its watchdog run out, counted once in [`QUIET`] at most.
+    #[serde(default)]
+    pub watchdog_fired: u64,
+    /// How often its watchdog ran out where that pauses it, each one counted: an agent tells by it
+    /// whether it has heard of the last.
+    #[serde(default)]
+    pub holds: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -215,6 +234,17 @@ mod tests {
                 version: 1,
                 id,
                 state: State::Paused,
+                guest: None,
+            },
+            FromMachine::Status {
+                version: 1,
+                id,
+                state: State::Running,
+                guest: Some(GuestSaid {
+                    panicked: true,
+                    watchdog_fired: 2,
+                    holds: 3,
+                }),
             },
             FromMachine::Event {
                 event: MachineEvent::Running,

@@ -2,7 +2,8 @@
 //!
 //! For tests of all that surrounds a machine (processes, jail, records, consoles). It prints a boot
 //! line with the process's boot nonce, echoes each line it reads, and knows the lines `off`, `fault`
-//! (a triple fault), `panic` (a fault of the VMM) and `deaf` (does not hear the button any more).
+//! (a triple fault), `panic` (a fault of the VMM), `deaf` (does not hear the button any more), `oops` (its
+//! kernel panics), `reset` and `bite` (its watchdog runs out, and pauses it).
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -63,6 +64,13 @@ impl StandIn {
     fn hear(&mut self, line: &str) -> Option<MachineEvent> {
         let _ = writeln!(self.serial, "heard {line}");
         let reason = match line {
+            "oops" => return Some(MachineEvent::Panicked),
+            "reset" => return Some(MachineEvent::GuestReset),
+            "bite" => {
+                self.state = State::Paused;
+                self.events.push_back(MachineEvent::Paused);
+                return Some(MachineEvent::WatchdogFired);
+            }
             "off" => StopReason::GuestPowerOff,
             "fault" => StopReason::TripleFault,
             "panic" => StopReason::VmmFault {

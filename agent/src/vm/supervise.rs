@@ -16,6 +16,7 @@ use super::guest::{Guest, GuestError};
 use super::protocol::{
     self, FromMachine, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
 };
+use super::said::Said;
 use super::{log, packet};
 use crate::console::ring::RingWriter;
 
@@ -35,6 +36,8 @@ pub struct Supervisor {
     /// Where the serial line also goes, and comes from, when run by hand.
     pub terminal: Option<Terminal>,
     pub last_words: Option<File>,
+    /// What events have said, and perhaps to nobody.
+    pub said: Said,
     /// There may be events of the guest that no turn of the loop has taken yet.
     pub unheard: bool,
     /// The agent is gone, and nothing listens for another: nobody could ever end this machine.
@@ -283,6 +286,7 @@ impl Supervisor {
             if let MachineEvent::Stopped { reason } = event {
                 return Some(reason);
             }
+            self.said.take_down(&event);
             self.tell(&FromMachine::Event { event });
         }
         None
@@ -355,6 +359,7 @@ impl Supervisor {
             version: VERSION,
             id: self.id,
             state: self.guest.state(),
+            guest: Some(self.said.words()),
         }
     }
 

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::Actor;
 use crate::machine::process::Launcher;
-use crate::vm::protocol::{MachineEvent, QUIET};
+use crate::vm::protocol::{GuestSaid, MachineEvent, QUIET};
 
 /// What was heard of one process's guest.
 #[derive(Debug, Default)]
@@ -65,6 +65,7 @@ impl<L: Launcher> Actor<L> {
         };
         let before = *process;
         process.held = pauses;
+        process.holds += u64::from(pauses);
         if self.guest.fired_at.is_none_or(|at| at.elapsed() > QUIET) {
             process.guest.watchdog_fired += 1;
             self.guest.fired_at = Some(Instant::now());
@@ -72,6 +73,23 @@ impl<L: Launcher> Actor<L> {
         if *process != before {
             self.note();
         }
+    }
+
+    /// Some of it when no agent was there.
+    pub(super) fn guest_has_said(&mut self, said: &GuestSaid) {
+        let Some(process) = &mut self.record.process else {
+            return;
+        };
+        let before = *process;
+        // One that was heard of may have been resumed by an intent since.
+        process.held |= said.holds > process.holds;
+        process.holds = process.holds.max(said.holds);
+        let fired = &mut process.guest.watchdog_fired;
+        *fired = (*fired).max(said.watchdog_fired);
+        if *process != before {
+            self.note();
+        }
+        self.panics(said.panicked);
     }
 
     /// Whether it is in panic now.

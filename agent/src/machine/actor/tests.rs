@@ -18,6 +18,7 @@ use crate::machine::make::{MakeError, Progress};
 use crate::machine::process::{Plan, ProcessError};
 use crate::machine::record::{ProcessRecord, VERSION};
 use crate::paths::Paths;
+use crate::vm::protocol::GuestSaid;
 use crate::volume::directory::Old;
 
 const BOOT: Uuid = Uuid::from_u128(0xb0);
@@ -44,6 +45,7 @@ fn identity() -> ProcessRecord {
         ran: false,
         guest: Default::default(),
         held: false,
+        holds: 0,
     }
 }
 
@@ -291,7 +293,7 @@ async fn a_command_that_is_carried_out_late_has_not_failed() {
             Power::Paused => State::Running,
             _ => State::Paused,
         };
-        stage.words.say(Heard::State(state));
+        stage.words.say(Heard::Status(state, None));
         let _ = stage.actor.turn().await;
         assert_eq!(*stage.reports.borrow(), before);
         stage.words.say(Heard::Event(event));
@@ -346,4 +348,29 @@ async fn a_guest_that_panics_and_resets_without_end_costs_little_and_its_last_wo
     stage.hear_all();
     assert_eq!(stage.actor.guest.tell_by(), None);
     assert_eq!(writes(&watched), 0);
+}
+
+#[tokio::test]
+async fn a_pause_by_the_watchdog_that_an_intent_has_ended_is_not_heard_of_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = Stage::running(folder.path()).await;
+    let said = Some(GuestSaid {
+        panicked: true,
+        watchdog_fired: 1,
+        holds: 1,
+    });
+    stage.words.say(Heard::Status(State::Paused, said));
+    stage.settle(Observed::Paused).await;
+    let report = stage.reports.borrow().clone();
+    assert_eq!(
+        (report.guest.panicked, report.guest.watchdog_fired),
+        (true, 1)
+    );
+    stage.actor.take(put(2, Power::Running).0);
+    // As it says to the next agent, which came before it was told to go on.
+    stage.words.say(Heard::Status(State::Paused, said));
+    stage.hear_all();
+    assert!(!stage.reports.borrow().settled);
+    stage.words.say(Heard::Event(MachineEvent::Running));
+    stage.settle(Observed::Running).await;
 }

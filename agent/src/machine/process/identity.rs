@@ -159,6 +159,7 @@ mod tests {
             ran: true,
             guest: Default::default(),
             held: false,
+            holds: 0,
         };
         assert!(find(&own, boot).unwrap().is_some());
         let reused = ProcessRecord {

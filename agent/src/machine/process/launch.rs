@@ -183,6 +183,7 @@ impl HostLauncher {
             ran: false,
             guest: GuestReport::default(),
             held: false,
+            holds: 0,
         })
     }
 
