@@ -23,6 +23,10 @@ pub const MAX_CONSOLE_PORTS: usize = 16;
 pub const MAX_SERIAL_NUMBER: usize = 20;
 pub const MAX_QUEUES: u16 = 16;
 pub const MAX_NETS: usize = 8;
+/// Pairs of queues of networks that come while the machine runs.
+pub const MAX_HOT_NETS: u8 = 16;
+/// What hot memory comes and goes in, bytes.
+pub const HOT_BLOCK: u64 = 2 << 20;
 /// Least MTU of a network device (virtio 1.2 §5.1.4: at least 68; IPv6 wants 1280, which is up to the guest).
 pub const MIN_MTU: u16 = 68;
 
@@ -54,6 +58,13 @@ pub struct MachineConfig {
     /// In the order of `MachineFiles::nets`.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
+    /// How many pairs of network queues more than these may come while the machine runs, at a time: a
+    /// thread is made for each at the start. A network of two pairs takes two.
+    #[serde(default)]
+    pub hot_nets: u8,
+    /// Memory that comes and goes while the machine runs, besides `memory`.
+    #[serde(default)]
+    pub hot_memory: Option<HotMemoryConfig>,
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
     #[serde(default)]
@@ -80,8 +91,13 @@ pub enum BootSource {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CpuConfig {
-    /// 1 to [`MAX_VCPUS`].
+    /// 1 to [`MAX_VCPUS`]. What is wanted: changes while the machine runs, and counts from its next
+    /// reset on in any case.
     pub count: u8,
+    /// The most that there can ever be (at least `count`): the machine has threads and KVM vCPUs for as
+    /// many from its start, and vCPUs can come and go. `None`: `count`, and none do.
+    #[serde(default)]
+    pub max: Option<u8>,
     #[serde(default)]
     pub profile: CpuProfile,
     /// Host CPUs to pin to: vCPU n runs on `host_cpus[n % len]`; empty: anywhere.
@@ -123,6 +139,23 @@ pub struct MemoryConfig {
     /// Host NUMA nodes to bind to; empty: anywhere.
     #[serde(default)]
     pub host_nodes: Vec<u32>,
+}
+
+impl CpuConfig {
+    /// How many vCPUs there can be.
+    pub fn most(&self) -> u8 {
+        self.max.unwrap_or(self.count)
+    }
+}
+
+/// Memory that comes and goes by virtio-mem, in blocks of [`HOT_BLOCK`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HotMemoryConfig {
+    /// The most that there can be, bytes; whole blocks. What is not plugged costs address space only.
+    pub max: u64,
+    /// What the host wishes plugged, bytes, at most `max`; whole blocks.
+    #[serde(default)]
+    pub bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -326,6 +359,21 @@ pub enum ConfigError {
     NetCount { count: usize },
     #[error("network device {index}: {what}")]
     Net { index: usize, what: &'static str },
+    #[error("threads for {count} pairs of queues of later networks: at most {MAX_HOT_NETS}")]
+    HotNetCount { count: u8 },
+    #[error("{count} vCPUs: this machine has 1 to {max}")]
+    VcpuMax { count: u8, max: u8 },
+    #[error(
+        "at most {max} bytes of hot memory: it must be whole blocks of {HOT_BLOCK}, not none, and with \
+         the rest at most {MAX_MEMORY}"
+    )]
+    HotMemoryMax { max: u64 },
+    #[error("{bytes} bytes of hot memory: this machine has up to {max}, in blocks of {HOT_BLOCK}")]
+    HotMemorySize { bytes: u64, max: u64 },
+    #[error("{what}: not possible yet")]
+    NotYet { what: &'static str },
+    #[error("hot memory of pages larger than {HOT_BLOCK} bytes is not possible")]
+    HotMemoryPages,
     #[error("{given} descriptors for {what}, but {wanted} in the config")]
     FileCount {
         what: &'static str,
@@ -341,6 +389,7 @@ impl MachineConfig {
             uuid: Uuid::nil(),
             cpus: CpuConfig {
                 count: 1,
+                max: None,
                 profile: CpuProfile::Host,
                 host_cpus: Vec::new(),
             },
@@ -353,6 +402,8 @@ impl MachineConfig {
             command_line: String::new(),
             disks: Vec::new(),
             hot_disks: 0,
+            hot_nets: 0,
+            hot_memory: None,
             console_ports: Vec::new(),
             rng: None,
             balloon: None,
@@ -364,12 +415,12 @@ impl MachineConfig {
 
     /// Checks all that does not depend on the host.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if self.cpus.count == 0 || self.cpus.count > MAX_VCPUS {
-            return Err(ConfigError::VcpuCount {
-                count: self.cpus.count,
-            });
-        }
+        self.cpus.validate()?;
         self.memory.validate()?;
+        if let Some(hot) = &self.hot_memory {
+            hot.validate(&self.memory)?;
+            return Err(ConfigError::NotYet { what: "hot memory" });
+        }
         self.check_balloon(self.balloon.map_or(0, |balloon| balloon.bytes))?;
         let length = self.command_line.len();
         if length >= COMMAND_LINE_MAX || self.command_line.contains('\0') {
@@ -394,8 +445,11 @@ impl MachineConfig {
             });
         }
         for (index, net) in self.nets.iter().enumerate() {
-            net.validate()
-                .map_err(|what| ConfigError::Net { index, what })?;
+            net.validate(index)?;
+        }
+        if self.hot_nets > MAX_HOT_NETS {
+            let count = self.hot_nets;
+            return Err(ConfigError::HotNetCount { count });
         }
         if self.console_ports.len() > MAX_CONSOLE_PORTS {
             return Err(ConfigError::ConsolePortCount {
@@ -440,11 +494,7 @@ impl MachineConfig {
             ),
             ("network devices", files.nets.len(), self.nets.len()),
         ];
-        let queues = (self.nets.iter().zip(&files.nets)).map(|(net, files)| {
-            let what = "queues of a network device";
-            (what, files.taps.len(), usize::from(net.queues))
-        });
-        for (what, given, wanted) in counts.into_iter().chain(queues) {
+        for (what, given, wanted) in counts {
             if given != wanted {
                 return Err(ConfigError::FileCount {
                     what,
@@ -453,7 +503,55 @@ impl MachineConfig {
                 });
             }
         }
-        Ok(())
+        let mut nets = self.nets.iter().zip(&files.nets);
+        nets.try_for_each(|(net, files)| net.validate_files(files))
+    }
+}
+
+impl CpuConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let (count, max) = (self.count, self.most());
+        if max != count {
+            return Err(ConfigError::NotYet {
+                what: "vCPUs that come and go",
+            });
+        }
+        if !(1..=MAX_VCPUS).contains(&max) {
+            return Err(ConfigError::VcpuCount { count: max });
+        }
+        self.check_count(count)
+    }
+
+    /// Whether there may be so many vCPUs.
+    pub fn check_count(&self, count: u8) -> Result<(), ConfigError> {
+        let max = self.most();
+        match (1..=max).contains(&count) {
+            true => Ok(()),
+            false => Err(ConfigError::VcpuMax { count, max }),
+        }
+    }
+}
+
+impl HotMemoryConfig {
+    fn validate(&self, memory: &MemoryConfig) -> Result<(), ConfigError> {
+        let max = self.max;
+        let fits = max <= MAX_MEMORY - memory.bytes.min(MAX_MEMORY);
+        if max == 0 || !max.is_multiple_of(HOT_BLOCK) || !fits {
+            return Err(ConfigError::HotMemoryMax { max });
+        }
+        if memory.pages.bytes() > HOT_BLOCK {
+            return Err(ConfigError::HotMemoryPages);
+        }
+        self.check_bytes(self.bytes)
+    }
+
+    /// Whether so much may be plugged.
+    pub fn check_bytes(&self, bytes: u64) -> Result<(), ConfigError> {
+        let max = self.max;
+        match bytes <= max && bytes.is_multiple_of(HOT_BLOCK) {
+            true => Ok(()),
+            false => Err(ConfigError::HotMemorySize { bytes, max }),
+        }
     }
 }
 
@@ -475,7 +573,26 @@ impl MemoryConfig {
 }
 
 impl NetConfig {
-    fn validate(&self) -> Result<(), &'static str> {
+    /// `index` is for the error.
+    pub fn validate(&self, index: usize) -> Result<(), ConfigError> {
+        self.check()
+            .map_err(|what| ConfigError::Net { index, what })
+    }
+
+    /// Checks that `files` are for this network.
+    pub fn validate_files(&self, files: &NetFiles) -> Result<(), ConfigError> {
+        let (given, wanted) = (files.taps.len(), usize::from(self.queues));
+        match given == wanted {
+            true => Ok(()),
+            false => Err(ConfigError::FileCount {
+                what: "queues of a network device",
+                given,
+                wanted,
+            }),
+        }
+    }
+
+    fn check(&self) -> Result<(), &'static str> {
         let limits = self
             .limit
             .map(|limit| [limit.bytes_per_second, limit.packets_per_second]);

@@ -13,9 +13,16 @@ use crate::thread::{ThreadKind, Threads};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// The threads that wait, and what waits for them. All are of one kind: disk I/O.
+/// The threads that wait, by what they may do: a locked-down thread cannot become another kind.
 #[derive(Default)]
 pub struct Spares {
+    block: Pool,
+    net: Pool,
+}
+
+/// Those of one kind, and what waits for them.
+#[derive(Default)]
+struct Pool {
     state: Mutex<State>,
     more: Condvar,
     freed: Condvar,
@@ -62,8 +69,28 @@ pub struct SpareThreads(Arc<Spares>);
 
 impl Drop for SpareThreads {
     fn drop(&mut self) {
-        lock(&self.0.state).closed = true;
-        self.0.more.notify_all();
+        for pool in self.0.pools() {
+            lock(&pool.state).closed = true;
+            pool.more.notify_all();
+        }
+    }
+}
+
+/// What spare threads are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Disk I/O.
+    Block,
+    /// Packets.
+    Net,
+}
+
+impl Work {
+    fn kind(self) -> ThreadKind {
+        match self {
+            Work::Block => ThreadKind::Block,
+            Work::Net => ThreadKind::Net,
+        }
     }
 }
 
@@ -90,26 +117,36 @@ impl Running {
 }
 
 impl Threads {
-    /// Makes `count` more threads for disk I/O, which wait for [`Threads::work`].
-    pub fn prepare(&self, count: usize) -> io::Result<SpareThreads> {
-        for number in 0..count {
-            let spares = self.spares().clone();
-            lock(&spares.state).idle += 1;
-            let body = move |()| spares.serve();
-            self.spawn(ThreadKind::Block, &format!("spare{number}"), || (), body)?;
+    /// Makes threads that wait for [`Threads::work`], so many for each kind of it.
+    pub fn prepare(&self, counts: [(Work, usize); 2]) -> io::Result<SpareThreads> {
+        let made = SpareThreads(self.spares().clone());
+        for (work, count) in counts {
+            for number in 0..count {
+                let spares = self.spares().clone();
+                lock(&spares.pool(work).state).idle += 1;
+                let body = move |()| spares.pool(work).serve();
+                let name = match work {
+                    Work::Block => format!("spare{number}"),
+                    Work::Net => format!("sparenet{number}"),
+                };
+                self.spawn(work.kind(), &name, || (), body)?;
+            }
         }
-        Ok(SpareThreads(self.spares().clone()))
+        Ok(made)
     }
 
     /// From here on no thread is made for work: it goes to spare ones.
     pub fn seal(&self) {
-        lock(&self.spares().state).sealed = true;
+        for pool in self.spares().pools() {
+            lock(&pool.state).sealed = true;
+        }
     }
 
-    /// Like [`Threads::spawn`], for disk I/O: takes a spare thread once none can be made any more, and
-    /// fails if none is left.
+    /// Like [`Threads::spawn`]: takes a spare thread once none can be made any more, and fails if none
+    /// is left.
     pub fn work<S, B>(
         &self,
+        work: Work,
         name: &str,
         setup: impl FnOnce() -> S + Send + 'static,
         body: B,
@@ -117,8 +154,9 @@ impl Threads {
     where
         B: FnOnce(S) + Send + 'static,
     {
-        if !lock(&self.spares().state).sealed {
-            let thread = self.spawn(ThreadKind::Block, name, setup, body)?;
+        let pool = self.spares().pool(work);
+        if !lock(&pool.state).sealed {
+            let thread = self.spawn(work.kind(), name, setup, body)?;
             return Ok(Running(Inner::Own(thread)));
         }
         let done = Arc::new(Done::default());
@@ -127,18 +165,31 @@ impl Threads {
             let _tell = tell;
             watch.run(&name, || body(setup()));
         };
-        self.spares().give(Box::new(job))?;
+        pool.give(Box::new(job))?;
         Ok(Running(Inner::Spare(done)))
     }
 }
 
 impl Spares {
+    fn pool(&self, work: Work) -> &Pool {
+        match work {
+            Work::Block => &self.block,
+            Work::Net => &self.net,
+        }
+    }
+
+    fn pools(&self) -> [&Pool; 2] {
+        [&self.block, &self.net]
+    }
+}
+
+impl Pool {
     fn give(&self, job: Job) -> io::Result<()> {
         let (mut state, _) = (self.freed)
             .wait_timeout_while(lock(&self.state), PATIENCE, |state| state.idle == 0)
             .unwrap_or_else(PoisonError::into_inner);
         let Some(left) = state.idle.checked_sub(1) else {
-            let text = "all threads that were made for later disks are in use";
+            let text = "all threads that were made for later devices are in use";
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text));
         };
         state.idle = left;
@@ -185,12 +236,14 @@ mod tests {
     fn sealed_work_runs_on_prepared_threads_again_and_again_and_no_others() {
         let (requests, receiver) = channel().unwrap();
         let threads = Threads::new(None, requests);
-        let spares = threads.prepare(1).unwrap();
+        let spares = threads.prepare([(Work::Block, 1), (Work::Net, 1)]);
+        let spares = spares.unwrap();
         threads.seal();
         let (tell, told) = mpsc::channel::<ThreadId>();
         let run = || {
             let tell = tell.clone();
-            threads.work("work", || (), move |()| tell.send(current().id()).unwrap())
+            let body = move |()| tell.send(current().id()).unwrap();
+            threads.work(Work::Block, "work", || (), body)
         };
         run().unwrap().join();
         run().unwrap().join();
@@ -202,15 +255,18 @@ mod tests {
         let body = move |()| {
             let _ = wait.recv();
         };
-        let busy = threads.work("busy", || (), body).unwrap();
+        let busy = threads.work(Work::Block, "busy", || (), body).unwrap();
         let refused = run().err().unwrap();
         assert!(refused.to_string().contains("in use"), "{refused}");
+        // The other kind has its own.
+        let other = threads.work(Work::Net, "other", || (), |()| ());
+        other.unwrap().join();
         assert!(!busy.is_finished());
         drop(end);
         busy.join();
 
         // A panic ends the machine, not the thread.
-        let unlucky = threads.work("unlucky", || (), |()| panic!("out of luck"));
+        let unlucky = threads.work(Work::Block, "unlucky", || (), |()| panic!("out of luck"));
         unlucky.unwrap().join();
         let (thread, detail) = ("unlucky".to_owned(), "out of luck".to_owned());
         let expected = Request::ThreadPanicked { thread, detail };

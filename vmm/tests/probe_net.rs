@@ -14,6 +14,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use fractus_vmm::config::{NetConfig, NetFiles, NetLimit};
+use fractus_vmm::machine::Event;
 use probe_guest::{Guest, PATIENCE, Setup, fields};
 use rstest::rstest;
 use rustix::net::{AddressFamily, SocketType, ipproto, socket};
@@ -216,6 +217,95 @@ fn a_rebooted_guest_is_there_again() {
     guest.booted();
     ping();
     take(&mut connect(19), 1 << 20);
+}
+
+/// A guest without a network that may get one.
+fn guest_to_be() -> Guest {
+    let mut setup = Setup::new();
+    setup.config.hot_nets = 1;
+    let line = format!("tick_ms=0 net_ip={}/24", tap::GUEST);
+    setup.command_line(&line).boot()
+}
+
+fn one_tap() -> NetFiles {
+    NetFiles {
+        taps: tap::tap("guest", 1),
+    }
+}
+
+/// The slot that the register names, as the probe tells it.
+fn slot(guest: &mut Guest, register: &str) -> u32 {
+    let answer = fields(&guest.ok("slots"));
+    let bits = u32::from_str_radix(&answer[register], 16).unwrap();
+    assert_eq!(bits.count_ones(), 1, "{answer:?}");
+    bits.trailing_zeros()
+}
+
+fn gone(guest: &mut Guest) {
+    let event = Event::DeviceGone {
+        id: "net0".to_owned(),
+    };
+    guest.event(|seen| *seen == event);
+}
+
+#[test]
+fn a_network_is_attached_used_detached_and_its_place_taken_by_another() {
+    tap::enter_namespace();
+    let mut guest = guest_to_be();
+    assert_eq!(guest.ask("net"), "err net no such device");
+    let refused = guest.machine.attach_net(config(2), one_tap()).unwrap_err();
+    assert!(refused.to_string().contains("descriptors"), "{refused}");
+    let id = guest.machine.attach_net(config(1), one_tap()).unwrap();
+    assert_eq!(id, "net0");
+    let came = slot(&mut guest, "up");
+    ping();
+    take(&mut connect(19), 1 << 20);
+    let second = NetFiles {
+        taps: tap::tap("second", 1),
+    };
+    let refused = guest.machine.attach_net(config(1), second).unwrap_err();
+    let refused = format!("{:#}", anyhow::Error::from(refused));
+    assert!(refused.contains("in use"), "{refused}");
+    datagram_echo(&datagrams(), b"still there");
+
+    guest.machine.detach(&id).unwrap();
+    assert_eq!(slot(&mut guest, "down"), came);
+    guest.ok(&format!("eject {came}"));
+    gone(&mut guest);
+    assert_eq!(guest.machine.config().nets, []);
+    // The name is free again, so nobody has a descriptor of the tap; and so is the thread.
+    let mut other = config(1);
+    other.mac[5] = 9;
+    let again = guest.machine.attach_net(other, one_tap()).unwrap();
+    assert_eq!((again, slot(&mut guest, "up")), (id, came));
+    assert_eq!(fields(&guest.ok("net"))["mac"], "02:f0:00:00:00:09");
+}
+
+#[test]
+fn an_attached_network_is_there_after_a_restore_and_a_reset_until_it_is_asked_for() {
+    tap::enter_namespace();
+    let mut guest = guest_to_be();
+    let id = guest.attach_net(config(1), one_tap());
+    let came = slot(&mut guest, "up");
+    let mut stream = connect(7);
+    let mut echo = |data: &[u8; 6]| {
+        let mut back = [0; 6];
+        stream.write_all(data).unwrap();
+        stream.read_exact(&mut back).unwrap();
+        assert_eq!(&back, data);
+    };
+    echo(b"before");
+    let mut guest = guest.through_a_restore(&[]);
+    echo(b"after!");
+    guest.send("reboot");
+    guest.booted();
+    ping();
+    guest.machine.detach(&id).unwrap();
+    assert_eq!(slot(&mut guest, "down"), came);
+    guest.send("reboot");
+    guest.booted();
+    gone(&mut guest);
+    assert_eq!(guest.ask("net"), "err net no such device");
 }
 
 #[test]

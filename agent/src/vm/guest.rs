@@ -118,6 +118,14 @@ pub fn event(event: machine::Event) -> Option<MachineEvent> {
         Machine::GuestReset => MachineEvent::GuestReset,
         Machine::Panicked { .. } => MachineEvent::Panicked,
         Machine::WatchdogFired => MachineEvent::WatchdogFired,
+        Machine::VcpusUsed { count } => {
+            tracing::info!(count, "vCPUs that the guest uses");
+            return None;
+        }
+        Machine::HotMemory { plugged } => {
+            tracing::info!(plugged, "bytes of hot memory that the guest has plugged");
+            return None;
+        }
         Machine::DeviceGone { id } => {
             tracing::info!(device = id, "the guest has let a device go");
             return None;

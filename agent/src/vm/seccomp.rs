@@ -122,10 +122,12 @@ const MAIN: &[i64] = &[
     libc::SYS_fsync,
     libc::SYS_io_uring_enter,
     libc::SYS_lseek,
-    // What a disk needs that comes while the machine runs; its threads were made before.
+    // What a disk or network needs that comes while the machine runs; its threads were made before.
     libc::SYS_statx,
     libc::SYS_eventfd2,
     libc::SYS_epoll_create1,
+    // Whether a network's descriptor is a socket.
+    libc::SYS_getsockopt,
 ];
 
 const BLOCK: &[i64] = &[
@@ -192,6 +194,13 @@ const TUN_RUNTIME: &[u64] = &[
     0x4004_54d9, // TUNSETQUEUE
 ];
 
+/// What is asked of a tap that comes while the machine runs: what it is, and that its packets have a
+/// header of virtio's length.
+const TUN_ATTACH: &[u64] = &[
+    0x8004_54d2, // TUNGETIFF
+    0x4004_54d8, // TUNSETVNETHDRSZ
+];
+
 /// FIONBIO, by which the standard library makes a descriptor non-blocking.
 const FIONBIO: u64 = 0x5421;
 
@@ -254,9 +263,8 @@ fn conditional(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompile
     let ioctls = match kind {
         Kind::Block => Vec::new(),
         Kind::Net => TUN_RUNTIME.to_vec(),
-        Kind::Main | Kind::Vcpu | Kind::Console => {
-            KVM_RUNTIME.iter().copied().chain([FIONBIO]).collect()
-        }
+        Kind::Main => [KVM_RUNTIME, TUN_ATTACH, &[FIONBIO]].concat(),
+        Kind::Vcpu | Kind::Console => [KVM_RUNTIME, &[FIONBIO]].concat(),
     };
     if !ioctls.is_empty() {
         let ioctls: Result<Vec<_>, _> = ioctls

@@ -70,6 +70,8 @@ pub struct Probe {
     pub acpi: Acpi,
     pub devices: Devices,
     stack: Option<&'static mut Stack>,
+    /// There was a stack: its memory is taken for good.
+    spoke: bool,
     typed: Line,
     spoken: Line,
     serial_interrupts: u64,
@@ -77,19 +79,30 @@ pub struct Probe {
 }
 
 impl Probe {
-    pub fn new(info: StartInfo, acpi: Acpi, mut devices: Devices) -> Self {
-        let stack =
-            (info.option("net_ip")).and_then(|address| Stack::new(devices.net.take()?, address));
+    pub fn new(info: StartInfo, acpi: Acpi, devices: Devices) -> Self {
         let (typed, spoken) = (Line::new(), Line::new());
-        Self {
+        let mut probe = Self {
             info,
             acpi,
             devices,
-            stack,
+            stack: None,
+            spoke: false,
             typed,
             spoken,
             serial_interrupts: u64::MAX,
             heeds_button: true,
+        };
+        probe.speak();
+        probe
+    }
+
+    /// Takes a network into use, the first that there is.
+    fn speak(&mut self) {
+        if let Some(address) = self.info.option("net_ip").filter(|_| !self.spoke)
+            && let Some(net) = self.devices.net.take()
+        {
+            self.stack = Stack::new(net, address);
+            self.spoke = true;
         }
     }
 
@@ -399,6 +412,7 @@ impl Probe {
         for slot in (0..32).filter(|slot| up & 1 << slot != 0) {
             self.devices.arrived(slot);
         }
+        self.speak();
         let _ = write!(out, " up={up:x} down={down:x}");
         Ok(())
     }
@@ -406,7 +420,9 @@ impl Probe {
     fn eject(&mut self, words: &mut Words) -> Outcome {
         let slot = words.number().filter(|slot| *slot < 32);
         let slot = slot.ok_or(Refusal::Usage("SLOT"))? as u8;
-        self.devices.left(slot);
+        if self.devices.left(slot) {
+            self.stack = None;
+        }
         cpu::outl(SLOTS_PORT + 8, 1 << slot);
         Ok(())
     }

@@ -128,6 +128,7 @@ pub struct Devices {
     pub bus: Bus,
     pub disks: [Option<Disk>; MAX_DISKS],
     disk_slots: [u8; MAX_DISKS],
+    net_slot: u8,
     offloads: bool,
     pub rng: Option<Rng>,
     pub console: Option<Console>,
@@ -143,6 +144,7 @@ impl Devices {
             bus,
             disks: [const { None }; MAX_DISKS],
             disk_slots: [0; MAX_DISKS],
+            net_slot: 0,
             offloads,
             rng: None,
             console: None,
@@ -191,13 +193,18 @@ impl Devices {
         }
     }
 
-    /// Forgets the disk in a slot.
-    pub fn left(&mut self, slot: u8) {
+    /// Forgets the disk or network in a slot; true if it was the network, which another may have.
+    pub fn left(&mut self, slot: u8) -> bool {
         for (place, disk_slot) in self.disks.iter_mut().zip(&self.disk_slots) {
             if *disk_slot == slot {
                 *place = None;
             }
         }
+        let network = slot == self.net_slot;
+        if network {
+            (self.net, self.net_slot) = (None, 0);
+        }
+        network
     }
 
     fn add(
@@ -217,8 +224,9 @@ impl Devices {
             DeviceType::EntropySource => self.rng = Some(Rng::new(transport)?),
             DeviceType::Console => self.console = Some(Console::new(transport)?),
             DeviceType::MemoryBalloon => self.balloon = Some(Balloon::new(transport)?),
-            DeviceType::Network if self.net.is_none() => {
+            DeviceType::Network if self.net_slot == 0 => {
                 self.net = Some(Net::new(transport, offloads)?);
+                self.net_slot = slot;
             }
             // No driver.
             _ => return Err(Error::Unsupported),

@@ -39,7 +39,7 @@
 //! | | (what was `touch`ed is there again as zeros) |
 //! | `balloon target` | `ok balloon pages=`: what the host wishes in it |
 //! | `slots` | `ok slots up=HEX down=HEX`: looks which PCI slots were filled (and drives what is there) and which are asked for |
-//! | `eject SLOT` | `ok eject`: lets go of the disk in the slot |
+//! | `eject SLOT` | `ok eject`: lets go of the disk or network in the slot |
 //! | `dirty RATE_MIB SECONDS` | `ok dirty mib= us=`: that rate, over and over |
 //! | `spin MS [CPU]` | `ok spin`; on another CPU at once, it goes on there |
 //! | `stamp spin\|MS\|off` | how every CPU looks at its TSC, for `gaps` |

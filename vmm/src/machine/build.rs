@@ -18,6 +18,7 @@ use crate::layout::Layout;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::reactor::Reactor;
 use crate::request::channel;
+use crate::spare::Work;
 use crate::thread::{ThreadHook, Threads};
 use crate::virtio::block::THREADS;
 use crate::virtio::{self, Attached, Placement};
@@ -179,8 +180,11 @@ fn assemble(
     } = virtio::attach(&config, &files, &board, placement, &mut saved)?;
     devices.extend(behind_pci);
     saved.finish()?;
-    let spares = (threads.prepare(usize::from(config.hot_disks) * THREADS))
-        .map_err(host("start the threads of later disks"))?;
+    let spares = threads.prepare([
+        (Work::Block, usize::from(config.hot_disks) * THREADS),
+        (Work::Net, usize::from(config.hot_nets)),
+    ]);
+    let spares = spares.map_err(host("start the threads of later devices"))?;
     threads.seal();
     let reactor_thread = reactor
         .run(&threads)
@@ -188,6 +192,7 @@ fn assemble(
     // Descriptors that devices have duplicated are not needed again; the kernel is, by a reset.
     files.disks.clear();
     files.console_ports.clear();
+    files.nets.clear();
     Ok(Machine {
         vcpus,
         devices,

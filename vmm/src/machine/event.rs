@@ -29,6 +29,11 @@ pub enum Event {
     /// The guest has let go of a device that was asked for; its descriptors are closed and the machine
     /// has it no more.
     DeviceGone { id: String },
+    /// The guest has started a vCPU or let one go (of a machine with `CpuConfig::max`): it uses so many
+    /// now. One that it has only taken offline counts as used.
+    VcpusUsed { count: u8 },
+    /// The guest has plugged or unplugged hot memory: so many bytes are plugged now.
+    HotMemory { plugged: u64 },
     /// The guest's kernel panicked (pvpanic); the machine runs on.
     Panicked { crash_loaded: bool },
     /// The guest stopped feeding its watchdog; what the config says comes after.

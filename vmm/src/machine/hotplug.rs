@@ -9,44 +9,76 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::{Event, Machine, MachineError, RunState};
-use crate::config::{BootSource, ConfigError, DiskConfig, MAX_DISKS};
-use crate::virtio;
+use crate::config::{BootSource, ConfigError, DiskConfig, MAX_DISKS, MAX_NETS};
+use crate::config::{NetConfig, NetFiles};
+use crate::device::Device;
+use crate::virtio::{self, HotDevice};
 
 impl Machine {
     /// Gives the guest another disk; returns the id that [`Machine::detach`] takes.
     pub fn attach_disk(&mut self, disk: DiskConfig, file: File) -> Result<String, MachineError> {
-        if self.state == RunState::Stopped {
-            return Err(MachineError::WrongState {
-                state: self.state,
-                action: "given a disk",
-            });
-        }
+        self.not_ended("given a disk")?;
         let count = self.config.disks.len();
         if count >= MAX_DISKS {
             return Err(ConfigError::DiskCount { count: count + 1 }.into());
         }
         disk.validate(count)?;
         let (id, slot, device) = virtio::attach_disk(&disk, file, &self.board, &mut self.places)?;
-        // The bus itself comes last: its reset looks at where functions have put their BARs.
-        let at = self.devices.len().saturating_sub(1);
-        self.devices.insert(at, device);
         self.config.disks.push(disk);
-        self.slots.filled(slot);
+        self.fill(slot, device);
         Ok(id)
     }
 
-    /// Asks the guest to let a disk go; [`Event::DeviceGone`] says when it has. May be asked again.
+    /// Gives the guest another network; returns the id that [`Machine::detach`] takes. Its threads are
+    /// among those that [`crate::config::MachineConfig::hot_nets`] had made: one a pair of queues.
+    pub fn attach_net(&mut self, net: NetConfig, files: NetFiles) -> Result<String, MachineError> {
+        self.not_ended("given a network")?;
+        let index = self.config.nets.len();
+        if index >= MAX_NETS {
+            return Err(ConfigError::NetCount { count: index + 1 }.into());
+        }
+        net.validate(index)?;
+        net.validate_files(&files)?;
+        let (id, slot, device) = virtio::attach_net(&net, &files, &self.board, &mut self.places)?;
+        self.config.nets.push(net);
+        self.fill(slot, device);
+        Ok(id)
+    }
+
+    fn not_ended(&self, action: &'static str) -> Result<(), MachineError> {
+        let state = self.state;
+        match state {
+            RunState::Stopped => Err(MachineError::WrongState { state, action }),
+            _ => Ok(()),
+        }
+    }
+
+    fn fill(&mut self, slot: u8, device: Arc<dyn Device>) {
+        // The bus itself comes last: its reset looks at where functions have put their BARs.
+        let at = self.devices.len().saturating_sub(1);
+        self.devices.insert(at, device);
+        self.slots.filled(slot);
+    }
+
+    /// Asks the guest to let a disk or network go; [`Event::DeviceGone`] says when it has. May be asked again.
     pub fn detach(&mut self, id: &str) -> Result<(), MachineError> {
-        let (index, slot) = (self.places.disk(id))
+        let (device, slot) = (self.places.find(id))
             .ok_or_else(|| MachineError::NoSuchDevice { id: id.to_owned() })?;
-        if self.config.boot == BootSource::Disk(index) {
+        if self.is_booted(device) {
             return Err(MachineError::BootDisk { id: id.to_owned() });
         }
         self.slots.ask(slot);
         Ok(())
     }
 
-    /// The guest has let go of some slots. What it was not asked for stays where it is: a disk belongs to
+    fn is_booted(&self, device: HotDevice) -> bool {
+        match (self.config.boot, device) {
+            (BootSource::Disk(booted), HotDevice::Disk(index)) => booted == index,
+            _ => false,
+        }
+    }
+
+    /// The guest has let go of some slots. What it was not asked for stays where it is: a device belongs to
     /// the owner, and the guest may take it again.
     pub(super) fn slots_ejected(&mut self) {
         let asked = self.slots.asked();
@@ -64,22 +96,25 @@ impl Machine {
     }
 
     fn remove(&mut self, slot: u8) {
-        let Some((id, index)) = self.places.disk_in(slot) else {
+        let Some((id, device)) = self.places.in_slot(slot) else {
             return;
         };
-        let booted = match self.config.boot {
-            BootSource::Disk(booted) => Some(booted),
-            BootSource::Files => None,
-        };
-        if booted == Some(index) {
+        if self.is_booted(device) {
             return;
         }
         // Off the bus first: from here on no access begins.
-        self.places.forget_disk(&id);
+        self.places.forget(&id);
         self.slots.emptied(slot);
-        self.config.disks.remove(index);
-        if let Some(booted) = booted.filter(|booted| *booted > index) {
-            self.config.boot = BootSource::Disk(booted - 1);
+        match device {
+            HotDevice::Disk(index) => {
+                self.config.disks.remove(index);
+                if let BootSource::Disk(booted) = &mut self.config.boot
+                    && *booted > index
+                {
+                    *booted -= 1;
+                }
+            }
+            HotDevice::Net(index) => drop(self.config.nets.remove(index)),
         }
         if let Some(at) = self.devices.iter().position(|device| device.id() == id) {
             let device = self.devices.remove(at);

@@ -101,12 +101,18 @@ pub enum MachineError {
     Identity(#[source] vm_memory::GuestMemoryError),
     #[error(transparent)]
     Generation(#[from] crate::board::generation::GenerationError),
-    #[error("this machine has no disk {id}")]
+    #[error("this machine has no disk or network {id}")]
     NoSuchDevice { id: String },
     #[error("{id} is the disk that the machine boots from: it stays")]
     BootDisk { id: String },
     #[error("this machine has no balloon")]
     NoBalloon,
+    #[error(
+        "this machine's vCPUs stay as many as they are: it was made without a maximum of its own"
+    )]
+    FixedVcpus,
+    #[error("this machine has no hot memory")]
+    NoHotMemory,
     #[error(transparent)]
     Config(#[from] crate::config::ConfigError),
 }
@@ -231,6 +237,29 @@ impl Machine {
     /// fresh statistics, which the next call tells. `None`: there is no balloon.
     pub fn balloon_stats(&self) -> Option<BalloonReport> {
         self.balloon.as_ref().map(BalloonControl::report)
+    }
+
+    /// Wishes the guest `count` vCPUs: it is told of those that come, and asked for the last ones when there
+    /// are to be fewer; what it really uses [`Event::VcpusUsed`] says. From its next reset on it has `count`
+    /// in any case. May be asked again.
+    pub fn set_vcpus(&mut self, _count: u8) -> Result<(), MachineError> {
+        Err(MachineError::FixedVcpus)
+    }
+
+    /// How many vCPUs the guest uses, as far as it can be seen: it started them and did not let them go.
+    pub fn vcpus_used(&self) -> u8 {
+        self.config.cpus.count
+    }
+
+    /// Wishes `bytes` of hot memory plugged, in whole blocks of [`crate::config::HOT_BLOCK`]; the guest plugs
+    /// and unplugs as it can, which [`Event::HotMemory`] tells.
+    pub fn set_hot_memory(&mut self, _bytes: u64) -> Result<(), MachineError> {
+        Err(MachineError::NoHotMemory)
+    }
+
+    /// Bytes of hot memory that are plugged; `None`: there can be none.
+    pub fn hot_memory(&self) -> Option<u64> {
+        None
     }
 
     /// Ends the machine; the guest is not asked.

@@ -8,7 +8,7 @@ use crate::cpu::VcpuState;
 use crate::device::SavedDevice;
 use crate::virtio::Placement;
 
-pub const STATE_VERSION: u32 = 3;
+pub const STATE_VERSION: u32 = 4;
 
 /// State of a machine, for its stream. Memory goes beside it.
 #[derive(Debug, Serialize, Deserialize)]

@@ -12,7 +12,7 @@ use super::console::Console;
 use super::net::Net;
 use super::rng::Rng;
 use super::{VirtioDevice, VirtioPciDevice};
-use crate::config::{DiskConfig, MachineConfig, MachineFiles};
+use crate::config::{DiskConfig, MachineConfig, MachineFiles, NetConfig, NetFiles};
 use crate::device::{Board, Device, DeviceError, SavedDevice, SavedDevices};
 use crate::pci::{PciBus, RootComplex, SLOTS};
 
@@ -22,8 +22,17 @@ use crate::pci::{PciBus, RootComplex, SLOTS};
 pub struct Placement {
     /// Ids in the order of the configuration's disks; the first ones, as far as it goes.
     disks: Vec<String>,
+    /// The same of its networks.
+    nets: Vec<String>,
     /// By id.
     slots: BTreeMap<String, u8>,
+}
+
+/// A device that can come and go, by its index among its kind in the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HotDevice {
+    Disk(usize),
+    Net(usize),
 }
 
 /// The bus of a running machine and who is where.
@@ -37,33 +46,38 @@ impl Places {
         &self.placement
     }
 
-    /// Index in the configuration, and slot.
-    pub fn disk(&self, id: &str) -> Option<(usize, u8)> {
-        let index = self.placement.disks.iter().position(|disk| disk == id)?;
-        Some((index, *self.placement.slots.get(id)?))
+    /// Which of the devices that can come and go it is, and its slot.
+    pub fn find(&self, id: &str) -> Option<(HotDevice, u8)> {
+        let index = |ids: &[String]| ids.iter().position(|known| known == id);
+        let device = match index(&self.placement.disks) {
+            Some(index) => HotDevice::Disk(index),
+            None => HotDevice::Net(index(&self.placement.nets)?),
+        };
+        Some((device, *self.placement.slots.get(id)?))
     }
 
-    /// Id of the disk in a slot, and its index in the configuration.
-    pub fn disk_in(&self, slot: u8) -> Option<(String, usize)> {
-        let slots = &self.placement.slots;
-        let is_there = |id: &String| slots.get(id) == Some(&slot);
-        let index = self.placement.disks.iter().position(is_there)?;
-        Some((self.placement.disks.get(index)?.clone(), index))
+    /// Id of the device in a slot, if it is one of those.
+    pub fn in_slot(&self, slot: u8) -> Option<(String, HotDevice)> {
+        let mut slots = self.placement.slots.iter();
+        let (id, _) = slots.find(|(_, taken)| **taken == slot)?;
+        let (device, _) = self.find(id)?;
+        Some((id.clone(), device))
     }
 
-    /// Takes a disk off the bus.
-    pub fn forget_disk(&mut self, id: &str) {
+    /// Takes a device off the bus.
+    pub fn forget(&mut self, id: &str) {
         self.placement.disks.retain(|disk| disk != id);
+        self.placement.nets.retain(|net| net != id);
         if let Some(slot) = self.placement.slots.remove(id) {
             self.root.remove(slot.into());
         }
     }
 
-    /// Id of the disk that is made next: a number that no disk has.
-    fn next_disk(&self) -> String {
+    /// Id of the device that is made next: a number that none of its kind has.
+    fn next(&self, kind: &str) -> String {
         let mut number = 0;
         loop {
-            let id = format!("disk{number}");
+            let id = format!("{kind}{number}");
             if !self.placement.slots.contains_key(&id) {
                 return id;
             }
@@ -163,7 +177,10 @@ pub fn attach(
         devices.push(plug("balloon0", make, &mut places, board, saved)?);
     }
     for (index, (net, files)) in config.nets.iter().zip(&files.nets).enumerate() {
-        let id = format!("net{index}");
+        let id = match places.placement.nets.get(index) {
+            Some(id) => id.clone(),
+            None => format!("net{index}"),
+        };
         let make = |saved: Option<&SavedDevice>| {
             let device = Net::open(&id, net, files, &board.threads)?;
             Ok(Box::new(match saved {
@@ -172,6 +189,9 @@ pub fn attach(
             }) as Box<dyn VirtioDevice>)
         };
         devices.push(plug(&id, make, &mut places, board, saved)?);
+        if places.placement.nets.len() <= index {
+            places.placement.nets.push(id);
+        }
     }
     if let Some(state) = saved.take(bus.id())? {
         bus.load(&state)?;
@@ -193,11 +213,27 @@ pub fn attach_disk(
     board: &Board,
     places: &mut Places,
 ) -> Result<(String, u8, Arc<dyn Device>), DeviceError> {
-    let id = places.next_disk();
+    let id = places.next("disk");
     let block = Block::open_with_threads(&id, disk, file, &board.threads)?;
     let device = VirtioPciDevice::new(&id, Box::new(block), board)?;
     let slot = places.insert(&id, &device)?;
     places.placement.disks.push(id.clone());
+    Ok((id, slot, Arc::new(device)))
+}
+
+/// Makes a network for a machine that runs, on threads that were prepared for it
+/// (`MachineConfig::hot_nets`).
+pub fn attach_net(
+    net: &NetConfig,
+    files: &NetFiles,
+    board: &Board,
+    places: &mut Places,
+) -> Result<(String, u8, Arc<dyn Device>), DeviceError> {
+    let id = places.next("net");
+    let device = Net::open(&id, net, files, &board.threads)?;
+    let device = VirtioPciDevice::new(&id, Box::new(device), board)?;
+    let slot = places.insert(&id, &device)?;
+    places.placement.nets.push(id.clone());
     Ok((id, slot, Arc::new(device)))
 }
 

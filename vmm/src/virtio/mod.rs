@@ -24,7 +24,7 @@ pub mod rng;
 pub(crate) mod testing;
 pub mod transport;
 
-pub use attach::{Attached, Placement, Places, attach, attach_disk};
+pub use attach::{Attached, HotDevice, Placement, Places, attach, attach_disk, attach_net};
 pub use device::{Activation, DeviceType, VirtioDevice};
 #[cfg(any(test, feature = "fuzzing"))]
 pub use fuzz::fuzz_queue;

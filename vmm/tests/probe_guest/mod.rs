@@ -320,6 +320,12 @@ impl Guest {
         }
     }
 
+    /// Attaches a network, which a restore has, too.
+    pub fn attach_net(&mut self, config: NetConfig, files: NetFiles) -> String {
+        self.nets.push(duplicate_net(&files));
+        self.machine.attach_net(config, files).expect("attach")
+    }
+
     /// What it says within `time`, which passes in full.
     pub fn overheard(&mut self, time: Duration) -> Vec<String> {
         let deadline = Instant::now() + time;

@@ -327,6 +327,7 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
         uuid: id.0,
         cpus: CpuConfig {
             count: spec.vcpus,
+            max: None,
             profile,
             host_cpus: spec.cpus.clone(),
         },
@@ -344,6 +345,8 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
         command_line: spec.boot.command_line.clone(),
         disks: Vec::new(),
         hot_disks: 0,
+        hot_nets: 0,
+        hot_memory: None,
         console_ports: match spec.guest.agent {
             true => vec![ConsolePortConfig {
                 name: guest_agent::PORT.to_owned(),

@@ -36,7 +36,7 @@ use super::{Activation, DeviceType, VirtioDevice};
 use crate::config::DiskConfig;
 use crate::device::{DeviceError, SavedDevice};
 use crate::eventfd::EventFd;
-use crate::spare::Running;
+use crate::spare::{Running, Work};
 use crate::thread::Threads;
 
 /// Threads that a disk without a ring takes.
@@ -148,6 +148,7 @@ impl Block {
         .map_err(|error| failed(error.into()))?;
         let thread = threads
             .work(
+                Work::Block,
                 id,
                 move || (worker, ending),
                 |(worker, _ending)| worker.run(),

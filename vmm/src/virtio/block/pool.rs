@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use super::backend::{Completion, DiskBackend, Geometry, Io};
 use super::file::{DiskFile, execute};
 use crate::eventfd::EventFd;
-use crate::spare::Running;
+use crate::spare::{Running, Work};
 use crate::thread::Threads;
 
 /// Threads of a disk.
@@ -49,7 +49,7 @@ impl Pool {
         for number in 0..THREADS {
             let (shared, disk) = (Arc::clone(&pool.shared), pool.disk.clone());
             let body = move |()| shared.serve(&disk);
-            let thread = threads.work(&format!("{name}-{number}"), || (), body)?;
+            let thread = threads.work(Work::Block, &format!("{name}-{number}"), || (), body)?;
             pool.threads.push(thread);
         }
         Ok(pool)

@@ -17,7 +17,6 @@ mod worker;
 
 use std::sync::Arc;
 use std::sync::mpsc::{channel, sync_channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 pub use backend::{NetBackend, Offloads, Wire};
@@ -36,7 +35,8 @@ use super::{Activation, DeviceType, VirtioDevice};
 use crate::config::{NetConfig, NetFiles};
 use crate::device::{DeviceError, SavedDevice};
 use crate::eventfd::EventFd;
-use crate::thread::{ThreadKind, Threads};
+use crate::spare::{Running, Work};
+use crate::thread::Threads;
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
@@ -51,7 +51,7 @@ pub struct Net {
     config: NetConfig,
     shared: Arc<Shared>,
     links: Vec<Link>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<Running>,
 }
 
 impl Net {
@@ -123,7 +123,7 @@ impl Net {
                 0 => id.to_owned(),
                 _ => format!("{id}-{index}"),
             };
-            let thread = threads.spawn(ThreadKind::Net, &name, move || worker, Worker::run);
+            let thread = threads.work(Work::Net, &name, move || worker, Worker::run);
             net.threads.push(thread.map_err(failed)?);
         }
         Ok(net)
@@ -242,7 +242,7 @@ impl Drop for Net {
             link.send(Command::Stop);
         }
         for thread in self.threads.drain(..) {
-            let _ = thread.join();
+            thread.join();
         }
     }
 }
