@@ -1,5 +1,5 @@
-//! One machine without an agent: `fractus-agent vm --config FILE [--no-jail] [--tap NAME]`, for benchmarks, tests
-//! and trying things out.
+//! One machine without an agent: `fractus-agent vm --config FILE [--no-jail] [--tap NAME] [--stamp]`, for
+//! benchmarks, tests and trying things out.
 //!
 //! FILE is JSON:
 //! ```json
@@ -13,7 +13,9 @@
 //! assumed for each path, and a device of one queue for each tap); the file of a disk that is `direct`
 //! is opened so. The serial line is standard input and output. The machine runs in a process of its own,
 //! started and jailed exactly as the agent does it, and ends when this one does; with `--no-jail` it runs in this very process,
-//! without jail and seccomp. A tap is made if it is not there; `--tap` adds one to those of FILE. The exit status is 0 when the guest powered off or was stopped, else 1
+//! without jail and seccomp. A tap is made if it is not there; `--tap` adds one to those of FILE. With
+//! `--stamp` the first line on standard error is CLOCK_MONOTONIC, in nanoseconds, of the moment before the
+//! machine's process is cloned. The exit status is 0 when the guest powered off or was stopped, else 1
 //! with the reason on standard error.
 
 use std::ffi::{CString, OsString};
@@ -22,11 +24,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::thread::JoinHandle;
 
 use fractus_agent_api::machine::{ServerId, StopReason};
 use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
 
 use super::protocol::{FileRole, FromMachine, JailConfig, Launch, MachineEvent, ToMachine};
@@ -88,16 +90,18 @@ pub(super) fn report(outcome: Result<ExitCode, VmError>) -> ExitCode {
 fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
     let usage = || VmError::ByHand {
         path: "vm".to_owned(),
-        detail: "usage: fractus-agent vm --config FILE [--no-jail] [--tap NAME]".to_owned(),
+        detail: "usage: fractus-agent vm --config FILE [--no-jail] [--tap NAME] [--stamp]"
+            .to_owned(),
     };
     let [flag, path, rest @ ..] = arguments.as_slice() else {
         return Err(usage());
     };
-    let (mut jailed, mut taps) = (true, Vec::new());
+    let (mut jailed, mut stamped, mut taps) = (true, false, Vec::new());
     let mut rest = rest.iter();
     while let Some(word) = rest.next() {
         match word.to_str() {
             Some("--no-jail") => jailed = false,
+            Some("--stamp") => stamped = true,
             Some("--tap") => {
                 let name = rest.next().and_then(|name| name.to_str());
                 taps.push(name.ok_or_else(usage)?.to_owned());
@@ -118,7 +122,11 @@ fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
     by_hand.taps.append(&mut taps);
     let (launch, files) = open(by_hand, jailed)?;
     if let (Some(nest), Some(network)) = (nest, network) {
-        return apart(launch, files, nest, network);
+        // As an agent has it long before a machine is started.
+        let panicked = |_| Err(std::io::Error::other("its thread panicked"));
+        let mounts = nest.join().unwrap_or_else(panicked);
+        let mounts = mounts.map_err(io("an empty root"))?;
+        return apart(launch, files, mounts, network, stamped);
     }
     let mut parts = super::assemble(launch, files)?;
     parts
@@ -229,8 +237,9 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
 fn apart(
     mut launch: Launch,
     files: Vec<OwnedFd>,
-    nest: JoinHandle<std::io::Result<BorrowedFd<'static>>>,
+    mounts: BorrowedFd<'static>,
     network: Making,
+    stamped: bool,
 ) -> Result<StopReason, VmError> {
     let io = |what| move |source| VmError::System { what, source };
     let binary = File::open("/proc/self/exe").map_err(io("opening our binary"))?;
@@ -243,6 +252,10 @@ fn apart(
     .map_err(system("a socket for the process"))?;
     let arguments = [c"fractus-agent", c"vm", c"by-hand"].map(CString::from);
     let (input, output, error) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    if stamped {
+        let now = clock_gettime(ClockId::Monotonic);
+        eprintln!("{}", now.tv_sec * 1_000_000_000 + now.tv_nsec);
+    }
     let spawned = spawn(&Inherited {
         binary: binary.as_fd(),
         arguments: &arguments,
@@ -251,9 +264,6 @@ fn apart(
     })
     .map_err(io("starting the process"))?;
     drop(theirs);
-    let panicked = |_| Err(std::io::Error::other("its thread panicked"));
-    let nest = nest.join().unwrap_or_else(panicked);
-    let mounts = nest.map_err(io("an empty root"))?;
     let network = network.wait().map_err(io("a network namespace"))?;
     let namespaces = [FileRole::MountNamespace, FileRole::NetworkNamespace];
     launch.files.extend(namespaces);

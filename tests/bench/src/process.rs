@@ -1,7 +1,7 @@
 //! Processes under measurement: started, watched on their standard output, ended.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::interrupt;
 
@@ -31,19 +32,26 @@ pub struct Running {
 impl Running {
     /// Starts `command` with its standard output in a pipe. The clock starts before the fork.
     pub fn start(command: &mut Command) -> anyhow::Result<Self> {
-        Self::start_with(command, Stdio::null(), PATIENCE)
+        Self::start_with(command, Stdio::null(), Stdio::null(), PATIENCE)
+    }
+
+    /// Starts a machine whose starter says on standard error when it starts it (`--stamp`).
+    pub fn start_stamped(command: &mut Command) -> anyhow::Result<Self> {
+        Self::start_with(command, Stdio::null(), Stdio::piped(), PATIENCE)
     }
 
     /// Starts a guest that [`Running::ask`] is to talk to.
     pub fn start_talking(command: &mut Command) -> anyhow::Result<Self> {
-        Self::start_with(command, Stdio::piped(), LONG_PATIENCE)
+        Self::start_with(command, Stdio::piped(), Stdio::null(), LONG_PATIENCE)
     }
 
-    fn start_with(command: &mut Command, input: Stdio, patience: Duration) -> anyhow::Result<Self> {
-        command
-            .stdin(input)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null());
+    fn start_with(
+        command: &mut Command,
+        input: Stdio,
+        errors: Stdio,
+        patience: Duration,
+    ) -> anyhow::Result<Self> {
+        command.stdin(input).stdout(Stdio::piped()).stderr(errors);
         let began = Instant::now();
         let mut child = command
             .spawn()
@@ -82,6 +90,21 @@ impl Running {
     pub fn first_byte(&mut self) -> anyhow::Result<Duration> {
         self.read_some()?;
         Ok(self.began.elapsed())
+    }
+
+    /// Time from the stamp of [`Running::start_stamped`] to the first byte of output.
+    pub fn first_byte_since_stamp(&mut self) -> anyhow::Result<Duration> {
+        self.read_some()?;
+        let now = clock_gettime(ClockId::Monotonic);
+        let errors = self.child.stderr.take().context("a pipe was asked for")?;
+        let mut line = String::new();
+        BufReader::new(errors).read_line(&mut line)?;
+        let stamp: u64 = line
+            .trim_end()
+            .parse()
+            .with_context(|| format!("no stamp: {line:?}"))?;
+        let now = Duration::new(u64::try_from(now.tv_sec)?, u32::try_from(now.tv_nsec)?);
+        Ok(now.saturating_sub(Duration::from_nanos(stamp)))
     }
 
     /// Reads until a line that begins with `prefix`.
