@@ -330,6 +330,24 @@ const ALSO: [&str; 1] = [".servers[].fault"];
 /// administrators, and to others only where its code is not 500 (API reference, `fault.details`).
 const MAY_LACK: [&str; 1] = [".server.fault.details"];
 
+/// Servers of these statuses show their progress, others do not (API reference, `progress`); what changes
+/// a server was recorded of active ones only.
+const WITH_PROGRESS: [&str; 6] = [
+    "ACTIVE",
+    "BUILD",
+    "MIGRATING",
+    "REBUILD",
+    "RESIZE",
+    "VERIFY_RESIZE",
+];
+
+/// Whether the field of this name may be absent beside these.
+fn may_lack(name: &str, beside: &serde_json::Map<String, Value>) -> bool {
+    let status = beside.get("status").and_then(Value::as_str);
+    let progress = name == ".server.progress" || name == ".servers[].progress";
+    MAY_LACK.contains(&name) || progress && status.is_some_and(|s| !WITH_PROGRESS.contains(&s))
+}
+
 /// Successes besides the recorded ones: a tag that the server has already is a 204 (the recordings'
 /// README; API reference, "Add a single tag").
 const ALSO_STATUS: [(Service, &str, &str, u16); 1] = [(
@@ -492,7 +510,7 @@ impl Comparison<'_> {
             .filter(|name| near.iter().all(|(_, shape)| has(shape, name)))
             .filter(|name| {
                 let name = place.field(name).name;
-                !self.optional.contains(&name) && !MAY_LACK.contains(&name.as_str())
+                !self.optional.contains(&name) && !may_lack(&name, fields)
             })
             .collect();
         for name in required {

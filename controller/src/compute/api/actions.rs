@@ -183,19 +183,21 @@ async fn lock(call: &Call, id: &str, body: &Value) -> Result<Response, ApiError>
     }
     let row = find(call, id).await?;
     let owner = call.caller.project_id() == Some(row.project_id.as_str());
-    // Who owns the server keeps an administrator's lock as it is.
-    if row.locked_by.as_deref() == Some("admin") && owner && !call.caller.is_admin() {
+    // From within its project a lock is left as it is, whoever set it.
+    if row.locked_by.is_some() && owner {
         return Ok(accepted());
     }
-    let reason = body["lock"]["locked_reason"]
-        .as_str()
-        .filter(|_| call.at_least(73));
-    let change = server::ActiveModel {
+    let mut change = server::ActiveModel {
         locked_by: Set(Some(if owner { "owner" } else { "admin" }.to_owned())),
-        locked_reason: Set(reason.map(str::to_owned)),
         updated_at_us: Set(call.app.now_us()),
         ..Default::default()
     };
+    if let Some(reason) = body["lock"]["locked_reason"]
+        .as_str()
+        .filter(|_| call.at_least(73))
+    {
+        change.locked_reason = Set(Some(reason.to_owned()));
+    }
     record(call, &row.id, "server_lock", change).await
 }
 

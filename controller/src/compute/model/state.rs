@@ -279,12 +279,14 @@ pub enum Action {
     RemoteConsole,
     UpdateMetadata,
     DeleteMetadata,
+    UpdateTag,
     UpdateTags,
+    DeleteTag,
     DeleteTags,
 }
 
 impl Action {
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::Start,
         Self::Stop,
         Self::SoftReboot,
@@ -301,7 +303,9 @@ impl Action {
         Self::RemoteConsole,
         Self::UpdateMetadata,
         Self::DeleteMetadata,
+        Self::UpdateTag,
         Self::UpdateTags,
+        Self::DeleteTag,
         Self::DeleteTags,
     ];
 
@@ -323,12 +327,15 @@ impl Action {
             Self::RemoteConsole => "get_serial_console",
             Self::UpdateMetadata => "update metadata",
             Self::DeleteMetadata => "delete metadata",
+            Self::UpdateTag => "update tag",
             Self::UpdateTags => "update tags",
+            Self::DeleteTag => "delete tag",
             Self::DeleteTags => "delete tags",
         }
     }
 
-    /// True if a lock stops it for those who are not administrators.
+    /// True if a lock stops it for those who are not administrators. Tags are told apart from metadata
+    /// here as nova does: whoever may see a locked server may label it.
     pub fn minds_lock(self) -> bool {
         !matches!(
             self,
@@ -337,6 +344,10 @@ impl Action {
                 | Self::ResetState
                 | Self::ConsoleOutput
                 | Self::RemoteConsole
+                | Self::UpdateTag
+                | Self::UpdateTags
+                | Self::DeleteTag
+                | Self::DeleteTags
         )
     }
 }
@@ -442,7 +453,9 @@ fn standings(action: Action) -> Option<&'static [Standing]> {
         Action::Rebuild => Some(&[Active, Stopped, Error]),
         Action::UpdateMetadata
         | Action::DeleteMetadata
+        | Action::UpdateTag
         | Action::UpdateTags
+        | Action::DeleteTag
         | Action::DeleteTags => Some(&[Active, Paused, Stopped]),
         Action::Delete
         | Action::ForceDelete
@@ -471,6 +484,7 @@ fn passes_task(action: Action, state: ServerState) -> bool {
                 | ServerState::Pausing
                 | ServerState::Unpausing
         ),
+        Action::RemoteConsole => !matches!(state, ServerState::Deleting(_)),
         _ => true,
     }
 }
@@ -492,6 +506,8 @@ fn needs_launch(action: Action) -> bool {
             | Action::Pause
             | Action::Unpause
             | Action::Rebuild
+            | Action::UpdateMetadata
+            | Action::DeleteMetadata
     )
 }
 

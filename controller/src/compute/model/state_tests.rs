@@ -25,7 +25,7 @@ const COLUMNS: [&str; 17] = [
 
 /// server state × action: `y` admitted (202), `v` refused for vm_state, `t` for task_state, `r` for
 /// not ready (409 each). The situation: placed once past scheduling, launched, not locked.
-const TABLE: [(Action, &str); 18] = [
+const TABLE: [(Action, &str); 20] = [
     (Action::Start, "rvvvyvtvvvvvtvvvv"),
     (Action::Stop, "rvyvvyvttvttvttvy"),
     (Action::SoftReboot, "vvyvvvvttvttvttvv"),
@@ -39,10 +39,12 @@ const TABLE: [(Action, &str); 18] = [
     (Action::Unlock, "yyyyyyyyyyyyyyyyy"),
     (Action::ResetState, "yyyyyyyyyyyyyyyyy"),
     (Action::ConsoleOutput, "ryyyyyyyyyyyyyyyy"),
-    (Action::RemoteConsole, "rryyrrryyyyyryyrr"),
+    (Action::RemoteConsole, "rryyrrryyyyyrytrr"),
     (Action::UpdateMetadata, "vvyyyvyyyyyyyyyvv"),
     (Action::DeleteMetadata, "vvyyyvyyyyyyyyyvv"),
+    (Action::UpdateTag, "vvyyyvyyyyyyyyyvv"),
     (Action::UpdateTags, "vvyyyvyyyyyyyyyvv"),
+    (Action::DeleteTag, "vvyyyvyyyyyyyyyvv"),
     (Action::DeleteTags, "vvyyyvyyyyyyyyyvv"),
 ];
 

@@ -180,6 +180,12 @@ impl Cloud {
         cloud
     }
 
+    /// Nobody carries on what is asked for from now on.
+    pub async fn still(&self) {
+        self.stop.cancel();
+        self.app.compute().engine.stop().await;
+    }
+
     /// A flavor `1`, a kernel and a disk image that boots it.
     async fn furnish(&self) {
         let flavor =

@@ -7,6 +7,7 @@ mod images;
 mod instance;
 mod lists;
 mod servers;
+mod table;
 mod usages;
 
 use fractus_agent_api::machine::ServerId;

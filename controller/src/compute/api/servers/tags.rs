@@ -113,24 +113,27 @@ async fn clear(call: Call, Path(id): Path<String>) -> Result<StatusCode, ApiErro
 
 async fn put(call: Call, Path((id, tag)): Path<(String, String)>) -> Result<Response, ApiError> {
     call.since(26)?;
+    let row = find(&call, &id).await?;
+    admit(&call, &row, Action::UpdateTag).await?;
     ONE.check(&json!(tag)).map_err(|_| {
         ApiError::bad_request(format!(
             "Tag '{tag}' is invalid. It must be a non empty string without characters '/' and \
              ','. Maximum allowed length of a tag is 60 characters."
         ))
     })?;
-    let row = find(&call, &id).await?;
-    if row.tags().contains(&tag) {
+    let known = row.tags();
+    // Also of one that is there already, as nova says.
+    if known.len() >= MOST {
+        return Err(ApiError::bad_request(format!(
+            "The number of tags exceeded the per-server limit {MOST}"
+        )));
+    }
+    if known.contains(&tag) {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
     let location = call.ctx.link(&format!("/v2.1/servers/{id}/tags/{tag}"));
-    change(&call, &id, Action::UpdateTags, |mut known| {
+    change(&call, &id, Action::UpdateTag, |mut known| {
         known.insert(tag);
-        if known.len() > MOST {
-            return Err(ApiError::bad_request(format!(
-                "The number of tags exceeded the per-server limit {MOST}"
-            )));
-        }
         Ok(known)
     })
     .await?;
@@ -142,7 +145,7 @@ async fn delete(
     Path((id, tag)): Path<(String, String)>,
 ) -> Result<StatusCode, ApiError> {
     call.since(26)?;
-    change(&call, &id, Action::DeleteTags, |mut known| {
+    change(&call, &id, Action::DeleteTag, |mut known| {
         if known.remove(&tag) {
             Ok(known)
         } else {
