@@ -32,3 +32,5 @@ pub mod tls;
 mod malformed;
 #[cfg(test)]
 mod rights;
+#[cfg(test)]
+mod small_disk;

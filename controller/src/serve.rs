@@ -5,9 +5,9 @@
 
 mod compose;
 mod config;
-mod listener;
+pub(crate) mod listener;
 mod size;
-mod tls;
+pub(crate) mod tls;
 
 use std::path::Path;
 use std::time::Duration;

@@ -1,6 +1,7 @@
 //! An image's bytes: upload, stage and import, download.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
@@ -192,7 +193,11 @@ async fn store_bytes(
     let mut incoming = images.blobs.begin(key).await.map_err(StoreError::Blob)?;
     let mut seen = Seen::default();
     let mut stream = body.into_data_stream();
-    while let Some(chunk) = stream.next().await {
+    let stall = images.limits.stall;
+    while let Some(chunk) = tokio::time::timeout(stall, stream.next())
+        .await
+        .map_err(|_| stalled(stall))?
+    {
         let chunk = chunk.map_err(|error| {
             tracing::debug!(%error, "an upload was cut off");
             ApiError::bad_request("The upload was cut off; nothing of it was kept.")
@@ -234,6 +239,16 @@ async fn left(images: &Images, owner: &str) -> Result<Option<u64>, StoreError> {
     };
     let (used, _) = store::usage(images.database.reader(), owner).await?;
     Ok(Some(quota.saturating_sub(used.unsigned_abs())))
+}
+
+fn stalled(after: Duration) -> ApiError {
+    ApiError::new(
+        StatusCode::REQUEST_TIMEOUT,
+        format!(
+            "The upload brought nothing for {} s; nothing of it was kept.",
+            after.as_secs_f32()
+        ),
+    )
 }
 
 fn too_large(most: u64) -> ApiError {

@@ -22,6 +22,7 @@ mod tests;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use fractus_agent_api::machine::{ImageFormat, ImageRef};
@@ -57,6 +58,9 @@ pub struct Limits {
     pub project: Option<u64>,
     /// Bytes that uploads leave free where the images are: the database may lie beside them.
     pub reserve: u64,
+    /// How long an upload may bring nothing before it counts as cut off (glance's
+    /// `client_socket_timeout`): a client that has lost its power says no farewell.
+    pub stall: Duration,
 }
 
 impl Default for Limits {
@@ -65,6 +69,7 @@ impl Default for Limits {
             image: 1 << 40,
             project: None,
             reserve: 1 << 30,
+            stall: Duration::from_secs(900),
         }
     }
 }

@@ -43,7 +43,8 @@ impl From<StoreError> for ApiError {
             StoreError::Refused(refused) => refused,
             StoreError::Blob(BlobError::Full) => Self::new(
                 http::StatusCode::PAYLOAD_TOO_LARGE,
-                "There is not enough space in the image store for this image.",
+                "Image storage media is full: There is not enough disk space on the image storage \
+                 media.",
             ),
             StoreError::Blob(source) => Self::internal(Chain(&source)),
             StoreError::Database(source) if is_full(&source) => Self::full(Chain(&source)),

@@ -21,6 +21,8 @@ use crate::image::blob::FileStore;
 use crate::random::SystemRandom;
 
 mod bounds;
+mod full;
+mod wire;
 
 /// The projects of the tokens `one` and `two`.
 const ONE: &str = "0000000000000000000000000000001a";

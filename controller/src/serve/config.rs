@@ -192,6 +192,7 @@ impl Config {
             image: options.image_size_limit.map_or(usual.image, |size| size.0),
             project: options.image_project_limit.map(|size| size.0),
             reserve: options.image_reserve.map_or(usual.reserve, |size| size.0),
+            ..usual
         };
         let metrics_listen = options
             .metrics_listen
@@ -346,11 +347,10 @@ mod tests {
         let limits = "image-size-limit: 4096\nimage-project-limit: 2GiB\n";
         std::fs::write(&path, limits).unwrap();
         let limits = Config::resolve(flags(None)).unwrap().image_limits;
-        let reserve = Limits::default().reserve;
         let expected = Limits {
             image: 4096,
             project: Some(2 << 30),
-            reserve,
+            ..Limits::default()
         };
         assert_eq!(limits, expected);
         // That a database was restored is true once: it has no place in a file.

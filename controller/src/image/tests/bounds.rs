@@ -7,7 +7,7 @@ async fn an_upload_beyond_the_limits_is_refused_and_leaves_nothing() {
     let small = Limits {
         image: 1000,
         reserve: 0,
-        project: None,
+        ..Limits::default()
     };
     let crowded = Limits {
         reserve: u64::MAX,
