@@ -35,8 +35,18 @@ pub enum ImageError {
         wanted: u64,
         found: u64,
     },
+    #[error("the host has no room left for image {id}")]
+    Full { id: uuid::Uuid },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: io::Error },
+}
+
+/// Whether it is the disk that has no room left.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 /// A chunk that takes longer than this is a cut-off download.
@@ -124,12 +134,14 @@ impl Cache {
                     tokio::time::sleep(pause).await;
                     pause *= 3;
                 }
-                Err(ImageError::Io { source, .. })
-                    if source.kind() == io::ErrorKind::StorageFull && !emptied =>
-                {
+                Err(ImageError::Io { source, .. }) if is_full(&source) && !emptied => {
                     emptied = true;
                     tracing::warn!(image = %image.id, "no room for it: forgetting all others");
                     self.forget(&part, 0);
+                }
+                Err(ImageError::Io { source, .. }) if is_full(&source) => {
+                    let _ = fs::remove_file(&part);
+                    return Err(ImageError::Full { id: image.id });
                 }
                 Err(error) => {
                     if !matches!(error, ImageError::Fetch { .. }) {

@@ -19,8 +19,12 @@ use imago::{FormatAccess, FormatDriverBuilder};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
+use crate::image::cache::is_full;
+
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
+    #[error("the host has no room left for a disk of {size} bytes")]
+    Full { size: u64 },
     #[error("making {path}: {source}")]
     Io { path: PathBuf, source: io::Error },
     #[error("the image is no qcow2 that can be used: {detail}")]
@@ -64,9 +68,12 @@ pub fn make(
     image: Option<(File, ImageFormat)>,
     cancelled: &AtomicBool,
 ) -> Result<(), VolumeError> {
-    let io = |source| VolumeError::Io {
-        path: path.to_owned(),
-        source,
+    let io = |source| match is_full(&source) {
+        true => VolumeError::Full { size },
+        false => VolumeError::Io {
+            path: path.to_owned(),
+            source,
+        },
     };
     // A name of its own: an earlier attempt that was given up may still be writing.
     let beside = path.with_extension(format!("{}.new", uuid::Uuid::new_v4().simple()));

@@ -49,6 +49,8 @@ pub struct Agent {
     first_user: u32,
     /// What is done, by the shell that then becomes the agent, before it does.
     prelude: String,
+    /// All that it keeps is on a file system of its own.
+    small: bool,
 }
 
 impl Agent {
@@ -59,7 +61,27 @@ impl Agent {
 
     /// The same, in what the shell commands of `prelude` have made.
     pub async fn start_after(prelude: &str, cloud: &Cloud, stand_ins: bool) -> Result<Self> {
+        Self::begin(tempfile::tempdir()?, false, prelude, cloud, stand_ins).await
+    }
+
+    /// With a state folder that has no room for more than `size` (as mount(8) has it).
+    pub async fn start_on_a_small_disk(size: &str, cloud: &Cloud) -> Result<Self> {
+        use rustix::mount::{MountFlags, mount};
         let folder = tempfile::tempdir()?;
+        let state = folder.path().join("state");
+        std::fs::create_dir(&state)?;
+        let size = std::ffi::CString::new(format!("size={size},mode=700"))?;
+        mount(c"test", &state, c"tmpfs", MountFlags::empty(), &*size)?;
+        Self::begin(folder, true, "", cloud, true).await
+    }
+
+    async fn begin(
+        folder: tempfile::TempDir,
+        small: bool,
+        prelude: &str,
+        cloud: &Cloud,
+        stand_ins: bool,
+    ) -> Result<Self> {
         let address = free_address();
         let endpoint = format!("https://{address}");
         let joined = Command::new(env!("CARGO_BIN_EXE_fractus-agent"))
@@ -89,6 +111,7 @@ impl Agent {
             stand_ins,
             first_user,
             prelude: prelude.to_owned(),
+            small,
         };
         agent.run().await?;
         Ok(agent)
@@ -296,6 +319,21 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
+        self.end();
+        if self.small {
+            use rustix::mount::{UnmountFlags, unmount};
+            let unmounted = unmount(self.folder.path().join("state"), UnmountFlags::DETACH);
+            assert!(
+                unmounted.is_ok() || std::thread::panicking(),
+                "{unmounted:?}"
+            );
+        }
+    }
+}
+
+impl Agent {
+    /// It and every machine of it.
+    fn end(&mut self) {
         self.kill();
         let mark = std::fs::read_to_string(self.folder.path().join("state/lock"));
         let mark = mark.unwrap_or_default();

@@ -117,7 +117,7 @@ async fn an_image_that_no_forgetting_makes_room_for_leaves_nothing() {
     let source = Arc::new(Always(bytes));
     let cache = Cache::new(disk.0.path().to_owned(), u64::MAX, source).unwrap();
     let failed = cache.open(&image, &Progress::new("").0).await;
-    let full = |error: &ImageError| matches!(error, ImageError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull);
+    let full = |error: &ImageError| matches!(error, ImageError::Full { id } if *id == image.id);
     assert!(failed.as_ref().is_err_and(full), "{failed:?}");
     assert_eq!(fs::read_dir(disk.0.path()).unwrap().count(), 0);
 }
