@@ -33,6 +33,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use async_trait::async_trait;
 use futures::future::BoxFuture;
 use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, RuntimeErr};
 
@@ -42,6 +43,7 @@ pub struct Database {
     engine: Engine,
     syncs: Arc<AtomicU64>,
     hook: Option<Arc<dyn WriteHook>>,
+    fence: Option<Arc<dyn Fence>>,
 }
 
 #[derive(Clone)]
@@ -72,13 +74,21 @@ pub enum OpenError {
     Migrate(#[source] DbErr),
 }
 
-/// Sees every write; the simulation kills the controller with it. An error from either call is what
-/// the writer gets.
+/// Sees every write; the simulation kills and freezes the controller with it. An error from either call
+/// is what the writer gets.
+#[async_trait]
 pub trait WriteHook: Send + Sync + 'static {
     /// Before anything is done: nothing will have been written.
-    fn before(&self) -> Result<(), DbErr>;
+    async fn before(&self) -> Result<(), DbErr>;
     /// After the commit: all has been written, and the writer is not told.
-    fn after(&self) -> Result<(), DbErr>;
+    async fn after(&self) -> Result<(), DbErr>;
+}
+
+/// Looked at in the transaction of each write, before anything is written: an error is what the writer
+/// gets, and nothing is written.
+#[async_trait]
+pub trait Fence: Send + Sync + 'static {
+    async fn check(&self, tx: &DatabaseTransaction) -> Result<(), DbErr>;
 }
 
 impl Database {
@@ -108,6 +118,7 @@ impl Database {
             engine,
             syncs,
             hook: None,
+            fence: None,
         })
     }
 
@@ -148,16 +159,41 @@ impl Database {
         T: Send + 'static,
     {
         if let Some(hook) = &self.hook {
-            hook.before()?;
+            hook.before().await?;
         }
-        let written = match &self.engine {
-            Engine::Sqlite(sqlite) => sqlite.write(body).await,
-            Engine::Postgres(postgres) => postgres.write(body).await,
+        let written = match &self.fence {
+            None => self.write_unfenced(body).await,
+            Some(fence) => {
+                let (fence, body) = (Arc::clone(fence), Arc::new(body));
+                self.write_unfenced(move |tx| {
+                    let (fence, body) = (Arc::clone(&fence), Arc::clone(&body));
+                    Box::pin(async move {
+                        fence.check(tx).await?;
+                        body(tx).await
+                    })
+                })
+                .await
+            }
         };
         if let Some(hook) = &self.hook {
-            hook.after()?;
+            hook.after().await?;
         }
         written
+    }
+
+    async fn write_unfenced<T, E, F>(&self, body: F) -> Result<T, E>
+    where
+        F: for<'t> Fn(&'t DatabaseTransaction) -> BoxFuture<'t, Result<T, E>>
+            + Send
+            + Sync
+            + 'static,
+        E: From<DbErr> + Send + 'static,
+        T: Send + 'static,
+    {
+        match &self.engine {
+            Engine::Sqlite(sqlite) => sqlite.write(body).await,
+            Engine::Postgres(postgres) => postgres.write(body).await,
+        }
     }
 
     /// How often this process has made a transaction durable: one sync to disk each (SQLite; the
@@ -171,6 +207,22 @@ impl Database {
         Self {
             hook: Some(hook),
             ..self.clone()
+        }
+    }
+
+    /// The same database, each of whose writes `fence` must let through.
+    pub fn fenced(&self, fence: Arc<dyn Fence>) -> Self {
+        Self {
+            fence: Some(fence),
+            ..self.clone()
+        }
+    }
+
+    /// PostgreSQL's connections, for what SQLite has no need of.
+    pub fn postgres(&self) -> Option<&DatabaseConnection> {
+        match &self.engine {
+            Engine::Sqlite(_) => None,
+            Engine::Postgres(postgres) => Some(postgres.connection()),
         }
     }
 
@@ -210,6 +262,19 @@ pub fn is_full(error: &DbErr) -> bool {
     let code = source.as_database_error().and_then(|error| error.code());
     // SQLITE_FULL; PostgreSQL's disk_full.
     code.is_some_and(|code| ["13", "53100"].contains(&&*code))
+}
+
+/// What is said of a write that a fence refused, by [`is_fenced_off`]'s mark.
+const FENCED_OFF: &str = "another controller leads: this write was refused";
+
+/// The error of a fence that lets nothing through any more.
+pub fn fenced_off() -> DbErr {
+    DbErr::Custom(FENCED_OFF.to_owned())
+}
+
+/// Whether a write was refused by its fence.
+pub fn is_fenced_off(error: &DbErr) -> bool {
+    matches!(error, DbErr::Custom(said) if said == FENCED_OFF)
 }
 
 /// Counts one transaction made durable.

@@ -16,6 +16,7 @@ pub mod hosts;
 pub mod http;
 pub mod identity;
 pub mod image;
+pub mod leader;
 pub mod operation;
 pub mod policy;
 pub mod random;

@@ -33,6 +33,7 @@
 
 mod engine;
 mod store;
+mod turn;
 
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@ mod compose;
 mod config;
 pub(crate) mod listener;
 mod size;
+mod sole;
 pub(crate) mod tls;
 
 use std::path::Path;
@@ -52,6 +53,8 @@ pub enum ServeError {
         source: std::io::Error,
     },
     #[error(transparent)]
+    Claim(#[from] sole::ClaimError),
+    #[error(transparent)]
     Database(#[from] OpenError),
     #[error(transparent)]
     Secret(#[from] SecretError),
@@ -92,6 +95,7 @@ pub async fn run(options: Options) -> Result<(), ServeError> {
         path: config.state_dir.display().to_string(),
         source,
     })?;
+    let _claim = sole::claim(&config.database)?;
     let metrics = metrics_exporter_prometheus::PrometheusBuilder::new()
         .install_recorder()
         .map_err(|error| ServeError::Metrics(error.to_string()))?;

@@ -13,6 +13,7 @@ mod check;
 mod faults;
 mod golden;
 mod network;
+mod pair;
 mod requests;
 mod scenarios;
 mod world;

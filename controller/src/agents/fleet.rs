@@ -3,6 +3,7 @@
 //! answered with "send a full report". Decides nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fractus_agent_api::host::{Changes, FullReport, Heartbeat, HostId, HostReport};
@@ -21,6 +22,8 @@ pub const SILENT_US: i64 = 60_000_000;
 #[derive(Debug, Default)]
 pub struct Fleet {
     hosts: Mutex<BTreeMap<HostId, Live>>,
+    /// When this controller began to be the one that agents tell; 0: from its start.
+    since_us: AtomicI64,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -67,6 +70,32 @@ impl Fleet {
             self.admit(row.host_id(), &row.endpoint);
         }
         Ok(())
+    }
+
+    /// These are all hosts there are: what joined or went by another controller is known here too, and
+    /// when it was last heard by any.
+    pub fn meet(&self, rows: &[super::host::row::Model]) {
+        let mut hosts = self.hosts();
+        hosts.retain(|id, _| rows.iter().any(|row| row.host_id() == *id));
+        for row in rows {
+            let live = hosts.entry(row.host_id()).or_default();
+            let heard_at_us = Some(row.heard_at_us);
+            // What was heard here since is newer than the row.
+            if live.endpoint.is_none() || heard_at_us >= live.heard_at_us {
+                live.endpoint = Some(row.endpoint.clone());
+            }
+            live.heard_at_us = Ord::max(live.heard_at_us, heard_at_us);
+        }
+    }
+
+    /// From now on it is this controller that agents tell. What they said before, another has heard the
+    /// rest of: nothing of it is gone by before they have said everything anew.
+    pub fn begin(&self, now_us: i64) {
+        self.since_us.store(now_us, Ordering::Relaxed);
+        for live in self.hosts().values_mut() {
+            live.pushes = None;
+            live.machines.clear();
+        }
     }
 
     /// Forgets a host that was removed.
@@ -209,6 +238,7 @@ impl Fleet {
             || hosts
                 .iter()
                 .any(|(id, live)| *id != host && live.heard_at_us.is_some_and(recent));
+        let since_us = since_us.max(self.since_us.load(Ordering::Relaxed));
         if recent(since_us) || !others_heard {
             Presence::NotYetHeard
         } else {
@@ -331,6 +361,65 @@ mod tests {
         fleet.answered(HOST, &report(2, false, 4), 1);
         let known = fleet.machine(HOST, SERVER).unwrap();
         assert_eq!((known.revision, known.settled), (Revision(2), true));
+    }
+
+    fn row(host: HostId, endpoint: &str, heard_at_us: i64) -> super::super::host::row::Model {
+        super::super::host::row::Model {
+            id: host.to_string(),
+            hostname: "h".to_owned(),
+            endpoint: endpoint.to_owned(),
+            report: "{}".to_owned(),
+            disabled: false,
+            disabled_reason: None,
+            forced_down: false,
+            vcpus_limit: 0,
+            memory_mib_limit: 0,
+            disk_gib_limit: 0,
+            vcpus_used: 0,
+            memory_mib_used: 0,
+            disk_gib_used: 0,
+            joined_at_us: 0,
+            heard_at_us,
+            removed_at_us: None,
+        }
+    }
+
+    #[test]
+    fn what_another_controller_has_done_with_hosts_is_known_by_the_table() {
+        let fleet = Fleet::default();
+        fleet.admit(HOST, "https://old:1");
+        fleet.full_report(HOST, &full(7, 0, vec![report(1, true, 1)]), 50);
+        fleet.meet(&[
+            row(HOST, "https://new:1", 40),
+            row(OTHER, "https://o:1", 60),
+        ]);
+        let known = fleet.endpoint(HOST);
+        assert_eq!(known.as_deref(), Some("https://old:1"), "heard here since");
+        assert_eq!(fleet.endpoint(OTHER).as_deref(), Some("https://o:1"));
+        assert_eq!(fleet.heard_at_us(OTHER), Some(60));
+        assert_eq!(fleet.machines(OTHER), None);
+        fleet.meet(&[row(HOST, "https://new:1", 70)]);
+        assert_eq!(fleet.endpoint(HOST).as_deref(), Some("https://new:1"));
+        assert_eq!(fleet.ids(), [HOST], "the other was removed");
+        assert!(fleet.machine(HOST, SERVER).is_some());
+    }
+
+    #[test]
+    fn a_new_leader_goes_by_nothing_that_was_said_to_it_in_an_earlier_term() {
+        let fleet = Fleet::default();
+        fleet.full_report(HOST, &full(7, 3, vec![report(1, true, 1)]), 1);
+        fleet.full_report(OTHER, &full(8, 0, vec![]), 1);
+        let now = SILENT_US * 10;
+        fleet.begin(now);
+        assert_eq!(
+            (fleet.machines(HOST), fleet.machine(HOST, SERVER)),
+            (None, None)
+        );
+        let next = changes(7, 4, report(2, true, 2));
+        assert_eq!(fleet.changes(HOST, &next, now), Err(Gap));
+        // Nor does it call a host silent that it has not been told of.
+        let soon = now + SILENT_US - 1;
+        assert_eq!(fleet.presence(OTHER, 0, 0, soon), Presence::NotYetHeard);
     }
 
     #[test]

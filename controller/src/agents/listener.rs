@@ -2,7 +2,10 @@
 //!
 //! Mutual TLS with the cloud's own authority; only `join` is answered without a certificate. Who calls
 //! is the certificate's `fractus://` name, and a host that was removed is nobody, whatever its
-//! certificate says. Decides nothing about machines: it tells the fleet and wakes the reconciler.
+//! certificate says. Decides nothing about machines: it tells the fleet and wakes the reconciler. Of
+//! several controllers only the leader listens to what agents say of machines: the others answer a
+//! heartbeat with the list of controllers, the leader first, and refuse the rest, upon which an agent
+//! goes on to the next of its list.
 
 mod handlers;
 mod server;
@@ -22,6 +25,7 @@ use uuid::Uuid;
 use super::fleet::Fleet;
 use crate::clock::Clock;
 use crate::database::Database;
+use crate::leader::Lead;
 use crate::random::Random;
 use crate::reconcile::Reconciler;
 use crate::tls::Authority;
@@ -61,8 +65,8 @@ pub struct Parts {
     pub blobs: Arc<dyn BlobSource>,
     pub clock: Arc<dyn Clock>,
     pub random: Arc<dyn Random>,
-    /// Agents listeners of all controllers, `https://ADDRESS:PORT`.
-    pub controllers: Vec<String>,
+    /// Who leads is told of machines; the others send agents there.
+    pub lead: Lead,
 }
 
 /// Most bytes of a body: a full report of some ten thousand machines.

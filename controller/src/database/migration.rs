@@ -11,6 +11,7 @@ mod m0002_image;
 mod m0003_compute;
 mod m0004_operation;
 mod m0005_host;
+mod m0006_controller;
 
 use std::collections::BTreeSet;
 
@@ -27,6 +28,7 @@ fn changes() -> Vec<Box<dyn MigrationTrait>> {
         Box::new(m0003_compute::Migration),
         Box::new(m0004_operation::Migration),
         Box::new(m0005_host::Migration),
+        Box::new(m0006_controller::Migration),
     ]
 }
 
@@ -36,6 +38,16 @@ impl MigratorTrait for Changes {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
         changes()
     }
+}
+
+/// For tests: the schema as it was when there were this many changes.
+pub(super) async fn apply_first(
+    connection: &DatabaseConnection,
+    count: usize,
+) -> Result<(), sea_orm::DbErr> {
+    let transaction = connection.begin().await?;
+    Changes::up(&transaction, u32::try_from(count).ok()).await?;
+    transaction.commit().await
 }
 
 /// Applies what is missing in one transaction.

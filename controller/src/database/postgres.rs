@@ -14,6 +14,8 @@ use sea_orm::{
 /// How often a write is tried before its error is the caller's.
 const ATTEMPTS: u32 = 10;
 const CONNECTIONS: u32 = 16;
+/// How long a transaction may stand still before the server ends it.
+const IDLE: &str = "10s";
 
 #[derive(Clone)]
 pub(super) struct Postgres {
@@ -35,7 +37,12 @@ impl Postgres {
             .min_connections(1)
             .max_connections(CONNECTIONS)
             .acquire_timeout(Duration::from_secs(30))
-            .sqlx_logging(false);
+            .sqlx_logging(false)
+            // A controller that freezes within a transaction must not hold its locks for ever: the next
+            // leader waits for them.
+            .map_sqlx_postgres_opts(|options| {
+                options.options([("idle_in_transaction_session_timeout", IDLE)])
+            });
         Ok(Self {
             connection: sea_orm::Database::connect(options).await?,
             syncs,

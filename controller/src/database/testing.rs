@@ -144,6 +144,39 @@ pub async fn sqlite_from(dump: &str) -> TestDatabase {
     }
 }
 
+/// A PostgreSQL database that begins as such a dump: with the schema changes that it names and its rows,
+/// brought to this build's schema.
+pub async fn postgres_from(dump: &str) -> TestDatabase {
+    const APPLIED: &str = "INSERT INTO \"seaql_migrations\"";
+    let url = postgres_url().await;
+    let (applied, rows): (Vec<&str>, Vec<&str>) = dump
+        .split_inclusive('\n')
+        .skip_while(|line| !line.starts_with("INSERT INTO"))
+        .partition(|line| line.starts_with(APPLIED));
+    let load = async {
+        let mut options = sea_orm::ConnectOptions::new(&url);
+        options.max_connections(1).sqlx_logging(false);
+        let connection = sea_orm::Database::connect(options).await?;
+        super::migration::apply_first(&connection, applied.len()).await?;
+        // SQLite's booleans are numbers.
+        let cast = "UPDATE pg_cast SET castcontext = 'a' WHERE castsource = 'integer'::regtype \
+                    AND casttarget = 'boolean'::regtype";
+        for sql in [cast, &rows.concat()] {
+            sea_orm::ConnectionTrait::execute_unprepared(&connection, sql).await?;
+        }
+        connection.close().await
+    };
+    if let Err(error) = load.await {
+        panic!("loading a dump: {error}");
+    }
+    TestDatabase {
+        database: open(&url).await,
+        engine: "postgres",
+        url,
+        _folder: None,
+    }
+}
+
 fn in_memory() -> Folder {
     let shared = std::path::Path::new("/dev/shm");
     if shared.is_dir() {

@@ -73,12 +73,34 @@ impl Prepared {
     /// Writes the operation and the event that it was requested. After the transaction is committed,
     /// wake the engine.
     pub async fn insert(&self, tx: &DatabaseTransaction) -> Result<(), DbErr> {
-        let row: row::ActiveModel = self.row.clone().into();
+        let mut row = self.row.clone();
+        // After all that was asked of the subject before, whatever the clocks of several controllers say.
+        if let Some(last) = last_created_us(tx, &row.subject).await? {
+            row.created_at_us = Ord::max(row.created_at_us, last.saturating_add(1));
+        }
+        let row: row::ActiveModel = row.into();
         row::Entity::insert(row.reset_all())
             .exec_without_returning(tx)
             .await?;
         event::record(tx, self.event.clone()).await
     }
+}
+
+/// When the newest of the subject's unfinished operations was made.
+async fn last_created_us(
+    connection: &impl ConnectionTrait,
+    subject: &str,
+) -> Result<Option<i64>, DbErr> {
+    row::Entity::find()
+        .select_only()
+        .column(row::Column::CreatedAtUs)
+        .filter(row::Column::Subject.eq(subject))
+        .filter(row::Column::FinishedAtUs.is_null())
+        .order_by_desc(row::Column::CreatedAtUs)
+        .limit(1)
+        .into_tuple()
+        .one(connection)
+        .await
 }
 
 /// Turns the unfinished operations of `subject` that are of these kinds to being undone, for `reason`;

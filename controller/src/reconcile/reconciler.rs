@@ -26,6 +26,7 @@ use crate::agents::fleet::Fleet;
 use crate::clock::Clock;
 use crate::database::Database;
 use crate::event::{self, Event, Origin, Phase};
+use crate::leader::Lead;
 use crate::operation::{self, Engine, StepError};
 use crate::random::Random;
 
@@ -84,7 +85,7 @@ impl Life {
 
 /// The reconciler of one controller.
 pub struct Reconciler {
-    database: Database,
+    lead: Lead,
     machines: Machines,
     fleet: Arc<Fleet>,
     engine: Arc<Engine>,
@@ -115,7 +116,7 @@ enum Verdict {
 impl Reconciler {
     /// With the receiving end of its wake-ups, for [`Self::run`].
     pub fn new(
-        database: Database,
+        lead: impl Into<Lead>,
         machines: Machines,
         engine: Arc<Engine>,
         observer: Arc<dyn Observer>,
@@ -125,7 +126,7 @@ impl Reconciler {
         let (woken, wakes) = mpsc::unbounded_channel();
         let fleet = Arc::clone(machines.fleet());
         let reconciler = Self {
-            database,
+            lead: lead.into(),
             machines,
             fleet,
             engine,
@@ -192,7 +193,7 @@ impl Reconciler {
     async fn all(&self) -> Vec<ServerId> {
         let mut all = Vec::new();
         for host in self.fleet.ids() {
-            let owned = match machine::ids_of_host(self.database.reader(), host).await {
+            let owned = match machine::ids_of_host(self.lead.reader(), host).await {
                 Ok(owned) => owned,
                 Err(error) => {
                     tracing::error!(%error, %host, "reading the machines of a host");
@@ -215,9 +216,13 @@ impl Reconciler {
         }
     }
 
-    /// One turn for one server.
+    /// One turn for one server. Another controller's, while another one leads.
     pub async fn look(&self, server: ServerId) -> Result<(), StepError> {
-        let reader = self.database.reader();
+        // The whole look is of one term: what it writes is refused once another one has begun.
+        let Some(database) = self.lead.database() else {
+            return Ok(());
+        };
+        let reader = database.reader();
         let row = machine::find(reader, server).await?;
         let holders = self.fleet.holders(server);
         for (holder, report) in &holders {
@@ -237,7 +242,7 @@ impl Reconciler {
         if open.iter().any(|operation| operation.parked.is_none()) {
             // Who holds it is for nobody else to find out: the operation itself waits for it.
             return match verdict {
-                Verdict::Confirm => self.confirm(server).await,
+                Verdict::Confirm => self.confirm(&database, server).await,
                 _ => Ok(()),
             };
         }
@@ -245,13 +250,13 @@ impl Reconciler {
             Verdict::Tell(owner) => {
                 self.machines.may_tell(&machine)?;
                 if let Converged::Settled(report) = self.machines.tell(owner, &machine).await? {
-                    self.settled(&machine, report).await?;
+                    self.settled(&database, &machine, report).await?;
                 }
                 Ok(())
             }
-            Verdict::Settle(report) => self.settled(&machine, report).await,
-            Verdict::Confirm => self.confirm(server).await,
-            Verdict::Vanished(host) => self.vanished(&machine, host).await,
+            Verdict::Settle(report) => self.settled(&database, &machine, report).await,
+            Verdict::Confirm => self.confirm(&database, server).await,
+            Verdict::Vanished(host) => self.vanished(&database, &machine, host).await,
             Verdict::Nothing | Verdict::Unclaimed(_) | Verdict::Drop(..) => Ok(()),
         }
     }
@@ -288,14 +293,19 @@ impl Reconciler {
     }
 
     /// The owner's word is recorded, with what follows from it.
-    async fn settled(&self, machine: &Machine, report: MachineReport) -> Result<(), StepError> {
+    async fn settled(
+        &self,
+        database: &Database,
+        machine: &Machine,
+        report: MachineReport,
+    ) -> Result<(), StepError> {
         let now = self.clock.now_us();
         let (age, observer) = (machine.age(), Arc::clone(&self.observer));
         let power = machine.wanted.power;
         let event = self.event(machine, now);
         let said = said(machine, &report);
         let life = Life::of(&report, machine.report.as_ref());
-        self.database
+        database
             .write(move |tx| {
                 let (report, observer) = (report.clone(), Arc::clone(&observer));
                 let event = event.clone();
@@ -374,17 +384,21 @@ impl Reconciler {
         }
     }
 
-    async fn confirm(&self, server: ServerId) -> Result<(), StepError> {
-        let confirm = self
-            .database
-            .write(move |tx| Box::pin(async move { machine::confirm(tx, server).await }));
+    async fn confirm(&self, database: &Database, server: ServerId) -> Result<(), StepError> {
+        let confirm =
+            database.write(move |tx| Box::pin(async move { machine::confirm(tx, server).await }));
         confirm.await?;
         self.heard([server]);
         Ok(())
     }
 
     /// Making it anew would be another, empty machine under the same name: an operator must look.
-    async fn vanished(&self, machine: &Machine, owner: HostId) -> Result<(), StepError> {
+    async fn vanished(
+        &self,
+        database: &Database,
+        machine: &Machine,
+        owner: HostId,
+    ) -> Result<(), StepError> {
         // Not told again and again; but of a restored row nothing is settled, and nothing was told.
         if !machine.settled && machine.confirmed {
             return Ok(());
@@ -393,7 +407,7 @@ impl Reconciler {
         tracing::error!(server = %machine.server, %owner, "{reason}");
         let (server, observer) = (machine.server, Arc::clone(&self.observer));
         let age = machine.age();
-        self.database
+        database
             .write(move |tx| {
                 let (observer, reason) = (Arc::clone(&observer), reason.clone());
                 Box::pin(async move {

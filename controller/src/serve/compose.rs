@@ -27,6 +27,7 @@ use crate::http::{App, AppParts, Routes, Service};
 use crate::identity::{Realm, boot};
 use crate::image::blob::FileStore;
 use crate::image::{Images, store};
+use crate::leader::{self, Lead, Me, Seat, Term, Turn};
 use crate::operation::{Engine, Kinds};
 use crate::random::{Random, SystemRandom};
 use crate::reconcile::{Machines, Reconciler, machine};
@@ -44,6 +45,9 @@ pub struct Controller {
     reconciler: Arc<Reconciler>,
     wakes: mpsc::UnboundedReceiver<ServerId>,
     agents: AgentsSide,
+    lead: Lead,
+    /// Among the other controllers, where there may be others.
+    seat: Option<Seat>,
 }
 
 /// What the network between controllers and agents needs.
@@ -72,6 +76,7 @@ impl Controller {
         let images = images(config, &database, &*clock).await?;
         let agents = AgentsSide::open(config, &database, master.clone(), &clock, &random).await?;
 
+        let (lead, seat) = lead(config, &database, &agents.fleet, &clock, &*random);
         let callers: Arc<dyn crate::agents::Agents> = Arc::clone(&agents.http) as _;
         let machines = Machines::new(
             database.clone(),
@@ -82,14 +87,9 @@ impl Controller {
         .with_key(master);
         let mut kinds = Kinds::default();
         compute::register(&mut kinds, &machines, &clock);
-        let engine = Engine::new(
-            database.clone(),
-            kinds,
-            Arc::clone(&clock),
-            Arc::clone(&random),
-        );
+        let engine = Engine::new(lead.clone(), kinds, Arc::clone(&clock), Arc::clone(&random));
         let (reconciler, wakes) = Reconciler::new(
-            database.clone(),
+            lead.clone(),
             machines.clone(),
             Arc::clone(&engine),
             Arc::new(ServerObserver::new(Arc::clone(&clock))),
@@ -122,6 +122,8 @@ impl Controller {
             reconciler,
             wakes,
             agents,
+            lead,
+            seat,
         })
     }
 
@@ -138,7 +140,12 @@ impl Controller {
             reconciler,
             wakes,
             agents,
+            lead,
+            mut seat,
         } = self;
+        if let Some(seat) = &mut seat {
+            seat.beat().await.map_err(ServeError::Start)?;
+        }
         let parts = Parts {
             database: app.database().clone(),
             authority: agents.authority.clone(),
@@ -147,7 +154,7 @@ impl Controller {
             blobs: Arc::new(ImageBlobs(app.images().clone())),
             clock: Arc::clone(app.clock()),
             random: Arc::clone(app.random()),
-            controllers: vec![config.agents_url.clone()],
+            lead: lead.clone(),
         };
         let listener = Listener::bind(config.agents_listen, &agents.credentials, parts).await?;
         let renewer = listener.renewer();
@@ -155,13 +162,59 @@ impl Controller {
         let until = stop.clone();
         tasks.spawn(async move { reconciler.run(wakes, until).await });
         engine.start().await.map_err(ServeError::Start)?;
-        let until = stop.clone();
-        tasks.spawn(async move {
-            until.cancelled().await;
-            engine.stop().await;
-        });
+        let (until, hearing) = (stop.clone(), Arc::clone(&engine));
+        tasks.spawn(async move { lead.listen(until, |subject| hearing.called(subject)).await });
+        tasks.spawn(preside(seat, engine, stop.clone()));
         tasks.spawn(renew(agents, renewer, stop.clone()));
         Ok(())
+    }
+}
+
+/// Whether there may be other controllers, and then a seat among them.
+fn lead(
+    config: &Config,
+    database: &Database,
+    fleet: &Arc<Fleet>,
+    clock: &Arc<dyn Clock>,
+    random: &dyn Random,
+) -> (Lead, Option<Seat>) {
+    if database.postgres().is_none() {
+        return (Lead::alone(database.clone(), &config.agents_url), None);
+    }
+    let me = Me {
+        name: config.name.clone(),
+        incarnation: random.uuid(),
+        agents_url: config.agents_url.clone(),
+    };
+    let (seat, lead) = Seat::new(database.clone(), Arc::clone(clock), Arc::clone(fleet), me);
+    (lead, Some(seat))
+}
+
+/// Until `stop`: holds this controller's seat; then lets the steps under way end, and goes.
+async fn preside(mut seat: Option<Seat>, engine: Arc<Engine>, stop: CancellationToken) {
+    while let Some(seat) = &mut seat {
+        tokio::select! {
+            () = tokio::time::sleep(leader::BEAT) => {}
+            () = stop.cancelled() => break,
+        }
+        let carried_on = match seat.beat().await {
+            Ok(Turn::Begins(Term(term))) => {
+                tracing::info!(term, "this controller leads");
+                engine.carry_on().await
+            }
+            Ok(Turn::Leads | Turn::Follows) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = carried_on {
+            tracing::error!(%error, "among the controllers");
+        }
+    }
+    stop.cancelled().await;
+    engine.stop().await;
+    if let Some(seat) = seat
+        && let Err(error) = seat.resign().await
+    {
+        tracing::warn!(%error, "the other controllers will wait before one of them leads");
     }
 }
 

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::requests;
 use super::world::{Plan, World};
 use crate::compute::ops::change::Change;
+use crate::http::App;
 use crate::operation::{Advance, Kind, Kinds, Operation, Outcome, Progress, Step, StepError};
 
 /// Where a step is made to fail.
@@ -115,7 +116,7 @@ impl Kind for Failing {
 
 /// A cloud with one server that is ready for an operation of `kind`, and what asks for it. A new kind
 /// needs a line here: without one these tests fail.
-async fn scenario(kind: &str) -> (World, Uuid) {
+pub(super) async fn scenario(kind: &str) -> (World, Uuid) {
     let mut world = World::new(
         1,
         Plan {
@@ -133,7 +134,7 @@ async fn scenario(kind: &str) -> (World, Uuid) {
         "server_unpause" => &[Change::Pause],
         _ => &[],
     };
-    ask(&world, "server_create", id).await;
+    ask(&world.app(), "server_create", id).await;
     world.heal().await;
     for change in before {
         let app = &world.controller.as_ref().unwrap().app;
@@ -144,8 +145,7 @@ async fn scenario(kind: &str) -> (World, Uuid) {
 }
 
 /// The request; what a crash cuts off is the user's to repeat or not.
-async fn ask(world: &World, kind: &str, id: Uuid) {
-    let app = &world.controller.as_ref().unwrap().app;
+pub(super) async fn ask(app: &App, kind: &str, id: Uuid) {
     let change = match kind {
         "server_create" => return drop(requests::create(app, id).await),
         "server_delete" => return drop(requests::delete(app, id).await),
@@ -170,7 +170,7 @@ fn registered(world: &World) -> Vec<(&'static str, usize)> {
         .collect()
 }
 
-async fn all_kinds() -> Vec<(&'static str, usize)> {
+pub(super) async fn all_kinds() -> Vec<(&'static str, usize)> {
     let world = World::new(
         1,
         Plan {
@@ -210,7 +210,7 @@ async fn every_step_of_every_kind_may_fail_and_nothing_is_left() {
                 });
                 world.start_controller().await;
                 world.everybody_reports().await;
-                ask(&world, kind, id).await;
+                ask(&world.app(), kind, id).await;
                 world.heal().await;
                 eprintln!("{kind} step {step} {at:?}");
                 assert!(!armed.load(Ordering::SeqCst), "the step was reached");
@@ -228,7 +228,7 @@ async fn the_controller_may_die_at_every_effect_of_every_kind() {
             let (mut world, id) = scenario(kind).await;
             let doom = Arc::clone(&world.controller.as_ref().unwrap().doom);
             doom.arm(effects);
-            ask(&world, kind, id).await;
+            ask(&world.app(), kind, id).await;
             let engine = Arc::clone(&world.controller.as_ref().unwrap().engine);
             // The operation alone, with the hosts at work between its turns.
             for _ in 0..20 {

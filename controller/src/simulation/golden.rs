@@ -14,7 +14,8 @@ use super::requests;
 use super::world::{Plan, World};
 use crate::compute::model::state::ServerState;
 use crate::compute::store::server;
-use crate::database::{Database, testing};
+use crate::database::Database;
+use crate::database::testing::{self, TestDatabase};
 use crate::operation::Advance;
 use crate::random::SeededRandom;
 
@@ -106,43 +107,52 @@ async fn every_golden_database_is_upgraded_and_its_operations_are_carried_on() {
     let mut count = 0;
     for entry in std::fs::read_dir(folder()).unwrap() {
         let path = entry.unwrap().path();
-        eprintln!("golden: {}", path.display());
         let sql = std::fs::read_to_string(&path).unwrap();
-        let test = testing::sqlite_from(&sql).await;
-        let plan = Plan {
-            hosts: 2,
-            servers: 3,
-            events: 0,
-        };
-        // Other ids than those that are in the database already.
-        let mut world = World::of(test, SeededRandom::new(1234), 99, plan).await;
-        assert_eq!(
-            world.open_subjects().await.len(),
-            3,
-            "three servers are half done"
-        );
-        world.servers = vec![REQUESTED, PLACED, CANCELLED];
-        world.heal().await;
-        world.check_rest().await;
-        for (id, expected) in [
-            (REQUESTED, ServerState::Active),
-            (PLACED, ServerState::Active),
-            (CANCELLED, ServerState::Deleted),
+        for test in [
+            testing::sqlite_from(&sql).await,
+            testing::postgres_from(&sql).await,
         ] {
-            let row = server::find_any(world.database().reader(), &id.to_string())
-                .await
-                .unwrap();
-            assert_eq!(row.unwrap().state(), expected, "{id}");
+            eprintln!("golden: {} on {}", path.display(), test.engine);
+            carry_on(test).await;
+            count += 1;
         }
-        let running: usize = world.hosts.iter().map(|host| host.processes().len()).sum();
-        assert_eq!(running, 2);
-        assert!(
-            !world
-                .hosts
-                .iter()
-                .any(|host| host.remains().contains(&ServerId(CANCELLED)))
-        );
-        count += 1;
     }
     assert!(count > 0, "there is at least one golden database");
+}
+
+/// A controller of this build carries on what the database holds.
+async fn carry_on(test: TestDatabase) {
+    let plan = Plan {
+        hosts: 2,
+        servers: 3,
+        events: 0,
+    };
+    // Other ids than those that are in the database already.
+    let mut world = World::of(test, SeededRandom::new(1234), 99, plan).await;
+    assert_eq!(
+        world.open_subjects().await.len(),
+        3,
+        "three servers are half done"
+    );
+    world.servers = vec![REQUESTED, PLACED, CANCELLED];
+    world.heal().await;
+    world.check_rest().await;
+    for (id, expected) in [
+        (REQUESTED, ServerState::Active),
+        (PLACED, ServerState::Active),
+        (CANCELLED, ServerState::Deleted),
+    ] {
+        let row = server::find_any(world.database().reader(), &id.to_string())
+            .await
+            .unwrap();
+        assert_eq!(row.unwrap().state(), expected, "{id}");
+    }
+    let running: usize = world.hosts.iter().map(|host| host.processes().len()).sum();
+    assert_eq!(running, 2);
+    assert!(
+        !world
+            .hosts
+            .iter()
+            .any(|host| host.remains().contains(&ServerId(CANCELLED)))
+    );
 }

@@ -11,6 +11,7 @@ use fractus_agent_api::machine::{MachineReport, PutMachine, ServerId};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use sea_orm::{DbErr, RuntimeErr};
+use tokio::sync::watch;
 
 use crate::agents::simulated::{SimulatedAgents, SimulatedHost};
 use crate::agents::{Agent, AgentError, Agents, Console};
@@ -19,11 +20,16 @@ use crate::database::WriteHook;
 /// The life of one controller: ends at its n-th effect from now, and from then on nothing that it
 /// still does has any effect.
 #[derive(Debug, Default)]
-pub struct Doom(Mutex<Life>);
+pub struct Doom {
+    life: Mutex<Life>,
+    /// It stands still while this is true.
+    frozen: watch::Sender<bool>,
+}
 
 #[derive(Debug, Default)]
 struct Life {
     effects_left: Option<u32>,
+    freezes: bool,
     dead: bool,
 }
 
@@ -31,36 +37,64 @@ impl Doom {
     /// Dies at the `effects`-th effect from now; each write and each call counts as two, before and
     /// after.
     pub fn arm(&self, effects: u32) {
-        self.0.lock().unwrap().effects_left = Some(effects);
+        self.life.lock().unwrap().effects_left = Some(effects);
+    }
+
+    /// Stands still at the `effects`-th effect from now, and at every later one, until it is thawed.
+    pub fn freeze_at(&self, effects: u32) {
+        let mut life = self.life.lock().unwrap();
+        (life.effects_left, life.freezes) = (Some(effects), true);
+    }
+
+    /// Resolves once it stands still.
+    pub async fn frozen(&self) {
+        let mut frozen = self.frozen.subscribe();
+        frozen.wait_for(|frozen| *frozen).await.unwrap();
+    }
+
+    pub fn is_frozen(&self) -> bool {
+        *self.frozen.borrow()
+    }
+
+    /// It goes on as if no time had passed.
+    pub fn thaw(&self) {
+        self.life.lock().unwrap().effects_left = None;
+        self.frozen.send_replace(false);
     }
 
     pub fn is_dead(&self) -> bool {
-        self.0.lock().unwrap().dead
+        self.life.lock().unwrap().dead
     }
 
-    fn effect(&self) -> Result<(), String> {
-        let mut life = self.0.lock().unwrap();
-        match &mut life.effects_left {
-            Some(0) => life.dead = true,
-            Some(left) => *left -= 1,
-            None => {}
+    async fn effect(&self) -> Result<(), String> {
+        {
+            let mut life = self.life.lock().unwrap();
+            match life.effects_left {
+                Some(0) if life.freezes => drop(self.frozen.send_replace(true)),
+                Some(0) => life.dead = true,
+                Some(left) => life.effects_left = Some(left - 1),
+                None => {}
+            }
+            if life.dead {
+                return Err("the controller is dead".to_owned());
+            }
         }
-        if life.dead {
-            Err("the controller is dead".to_owned())
-        } else {
-            Ok(())
-        }
+        let mut frozen = self.frozen.subscribe();
+        frozen.wait_for(|frozen| !*frozen).await.unwrap();
+        Ok(())
     }
 }
 
+#[async_trait]
 impl WriteHook for Doom {
-    fn before(&self) -> Result<(), DbErr> {
+    async fn before(&self) -> Result<(), DbErr> {
         self.effect()
+            .await
             .map_err(|dead| DbErr::Conn(RuntimeErr::Internal(dead)))
     }
 
-    fn after(&self) -> Result<(), DbErr> {
-        self.before()
+    async fn after(&self) -> Result<(), DbErr> {
+        self.before().await
     }
 }
 
@@ -224,8 +258,9 @@ impl Wire {
         }
     }
 
-    fn effect(&self) -> Result<(), AgentError> {
-        self.doom.effect().map_err(|dead| self.lost(&dead))
+    async fn effect(&self) -> Result<(), AgentError> {
+        let effect = self.doom.effect().await;
+        effect.map_err(|dead| self.lost(&dead))
     }
 
     fn reach(&self) -> Result<(), AgentError> {
@@ -244,7 +279,7 @@ impl Wire {
 #[async_trait]
 impl Agent for Wire {
     async fn put(&self, id: ServerId, body: &PutMachine) -> Result<MachineReport, AgentError> {
-        self.effect()?;
+        self.effect().await?;
         {
             let mut inner = self.network.inner();
             let held_up = inner.frozen.contains(&self.host.id());
@@ -254,19 +289,19 @@ impl Agent for Wire {
         }
         self.reach()?;
         let answer = self.host.take(id, body).map_err(AgentError::from);
-        self.effect()?;
+        self.effect().await?;
         self.reach()?;
         answer
     }
 
     async fn get(&self, id: ServerId) -> Result<MachineReport, AgentError> {
-        self.effect()?;
+        self.effect().await?;
         self.reach()?;
         self.host.get(id).await
     }
 
     async fn list(&self) -> Result<FullReport, AgentError> {
-        self.effect()?;
+        self.effect().await?;
         self.reach()?;
         self.host.list().await
     }

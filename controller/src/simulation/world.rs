@@ -29,6 +29,7 @@ use crate::http::{App, AppParts, Authenticate, Identity, PublicUrl, Refused};
 use crate::identity::Realm;
 use crate::image::Images;
 use crate::image::blob::FileStore;
+use crate::leader::{Lead, Me, Seat};
 use crate::operation::{self, Advance, Engine, Kinds};
 use crate::random::{Random, SeededRandom};
 use crate::reconcile::{Machines, Reconciler, machine};
@@ -58,6 +59,8 @@ pub struct World {
     history: Vec<String>,
     /// Changes the kinds that the next controller is started with.
     pub kinds: Box<dyn Fn(Kinds) -> Kinds>,
+    /// Healing does not start a controller anew.
+    pub keeps_controller: bool,
 }
 
 /// One life of the controller.
@@ -68,6 +71,8 @@ pub struct Controller {
     pub reconciler: Arc<Reconciler>,
     wakes: mpsc::UnboundedReceiver<ServerId>,
     pub doom: Arc<Doom>,
+    /// Among others, if there may be any.
+    pub seat: Option<Seat>,
 }
 
 #[derive(Debug)]
@@ -131,10 +136,16 @@ impl World {
             membership,
             history: Vec::new(),
             kinds: Box::new(|kinds| kinds),
+            keeps_controller: false,
         };
         world.start_controller().await;
         world.everybody_reports().await;
         world
+    }
+
+    /// Of the controller that users speak to.
+    pub fn app(&self) -> App {
+        self.controller.as_ref().unwrap().app.clone()
     }
 
     pub fn history(&self) -> Vec<String> {
@@ -150,13 +161,32 @@ impl World {
         &self.test.database
     }
 
+    /// The only controller.
     pub async fn start_controller(&mut self) {
+        self.controller = Some(self.life(None).await);
+    }
+
+    /// A life of a controller: one of several if it has a name.
+    pub async fn life(&self, name: Option<&str>) -> Controller {
         let doom = Arc::new(Doom::default());
         let database = self.test.database.hooked(Arc::clone(&doom) as _);
         let clock: Arc<dyn Clock> = Arc::new(self.clock.clone());
         let random: Arc<dyn Random> = Arc::clone(&self.ids) as _;
         let fleet = Arc::new(Fleet::default());
         fleet.admit_all(&database).await.unwrap();
+        let (lead, seat) = match name {
+            None => (Lead::from(database.clone()), None),
+            Some(name) => {
+                let me = Me {
+                    name: name.to_owned(),
+                    incarnation: random.uuid(),
+                    agents_url: format!("https://{name}:1"),
+                };
+                let clock = Arc::clone(&clock);
+                let (seat, lead) = Seat::new(database.clone(), clock, Arc::clone(&fleet), me);
+                (lead, Some(seat))
+            }
+        };
         let agents = self.network.agents(Arc::clone(&doom));
         let machines = Machines::new(
             database.clone(),
@@ -167,14 +197,9 @@ impl World {
         let mut kinds = Kinds::default();
         register(&mut kinds, &machines, &clock);
         let kinds = (self.kinds)(kinds);
-        let engine = Engine::new(
-            database.clone(),
-            kinds,
-            Arc::clone(&clock),
-            Arc::clone(&random),
-        );
+        let engine = Engine::new(lead.clone(), kinds, Arc::clone(&clock), Arc::clone(&random));
         let (reconciler, wakes) = Reconciler::new(
-            database.clone(),
+            lead,
             machines.clone(),
             Arc::clone(&engine),
             Arc::new(ServerObserver::new(Arc::clone(&clock))),
@@ -199,14 +224,15 @@ impl World {
             },
             hosts,
         });
-        self.controller = Some(Controller {
+        Controller {
             app,
             engine,
             fleet,
             reconciler,
             wakes,
             doom,
-        });
+            seat,
+        }
     }
 
     /// Buries a controller that has died.
@@ -517,7 +543,8 @@ impl World {
         }
         // What was late comes now, at the worst of times: after all is decided.
         let doomed = self.controller.as_ref().is_some_and(|c| c.doom.is_dead());
-        if doomed || self.controller.is_none() || self.random.random_bool(0.3) {
+        let restarts = doomed || self.controller.is_none() || self.random.random_bool(0.3);
+        if restarts && !self.keeps_controller {
             self.start_controller().await;
         } else if let Some(controller) = &self.controller {
             controller.doom.arm(u32::MAX);
@@ -567,7 +594,8 @@ impl World {
         reconciler.sweep().await;
     }
 
-    async fn fingerprint(&self) -> (BTreeMap<HostId, String>, Vec<String>, String) {
+    /// What hosts and rows say of all machines.
+    pub async fn fingerprint(&self) -> (BTreeMap<HostId, String>, Vec<String>, String) {
         let hosts = self.hosts.iter().map(|host| {
             let report = host.full_report();
             let machines: Vec<_> = report.machines.iter().map(|m| format!("{m:?}")).collect();

@@ -19,6 +19,7 @@ use super::server::Member;
 use crate::agents::fleet::{HEARTBEAT_INTERVAL_S, SILENT_US};
 use crate::agents::host;
 use crate::agents::join::{self, JoinError};
+use crate::database::{self, Database};
 use crate::reconcile::machine;
 use crate::tls::{self, AuthorityError};
 
@@ -48,6 +49,9 @@ impl IntoResponse for Failure {
 
 impl From<sea_orm::DbErr> for Failure {
     fn from(error: sea_orm::DbErr) -> Self {
+        if database::is_fenced_off(&error) {
+            return Self::new(StatusCode::SERVICE_UNAVAILABLE, "another controller leads");
+        }
         tracing::error!(%error, "answering an agent");
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "the database fails")
     }
@@ -84,7 +88,7 @@ pub(super) async fn join(
     let certificate = parts.authority.certify_host(host_id, &address, &csr)?;
     parts.fleet.admit(host_id, &request.endpoint);
     tracing::info!(host = %host_id, hostname = request.host.hostname, "a host has joined");
-    let (roots, controllers) = (parts.authority.roots(), parts.controllers);
+    let (roots, controllers) = (parts.authority.roots(), parts.lead.controllers());
     Ok(Json(JoinAnswer {
         host_id,
         certificate,
@@ -115,22 +119,46 @@ pub(super) async fn heartbeat(
     Json(heartbeat): Json<Heartbeat>,
 ) -> Result<Json<HeartbeatAnswer>, Failure> {
     address(&heartbeat.endpoint)?;
+    let report = match parts.lead.database() {
+        Some(database) => hear(&parts, &database, &member, &heartbeat).await?,
+        // The leader, to whom the next heartbeat goes, says whether it lacks anything.
+        None => false,
+    };
+    Ok(Json(HeartbeatAnswer {
+        controllers: parts.lead.controllers(),
+        roots: parts.authority.roots(),
+        interval_s: HEARTBEAT_INTERVAL_S,
+        report,
+    }))
+}
+
+/// Takes a heartbeat in; true if a full report is wanted.
+async fn hear(
+    parts: &Parts,
+    database: &Database,
+    member: &host::row::Model,
+    heartbeat: &Heartbeat,
+) -> Result<bool, Failure> {
     let (now, host) = (parts.clock.now_us(), member.host_id());
-    let report = parts.fleet.heartbeat(host, &heartbeat, now);
-    if worth_a_write(&member, &heartbeat, now) {
+    let report = parts.fleet.heartbeat(host, heartbeat, now);
+    if worth_a_write(member, heartbeat, now) {
         let said = heartbeat.clone();
-        let heard = parts.database.write(move |tx| {
+        let heard = database.write(move |tx| {
             let said = said.clone();
             Box::pin(async move { host::heard(tx, host, &said.endpoint, &said.host, now).await })
         });
         heard.await?;
     }
-    Ok(Json(HeartbeatAnswer {
-        controllers: parts.controllers,
-        roots: parts.authority.roots(),
-        interval_s: HEARTBEAT_INTERVAL_S,
-        report,
-    }))
+    Ok(report)
+}
+
+/// What is said of machines is for the leader; an agent that is refused tries the next controller.
+fn only_the_leader(parts: &Parts) -> Result<(), Failure> {
+    if parts.lead.leads() {
+        return Ok(());
+    }
+    let detail = "another controller leads";
+    Err(Failure::new(StatusCode::SERVICE_UNAVAILABLE, detail))
 }
 
 /// Heartbeats are many and say little: only news, or that time has passed, is written.
@@ -152,6 +180,7 @@ pub(super) async fn changes(
     Member(member): Member,
     Json(changes): Json<Changes>,
 ) -> Result<StatusCode, Failure> {
+    only_the_leader(&parts)?;
     let taken = parts
         .fleet
         .changes(member.host_id(), &changes, parts.clock.now_us());
@@ -167,6 +196,7 @@ pub(super) async fn report(
     Member(member): Member,
     Json(full): Json<FullReport>,
 ) -> Result<StatusCode, Failure> {
+    only_the_leader(&parts)?;
     let host = member.host_id();
     let vanished = parts.fleet.full_report(host, &full, parts.clock.now_us());
     let owned = machine::ids_of_host(parts.database.reader(), host).await?;

@@ -19,8 +19,9 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::agents::simulated::{SimulatedAgents, SimulatedHost};
 use crate::agents::{host, join};
-use crate::clock::SystemClock;
+use crate::clock::{SimulatedClock, SystemClock};
 use crate::database::testing::{self, TestDatabase};
+use crate::leader::{Me, Seat};
 use crate::operation::{Engine, Kinds};
 use crate::random::SystemRandom;
 use crate::reconcile::{Life, Machines, Observer, machine};
@@ -76,13 +77,17 @@ const IMAGE: Uuid = Uuid::from_u128(0xabc);
 
 async fn bench() -> Bench {
     let test = testing::database().await;
+    let lead = Lead::alone(test.database.clone(), "https://127.0.0.1:1");
+    bench_of(test, lead, Arc::new(Fleet::default())).await
+}
+
+async fn bench_of(test: TestDatabase, lead: Lead, fleet: Arc<Fleet>) -> Bench {
     let database = test.database.clone();
     let (clock, random) = (SystemClock::shared(), SystemRandom::shared());
     let master = MasterKey::ephemeral().unwrap();
     let authority = Authority::open(database.clone(), master, clock.clone(), random.clone())
         .await
         .unwrap();
-    let fleet = Arc::new(Fleet::default());
     let agents = Arc::new(SimulatedAgents::default());
     let machines = Machines::new(database.clone(), agents, fleet.clone(), clock.clone());
     let engine = Engine::new(
@@ -103,7 +108,6 @@ async fn bench() -> Bench {
         IMAGE,
         Bytes::from_static(b"the image"),
     )])));
-    let controllers = vec!["https://127.0.0.1:1".to_owned()];
     let parts = Parts {
         database,
         authority,
@@ -112,7 +116,7 @@ async fn bench() -> Bench {
         blobs,
         clock,
         random,
-        controllers,
+        lead,
     };
     let credentials = parts
         .authority
@@ -350,6 +354,61 @@ async fn reports_reach_the_fleet_and_a_gap_is_told() {
     assert_eq!(host.changes(&changes(5)).await.unwrap(), Pushed::Taken);
     assert!(!host.heartbeat(&heartbeat(5)).await.unwrap().report);
     assert!(host.heartbeat(&heartbeat(6)).await.unwrap().report);
+}
+
+#[tokio::test]
+async fn a_controller_that_does_not_lead_sends_agents_to_the_one_that_does() {
+    let test = testing::database().await;
+    let clock = SimulatedClock::starting_at(1);
+    let seat = |name: &str, fleet: &Arc<Fleet>| {
+        let me = Me {
+            name: name.to_owned(),
+            incarnation: Uuid::new_v4(),
+            agents_url: format!("https://{name}:1"),
+        };
+        let clock: Arc<dyn Clock> = Arc::new(clock.clone());
+        Seat::new(test.database.clone(), clock, Arc::clone(fleet), me)
+    };
+    let (mut leader, _leads) = seat("leader", &Arc::default());
+    leader.beat().await.unwrap();
+    let fleet = Arc::new(Fleet::default());
+    let (mut follower, follows) = seat("follower", &fleet);
+    follower.beat().await.unwrap();
+    let bench = bench_of(test, follows, fleet).await;
+    // A host may join by any of them.
+    let (id, client) = bench.joined("secret").await;
+    let answer = client.heartbeat(&heartbeat(0)).await.unwrap();
+    assert_eq!(
+        answer.controllers,
+        ["https://leader:1", "https://follower:1"]
+    );
+    assert!(!answer.report);
+    let changes = Changes {
+        version: 1,
+        agent_instance: Uuid::from_u128(7),
+        sequence: 1,
+        machines: vec![],
+    };
+    let report = FullReport {
+        version: 1,
+        agent_instance: Uuid::from_u128(7),
+        sequence: 1,
+        machines: vec![],
+    };
+    let refused = client.changes(&changes).await.unwrap_err();
+    assert_eq!(refused.status(), Some(StatusCode::SERVICE_UNAVAILABLE));
+    let refused = client.report(&report).await.unwrap_err();
+    assert_eq!(refused.status(), Some(StatusCode::SERVICE_UNAVAILABLE));
+    assert_eq!(bench.parts.fleet.machines(id), None, "nothing was taken in");
+    // The leader is gone: now it is for this one, which has heard nothing yet.
+    clock.advance(crate::leader::LEASE);
+    follower.beat().await.unwrap();
+    let answer = client.heartbeat(&heartbeat(0)).await.unwrap();
+    assert_eq!(answer.controllers, ["https://follower:1"]);
+    assert!(answer.report);
+    client.report(&report).await.unwrap();
+    assert_eq!(bench.parts.fleet.machines(id), Some(vec![]));
+    bench.stop.cancel();
 }
 
 #[tokio::test]

@@ -84,12 +84,13 @@ fn identity(user: &str, project: &str, role: &str) -> Arc<Identity> {
 /// Tells of every write.
 struct Written(watch::Sender<u64>);
 
+#[async_trait::async_trait]
 impl WriteHook for Written {
-    fn before(&self) -> Result<(), DbErr> {
+    async fn before(&self) -> Result<(), DbErr> {
         Ok(())
     }
 
-    fn after(&self) -> Result<(), DbErr> {
+    async fn after(&self) -> Result<(), DbErr> {
         self.0.send_modify(|count| *count += 1);
         Ok(())
     }
