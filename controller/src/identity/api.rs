@@ -3,11 +3,13 @@
 mod assignment;
 mod auth;
 mod catalog;
+mod domain;
 mod list;
 mod members;
 mod project;
 mod role;
 mod service;
+mod tag;
 mod user;
 mod version;
 
@@ -21,6 +23,8 @@ pub fn routes() -> Routes {
     [
         auth::routes,
         project::routes,
+        tag::routes,
+        domain::routes,
         user::routes,
         role::routes,
         service::routes,

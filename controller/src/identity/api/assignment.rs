@@ -4,17 +4,17 @@ use std::collections::HashMap;
 
 use axum::Json;
 use axum::extract::{Path, State};
-use http::{StatusCode, Uri};
+use http::StatusCode;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, QueryFilter,
     QueryOrder,
 };
 use serde_json::{Map, Value, json};
 
+use super::domain;
 use super::list::{Asked, flag};
-use super::project::no_domain;
 use super::{role as roles, user as users};
-use crate::http::{ApiError, App, Query, RequestContext, Routes, Rule};
+use crate::http::{ApiError, App, RequestContext, Routes, Rule};
 use crate::identity::model::{Target, assignment, project, role, user};
 use crate::identity::store::{self, Implied};
 
@@ -84,7 +84,7 @@ impl Grant {
             Target::Domain(id) => {
                 let row = project::Entity::find_by_id(id).one(db).await?;
                 row.filter(|row| row.is_domain)
-                    .ok_or_else(|| no_domain(id))?;
+                    .ok_or_else(|| domain::missing(id))?;
             }
             Target::System => {}
         }
@@ -109,10 +109,8 @@ type Names = Path<HashMap<String, String>>;
 
 async fn list(
     State(app): State<App>,
-    ctx: RequestContext,
     Path(names): Names,
-    query: Query,
-    uri: Uri,
+    asked: Asked,
 ) -> Result<Json<Value>, ApiError> {
     let grant = Grant::of(names);
     let db = app.database().reader();
@@ -127,15 +125,11 @@ async fn list(
     let ids = rows.into_iter().map(|row| row.role_id);
     let found = role::Entity::find().filter(role::Column::Id.is_in(ids));
     let rows = found.order_by_asc(role::Column::Id).all(db).await?;
-    let items = rows.iter().map(|row| roles::view(&ctx, row)).collect();
-    Ok(Json(
-        Asked {
-            ctx: &ctx,
-            uri: &uri,
-            query: &query,
-        }
-        .list("roles", &["name"], items),
-    ))
+    let items = rows
+        .iter()
+        .map(|row| roles::view(&asked.ctx, row))
+        .collect();
+    Ok(asked.list("roles", &["name"], items))
 }
 
 async fn check(State(app): State<App>, Path(names): Names) -> Result<StatusCode, ApiError> {
@@ -196,32 +190,27 @@ struct Known {
     roles: HashMap<String, role::Model>,
 }
 
-async fn assignments(
-    State(app): State<App>,
-    ctx: RequestContext,
-    query: Query,
-    uri: Uri,
-) -> Result<Json<Value>, ApiError> {
+async fn assignments(State(app): State<App>, asked: Asked) -> Result<Json<Value>, ApiError> {
     let db = app.database().reader();
-    let effective = flag(&query, "effective");
+    let effective = flag(&asked.query, "effective");
     let mut found = assignment::Entity::find();
-    if let Some(user) = query.get("user.id") {
+    if let Some(user) = asked.query.get("user.id") {
         found = found.filter(assignment::Column::ActorId.eq(user));
     }
     for (name, kind) in [
         ("scope.project.id", "project"),
         ("scope.domain.id", "domain"),
     ] {
-        if let Some(id) = query.get(name) {
+        if let Some(id) = asked.query.get(name) {
             found = found
                 .filter(assignment::Column::TargetKind.eq(kind))
                 .filter(assignment::Column::TargetId.eq(id));
         }
     }
-    if flag(&query, "scope.system") {
+    if flag(&asked.query, "scope.system") {
         found = found.filter(assignment::Column::TargetKind.eq("system"));
     }
-    let rows = if query.contains("group.id") {
+    let rows = if asked.query.contains("group.id") {
         Vec::new()
     } else {
         found.all(db).await?
@@ -231,21 +220,21 @@ async fn assignments(
     } else {
         direct(rows)
     };
-    let rows = rows
-        .into_iter()
-        .filter(|row| query.get("role.id").is_none_or(|id| row.role_id == id));
-    let names = if flag(&query, "include_names") {
+    let rows = rows.into_iter().filter(|row| {
+        asked
+            .query
+            .get("role.id")
+            .is_none_or(|id| row.role_id == id)
+    });
+    let names = if flag(&asked.query, "include_names") {
         Some(read_names(db).await?)
     } else {
         None
     };
-    let items: Vec<Value> = rows.map(|row| shown(&ctx, &row, names.as_ref())).collect();
-    let links = Asked {
-        ctx: &ctx,
-        uri: &uri,
-        query: &query,
-    }
-    .links(None);
+    let items: Vec<Value> = rows
+        .map(|row| shown(&asked.ctx, &row, names.as_ref()))
+        .collect();
+    let links = asked.links(None);
     Ok(Json(json!({"role_assignments": items, "links": links})))
 }
 

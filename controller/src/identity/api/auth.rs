@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
 use serde_json::{Value, json};
@@ -165,43 +165,28 @@ async fn get_catalog(
 
 async fn projects(
     State(app): State<App>,
-    ctx: RequestContext,
     caller: Caller,
-    query: Query,
-    uri: Uri,
+    asked: Asked,
 ) -> Result<Json<Value>, ApiError> {
     let rows = reachable(&app, &caller.user_id, false).await?;
-    let items = rows.iter().map(|row| project_view(&ctx, row)).collect();
-    Ok(Json(
-        Asked {
-            ctx: &ctx,
-            uri: &uri,
-            query: &query,
-        }
-        .list("projects", &[], items),
-    ))
+    let items = rows
+        .iter()
+        .map(|row| project_view(&asked.ctx, row))
+        .collect();
+    Ok(asked.list("projects", &[], items))
 }
 
 async fn domains(
     State(app): State<App>,
-    ctx: RequestContext,
     caller: Caller,
-    query: Query,
-    uri: Uri,
+    asked: Asked,
 ) -> Result<Json<Value>, ApiError> {
     let rows = reachable(&app, &caller.user_id, true).await?;
     let items = rows
         .iter()
-        .map(|row| super::project::domain_view(&ctx, row))
+        .map(|row| super::domain::view(&asked.ctx, row))
         .collect();
-    Ok(Json(
-        Asked {
-            ctx: &ctx,
-            uri: &uri,
-            query: &query,
-        }
-        .list("domains", &[], items),
-    ))
+    Ok(asked.list("domains", &[], items))
 }
 
 /// Enabled projects (or domains) that the user has a role on.

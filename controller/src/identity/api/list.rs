@@ -1,22 +1,38 @@
 //! What all of identity's lists do: filters, limit and marker, links.
 
+use axum::Json;
+use axum::extract::FromRequestParts;
 use http::Uri;
+use http::request::Parts;
 use serde_json::{Map, Value, json};
 
-use crate::http::{Query, RequestContext};
+use crate::http::{ApiError, Query, RequestContext};
 
 /// Where a list was asked for: its path below the service, and its query.
 #[derive(Debug)]
-pub struct Asked<'a> {
-    pub ctx: &'a RequestContext,
-    pub uri: &'a Uri,
-    pub query: &'a Query,
+pub struct Asked {
+    pub ctx: RequestContext,
+    pub query: Query,
+    uri: Uri,
 }
 
-impl Asked<'_> {
+impl<S: Send + Sync> FromRequestParts<S> for Asked {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let Ok(query) = Query::from_request_parts(parts, state).await;
+        Ok(Self {
+            ctx: RequestContext::from_request_parts(parts, state).await?,
+            query,
+            uri: parts.uri.clone(),
+        })
+    }
+}
+
+impl Asked {
     /// `{"PLURAL": [...], "links": {...}}` of the items that pass the filters, which are those of
     /// `fields` that the query names, with keystone's comparators (`name__contains`).
-    pub fn list(&self, plural: &str, fields: &[&str], mut items: Vec<Value>) -> Value {
+    pub fn list(&self, plural: &str, fields: &[&str], mut items: Vec<Value>) -> Json<Value> {
         items.retain(|item| self.passes(item, fields));
         let mut truncated = None;
         if let Some(limit) = self.limit() {
@@ -42,7 +58,7 @@ impl Asked<'_> {
         if truncated.is_some() {
             body.insert("truncated".to_owned(), true.into());
         }
-        body.into()
+        Json(body.into())
     }
 
     pub fn links(&self, next: Option<String>) -> Value {

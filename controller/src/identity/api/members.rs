@@ -1,9 +1,10 @@
 //! Members of a request's resource: those with a column, and the rest, which keystone keeps and
 //! shows as they are.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::http::ApiError;
+use crate::http::schema::Schema;
 
 /// The members of a body's one object, taken out one by one.
 #[derive(Debug)]
@@ -66,6 +67,26 @@ impl Members {
         }
         *extra = Value::Object(merged).to_string();
     }
+}
+
+/// The schema of a body that makes a `kind`: its one object has these properties, any others, and at
+/// least those that are required.
+pub fn made(kind: &str, properties: Value, required: &[&str]) -> Schema {
+    body(
+        kind,
+        json!({"properties": properties, "required": required}),
+    )
+}
+
+/// The schema of a body that changes a `kind`: its one object has at least one member.
+pub fn changed(kind: &str, properties: Value) -> Schema {
+    body(kind, json!({"properties": properties, "minProperties": 1}))
+}
+
+fn body(kind: &str, mut inner: Value) -> Schema {
+    inner["type"] = json!("object");
+    inner["additionalProperties"] = json!(true);
+    Schema::of(json!({"type": "object", "properties": {kind: inner}, "required": [kind]}))
 }
 
 /// A column that holds a JSON object; anything else in it counts as empty.

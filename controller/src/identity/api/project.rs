@@ -1,10 +1,10 @@
-//! Projects, their tags, and domains, which are projects without one.
+//! Projects, and what is done to domains ([`domain`]) as to them: both are rows of one table.
 
 use std::sync::LazyLock;
 
 use axum::Json;
 use axum::extract::{Path, State};
-use http::{StatusCode, Uri};
+use http::StatusCode;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait,
     IntoActiveModel, QueryFilter, QueryOrder,
@@ -12,129 +12,54 @@ use sea_orm::{
 use serde_json::{Map, Value, json};
 
 use super::list::{Asked, flag};
-use super::members::{Members, object};
+use super::members::{self, Members, object};
+use super::{domain, tag};
 use crate::http::schema::Schema;
 use crate::http::{ApiError, App, Caller, JsonBody, Query, RequestContext, Routes, Rule};
-use crate::identity::model::{assignment, project, role, user};
+use crate::identity::model::{assignment, project};
 use crate::identity::store;
 
 pub fn routes(routes: Routes) -> Routes {
     routes
-        .get(
-            "/v3/projects",
-            Rule::admin("identity:list_projects"),
-            list_projects,
-        )
+        .get("/v3/projects", Rule::admin("identity:list_projects"), list)
         .post(
             "/v3/projects",
             Rule::admin("identity:create_project"),
-            create_project,
+            create,
         )
         .get(
             "/v3/projects/{id}",
             Rule::token("identity:get_project"),
-            show_project,
+            show,
         )
         .patch(
             "/v3/projects/{id}",
             Rule::admin("identity:update_project"),
-            update_project,
+            update,
         )
         .delete(
             "/v3/projects/{id}",
             Rule::admin("identity:delete_project"),
-            delete_project,
-        )
-        .get(
-            "/v3/projects/{id}/tags",
-            Rule::token("identity:list_project_tags"),
-            list_tags,
-        )
-        .put(
-            "/v3/projects/{id}/tags",
-            Rule::admin("identity:update_project_tags"),
-            set_tags,
-        )
-        .delete(
-            "/v3/projects/{id}/tags",
-            Rule::admin("identity:delete_project_tags"),
-            clear_tags,
-        )
-        .get(
-            "/v3/projects/{id}/tags/{tag}",
-            Rule::token("identity:get_project_tag"),
-            has_tag,
-        )
-        .put(
-            "/v3/projects/{id}/tags/{tag}",
-            Rule::admin("identity:create_project_tag"),
-            add_tag,
-        )
-        .delete(
-            "/v3/projects/{id}/tags/{tag}",
-            Rule::admin("identity:delete_project_tag"),
-            drop_tag,
-        )
-        .get(
-            "/v3/domains",
-            Rule::admin("identity:list_domains"),
-            list_domains,
-        )
-        .post(
-            "/v3/domains",
-            Rule::admin("identity:create_domain"),
-            create_domain,
-        )
-        .get(
-            "/v3/domains/{id}",
-            Rule::token("identity:get_domain"),
-            show_domain,
-        )
-        .patch(
-            "/v3/domains/{id}",
-            Rule::admin("identity:update_domain"),
-            update_domain,
-        )
-        .delete(
-            "/v3/domains/{id}",
-            Rule::admin("identity:delete_domain"),
-            delete_domain,
+            delete,
         )
 }
 
-fn schema(kind: &str, required: bool) -> Schema {
-    let mut inner = json!({"type": "object", "properties": {
+/// Of a project or a domain.
+pub(super) fn properties() -> Value {
+    json!({
         "name": {"type": "string", "minLength": 1, "maxLength": 64, "pattern": r"[\S]+"},
         "description": {"type": ["string", "null"]},
         "enabled": {"type": "boolean"},
         "domain_id": {"type": ["string", "null"], "minLength": 1, "maxLength": 64},
         "parent_id": {"type": ["string", "null"], "minLength": 1, "maxLength": 64},
         "is_domain": {"type": "boolean"},
-        "tags": {"type": "array", "uniqueItems": true, "maxItems": 80, "items": tag()},
+        "tags": {"type": "array", "uniqueItems": true, "maxItems": 80, "items": tag::schema()},
         "options": {"type": "object"},
-    }, "additionalProperties": true});
-    if required {
-        inner["required"] = json!(["name"]);
-    } else {
-        inner["minProperties"] = json!(1);
-    }
-    Schema::of(json!({"type": "object", "properties": {kind: inner}, "required": [kind]}))
+    })
 }
 
-fn tag() -> Value {
-    json!({"type": "string", "minLength": 1, "maxLength": 255, "pattern": r"^[^,/]*$"})
-}
-
-static NEW_PROJECT: LazyLock<Schema> = LazyLock::new(|| schema("project", true));
-static CHANGED_PROJECT: LazyLock<Schema> = LazyLock::new(|| schema("project", false));
-static NEW_DOMAIN: LazyLock<Schema> = LazyLock::new(|| schema("domain", true));
-static CHANGED_DOMAIN: LazyLock<Schema> = LazyLock::new(|| schema("domain", false));
-static TAGS: LazyLock<Schema> = LazyLock::new(|| {
-    Schema::of(
-        json!({"type": "object", "required": ["tags"], "properties": {
-        "tags": {"type": "array", "uniqueItems": true, "maxItems": 80, "items": tag()}}}),
-    )
-});
+static NEW: LazyLock<Schema> = LazyLock::new(|| members::made("project", properties(), &["name"]));
+static CHANGED: LazyLock<Schema> = LazyLock::new(|| members::changed("project", properties()));
 
 /// A project as users see it.
 pub fn project_view(ctx: &RequestContext, row: &project::Model) -> Value {
@@ -150,17 +75,7 @@ pub fn project_view(ctx: &RequestContext, row: &project::Model) -> Value {
     finish(ctx, row, "projects", view)
 }
 
-/// A domain as users see it.
-pub fn domain_view(ctx: &RequestContext, row: &project::Model) -> Value {
-    let mut view = object(&row.extra);
-    view.insert("id".into(), row.id.clone().into());
-    view.insert("name".into(), row.name.clone().into());
-    view.insert("description".into(), row.description.clone().into());
-    view.insert("enabled".into(), row.enabled.into());
-    finish(ctx, row, "domains", view)
-}
-
-fn finish(
+pub(super) fn finish(
     ctx: &RequestContext,
     row: &project::Model,
     plural: &str,
@@ -175,50 +90,32 @@ fn finish(
     view.into()
 }
 
-fn tags_of(row: &project::Model) -> Vec<String> {
+pub(super) fn tags_of(row: &project::Model) -> Vec<String> {
     serde_json::from_str(&row.tags).unwrap_or_default()
 }
 
-async fn find(db: &impl ConnectionTrait, id: &str) -> Result<project::Model, ApiError> {
+pub(super) async fn find(db: &impl ConnectionTrait, id: &str) -> Result<project::Model, ApiError> {
     let row = project::Entity::find_by_id(id).one(db).await?;
     row.ok_or_else(|| ApiError::not_found(format!("Could not find project: {id}.")))
 }
 
-async fn find_domain(db: &impl ConnectionTrait, id: &str) -> Result<project::Model, ApiError> {
-    let row = project::Entity::find_by_id(id).one(db).await?;
-    row.filter(|row| row.is_domain).ok_or_else(|| no_domain(id))
-}
-
-pub fn no_domain(id: &str) -> ApiError {
-    ApiError::not_found(format!("Could not find domain: {id}."))
-}
-
-async fn list_projects(
-    State(app): State<App>,
-    ctx: RequestContext,
-    query: Query,
-    uri: Uri,
-) -> Result<Json<Value>, ApiError> {
-    let is_domain = query.get("is_domain").is_some_and(super::list::is_true);
+async fn list(State(app): State<App>, asked: Asked) -> Result<Json<Value>, ApiError> {
+    let is_domain = asked
+        .query
+        .get("is_domain")
+        .is_some_and(super::list::is_true);
     let mut found = project::Entity::find().filter(project::Column::IsDomain.eq(is_domain));
-    if let Some(name) = query.get("name") {
+    if let Some(name) = asked.query.get("name") {
         found = found.filter(project::Column::Name.eq(name));
     }
     let rows = found
         .order_by_asc(project::Column::Id)
         .all(app.database().reader())
         .await?;
-    let rows = rows.into_iter().filter(|row| tags_match(row, &query));
-    let items = rows.map(|row| project_view(&ctx, &row)).collect();
+    let rows = rows.into_iter().filter(|row| tags_match(row, &asked.query));
+    let items = rows.map(|row| project_view(&asked.ctx, &row)).collect();
     let fields = ["name", "domain_id", "enabled", "parent_id", "is_domain"];
-    Ok(Json(
-        Asked {
-            ctx: &ctx,
-            uri: &uri,
-            query: &query,
-        }
-        .list("projects", &fields, items),
-    ))
+    Ok(asked.list("projects", &fields, items))
 }
 
 /// `tags` (all), `tags-any`, `not-tags`, `not-tags-any`.
@@ -237,7 +134,7 @@ fn tags_match(row: &project::Model, query: &Query) -> bool {
         && asked("not-tags-any").is_none_or(|list| !any(&list))
 }
 
-async fn show_project(
+async fn show(
     State(app): State<App>,
     ctx: RequestContext,
     caller: Caller,
@@ -287,7 +184,7 @@ async fn show_project(
 }
 
 /// The project, for an admin and for those who have a role in it.
-async fn readable(
+pub(super) async fn readable(
     app: &App,
     caller: &Caller,
     id: &str,
@@ -311,13 +208,13 @@ pub fn not_allowed(action: &str) -> ApiError {
     ))
 }
 
-async fn create_project(
+async fn create(
     State(app): State<App>,
     ctx: RequestContext,
     caller: Caller,
     body: JsonBody,
 ) -> Result<(StatusCode, Json<Value>), ApiError> {
-    NEW_PROJECT.check(&body.0)?;
+    NEW.check(&body.0)?;
     let mut row = blank(&app);
     row.domain_id = caller_domain(&caller);
     let mut members = Members::of(body.0, "project")?;
@@ -355,7 +252,7 @@ pub fn caller_domain(caller: &Caller) -> String {
     scope.unwrap_or(&caller.user_domain).id.clone()
 }
 
-fn blank(app: &App) -> project::Model {
+pub(super) fn blank(app: &App) -> project::Model {
     project::Model {
         id: app.random().uuid().simple().to_string(),
         name: String::new(),
@@ -370,7 +267,7 @@ fn blank(app: &App) -> project::Model {
     }
 }
 
-fn apply(mut members: Members, row: &mut project::Model) {
+pub(super) fn apply(mut members: Members, row: &mut project::Model) {
     for fixed in ["id", "links", "extra"] {
         members.take(fixed);
     }
@@ -382,12 +279,12 @@ fn apply(mut members: Members, row: &mut project::Model) {
     members.rest(&mut row.extra);
 }
 
-async fn insert(
+pub(super) async fn insert(
     tx: &DatabaseTransaction,
     mut row: project::Model,
 ) -> Result<project::Model, ApiError> {
     if !row.is_domain {
-        find_domain(tx, &row.domain_id).await?;
+        domain::find(tx, &row.domain_id).await?;
         match &row.parent_id {
             Some(parent) => {
                 find(tx, parent).await?;
@@ -420,31 +317,20 @@ async fn no_duplicate(tx: &DatabaseTransaction, row: &project::Model) -> Result<
     }
 }
 
-async fn update_project(
+async fn update(
     State(app): State<App>,
     ctx: RequestContext,
     Path(id): Path<String>,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
-    CHANGED_PROJECT.check(&body.0)?;
+    CHANGED.check(&body.0)?;
     let row = change(&app, id, body.0, "project").await?;
     let mut view = project_view(&ctx, &row);
     view["extra"] = object(&row.extra).into();
     Ok(Json(json!({ "project": view })))
 }
 
-async fn update_domain(
-    State(app): State<App>,
-    ctx: RequestContext,
-    Path(id): Path<String>,
-    body: JsonBody,
-) -> Result<Json<Value>, ApiError> {
-    CHANGED_DOMAIN.check(&body.0)?;
-    let row = change(&app, id, body.0, "domain").await?;
-    Ok(Json(json!({"domain": domain_view(&ctx, &row)})))
-}
-
-async fn change(
+pub(super) async fn change(
     app: &App,
     id: String,
     body: Value,
@@ -454,7 +340,7 @@ async fn change(
         let (id, body) = (id.clone(), body.clone());
         Box::pin(async move {
             let row = match kind {
-                "domain" => find_domain(tx, &id).await?,
+                "domain" => domain::find(tx, &id).await?,
                 _ => find(tx, &id).await?,
             };
             let mut members = Members::of(body, kind)?;
@@ -480,10 +366,7 @@ async fn change(
     .await
 }
 
-async fn delete_project(
-    State(app): State<App>,
-    Path(id): Path<String>,
-) -> Result<StatusCode, ApiError> {
+async fn delete(State(app): State<App>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
     store::change(app.database(), move |tx| {
         let id = id.clone();
         Box::pin(async move {
@@ -506,214 +389,11 @@ async fn delete_project(
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn remove(tx: &DatabaseTransaction, id: &str) -> Result<(), ApiError> {
+pub(super) async fn remove(tx: &DatabaseTransaction, id: &str) -> Result<(), ApiError> {
     assignment::Entity::delete_many()
         .filter(assignment::Column::TargetId.eq(id))
         .exec(tx)
         .await?;
     project::Entity::delete_by_id(id).exec(tx).await?;
     Ok(())
-}
-
-async fn list_tags(
-    State(app): State<App>,
-    ctx: RequestContext,
-    caller: Caller,
-    Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    let row = readable(&app, &caller, &id, "identity:list_project_tags").await?;
-    let mut tags = tags_of(&row);
-    tags.sort();
-    Ok(Json(
-        json!({"links": {"self": ctx.link("/v3")}, "tags": tags}),
-    ))
-}
-
-async fn has_tag(
-    State(app): State<App>,
-    caller: Caller,
-    Path((id, tag)): Path<(String, String)>,
-) -> Result<StatusCode, ApiError> {
-    let row = readable(&app, &caller, &id, "identity:get_project_tag").await?;
-    if tags_of(&row).contains(&tag) {
-        return Ok(StatusCode::NO_CONTENT);
-    }
-    Err(no_tag(&tag))
-}
-
-fn no_tag(tag: &str) -> ApiError {
-    ApiError::not_found(format!("Could not find project tag: {tag}."))
-}
-
-async fn set_tags(
-    State(app): State<App>,
-    ctx: RequestContext,
-    Path(id): Path<String>,
-    body: JsonBody,
-) -> Result<Json<Value>, ApiError> {
-    TAGS.check(&body.0)?;
-    let tags: Vec<String> =
-        serde_json::from_value(body.0["tags"].clone()).map_err(ApiError::internal)?;
-    let shown = tags.clone();
-    edit_tags(&app, id, move |_| Ok(tags.clone())).await?;
-    Ok(Json(
-        json!({"links": {"self": ctx.link("/v3")}, "tags": shown}),
-    ))
-}
-
-async fn clear_tags(
-    State(app): State<App>,
-    Path(id): Path<String>,
-) -> Result<StatusCode, ApiError> {
-    edit_tags(&app, id, |_| Ok(Vec::new())).await?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
-async fn add_tag(
-    State(app): State<App>,
-    Path((id, tag)): Path<(String, String)>,
-) -> Result<StatusCode, ApiError> {
-    TAGS.check(&json!({ "tags": [tag] }))?;
-    edit_tags(&app, id, move |mut tags| {
-        if !tags.contains(&tag) {
-            tags.push(tag.clone());
-        }
-        Ok(tags)
-    })
-    .await?;
-    Ok(StatusCode::CREATED)
-}
-
-async fn drop_tag(
-    State(app): State<App>,
-    Path((id, tag)): Path<(String, String)>,
-) -> Result<StatusCode, ApiError> {
-    edit_tags(&app, id, move |mut tags| {
-        let before = tags.len();
-        tags.retain(|own| own != &tag);
-        if tags.len() < before {
-            Ok(tags)
-        } else {
-            Err(no_tag(&tag))
-        }
-    })
-    .await?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
-async fn edit_tags(
-    app: &App,
-    id: String,
-    edit: impl Fn(Vec<String>) -> Result<Vec<String>, ApiError> + Send + Sync + 'static,
-) -> Result<(), ApiError> {
-    let edit = std::sync::Arc::new(edit);
-    store::change(app.database(), move |tx| {
-        let (id, edit) = (id.clone(), std::sync::Arc::clone(&edit));
-        Box::pin(async move {
-            let mut row = find(tx, &id).await?;
-            row.tags = json!(edit(tags_of(&row))?).to_string();
-            row.into_active_model().reset_all().update(tx).await?;
-            Ok(())
-        })
-    })
-    .await
-}
-
-async fn list_domains(
-    State(app): State<App>,
-    ctx: RequestContext,
-    query: Query,
-    uri: Uri,
-) -> Result<Json<Value>, ApiError> {
-    let rows = project::Entity::find()
-        .filter(project::Column::IsDomain.eq(true))
-        .order_by_asc(project::Column::Id)
-        .all(app.database().reader())
-        .await?;
-    let items = rows.iter().map(|row| domain_view(&ctx, row)).collect();
-    let asked = Asked {
-        ctx: &ctx,
-        uri: &uri,
-        query: &query,
-    };
-    Ok(Json(asked.list("domains", &["name", "enabled"], items)))
-}
-
-async fn show_domain(
-    State(app): State<App>,
-    ctx: RequestContext,
-    caller: Caller,
-    Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    let own = caller
-        .project
-        .as_ref()
-        .is_some_and(|project| project.domain.id == id)
-        || caller.domain.as_ref().is_some_and(|domain| domain.id == id);
-    if !own && !caller.is_admin() {
-        return Err(not_allowed("identity:get_domain"));
-    }
-    let row = find_domain(app.database().reader(), &id).await?;
-    Ok(Json(json!({"domain": domain_view(&ctx, &row)})))
-}
-
-async fn create_domain(
-    State(app): State<App>,
-    ctx: RequestContext,
-    body: JsonBody,
-) -> Result<(StatusCode, Json<Value>), ApiError> {
-    NEW_DOMAIN.check(&body.0)?;
-    let mut row = blank(&app);
-    row.is_domain = true;
-    apply(Members::of(body.0, "domain")?, &mut row);
-    let row = store::change(app.database(), move |tx| {
-        let row = row.clone();
-        Box::pin(async move { insert(tx, row).await })
-    })
-    .await?;
-    Ok((
-        StatusCode::CREATED,
-        Json(json!({"domain": domain_view(&ctx, &row)})),
-    ))
-}
-
-/// With all that is in it.
-async fn delete_domain(
-    State(app): State<App>,
-    Path(id): Path<String>,
-) -> Result<StatusCode, ApiError> {
-    store::change(app.database(), move |tx| {
-        let id = id.clone();
-        Box::pin(async move {
-            if find_domain(tx, &id).await?.enabled {
-                return Err(ApiError::forbidden(
-                    "Cannot delete a domain that is enabled, please disable it first.",
-                ));
-            }
-            let users = user::Entity::find()
-                .filter(user::Column::DomainId.eq(&id))
-                .all(tx)
-                .await?;
-            for row in users {
-                super::user::remove(tx, &row.id).await?;
-            }
-            let projects = project::Entity::find()
-                .filter(project::Column::DomainId.eq(&id))
-                .all(tx)
-                .await?;
-            for row in projects {
-                remove(tx, &row.id).await?;
-            }
-            let roles = role::Entity::find()
-                .filter(role::Column::DomainId.eq(&id))
-                .all(tx)
-                .await?;
-            for row in roles {
-                super::role::remove(tx, &row.id).await?;
-            }
-            remove(tx, &id).await
-        })
-    })
-    .await?;
-    Ok(StatusCode::NO_CONTENT)
 }

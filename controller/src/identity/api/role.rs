@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use axum::Json;
 use axum::extract::{Path, State};
-use http::{StatusCode, Uri};
+use http::StatusCode;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait,
     IntoActiveModel, QueryFilter, QueryOrder,
@@ -12,9 +12,9 @@ use sea_orm::{
 use serde_json::{Value, json};
 
 use super::list::Asked;
-use super::members::{Members, object};
+use super::members::{self, Members, object};
 use crate::http::schema::Schema;
-use crate::http::{ApiError, App, JsonBody, Query, RequestContext, Routes, Rule};
+use crate::http::{ApiError, App, JsonBody, RequestContext, Routes, Rule};
 use crate::identity::model::{assignment, implied_role, role};
 use crate::identity::store;
 
@@ -62,23 +62,17 @@ pub fn routes(routes: Routes) -> Routes {
         )
 }
 
-fn schema(required: bool) -> Schema {
-    let mut inner = json!({"type": "object", "properties": {
+fn properties() -> Value {
+    json!({
         "name": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": r"[\S]+"},
         "domain_id": {"type": ["string", "null"], "minLength": 1, "maxLength": 64},
         "description": {"type": ["string", "null"]},
         "options": {"type": "object"},
-    }, "additionalProperties": true});
-    if required {
-        inner["required"] = json!(["name"]);
-    } else {
-        inner["minProperties"] = json!(1);
-    }
-    Schema::of(json!({"type": "object", "properties": {"role": inner}, "required": ["role"]}))
+    })
 }
 
-static NEW: LazyLock<Schema> = LazyLock::new(|| schema(true));
-static CHANGED: LazyLock<Schema> = LazyLock::new(|| schema(false));
+static NEW: LazyLock<Schema> = LazyLock::new(|| members::made("role", properties(), &["name"]));
+static CHANGED: LazyLock<Schema> = LazyLock::new(|| members::changed("role", properties()));
 
 pub fn view(ctx: &RequestContext, row: &role::Model) -> Value {
     let domain = (!row.domain_id.is_empty()).then_some(&row.domain_id);
@@ -101,13 +95,9 @@ pub async fn find(db: &impl ConnectionTrait, id: &str) -> Result<role::Model, Ap
 }
 
 /// Roles of the whole cloud, or of the domain that the query names.
-async fn list(
-    State(app): State<App>,
-    ctx: RequestContext,
-    query: Query,
-    uri: Uri,
-) -> Result<Json<Value>, ApiError> {
-    let domain = query
+async fn list(State(app): State<App>, asked: Asked) -> Result<Json<Value>, ApiError> {
+    let domain = asked
+        .query
         .get("domain_id")
         .filter(|id| *id != "null")
         .unwrap_or("");
@@ -116,15 +106,8 @@ async fn list(
         .order_by_asc(role::Column::Id)
         .all(app.database().reader())
         .await?;
-    let items = rows.iter().map(|row| view(&ctx, row)).collect();
-    Ok(Json(
-        Asked {
-            ctx: &ctx,
-            uri: &uri,
-            query: &query,
-        }
-        .list("roles", &["name"], items),
-    ))
+    let items = rows.iter().map(|row| view(&asked.ctx, row)).collect();
+    Ok(asked.list("roles", &["name"], items))
 }
 
 async fn show(

@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use axum::Json;
 use axum::extract::{Path, State};
-use http::{StatusCode, Uri};
+use http::StatusCode;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait,
     IntoActiveModel, QueryFilter, QueryOrder,
@@ -12,9 +12,9 @@ use sea_orm::{
 use serde_json::{Value, json};
 
 use super::list::Asked;
-use super::members::{Members, object};
+use super::members::{self, Members, object};
 use crate::http::schema::Schema;
-use crate::http::{ApiError, App, JsonBody, Query, RequestContext, Routes, Rule};
+use crate::http::{ApiError, App, JsonBody, RequestContext, Routes, Rule};
 use crate::identity::model::{endpoint, region, service};
 use crate::identity::store;
 
@@ -102,14 +102,6 @@ pub fn routes(routes: Routes) -> Routes {
         )
 }
 
-fn schema(kind: &str, properties: Value, required: &[&str]) -> Schema {
-    let inner = json!({
-        "type": "object", "properties": properties, "required": required,
-        "additionalProperties": true,
-    });
-    Schema::of(json!({"type": "object", "properties": {kind: inner}, "required": [kind]}))
-}
-
 fn service_schema(required: &[&str]) -> Schema {
     let properties = json!({
         "type": {"type": "string", "minLength": 1, "maxLength": 255},
@@ -117,7 +109,7 @@ fn service_schema(required: &[&str]) -> Schema {
         "enabled": {"type": "boolean"},
         "description": {"type": ["string", "null"]},
     });
-    schema("service", properties, required)
+    members::made("service", properties, required)
 }
 
 fn endpoint_schema(required: &[&str]) -> Schema {
@@ -129,7 +121,7 @@ fn endpoint_schema(required: &[&str]) -> Schema {
         "region": {"type": ["string", "null"], "maxLength": 255},
         "enabled": {"type": "boolean"},
     });
-    schema("endpoint", properties, required)
+    members::made("endpoint", properties, required)
 }
 
 static NEW_SERVICE: LazyLock<Schema> = LazyLock::new(|| service_schema(&["type"]));
@@ -143,7 +135,7 @@ static REGION: LazyLock<Schema> = LazyLock::new(|| {
         "description": {"type": ["string", "null"]},
         "parent_region_id": {"type": ["string", "null"], "maxLength": 255},
     });
-    schema("region", properties, &[])
+    members::made("region", properties, &[])
 });
 
 fn missing(kind: &str, id: &str) -> ApiError {
@@ -211,23 +203,14 @@ async fn find_region(db: &impl ConnectionTrait, id: &str) -> Result<region::Mode
     row.ok_or_else(|| missing("region", id))
 }
 
-async fn list_services(
-    State(app): State<App>,
-    ctx: RequestContext,
-    query: Query,
-    uri: Uri,
-) -> Result<Json<Value>, ApiError> {
+async fn list_services(State(app): State<App>, asked: Asked) -> Result<Json<Value>, ApiError> {
     let found = service::Entity::find().order_by_asc(service::Column::Id);
     let rows = found.all(app.database().reader()).await?;
-    let items = rows.iter().map(|row| service_view(&ctx, row)).collect();
-    Ok(Json(
-        Asked {
-            ctx: &ctx,
-            uri: &uri,
-            query: &query,
-        }
-        .list("services", &["name", "type"], items),
-    ))
+    let items = rows
+        .iter()
+        .map(|row| service_view(&asked.ctx, row))
+        .collect();
+    Ok(asked.list("services", &["name", "type"], items))
 }
 
 async fn show_service(
@@ -313,24 +296,15 @@ async fn delete_service(
     .await
 }
 
-async fn list_endpoints(
-    State(app): State<App>,
-    ctx: RequestContext,
-    query: Query,
-    uri: Uri,
-) -> Result<Json<Value>, ApiError> {
+async fn list_endpoints(State(app): State<App>, asked: Asked) -> Result<Json<Value>, ApiError> {
     let found = endpoint::Entity::find().order_by_asc(endpoint::Column::Id);
     let rows = found.all(app.database().reader()).await?;
-    let items = rows.iter().map(|row| endpoint_view(&ctx, row)).collect();
+    let items = rows
+        .iter()
+        .map(|row| endpoint_view(&asked.ctx, row))
+        .collect();
     let fields = ["interface", "service_id", "region_id", "region"];
-    Ok(Json(
-        Asked {
-            ctx: &ctx,
-            uri: &uri,
-            query: &query,
-        }
-        .list("endpoints", &fields, items),
-    ))
+    Ok(asked.list("endpoints", &fields, items))
 }
 
 async fn show_endpoint(
@@ -450,21 +424,14 @@ async fn delete_endpoint(
     .await
 }
 
-async fn list_regions(
-    State(app): State<App>,
-    ctx: RequestContext,
-    query: Query,
-    uri: Uri,
-) -> Result<Json<Value>, ApiError> {
+async fn list_regions(State(app): State<App>, asked: Asked) -> Result<Json<Value>, ApiError> {
     let found = region::Entity::find().order_by_asc(region::Column::Id);
     let rows = found.all(app.database().reader()).await?;
-    let items = rows.iter().map(|row| region_view(&ctx, row)).collect();
-    let asked = Asked {
-        ctx: &ctx,
-        uri: &uri,
-        query: &query,
-    };
-    Ok(Json(asked.list("regions", &["parent_region_id"], items)))
+    let items = rows
+        .iter()
+        .map(|row| region_view(&asked.ctx, row))
+        .collect();
+    Ok(asked.list("regions", &["parent_region_id"], items))
 }
 
 async fn show_region(

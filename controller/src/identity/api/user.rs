@@ -4,18 +4,19 @@ use std::sync::LazyLock;
 
 use axum::Json;
 use axum::extract::{Path, State};
-use http::{StatusCode, Uri};
+use http::StatusCode;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait,
     IntoActiveModel, QueryFilter, QueryOrder,
 };
 use serde_json::{Value, json};
 
+use super::domain;
 use super::list::Asked;
-use super::members::{Members, object};
-use super::project::{caller_domain, no_domain, not_allowed, project_view};
+use super::members::{self, Members, object};
+use super::project::{caller_domain, not_allowed, project_view};
 use crate::http::schema::Schema;
-use crate::http::{ApiError, App, Caller, JsonBody, Query, RequestContext, Routes, Rule};
+use crate::http::{ApiError, App, Caller, JsonBody, RequestContext, Routes, Rule};
 use crate::identity::model::{Target, assignment, project, user};
 use crate::identity::password::LONGEST;
 use crate::identity::store;
@@ -49,8 +50,8 @@ pub fn routes(routes: Routes) -> Routes {
         )
 }
 
-fn schema(required: bool) -> Schema {
-    let mut inner = json!({"type": "object", "properties": {
+fn properties() -> Value {
+    json!({
         "name": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": r"[\S]+"},
         "password": {"type": ["string", "null"], "maxLength": LONGEST},
         "enabled": {"type": "boolean"},
@@ -58,17 +59,11 @@ fn schema(required: bool) -> Schema {
         "default_project_id": {"type": ["string", "null"], "minLength": 1, "maxLength": 64},
         "description": {"type": ["string", "null"]},
         "options": {"type": "object"},
-    }, "additionalProperties": true});
-    if required {
-        inner["required"] = json!(["name"]);
-    } else {
-        inner["minProperties"] = json!(1);
-    }
-    Schema::of(json!({"type": "object", "properties": {"user": inner}, "required": ["user"]}))
+    })
 }
 
-static NEW: LazyLock<Schema> = LazyLock::new(|| schema(true));
-static CHANGED: LazyLock<Schema> = LazyLock::new(|| schema(false));
+static NEW: LazyLock<Schema> = LazyLock::new(|| members::made("user", properties(), &["name"]));
+static CHANGED: LazyLock<Schema> = LazyLock::new(|| members::changed("user", properties()));
 static PASSWORD: LazyLock<Schema> = LazyLock::new(|| {
     Schema::of(
         json!({"type": "object", "required": ["user"], "properties": {"user": {
@@ -106,30 +101,18 @@ pub async fn find(db: &impl ConnectionTrait, id: &str) -> Result<user::Model, Ap
     row.ok_or_else(|| ApiError::not_found(format!("Could not find user: {id}.")))
 }
 
-async fn list(
-    State(app): State<App>,
-    ctx: RequestContext,
-    query: Query,
-    uri: Uri,
-) -> Result<Json<Value>, ApiError> {
+async fn list(State(app): State<App>, asked: Asked) -> Result<Json<Value>, ApiError> {
     let mut found = user::Entity::find();
-    if let Some(name) = query.get("name") {
+    if let Some(name) = asked.query.get("name") {
         found = found.filter(user::Column::Name.eq(name));
     }
     let rows = found
         .order_by_asc(user::Column::Id)
         .all(app.database().reader())
         .await?;
-    let items = rows.iter().map(|row| view(&ctx, row)).collect();
+    let items = rows.iter().map(|row| view(&asked.ctx, row)).collect();
     let fields = ["name", "domain_id", "enabled", "default_project_id"];
-    Ok(Json(
-        Asked {
-            ctx: &ctx,
-            uri: &uri,
-            query: &query,
-        }
-        .list("users", &fields, items),
-    ))
+    Ok(asked.list("users", &fields, items))
 }
 
 async fn show(
@@ -181,7 +164,7 @@ async fn create(
         Box::pin(async move {
             let domain = project::Entity::find_by_id(&row.domain_id).one(tx).await?;
             if !domain.is_some_and(|domain| domain.is_domain) {
-                return Err(no_domain(&row.domain_id));
+                return Err(domain::missing(&row.domain_id));
             }
             no_duplicate(tx, &row).await?;
             Ok(row.into_active_model().insert(tx).await?)
@@ -328,11 +311,9 @@ async fn change_password(
 
 async fn projects(
     State(app): State<App>,
-    ctx: RequestContext,
     caller: Caller,
     Path(id): Path<String>,
-    query: Query,
-    uri: Uri,
+    asked: Asked,
 ) -> Result<Json<Value>, ApiError> {
     self_or_admin(&caller, &id, "identity:list_user_projects")?;
     let db = app.database().reader();
@@ -348,36 +329,21 @@ async fn projects(
         .filter(project::Column::Id.is_in(ids))
         .all(db)
         .await?;
-    let items = rows.iter().map(|row| project_view(&ctx, row)).collect();
-    let asked = Asked {
-        ctx: &ctx,
-        uri: &uri,
-        query: &query,
-    };
-    Ok(Json(asked.list(
-        "projects",
-        &["name", "enabled", "domain_id"],
-        items,
-    )))
+    let items = rows
+        .iter()
+        .map(|row| project_view(&asked.ctx, row))
+        .collect();
+    Ok(asked.list("projects", &["name", "enabled", "domain_id"], items))
 }
 
 /// There are no groups yet; clients ask for a user's all the same.
 async fn groups(
     State(app): State<App>,
-    ctx: RequestContext,
     caller: Caller,
     Path(id): Path<String>,
-    query: Query,
-    uri: Uri,
+    asked: Asked,
 ) -> Result<Json<Value>, ApiError> {
     self_or_admin(&caller, &id, "identity:list_groups_for_user")?;
     find(app.database().reader(), &id).await?;
-    Ok(Json(
-        Asked {
-            ctx: &ctx,
-            uri: &uri,
-            query: &query,
-        }
-        .list("groups", &[], Vec::new()),
-    ))
+    Ok(asked.list("groups", &[], Vec::new()))
 }
