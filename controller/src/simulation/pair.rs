@@ -202,3 +202,33 @@ async fn the_leader_may_die_at_every_effect_of_every_kind() {
 async fn the_leader_may_stand_still_at_every_effect_of_every_kind() {
     at_every_effect(Fate::Freezes).await;
 }
+
+#[tokio::test]
+async fn a_former_leader_records_nothing_before_it_knows_that_it_is_one() {
+    let (mut world, id) = scenario("server_stop").await;
+    let second = two(&mut world).await;
+    // It has not beaten for a lease, and does not know.
+    let first = succeed(&mut world, second).await;
+    ask(&world.app(), "server_stop", id).await;
+    let subject = id.to_string();
+    let operations = async |world: &World| {
+        let all = row::Entity::find().all(world.database().reader()).await;
+        format!("{:?}", all.unwrap())
+    };
+    let asked = operations(&world).await;
+    // What it tells the host is what the host is to be told.
+    assert!(matches!(
+        first.engine.advance(&subject).await,
+        Advance::Wait(_)
+    ));
+    for host in &world.hosts {
+        host.settle();
+    }
+    // The step is done, and may not be recorded by it.
+    assert_eq!(first.engine.advance(&subject).await, Advance::Idle);
+    first.reconciler.sweep().await;
+    assert_eq!(operations(&world).await, asked);
+    world.heal().await;
+    world.check_rest().await;
+    check_once(&world, id, "by the second").await;
+}
