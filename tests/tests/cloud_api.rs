@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
-use fractus_tests::harness::{Client, Cloud, Options};
+use fractus_tests::harness::{Client, Cloud, Options, program};
 use futures::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
@@ -206,4 +206,35 @@ async fn cloud_the_console_goes_both_ways() {
             .is_err(),
         "{wrong}"
     );
+}
+
+#[tokio::test]
+async fn cloud_lets_no_second_controller_on_its_sqlite_database() {
+    let none = Options {
+        agents: 0,
+        ..Options::default()
+    };
+    let mut cloud = Cloud::start(none).await.unwrap();
+    let second = tokio::process::Command::new(program("fractus").unwrap())
+        .args(["serve", "--plain-http", "--listen", "127.0.0.1:0"])
+        .args(["--agents-listen", "127.0.0.1:0", "--metrics-listen", ""])
+        .arg("--state-dir")
+        .arg(cloud.folder().join("controller"))
+        .kill_on_drop(true)
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(!second.status.success(), "{said}");
+    let first = cloud.controller().unwrap().pid();
+    for words in [
+        &format!("(process {first})"),
+        "SQLite is for one controller",
+    ] {
+        assert!(said.contains(words), "{said}");
+    }
+    // The first one never noticed, and its claim goes with it.
+    cloud.admin().await.unwrap();
+    cloud.kill_controller();
+    cloud.start_controller().await.unwrap();
 }
