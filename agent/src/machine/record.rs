@@ -139,7 +139,8 @@ impl Record {
         let folder = path
             .parent()
             .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
-        if !folder.exists() {
+        let first = !folder.exists();
+        if first {
             fs::create_dir_all(folder).map_err(failed)?;
             if let Some(above) = folder.parent() {
                 File::open(above)
@@ -168,6 +169,10 @@ impl Record {
         })();
         if written.is_err() {
             let _ = fs::remove_file(&beside);
+            if first {
+                // Of a machine that was not taken nothing stays, unless its record is there after all.
+                let _ = fs::remove_dir(folder);
+            }
         }
         written.map_err(failed)
     }
