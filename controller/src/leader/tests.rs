@@ -1,3 +1,5 @@
+//! Who leads and who follows: the decision alone, seats at one table on both engines, and the fence.
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use sea_orm::{DbErr, EntityTrait};
