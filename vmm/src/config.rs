@@ -511,11 +511,6 @@ impl MachineConfig {
 impl CpuConfig {
     fn validate(&self) -> Result<(), ConfigError> {
         let (count, max) = (self.count, self.most());
-        if max != count {
-            return Err(ConfigError::NotYet {
-                what: "vCPUs that come and go",
-            });
-        }
         if !(1..=MAX_VCPUS).contains(&max) {
             return Err(ConfigError::VcpuCount { count: max });
         }

@@ -69,6 +69,8 @@ pub const WATCHDOG_PORT: u16 = 0x620;
 
 /// PCI slots that are filled and emptied while the guest runs (12 bytes).
 pub const SLOTS_PORT: u16 = 0x640;
+/// vCPUs that come and go (28 bytes).
+pub const PROCESSORS_PORT: u16 = 0x660;
 
 /// Boot data, all below 640 KiB.
 pub const BOOT_GDT: u64 = 0x500;

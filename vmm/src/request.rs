@@ -21,6 +21,10 @@ pub enum Request {
     Panicked { crash_loaded: bool },
     /// The guest has let go of PCI slots; which, the board's slots know.
     SlotsEjected,
+    /// The guest has let go of vCPUs; which, the board's processors know.
+    VcpusEjected,
+    /// The guest has started a vCPU (by INIT) that had waited for it.
+    VcpuStarted { index: u8 },
     /// The guest did not feed its watchdog; the machine does what its config says.
     WatchdogFired,
     /// The guest misused a device so that only stopping the machine is left, or a host resource
@@ -51,6 +55,7 @@ impl Request {
             Request::DeviceFault { .. } | Request::ThreadPanicked { .. } => true,
             Request::Panicked { .. } | Request::WatchdogFired => false,
             Request::SlotsEjected | Request::AllEntered => false,
+            Request::VcpusEjected | Request::VcpuStarted { .. } => false,
         }
     }
 }

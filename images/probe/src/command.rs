@@ -16,6 +16,11 @@ const PAGES_PER_MIB: u64 = 256;
 /// Filled, asked for, eject: 32 bits each, as our DSDT has them.
 const SLOTS_PORT: u16 = 0x640;
 
+/// Which vCPUs are there, came, are asked for: 64 bits each; then eject, as our DSDT has them.
+const PROCESSORS_PORT: u16 = 0x660;
+/// A processor that was told to start does within this time.
+const START_MS: u64 = 5000;
+
 /// Why a command was not carried out, as its `err` line says it.
 pub enum Refusal {
     Unknown,
@@ -204,6 +209,9 @@ impl Probe {
             "balloon" => self.balloon(words, out),
             "slots" => self.slots(out),
             "eject" => self.eject(words),
+            "cpus" => self.cpus(out),
+            "cpu-start" => self.start_cpu(words),
+            "cpu-eject" => eject_cpu(words),
             "spin" => spin(words),
             "stamp" => stamp(words),
             "gaps" => tell_gaps(out),
@@ -427,6 +435,34 @@ impl Probe {
         Ok(())
     }
 
+    /// Looks at the processors' registers and starts those that came.
+    fn cpus(&mut self, out: &mut Line) -> Outcome {
+        let word = |offset| u64::from(cpu::inl(PROCESSORS_PORT + offset));
+        let register = |offset| word(offset) | word(offset + 4) << 32;
+        let (present, up, down) = (register(0), register(8), register(16));
+        for id in (0..64).filter(|id| up & 1 << id != 0) {
+            if !smp::start_one(&self.info, id, START_MS * 1000) {
+                return Err(Refusal::Failed("one did not start"));
+            }
+        }
+        let alive = smp::alive();
+        let _ = write!(
+            out,
+            " present={present:x} up={up:x} down={down:x} vcpus={alive}"
+        );
+        Ok(())
+    }
+
+    /// Tells a processor to start, whatever the registers say of it.
+    fn start_cpu(&mut self, words: &mut Words) -> Outcome {
+        let id = words.number().ok_or(Refusal::Usage("APIC_ID [MS]"))?;
+        let patience_ms = words.number().unwrap_or(START_MS);
+        match smp::start_one(&self.info, id as u32, patience_ms * 1000) {
+            true => Ok(()),
+            false => Err(Refusal::Failed("it did not start")),
+        }
+    }
+
     fn balloon(&mut self, words: &mut Words, out: &mut Line) -> Outcome {
         const USAGE: Refusal = Refusal::Usage("free MIB | target");
         let balloon = self.devices.balloon.as_mut().ok_or(Refusal::NoDevice)?;
@@ -476,6 +512,16 @@ impl Probe {
         let _ = write!(out, " mib={done} us={}", clock::us(cpu::tsc() - begin));
         Ok(())
     }
+}
+
+/// Lets go of a processor: by force (also if it is unknown here), or only the one that was started last.
+fn eject_cpu(words: &mut Words) -> Outcome {
+    let id = words.number().ok_or(Refusal::Usage("APIC_ID [force]"))?;
+    if words.word() != Some("force") && !smp::forget(id as u32) {
+        return Err(Refusal::Failed("not the one that was started last"));
+    }
+    cpu::outl(PROCESSORS_PORT + 24, id as u32);
+    Ok(())
 }
 
 fn is_end(byte: u8) -> bool {

@@ -28,6 +28,12 @@ const FLUSH: u64 = 12;
 const TRIPLE: u64 = 13;
 const RDTSC: u64 = 14;
 
+/// Where boot.S has its descriptors, and those of task state segments among them; the type of one that is
+/// not in use.
+const GDT: usize = 0x10_2000;
+const FIRST_TSS: usize = 0x28;
+const AVAILABLE_TSS: u8 = 0x89;
+
 const X2APIC_SVR: u32 = 0x80f;
 const X2APIC_ICR: u32 = 0x830;
 const X2APIC_LVT_TIMER: u32 = 0x832;
@@ -244,11 +250,14 @@ pub fn wake(apic_id: u32) {
 /// Copies the start-up code to `page` (below 1 MiB) and sends INIT and SIPI to `apic_id`, which will
 /// call `probe_ap(cpu)`.
 pub fn start_processor(page: usize, apic_id: u32, cpu: usize) {
-    // SAFETY: boot.S reserves the table (one byte for each APIC id below 256) and the code; the page
-    // was chosen from usable low memory that nothing else uses.
+    // SAFETY: boot.S reserves the table (one byte for each APIC id below 256), the descriptors (one task
+    // state segment a processor, this one's in use by nobody) and the code; the page was chosen from usable low memory that nothing else uses.
     unsafe {
         let table = (&raw const cpu_of_apic) as *mut u8;
         table.add(apic_id as usize & 0xff).write_volatile(cpu as u8);
+        // Its task state segment is busy if it ran before.
+        let segment = (GDT + FIRST_TSS + 16 * cpu + 5) as *mut u8;
+        segment.write_volatile(AVAILABLE_TSS);
         let from = &raw const ap_start;
         let length = (&raw const ap_end) as usize - from as usize;
         core::ptr::copy(from, page as *mut u8, length);

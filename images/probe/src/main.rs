@@ -40,6 +40,10 @@
 //! | `balloon target` | `ok balloon pages=`: what the host wishes in it |
 //! | `slots` | `ok slots up=HEX down=HEX`: looks which PCI slots were filled (and drives what is there) and which are asked for |
 //! | `eject SLOT` | `ok eject`: lets go of the disk or network in the slot |
+//! | `cpus` | `ok cpus present=HEX up=HEX down=HEX vcpus=N`: looks which vCPUs are there, came (and starts
+//! | | them) and are asked for |
+//! | `cpu-start APIC_ID [MS]` | `ok cpu-start`, or `err` if it does not begin within that time |
+//! | `cpu-eject APIC_ID [force]` | `ok cpu-eject`: lets go of a vCPU |
 //! | `dirty RATE_MIB SECONDS` | `ok dirty mib= us=`: that rate, over and over |
 //! | `spin MS [CPU]` | `ok spin`; on another CPU at once, it goes on there |
 //! | `stamp spin\|MS\|off` | how every CPU looks at its TSC, for `gaps` |

@@ -31,7 +31,6 @@ pub fn start(acpi: &Acpi, info: &StartInfo, limit: usize) {
     if !cpu::has_interrupts() {
         return;
     }
-    let page = memory::low_page(info);
     let me = cpu::cpuid(1, 0)[1] >> 24;
     APIC_IDS[0].store(u64::from(me), Ordering::Relaxed);
     for &apic_id in acpi.processors().iter().filter(|&&id| id != me) {
@@ -39,17 +38,37 @@ pub fn start(acpi: &Acpi, info: &StartInfo, limit: usize) {
         if number >= limit.min(MAX_CPUS) {
             break;
         }
-        APIC_IDS[number].store(u64::from(apic_id), Ordering::Relaxed);
-        cpu::start_processor(page, apic_id, number);
-        let deadline = cpu::tsc() + clock::tsc_of_us(START_PATIENCE_US);
-        while alive() == number && cpu::tsc() < deadline {
-            core::hint::spin_loop();
-        }
-        if alive() == number {
+        if !start_one(info, apic_id, START_PATIENCE_US) {
             crate::say!("cpu {number} apic={apic_id} did not start");
             break;
         }
     }
+}
+
+/// Starts one more. False if there is no room for it, or it has not begun within that time.
+pub fn start_one(info: &StartInfo, apic_id: u32, patience_us: u64) -> bool {
+    let number = alive();
+    if number >= MAX_CPUS || !cpu::has_interrupts() {
+        return false;
+    }
+    APIC_IDS[number].store(u64::from(apic_id), Ordering::Relaxed);
+    JOBS[number].store(0, Ordering::Relaxed);
+    cpu::start_processor(memory::low_page(info), apic_id, number);
+    let deadline = cpu::tsc() + clock::tsc_of_us(patience_us);
+    while alive() == number && cpu::tsc() < deadline {
+        core::hint::spin_loop();
+    }
+    alive() > number
+}
+
+/// Forgets a processor that will be gone. False if it is not the one that was started last.
+pub fn forget(apic_id: u32) -> bool {
+    let last = alive() - 1;
+    let is_last = last > 0 && APIC_IDS[last].load(Ordering::Relaxed) == u64::from(apic_id);
+    if is_last {
+        ALIVE.fetch_sub(1, Ordering::AcqRel);
+    }
+    is_last
 }
 
 /// Gives `job` to a processor other than the boot one. False if there is none such or it is busy.

@@ -8,6 +8,7 @@ pub mod generation;
 mod ioapic;
 mod ports;
 mod power;
+mod processors;
 mod pvpanic;
 mod rtc;
 mod serial;
@@ -21,6 +22,7 @@ use std::time::SystemTime;
 pub use ioapic::IoApic;
 pub use ports::{KeyboardController, ResetRegister};
 pub use power::{EVENT_GENERATION, PowerPort, PowerResources};
+pub use processors::{Processors, ProcessorsResources};
 pub use pvpanic::PvPanic;
 pub use rtc::Rtc;
 pub use serial::{SerialPort, SerialResources};
@@ -38,6 +40,8 @@ use crate::layout;
 pub struct FixedDevices {
     pub power: Arc<PowerPort>,
     pub slots: Arc<PciSlots>,
+    /// Of a machine whose vCPUs come and go.
+    pub processors: Option<Arc<Processors>>,
     pub panic: Option<Arc<PvPanic>>,
     pub all: Vec<Arc<dyn Device>>,
 }
@@ -125,6 +129,11 @@ pub fn attach(
         .map_err(bus("rtc"))?;
 
     let mut all: Vec<Arc<dyn Device>> = vec![ioapic, serial, power.clone(), slots.clone(), rtc];
+    let processors = match config.cpus.max {
+        Some(_) => Some(hot_processors(config, &power, board, saved)?),
+        None => None,
+    };
+    all.extend(processors.clone().map(|device| device as Arc<dyn Device>));
     let mut panic = None;
     if config.pvpanic {
         let port = Arc::new(PvPanic::new(board.requests.clone()));
@@ -140,9 +149,33 @@ pub fn attach(
     Ok(FixedDevices {
         power,
         slots,
+        processors,
         panic,
         all,
     })
+}
+
+fn hot_processors(
+    config: &MachineConfig,
+    power: &Arc<PowerPort>,
+    board: &Board,
+    saved: &mut SavedDevices,
+) -> Result<Arc<Processors>, DeviceError> {
+    let resources = ProcessorsResources {
+        power: power.clone(),
+        requests: board.requests.clone(),
+    };
+    let processors = Arc::new(match saved.take(processors::ID)? {
+        Some(state) => Processors::restore_saved(resources, &state)?,
+        None => Processors::new(resources, config.cpus.count),
+    });
+    let taken = board.pio.insert(
+        layout::PROCESSORS_PORT.into(),
+        processors::SIZE,
+        processors.clone(),
+    );
+    taken.map_err(|error| DeviceError::new(processors::ID, "take its addresses", error))?;
+    Ok(processors)
 }
 
 fn watchdog(board: &Board, saved: &mut SavedDevices) -> Result<Arc<Watchdog>, DeviceError> {

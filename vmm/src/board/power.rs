@@ -29,6 +29,7 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
 pub const EVENT_GENERATION: u8 = 1 << 1;
 pub const EVENT_PCI_SLOTS: u8 = 1 << 2;
+pub const EVENT_PROCESSORS: u8 = 1 << 3;
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PowerState {

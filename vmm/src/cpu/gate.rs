@@ -21,6 +21,11 @@ impl Gate {
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) += count;
     }
 
+    /// One more is about to run, while others do; nobody counts it in.
+    pub fn join(&self) {
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+    }
+
     /// One is about to enter; true for the last of them.
     pub fn enter(&self) -> bool {
         self.to_enter.fetch_sub(1, Ordering::AcqRel) == 1

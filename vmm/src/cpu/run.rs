@@ -11,7 +11,7 @@ use super::exit::{Exit, enter};
 use super::gate::Gate;
 use super::set::Command;
 use super::signal::Armed;
-use super::state::{VcpuError, VcpuState, refused};
+use super::state::{VcpuError, VcpuState, is_started, refused};
 use crate::bus::Bus;
 use crate::machine::Registers;
 use crate::request::{Request, RequestSender, VcpuReport};
@@ -46,6 +46,9 @@ pub struct Vcpu {
     power_on: VcpuState,
     has_run: bool,
     counted: bool,
+    /// The guest has not started it, and is to be seen to do so.
+    awaited: bool,
+    can_leave: bool,
 }
 
 /// Where the loop stands.
@@ -64,6 +67,8 @@ pub struct VcpuParts {
     pub gate: Arc<Gate>,
     pub kicked: Arc<AtomicBool>,
     pub saved_msrs: Arc<[u32]>,
+    /// The machine's vCPUs come and go: that the guest starts this one is told.
+    pub can_leave: bool,
 }
 
 impl Vcpu {
@@ -79,6 +84,7 @@ impl Vcpu {
             gate,
             kicked,
             saved_msrs,
+            can_leave,
         } = parts;
         Ok(Vcpu {
             _armed: armed,
@@ -91,6 +97,8 @@ impl Vcpu {
             power_on,
             has_run: false,
             counted: false,
+            awaited: can_leave && index > 0,
+            can_leave,
         })
     }
 
@@ -116,13 +124,24 @@ impl Vcpu {
 
     fn obey(&mut self, command: Command) -> State {
         match command {
-            Command::Run => return self.begin(),
+            Command::Run => {
+                let state = self.begin();
+                if self.gate.enter() {
+                    self.surroundings.requests.send(Request::AllEntered);
+                }
+                return state;
+            }
+            Command::Join => return self.begin(),
             Command::Save(reply) => {
                 let _ = reply
                     .send(VcpuState::read(&self.fd, self.index, &self.saved_msrs).map(Box::new));
             }
             Command::Load(state, reply) => {
+                self.awaited = self.can_leave && !state.is_started();
                 let _ = reply.send(state.write(&self.fd, self.index));
+            }
+            Command::Renew(reply) => {
+                let _ = reply.send(self.renew());
             }
             Command::PowerOn(boot, reply) => {
                 let _ = reply.send(self.power_on(boot));
@@ -135,9 +154,11 @@ impl Vcpu {
     /// Registers as after power-on and, for the first vCPU, as its kernel wants them.
     fn power_on(&mut self, boot: Option<BootRegisters>) -> Result<(), VcpuError> {
         let index = self.index;
-        if self.has_run {
+        let called = self.was_called()?;
+        if self.has_run || called {
             self.power_on.write(&self.fd, index)?;
         }
+        self.awaited = self.can_leave && index > 0;
         if let Some(boot) = boot {
             let sregs = self
                 .fd
@@ -153,6 +174,29 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Has KVM settle INIT and SIPI that are on the way: they are of the life that ends, and must not
+    /// start the vCPU in the next. True if it is not as after power-on.
+    fn was_called(&self) -> Result<bool, VcpuError> {
+        let state = (self.fd.get_mp_state()).map_err(refused(self.index, "get its run state"))?;
+        Ok(self.index > 0 && is_started(state))
+    }
+
+    /// Back to power-on, by itself.
+    fn renew(&mut self) -> Result<(), VcpuError> {
+        self.was_called()?;
+        self.awaited = self.can_leave;
+        (self.power_on).write_with_time_of_others(&self.fd, self.index)
+    }
+
+    /// Tells when the guest has started it.
+    fn note_start(&mut self) {
+        if self.awaited && self.fd.get_mp_state().is_ok_and(is_started) {
+            self.awaited = false;
+            let index = self.index;
+            (self.surroundings.requests).send(Request::VcpuStarted { index });
+        }
+    }
+
     fn begin(&mut self) -> State {
         self.counted = true;
         // A call that came before this is in `kicked`, which is looked at after.
@@ -162,9 +206,6 @@ impl Vcpu {
             let _ = self.fd.kvmclock_ctrl();
         }
         self.has_run = true;
-        if self.gate.enter() {
-            self.surroundings.requests.send(Request::AllEntered);
-        }
         State::Running
     }
 
@@ -208,6 +249,7 @@ impl Vcpu {
             Exit::Interrupted => {
                 // Without a call it was a stray signal, which has set the flag.
                 self.fd.set_kvm_immediate_exit(0);
+                self.note_start();
                 return true;
             }
             Exit::PowerOff => Request::PowerOff,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,10 +22,14 @@ use crate::thread::{ThreadKind, Threads};
 /// Asked of one vCPU; all but `Run` of a parked one.
 pub enum Command {
     Run,
+    /// Like `Run`, by itself while others run.
+    Join,
     Save(Sender<Result<Box<VcpuState>, VcpuError>>),
     Load(Box<VcpuState>, Sender<Result<(), VcpuError>>),
     /// Back to power-on.
     PowerOn(Option<BootRegisters>, Sender<Result<(), VcpuError>>),
+    /// Back to power-on while others run.
+    Renew(Sender<Result<(), VcpuError>>),
     End,
 }
 
@@ -56,9 +60,13 @@ pub enum VcpuSetError {
 
 /// A vCPU leaves the guest in microseconds; more than this is a fault of the host.
 const PATIENCE: Duration = Duration::from_secs(10);
+const RESTLESS: VcpuSetError = VcpuSetError::Restless {
+    seconds: PATIENCE.as_secs(),
+};
 
 impl VcpuSet {
-    /// Makes the vCPUs and their threads. They prepare themselves meanwhile: see [`VcpuSet::ready`].
+    /// Makes as many vCPUs as there can be, and their threads: a locked-down process can make neither.
+    /// They prepare themselves meanwhile: see [`VcpuSet::ready`].
     pub fn create(
         hypervisor: &Hypervisor,
         vm: &Vm,
@@ -76,7 +84,7 @@ impl VcpuSet {
             vcpus: Vec::new(),
             gate: Arc::clone(&gate),
         };
-        for index in 0..config.count {
+        for index in 0..config.most() {
             let kicked = Arc::new(AtomicBool::new(false));
             let parts = VcpuParts {
                 fd: vm.create_vcpu(index)?,
@@ -85,12 +93,13 @@ impl VcpuSet {
                 gate: Arc::clone(&gate),
                 kicked: Arc::clone(&kicked),
                 saved_msrs: Arc::clone(&saved_msrs),
+                can_leave: config.max.is_some(),
             };
             let cpuid = cpuid::shape(
                 supported.as_slice(),
                 config.profile,
                 index,
-                config.count,
+                config.most(),
                 tsc_deadline,
             );
             let cpuid = CpuId::from_entries(&cpuid).map_err(|_| VcpuError::TooMany { index })?;
@@ -162,17 +171,52 @@ impl VcpuSet {
         Ok(())
     }
 
-    /// Sets all going; `Request::AllEntered` tells when the last has entered the guest.
-    pub fn run(&self) -> Result<(), VcpuError> {
-        self.gate.open(self.vcpus.len());
-        for (index, vcpu) in (0..).zip(&self.vcpus) {
-            vcpu.kicked.store(false, Ordering::Release);
-            if vcpu.commands.send(Command::Run).is_err() {
+    /// Sets those going that are there; `Request::AllEntered` tells when the last of them has entered the
+    /// guest. The others stay at rest.
+    pub fn run(&self, there: &[u8]) -> Result<(), VcpuError> {
+        self.gate.open(there.len());
+        for index in there {
+            let begun = self.begin(*index, Command::Run);
+            if begun.is_err() {
                 self.gate.leave();
-                return Err(VcpuError::Gone { index });
             }
+            begun?;
         }
         Ok(())
+    }
+
+    /// Sets one going while others run.
+    pub fn join(&self, index: u8) -> Result<(), VcpuError> {
+        self.gate.join();
+        self.begin(index, Command::Join)
+            .inspect_err(|_| self.gate.leave())
+    }
+
+    fn begin(&self, index: u8, command: Command) -> Result<(), VcpuError> {
+        let vcpu = self.handle(index)?;
+        vcpu.kicked.store(false, Ordering::Release);
+        let begun = vcpu.commands.send(command);
+        begun.map_err(|_| VcpuError::Gone { index })
+    }
+
+    /// Takes one out of the guest, if it runs, and puts it back to power-on; others run on.
+    pub fn renew(&self, index: u8) -> Result<(), VcpuSetError> {
+        let vcpu = self.handle(index)?;
+        let gone = || VcpuError::Gone { index };
+        let (reply, answer) = channel();
+        vcpu.kick();
+        let asked = vcpu.commands.send(Command::Renew(reply));
+        asked.map_err(|_| gone())?;
+        match answer.recv_timeout(PATIENCE) {
+            Ok(outcome) => Ok(outcome?),
+            Err(RecvTimeoutError::Timeout) => Err(RESTLESS),
+            Err(RecvTimeoutError::Disconnected) => Err(gone().into()),
+        }
+    }
+
+    fn handle(&self, index: u8) -> Result<&Handle, VcpuError> {
+        let handle = self.vcpus.get(usize::from(index));
+        handle.ok_or(VcpuError::Gone { index })
     }
 
     /// Calls all out of the guest and waits until nothing of theirs is pending.
@@ -182,9 +226,7 @@ impl VcpuSet {
         }
         match self.gate.wait(PATIENCE) {
             true => Ok(()),
-            false => Err(VcpuSetError::Restless {
-                seconds: PATIENCE.as_secs(),
-            }),
+            false => Err(RESTLESS),
         }
     }
 

@@ -6,8 +6,8 @@
 use std::io;
 
 use kvm_bindings::{
-    Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -60,6 +60,14 @@ pub(super) fn refused(index: u8, action: &'static str) -> impl Fn(kvm_ioctls::Er
 
 /// IA32_TSC_DEADLINE: written last, its value fires the timer.
 const TSC_DEADLINE: u32 = 0x6e0;
+/// IA32_TIME_STAMP_COUNTER.
+const TSC: u32 = 0x10;
+
+/// Whether a vCPU in this run state has been started: it is no longer as it was after power-on, where
+/// all but the first wait for INIT.
+pub fn is_started(state: kvm_mp_state) -> bool {
+    state.mp_state != KVM_MP_STATE_UNINITIALIZED
+}
 
 impl VcpuState {
     /// Reads the state of a vCPU that does not run and has nothing pending.
@@ -90,8 +98,26 @@ impl VcpuState {
         })
     }
 
+    pub fn is_started(&self) -> bool {
+        is_started(self.mp_state)
+    }
+
     /// Writes the state to a vCPU that does not run; CPUID has been set.
     pub fn write(&self, fd: &VcpuFd, index: u8) -> Result<(), VcpuError> {
+        self.write_with(fd, index, &self.msrs)
+    }
+
+    /// The same for a vCPU that joins others which run: writing 0 has KVM give it their time, where what
+    /// its counter showed at power-on would put it far behind (Linux: kvm_synchronize_tsc).
+    pub fn write_with_time_of_others(&self, fd: &VcpuFd, index: u8) -> Result<(), VcpuError> {
+        let mut msrs = self.msrs.clone();
+        for msr in msrs.iter_mut().filter(|msr| msr.index == TSC) {
+            msr.data = 0;
+        }
+        self.write_with(fd, index, &msrs)
+    }
+
+    fn write_with(&self, fd: &VcpuFd, index: u8, msrs: &[kvm_msr_entry]) -> Result<(), VcpuError> {
         fd.set_mp_state(self.mp_state)
             .map_err(refused(index, "set its run state"))?;
         fd.set_regs(&self.regs)
@@ -107,7 +133,7 @@ impl VcpuState {
             .map_err(refused(index, "set its debug registers"))?;
         fd.set_lapic(&self.lapic)
             .map_err(refused(index, "set its local APIC"))?;
-        write_msrs(fd, index, &self.msrs)?;
+        write_msrs(fd, index, msrs)?;
         fd.set_vcpu_events(&self.events)
             .map_err(refused(index, "set its pending events"))
     }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::state::{MachineState, STATE_VERSION};
+use super::vcpus::UsedVcpus;
 use super::{Kernel, Machine, MachineError, RunState};
 use crate::board::{self, FixedDevices, acpi, generation, smbios};
 use crate::boot::disk::BootDisk;
@@ -95,10 +96,10 @@ pub(super) fn restore(
         return Err(BuildError::StateVersion { version });
     }
     config.validate()?;
-    if vcpus.len() != usize::from(config.cpus.count) {
+    if vcpus.len() != usize::from(config.cpus.most()) {
         return Err(BuildError::VcpuStates {
             states: vcpus.len(),
-            count: config.cpus.count,
+            count: config.cpus.most(),
         });
     }
     let memory = GuestMemory::map(memory, &config.memory)?;
@@ -108,6 +109,7 @@ pub(super) fn restore(
     };
     let mut machine = assemble(config, files, memory, saved, hook)?;
     machine.vcpus.ready().map_err(VcpuSetError::from)?;
+    machine.used = UsedVcpus::of(&vcpus);
     machine.vcpus.load(vcpus).map_err(VcpuSetError::from)?;
     machine.vm.set_clock(&clock)?;
     machine.state = RunState::Paused;
@@ -170,6 +172,7 @@ fn assemble(
     let FixedDevices {
         power,
         slots,
+        processors,
         panic,
         all: mut devices,
     } = board::attach(&config, &files, ioapic, &board, &mut saved)?;
@@ -213,6 +216,8 @@ fn assemble(
         _spares: spares,
         board,
         slots,
+        processors,
+        used: UsedVcpus::default(),
         places,
         vm,
     })

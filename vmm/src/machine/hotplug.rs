@@ -45,7 +45,7 @@ impl Machine {
         Ok(id)
     }
 
-    fn not_ended(&self, action: &'static str) -> Result<(), MachineError> {
+    pub(super) fn not_ended(&self, action: &'static str) -> Result<(), MachineError> {
         let state = self.state;
         match state {
             RunState::Stopped => Err(MachineError::WrongState { state, action }),

@@ -12,6 +12,7 @@ mod build;
 mod event;
 mod hotplug;
 mod state;
+mod vcpus;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::board::{EVENT_GENERATION, PciSlots, PowerPort, PvPanic, generation};
+use crate::board::{EVENT_GENERATION, PciSlots, PowerPort, Processors, PvPanic, generation};
 use crate::boot::disk::BootDisk;
 use crate::boot::{BootError, Inspected};
 use crate::config::{MachineConfig, MachineFiles, WatchdogAction};
@@ -36,6 +37,8 @@ use crate::spare::SpareThreads;
 use crate::thread::ThreadHook;
 use crate::virtio::Places;
 use crate::virtio::balloon::{BalloonControl, BalloonReport};
+
+use vcpus::UsedVcpus;
 
 pub use build::BuildError;
 pub use event::{Event, Registers, RunState, StopReason};
@@ -66,6 +69,9 @@ pub struct Machine {
     _spares: SpareThreads,
     board: Board,
     slots: Arc<PciSlots>,
+    /// Of a machine whose vCPUs come and go.
+    processors: Option<Arc<Processors>>,
+    used: UsedVcpus,
     places: Places,
     vm: Arc<Vm>,
 }
@@ -239,18 +245,6 @@ impl Machine {
         self.balloon.as_ref().map(BalloonControl::report)
     }
 
-    /// Wishes the guest `count` vCPUs: it is told of those that come, and asked for the last ones when there
-    /// are to be fewer; what it really uses [`Event::VcpusUsed`] says. From its next reset on it has `count`
-    /// in any case. May be asked again.
-    pub fn set_vcpus(&mut self, _count: u8) -> Result<(), MachineError> {
-        Err(MachineError::FixedVcpus)
-    }
-
-    /// How many vCPUs the guest uses, as far as it can be seen: it started them and did not let them go.
-    pub fn vcpus_used(&self) -> u8 {
-        self.config.cpus.count
-    }
-
     /// Wishes `bytes` of hot memory plugged, in whole blocks of [`crate::config::HOT_BLOCK`]; the guest plugs
     /// and unplugs as it can, which [`Event::HotMemory`] tells.
     pub fn set_hot_memory(&mut self, _bytes: u64) -> Result<(), MachineError> {
@@ -319,7 +313,7 @@ impl Machine {
         for device in &self.devices {
             device.resume()?;
         }
-        self.vcpus.run()?;
+        self.vcpus.run(&self.vcpus_there())?;
         self.state = RunState::Running;
         Ok(())
     }
@@ -376,6 +370,8 @@ impl Machine {
             }
             Request::WatchdogFired => self.watchdog_fired(),
             Request::SlotsEjected => self.slots_ejected(),
+            Request::VcpusEjected => self.vcpus_ejected(),
+            Request::VcpuStarted { index } => self.vcpu_started(index),
             Request::DeviceFault { device, detail } => {
                 self.end(StopReason::DeviceFault { device, detail });
             }
@@ -452,6 +448,7 @@ impl Machine {
         self.memory.clear()?;
         let boot = self.load()?;
         self.vcpus.power_on(boot)?;
+        self.forget_used();
         self.loaded = true;
         if running { self.run() } else { Ok(()) }
     }

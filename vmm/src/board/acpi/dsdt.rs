@@ -8,8 +8,11 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
+use super::processors::{SCAN, processors};
 use super::{OEM, OEM_REVISION, OEM_TABLE, encode};
-use crate::board::power::{EVENT_GENERATION, EVENT_PCI_SLOTS, EVENT_POWER_BUTTON, EVENTS, S5};
+use crate::board::power::{
+    EVENT_GENERATION, EVENT_PCI_SLOTS, EVENT_POWER_BUTTON, EVENT_PROCESSORS, EVENTS, S5,
+};
 use crate::board::slots;
 use crate::config::MachineConfig;
 use crate::layout::{
@@ -19,7 +22,7 @@ use crate::layout::{
 use crate::pci::SLOTS as PCI_SLOTS;
 
 /// Status of a device that is there, enabled, shown and working.
-const PRESENT: u8 = 0xf;
+pub(super) const PRESENT: u8 = 0xf;
 
 pub fn dsdt(config: &MachineConfig, layout: &Layout) -> Vec<u8> {
     let mut body = Vec::new();
@@ -27,14 +30,12 @@ pub fn dsdt(config: &MachineConfig, layout: &Layout) -> Vec<u8> {
     pci_root(&mut devices, layout);
     serial(&mut devices);
     clock(&mut devices);
-    power(&mut devices);
+    power(&mut devices, config.cpus.max.is_some());
     generation(&mut devices);
     if config.pvpanic {
         panic_port(&mut devices);
     }
-    for index in 0..config.cpus.count {
-        processor(&mut devices, index);
-    }
+    processors(&mut devices, &config.cpus);
     body.extend(Scope::raw(Path::new("\\_SB_"), devices));
     Name::new(
         Path::new("\\_S5_"),
@@ -46,19 +47,19 @@ pub fn dsdt(config: &MachineConfig, layout: &Layout) -> Vec<u8> {
     table.as_slice().to_vec()
 }
 
-fn device(into: &mut Vec<u8>, name: &str, children: Vec<&dyn Aml>) {
+pub(super) fn device(into: &mut Vec<u8>, name: &str, children: Vec<&dyn Aml>) {
     Device::new(Path::new(name), children).to_aml_bytes(into);
 }
 
-fn name(name: &str, value: &dyn Aml) -> Name {
+pub(super) fn name(name: &str, value: &dyn Aml) -> Name {
     Name::new(Path::new(name), value)
 }
 
 /// AML that is encoded already.
-struct Raw(Vec<u8>);
+pub(super) struct Raw(pub(super) Vec<u8>);
 
 impl Raw {
-    fn of(aml: &dyn Aml) -> Raw {
+    pub(super) fn of(aml: &dyn Aml) -> Raw {
         Raw(encode(aml))
     }
 }
@@ -208,7 +209,7 @@ fn clock(into: &mut Vec<u8>) {
 
 /// The power button, and the generic event device (ACPI 6.5 §5.6.9) that reads which event it was
 /// from the register that reading clears.
-fn power(into: &mut Vec<u8>) {
+fn power(into: &mut Vec<u8>, hot_processors: bool) {
     device(
         into,
         "PWRB",
@@ -236,6 +237,10 @@ fn power(into: &mut Vec<u8>) {
     when(EVENT_GENERATION, &notify("\\_SB_.VGEN"));
     let scan = MethodCall::new(Path::new("\\_SB_.PCI0.PCNT"), Vec::new());
     when(EVENT_PCI_SLOTS, &scan);
+    if hot_processors {
+        let scan = MethodCall::new(Path::new(SCAN), Vec::new());
+        when(EVENT_PROCESSORS, &scan);
+    }
     let event = Raw::of(&Method::new(Path::new("_EVT"), 1, true, vec![&Raw(body)]));
     let interrupt = Interrupt::new(true, true, false, false, ACPI_SCI.into());
     device(
@@ -280,14 +285,5 @@ fn panic_port(into: &mut Vec<u8>) {
             &name("_STA", &PRESENT),
             &resources,
         ],
-    );
-}
-
-fn processor(into: &mut Vec<u8>, index: u8) {
-    let path = format!("C{index:03}");
-    device(
-        into,
-        &path,
-        vec![&name("_HID", &"ACPI0007"), &name("_UID", &index)],
     );
 }

@@ -10,6 +10,7 @@ use acpi_tables::mcfg::MCFG;
 use super::{OEM, OEM_REVISION, OEM_TABLE, encode};
 use crate::board::power::{SLEEP_CONTROL, SLEEP_STATUS};
 use crate::board::watchdog;
+use crate::config::CpuConfig;
 use crate::layout::{
     ACPI_PM_PORT, IOAPIC, LOCAL_APIC, PCI_BUSES, PCI_ECAM, RESET_PORT, WATCHDOG_PORT,
 };
@@ -47,21 +48,32 @@ pub fn fadt(dsdt: u64) -> Vec<u8> {
     encode(&table.finalize())
 }
 
-/// ACPI 6.5 §5.2.12. Ids fit into a byte, so the old form serves; x2APIC is found by CPUID.
-pub fn madt(cpus: u8) -> Vec<u8> {
+/// ACPI 6.5 §5.2.12. Ids fit into a byte, so the old form serves; x2APIC is found by CPUID. Processors
+/// that are not there and may come are online-capable (§5.2.12.2).
+pub fn madt(cpus: &CpuConfig) -> Vec<u8> {
     let address = LocalInterruptController::Address(LOCAL_APIC as u32);
     let mut table = MADT::new(OEM, OEM_TABLE, OEM_REVISION, address);
-    for index in 0..cpus {
-        table.add_structure(ProcessorLocalApic::new(
-            index,
-            index,
-            EnabledStatus::Enabled,
-        ));
+    for index in 0..cpus.most() {
+        let status = match index < cpus.count {
+            true => EnabledStatus::Enabled,
+            false => EnabledStatus::DisabledOnlineCapable,
+        };
+        table.add_structure(ProcessorLocalApic::new(index, index, status));
     }
     // Its id does not meet a processor's: those are below 64.
     table.add_structure(IoApic::new(0xff, IOAPIC.base as u32, 0));
-    encode(&table)
+    let mut bytes = encode(&table);
+    // The crate says revision 1, which knows no online-capable processors.
+    if let Some([revision, checksum]) = bytes.get_mut(8..10) {
+        let added = MADT_REVISION.wrapping_sub(*revision);
+        *revision = MADT_REVISION;
+        *checksum = checksum.wrapping_sub(added);
+    }
+    bytes
 }
+
+/// That of ACPI 6.3 and later (§5.2.12).
+const MADT_REVISION: u8 = 5;
 
 /// PCI Firmware Specification 3.3 §4.1.2.
 pub fn mcfg() -> Vec<u8> {

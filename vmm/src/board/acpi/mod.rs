@@ -5,6 +5,7 @@
 
 mod dsdt;
 mod fixed;
+mod processors;
 
 use acpi_tables::Aml;
 use acpi_tables::rsdp::Rsdp;
@@ -58,7 +59,7 @@ fn tables(config: &MachineConfig, layout: &Layout) -> Vec<u8> {
     let dsdt = append(&dsdt::dsdt(config, layout));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(append(&fixed::fadt(dsdt)));
-    xsdt.add_entry(append(&fixed::madt(config.cpus.count)));
+    xsdt.add_entry(append(&fixed::madt(&config.cpus)));
     xsdt.add_entry(append(&fixed::mcfg()));
     if config.watchdog.is_some() {
         xsdt.add_entry(append(&fixed::wdat()));
