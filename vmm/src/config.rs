@@ -370,8 +370,6 @@ pub enum ConfigError {
     HotMemoryMax { max: u64 },
     #[error("{bytes} bytes of hot memory: this machine has up to {max}, in blocks of {HOT_BLOCK}")]
     HotMemorySize { bytes: u64, max: u64 },
-    #[error("{what}: not possible yet")]
-    NotYet { what: &'static str },
     #[error("hot memory of pages larger than {HOT_BLOCK} bytes is not possible")]
     HotMemoryPages,
     #[error("{given} descriptors for {what}, but {wanted} in the config")]
@@ -419,7 +417,6 @@ impl MachineConfig {
         self.memory.validate()?;
         if let Some(hot) = &self.hot_memory {
             hot.validate(&self.memory)?;
-            return Err(ConfigError::NotYet { what: "hot memory" });
         }
         self.check_balloon(self.balloon.map_or(0, |balloon| balloon.bytes))?;
         let length = self.command_line.len();

@@ -8,6 +8,7 @@
 //! 0x0000_fee0_0000  local APICs, MSI
 //! 0x0000_fffb_c000  pages that KVM on VMX wants (identity map, TSS)
 //! 0x0001_0000_0000  RAM above 4 GiB
+//! aligned, after it memory that comes and goes
 //! aligned, after it PCI 64-bit window
 //! ```
 
@@ -131,6 +132,8 @@ pub struct Layout {
     pub low: Window,
     /// RAM from 4 GiB, when there is more than fits below the hole.
     pub high: Option<Window>,
+    /// Memory that comes and goes: no RAM at the start, and in no map of it.
+    pub hot: Option<Window>,
     /// 64-bit window for PCI BARs, above all RAM.
     pub pci_mmio64: Window,
 }
@@ -138,7 +141,14 @@ pub struct Layout {
 impl Layout {
     /// The map for `bytes` of RAM.
     pub const fn new(bytes: u64) -> Layout {
+        Layout::with_hot(bytes, 0)
+    }
+
+    /// The map for `bytes` of RAM and up to `hot` more.
+    pub const fn with_hot(bytes: u64, hot: u64) -> Layout {
         const WINDOW: u64 = 16 << 30;
+        // What Linux adds memory in, at most (memory_block_size_bytes on x86).
+        const HOT: u64 = 2 << 30;
         let (low, high) = if bytes > HOLE_START {
             let high = Window {
                 base: HOLE_END,
@@ -152,9 +162,21 @@ impl Layout {
             Some(high) => high.end(),
             None => HOLE_END,
         };
+        let hot = match hot {
+            0 => None,
+            size => Some(Window {
+                base: top.next_multiple_of(HOT),
+                size,
+            }),
+        };
+        let top = match hot {
+            Some(hot) => hot.end(),
+            None => top,
+        };
         Layout {
             low: Window { base: 0, size: low },
             high,
+            hot,
             pci_mmio64: Window {
                 base: top.next_multiple_of(WINDOW),
                 size: WINDOW,
@@ -181,5 +203,17 @@ mod tests {
             assert!(layout.ram().all(|ram| ram.end() <= layout.pci_mmio64.base));
         }
         assert_eq!(Layout::new(HOLE_START).high, None);
+    }
+
+    #[test]
+    fn hot_memory_lies_between_ram_and_windows() {
+        for bytes in [64 << 20, HOLE_START + 4096, 64 << 30] {
+            let layout = Layout::with_hot(bytes, 3 << 30);
+            let hot = layout.hot.unwrap();
+            assert!(hot.base.is_multiple_of(2 << 30) && hot.size == 3 << 30);
+            assert!(hot.base >= HOLE_END && layout.ram().all(|ram| ram.end() <= hot.base));
+            assert!(hot.end() <= layout.pci_mmio64.base);
+            assert_eq!(layout.ram().map(|window| window.size).sum::<u64>(), bytes);
+        }
     }
 }

@@ -5,6 +5,8 @@
 //! can never be made to fault by a truncation. What is not touched is not there: a page that was given
 //! back reads as zero.
 
+mod hot;
+
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
@@ -19,8 +21,10 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
-use crate::config::{MemoryConfig, PageSize};
-use crate::layout::Layout;
+use crate::config::{HOT_BLOCK, HotMemoryConfig, MemoryConfig, PageSize};
+use crate::layout::{Layout, Window};
+
+pub use hot::{BlockState, Blocks, HotMemory};
 
 /// What the rust-vmm crates work on.
 pub type GuestMap = GuestMemoryMmap<AtomicBitmap>;
@@ -32,6 +36,7 @@ pub struct GuestMemory {
     file: Arc<File>,
     pages: PageSize,
     bytes: u64,
+    hot: Option<Arc<HotMemory>>,
 }
 
 /// One contiguous range as KVM wants it.
@@ -72,6 +77,11 @@ pub enum MemoryError {
         guest: u64,
         source: io::Error,
     },
+    #[error("{action} hot memory")]
+    Hot {
+        action: &'static str,
+        source: io::Error,
+    },
     #[error("give memory back to the host")]
     Discard { source: io::Error },
 }
@@ -79,13 +89,21 @@ pub enum MemoryError {
 impl GuestMemory {
     /// Makes memory for a machine; `config` is valid.
     pub fn create(config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
-        let bytes = config.bytes;
-        let file = create_file(config).map_err(|source| MemoryError::Create {
+        GuestMemory::create_with(config, None)
+    }
+
+    /// With room for hot memory, of which nothing is plugged.
+    pub fn create_with(
+        config: &MemoryConfig,
+        hot: Option<&HotMemoryConfig>,
+    ) -> Result<GuestMemory, MemoryError> {
+        let bytes = file_size(config, hot);
+        let file = create_file(config.pages, bytes).map_err(|source| MemoryError::Create {
             bytes,
             pages: config.pages,
             source,
         })?;
-        let memory = GuestMemory::map(file, config)?;
+        let memory = GuestMemory::map(file, config, hot)?;
         memory.reserve()?;
         Ok(memory)
     }
@@ -104,12 +122,21 @@ impl GuestMemory {
         })
     }
 
-    /// Maps memory that exists already; `file` has the size and page size of `config`.
-    pub fn map(file: File, config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
+    /// Maps memory that exists already; `file` has the size and page size of `config`. Of hot memory
+    /// nothing is plugged.
+    pub fn map(
+        file: File,
+        config: &MemoryConfig,
+        hot: Option<&HotMemoryConfig>,
+    ) -> Result<GuestMemory, MemoryError> {
         let file = Arc::new(file);
+        let layout = Layout::with_hot(config.bytes, hot.map_or(0, |hot| hot.max));
         let mut regions = Vec::new();
         let mut offset = 0;
-        for range in Layout::new(config.bytes).ram() {
+        for range in layout.ram().chain(layout.hot) {
+            if Some(range) == layout.hot {
+                offset = hot_offset(config);
+            }
             let region = MmapRegionBuilder::new_with_bitmap(
                 range.size as usize,
                 AtomicBitmap::with_len(range.size as usize),
@@ -129,26 +156,41 @@ impl GuestMemory {
             regions.extend(GuestRegionMmap::new(region, GuestAddress(range.base)));
         }
         let map = Arc::new(GuestMap::from_regions(regions)?);
+        let make = |window: Window| {
+            let (offset, file) = (hot_offset(config), Arc::clone(&file));
+            HotMemory::new(window, offset, file, config.pages, Arc::clone(&map))
+        };
+        let hot = layout.hot.map(make).transpose()?.map(Arc::new);
         Ok(GuestMemory {
             map,
             file,
             pages: config.pages,
             bytes: config.bytes,
+            hot,
         })
     }
 
     /// The ranges to be given to KVM.
     pub fn slots(&self) -> Vec<Slot> {
-        let slot = |region: &GuestRegionMmap<AtomicBitmap>| Slot {
-            guest: region.start_addr().0,
-            size: region.len(),
-            host: region.as_ptr() as u64,
+        let slot = |region: &GuestRegionMmap<AtomicBitmap>| match &self.hot {
+            Some(hot) if hot.window().base == region.start_addr().0 => hot.slot(),
+            _ => Slot {
+                guest: region.start_addr().0,
+                size: region.len(),
+                host: region.as_ptr() as u64,
+            },
         };
         self.map.iter().map(slot).collect()
     }
 
+    /// Without hot memory.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// What comes and goes, if the machine has such.
+    pub fn hot(&self) -> Option<&Arc<HotMemory>> {
+        self.hot.as_ref()
     }
 
     pub fn page_size(&self) -> PageSize {
@@ -252,7 +294,10 @@ impl GuestMemory {
     /// All zeros again, and nothing of it in the host's memory. No vCPU runs, no device is active.
     pub fn clear(&self) -> Result<(), MemoryError> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&*self.file, flags, 0, self.bytes).map_err(|source| {
+        let hot = self.hot.as_ref().map_or(0, |hot| hot.window().size);
+        // What lies between the two is nothing.
+        let bytes = self.bytes.next_multiple_of(HOT_BLOCK) + hot;
+        rustix::fs::fallocate(&*self.file, flags, 0, bytes).map_err(|source| {
             MemoryError::Discard {
                 source: source.into(),
             }
@@ -278,9 +323,18 @@ impl AsFd for GuestMemory {
     }
 }
 
-fn create_file(config: &MemoryConfig) -> io::Result<File> {
+/// Where hot memory begins in the file.
+fn hot_offset(config: &MemoryConfig) -> u64 {
+    config.bytes.next_multiple_of(HOT_BLOCK)
+}
+
+fn file_size(config: &MemoryConfig, hot: Option<&HotMemoryConfig>) -> u64 {
+    hot.map_or(config.bytes, |hot| hot_offset(config) + hot.max)
+}
+
+fn create_file(pages: PageSize, bytes: u64) -> io::Result<File> {
     let base = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let flags = match config.pages {
+    let flags = match pages {
         PageSize::Small | PageSize::Transparent => base | MemfdFlags::NOEXEC_SEAL,
         PageSize::Huge2MiB => base | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
         PageSize::Huge1GiB => base | MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
@@ -292,7 +346,7 @@ fn create_file(config: &MemoryConfig) -> io::Result<File> {
         }
         other => other,
     }?;
-    rustix::fs::ftruncate(&fd, config.bytes)?;
+    rustix::fs::ftruncate(&fd, bytes)?;
     let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
     rustix::fs::fcntl_add_seals(&fd, seals)?;
     Ok(File::from(fd))

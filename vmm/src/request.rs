@@ -25,6 +25,8 @@ pub enum Request {
     VcpusEjected,
     /// The guest has started a vCPU (by INIT) that had waited for it.
     VcpuStarted { index: u8 },
+    /// The guest has plugged or unplugged hot memory; how much there is, the device knows.
+    HotMemoryChanged,
     /// The guest did not feed its watchdog; the machine does what its config says.
     WatchdogFired,
     /// The guest misused a device so that only stopping the machine is left, or a host resource
@@ -56,6 +58,7 @@ impl Request {
             Request::Panicked { .. } | Request::WatchdogFired => false,
             Request::SlotsEjected | Request::AllEntered => false,
             Request::VcpusEjected | Request::VcpuStarted { .. } => false,
+            Request::HotMemoryChanged => false,
         }
     }
 }

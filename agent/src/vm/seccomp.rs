@@ -208,7 +208,8 @@ fn program(kind: Kind) -> Result<BpfProgram, FilterError> {
     let failed = |detail: String| FilterError { kind, detail };
     let more: &[i64] = match kind {
         Kind::Main => MAIN,
-        Kind::Vcpu => &[libc::SYS_sendto],
+        // A driver that starts or resets its balloon or hot memory has memory given back on its vCPU.
+        Kind::Vcpu => &[libc::SYS_sendto, libc::SYS_fallocate],
         Kind::Block => BLOCK,
         // It reads and writes; what it asks of its tap is below.
         Kind::Net => &[],

@@ -9,7 +9,7 @@ use crate::pci::Bus;
 use crate::serial::{self, Line};
 use crate::stack::{self, Stack};
 use crate::start_info::StartInfo;
-use crate::{clock, cpu, memory, misuse, nonce, smp};
+use crate::{clock, cpu, hot_memory, memory, misuse, nonce, smp};
 
 const PAGE: u64 = 4096;
 const PAGES_PER_MIB: u64 = 256;
@@ -207,6 +207,7 @@ impl Probe {
             "touch" => self.touch(words, out),
             "dirty" => self.dirty(words, out),
             "balloon" => self.balloon(words, out),
+            "memory" => self.hot_memory(words, out),
             "slots" => self.slots(out),
             "eject" => self.eject(words),
             "cpus" => self.cpus(out),
@@ -435,6 +436,46 @@ impl Probe {
         Ok(())
     }
 
+    fn hot_memory(&mut self, words: &mut Words, out: &mut Line) -> Outcome {
+        const USAGE: Refusal =
+            Refusal::Usage("[plug|unplug|unplug-all|state|fill|check FIRST COUNT [VALUE]]");
+        let memory = self.devices.hot_memory.as_mut().ok_or(Refusal::NoDevice)?;
+        let (verb, range) = (words.word(), words.number().zip(words.number()));
+        let mut ask = |kind, (first, count): (u64, u64)| memory.ask(kind, first, count as u16);
+        match (verb, range) {
+            (None, None) => {
+                let sizes = memory.sizes()?;
+                let _ = write!(out, " region={} usable={}", sizes.region, sizes.usable);
+                let _ = write!(
+                    out,
+                    " plugged={} requested={}",
+                    sizes.plugged, sizes.requested
+                );
+            }
+            (Some("plug"), Some(range)) => tell_answer(out, ask(hot_memory::PLUG, range)?.0),
+            (Some("unplug"), Some(range)) => tell_answer(out, ask(hot_memory::UNPLUG, range)?.0),
+            (Some("unplug-all"), None) => tell_answer(out, ask(hot_memory::UNPLUG_ALL, (0, 0))?.0),
+            (Some("state"), Some(range)) => {
+                let (answer, state) = ask(hot_memory::STATE, range)?;
+                tell_answer(out, answer);
+                let _ = write!(out, " state={state}");
+            }
+            (Some(verb), Some((first, count))) => {
+                let value = words.number().ok_or(USAGE)?;
+                match verb {
+                    "fill" => memory.fill(first, count, value),
+                    "check" => match memory.check(first, count, value) {
+                        None => {}
+                        Some(place) => return Err(Refusal::At(place)),
+                    },
+                    _ => return Err(USAGE),
+                }
+            }
+            _ => return Err(USAGE),
+        }
+        Ok(())
+    }
+
     /// Looks at the processors' registers and starts those that came.
     fn cpus(&mut self, out: &mut Line) -> Outcome {
         let word = |offset| u64::from(cpu::inl(PROCESSORS_PORT + offset));
@@ -512,6 +553,10 @@ impl Probe {
         let _ = write!(out, " mib={done} us={}", clock::us(cpu::tsc() - begin));
         Ok(())
     }
+}
+
+fn tell_answer(out: &mut Line, answer: u16) {
+    let _ = write!(out, " answer={answer}");
 }
 
 /// Lets go of a processor: by force (also if it is unknown here), or only the one that was started last.

@@ -5,6 +5,7 @@ use virtio_drivers::{Error, Result};
 
 use crate::balloon::Balloon;
 use crate::disk::Disk;
+use crate::hot_memory::HotMemory;
 use crate::memory::{self, Registers};
 use crate::net::Net;
 use crate::pci::{Bus, Function};
@@ -133,6 +134,7 @@ pub struct Devices {
     pub rng: Option<Rng>,
     pub console: Option<Console>,
     pub balloon: Option<Balloon>,
+    pub hot_memory: Option<HotMemory>,
     pub net: Option<&'static mut Net>,
     pvpanic: PvPanic,
 }
@@ -149,6 +151,7 @@ impl Devices {
             rng: None,
             console: None,
             balloon: None,
+            hot_memory: None,
             net: None,
             pvpanic: PvPanic::Port,
         };
@@ -224,6 +227,7 @@ impl Devices {
             DeviceType::EntropySource => self.rng = Some(Rng::new(transport)?),
             DeviceType::Console => self.console = Some(Console::new(transport)?),
             DeviceType::MemoryBalloon => self.balloon = Some(Balloon::new(transport)?),
+            DeviceType::Memory => self.hot_memory = Some(HotMemory::new(transport)?),
             DeviceType::Network if self.net_slot == 0 => {
                 self.net = Some(Net::new(transport, offloads)?);
                 self.net_slot = slot;

@@ -38,6 +38,10 @@
 //! | `balloon free MIB` | `ok balloon mib= us=`: reports that much of free memory, from its start, as free
 //! | | (what was `touch`ed is there again as zeros) |
 //! | `balloon target` | `ok balloon pages=`: what the host wishes in it |
+//! | `memory` | `ok memory region= usable= plugged= requested=`: of hot memory, bytes |
+//! | `memory plug\|unplug FIRST COUNT`, `memory unplug-all` | `ok memory answer=N`, of the device; the numbers are of blocks |
+//! | `memory state FIRST COUNT` | `ok memory answer=N state=N` |
+//! | `memory fill FIRST COUNT VALUE`, `memory check FIRST COUNT VALUE` | `ok memory`, or `err memory at=`: a word in each page |
 //! | `slots` | `ok slots up=HEX down=HEX`: looks which PCI slots were filled (and drives what is there) and which are asked for |
 //! | `eject SLOT` | `ok eject`: lets go of the disk or network in the slot |
 //! | `cpus` | `ok cpus present=HEX up=HEX down=HEX vcpus=N`: looks which vCPUs are there, came (and starts
@@ -69,6 +73,7 @@ mod cpu;
 mod devices;
 mod disk;
 mod disk_load;
+mod hot_memory;
 mod interrupts;
 mod memory;
 mod misuse;

@@ -54,6 +54,7 @@ pub fn kind(function: &Function) -> Option<DeviceType> {
         0x1005 | 0x1044 => Some(DeviceType::EntropySource),
         0x1000 | 0x1041 => Some(DeviceType::Network),
         0x1002 | 0x1045 => Some(DeviceType::MemoryBalloon),
+        0x1058 => Some(DeviceType::Memory),
         _ => None,
     }
 }

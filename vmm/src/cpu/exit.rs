@@ -92,7 +92,10 @@ pub fn enter(fd: &mut VcpuFd) -> Exit<'_> {
             Exit::Failed { detail }
         }
         Ok(VcpuExit::MemoryFault { gpa, size, flags }) => {
-            let detail = format!("memory fault at {gpa:#x}, {size:#x} bytes, flags {flags:#x}");
+            let detail = format!(
+                "memory fault at {gpa:#x}, {size:#x} bytes, flags {flags:#x}: is that hot memory that is \
+                 not plugged?"
+            );
             Exit::Failed { detail }
         }
         Ok(other) => Exit::Failed {
@@ -100,6 +103,10 @@ pub fn enter(fd: &mut VcpuFd) -> Exit<'_> {
         },
         // EAGAIN: the vCPU waits for INIT and SIPI and was woken by something else.
         Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Exit::Interrupted,
+        // The host has nothing behind an address that the guest's memory has: which, KVM does not say.
+        Err(error) if error.errno() == libc::EFAULT => Exit::Failed {
+            detail: format!("KVM_RUN failed: {error}: a write to hot memory that is not plugged?"),
+        },
         Err(error) => Exit::Failed {
             detail: format!("KVM_RUN failed: {error}"),
         },

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::rig::{MEMORY, Rig};
+use super::rig::{HOT_MEMORY, MEMORY, Rig};
 use crate::cpu::EndOfInterrupt;
 use crate::layout;
 use crate::pci::MSIX_CAPABILITY;
@@ -15,14 +15,15 @@ use crate::request::Request;
 const STEP: usize = 12;
 /// More steps teach nothing that fewer do not.
 const STEPS_MAX: usize = 400;
-/// Disk, console, random numbers, balloon: PCI slots 1 to 4.
-const DEVICES: u8 = 4;
+/// Disk, console, random numbers, balloon, hot memory: PCI slots 1 to 5.
+const DEVICES: u8 = 5;
 const QUEUES: u64 = 8;
 /// Where a driver that knows its work has its rings; what is below is for buffers.
 const RINGS: u64 = 8 << 20;
 const RING: u64 = 0x4000;
 const DEADLINE: Duration = Duration::from_secs(20);
 const RNG: u8 = 2;
+const MEM: u8 = 4;
 
 /// Ports that something answers at, and a neighbour that nothing does.
 const PORTS: [(u16, u16); 9] = [
@@ -78,7 +79,8 @@ impl Guest {
     fn step(&mut self, step: &[u8; STEP]) {
         let [kind, what, low, high, value @ ..] = *step;
         let place = u16::from_le_bytes([low, high]);
-        let device = what % DEVICES;
+        // The device that came last has a mark of its own, so that older seeds mean what they meant.
+        let device = if kind >> 4 == 0xe { MEM } else { what % MEM };
         let width = 1usize << (what / 4 % 4);
         let number = u64::from_le_bytes(value);
         let queue = u64::from(what / 4) % QUEUES;
@@ -174,7 +176,10 @@ impl Guest {
             0 => (layout::IOAPIC.base, 0),
             1 => (layout::PCI_ECAM.base, 4),
             2 => (layout::PCI_MMIO32.base, 3),
-            _ => (layout::Layout::new(MEMORY).pci_mmio64.base, 12),
+            _ => (
+                layout::Layout::with_hot(MEMORY, HOT_MEMORY).pci_mmio64.base,
+                12,
+            ),
         };
         let address = window + (u64::from(place) << shift);
         self.rig.mmio.write(address, data);
@@ -277,7 +282,7 @@ impl Guest {
 
     /// Makes a chain available, counted once or as often as the guest pleases.
     fn offer(&mut self, device: u8, queue: u64, head: u16, jump: u64) {
-        let size = [256, 64, 64, 128][usize::from(device)];
+        let size = [256, 64, 64, 128, 64][usize::from(device)];
         let count = &mut self.available[index(device, queue)];
         let driver = ring(device, queue) + 0x1000;
         let slot = driver + 4 + 2 * u64::from(*count % size);
@@ -338,6 +343,10 @@ fn structure(place: u16) -> u64 {
 }
 
 fn port(place: u16) -> u64 {
-    let (base, length) = PORTS[usize::from(place >> 8) % PORTS.len()];
+    let (base, length) = match place >> 8 {
+        // They came last, as the device above.
+        0xee => (layout::PROCESSORS_PORT, 28),
+        number => PORTS[usize::from(number) % PORTS.len()],
+    };
     u64::from(base + (place & 0xff) % length)
 }

@@ -11,8 +11,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use crate::board::{self, IoApic};
 use crate::bus::Bus;
 use crate::config::{
-    BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, MachineConfig, MachineFiles,
-    PageSize, RngConfig, WatchdogAction, WatchdogConfig,
+    BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, HotMemoryConfig, MachineConfig,
+    MachineFiles, PageSize, RngConfig, WatchdogAction, WatchdogConfig,
 };
 use crate::device::{Board, Device, SavedDevices};
 use crate::eventfd::EventFd;
@@ -25,10 +25,11 @@ use crate::thread::Threads;
 use crate::virtio::{self, Placement};
 
 pub(super) const MEMORY: u64 = 16 << 20;
+pub(super) const HOT_MEMORY: u64 = 32 << 20;
 const DISK: u64 = 64 << 10;
 
-/// A board with a disk of two queues, a console of two ports, random numbers and a balloon, in that order from
-/// PCI slot 1 on, and every fixed device.
+/// A board with a disk of two queues, a console of two ports, random numbers, a balloon and hot memory, in that
+/// order from PCI slot 1 on, and every fixed device.
 pub(super) struct Rig {
     pub(super) memory: GuestMemory,
     pub(super) pio: Arc<Bus>,
@@ -45,7 +46,7 @@ impl Rig {
     pub(super) fn new() -> Outcome<Self> {
         let config = config();
         let files = files()?;
-        let memory = GuestMemory::create(&config.memory)?;
+        let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
         let (requests, receiver) = channel()?;
         let reactor = Reactor::new()?;
         let threads = Threads::new(None, requests.clone());
@@ -60,7 +61,7 @@ impl Rig {
             reactor: reactor.clone(),
             threads: threads.clone(),
             requests,
-            layout: Layout::new(MEMORY),
+            layout: Layout::with_hot(MEMORY, HOT_MEMORY),
         };
         let mut saved = SavedDevices::default();
         let ioapic = board::interrupts(msi, &mut saved)?;
@@ -112,6 +113,11 @@ fn config() -> MachineConfig {
         bytes: 1 << 20,
         deflate_on_oom: true,
     });
+    config.hot_memory = Some(HotMemoryConfig {
+        max: HOT_MEMORY,
+        bytes: 16 << 20,
+    });
+    config.cpus.max = Some(8);
     config.watchdog = Some(WatchdogConfig {
         action: WatchdogAction::None,
     });

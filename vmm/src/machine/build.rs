@@ -19,7 +19,7 @@ use crate::layout::Layout;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::reactor::Reactor;
 use crate::request::channel;
-use crate::spare::Work;
+use crate::spare::{SpareThreads, Work};
 use crate::thread::{ThreadHook, Threads};
 use crate::virtio::block::THREADS;
 use crate::virtio::{self, Attached, Placement};
@@ -59,7 +59,7 @@ pub(super) fn build(
     hook: Option<ThreadHook>,
 ) -> Result<Machine, BuildError> {
     config.validate()?;
-    let memory = GuestMemory::create(&config.memory)?;
+    let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
     let mut parts = assemble(config, files, memory, Saved::default(), hook)?;
     // A disk is read at the start: its content is a user's, and by then the process is locked down.
     let boot = match parts.kernel {
@@ -102,7 +102,7 @@ pub(super) fn restore(
             count: config.cpus.most(),
         });
     }
-    let memory = GuestMemory::map(memory, &config.memory)?;
+    let memory = GuestMemory::map(memory, &config.memory, config.hot_memory.as_ref())?;
     let saved = Saved {
         devices: SavedDevices::new(devices),
         placement,
@@ -138,7 +138,8 @@ fn assemble(
     } = saved;
     let host = |what| move |source| BuildError::Host { what, source };
     let kernel = kernel(&config, &files)?;
-    let layout = Layout::new(config.memory.bytes);
+    let hot = config.hot_memory.map_or(0, |hot| hot.max);
+    let layout = Layout::with_hot(config.memory.bytes, hot);
     let kvm = files
         .kvm
         .try_clone()
@@ -180,14 +181,11 @@ fn assemble(
         devices: behind_pci,
         places,
         balloon,
+        hot_memory,
     } = virtio::attach(&config, &files, &board, placement, &mut saved)?;
     devices.extend(behind_pci);
     saved.finish()?;
-    let spares = threads.prepare([
-        (Work::Block, usize::from(config.hot_disks) * THREADS),
-        (Work::Net, usize::from(config.hot_nets)),
-    ]);
-    let spares = spares.map_err(host("start the threads of later devices"))?;
+    let spares = spares(&config, &threads).map_err(host("start the threads of later devices"))?;
     threads.seal();
     let reactor_thread = reactor
         .run(&threads)
@@ -202,6 +200,7 @@ fn assemble(
         power,
         panic,
         balloon,
+        hot_memory,
         _reactor: reactor_thread,
         receiver,
         state: RunState::Ready,
@@ -221,6 +220,14 @@ fn assemble(
         places,
         vm,
     })
+}
+
+/// Threads for devices that may come.
+fn spares(config: &MachineConfig, threads: &Threads) -> std::io::Result<SpareThreads> {
+    threads.prepare([
+        (Work::Block, usize::from(config.hot_disks) * THREADS),
+        (Work::Net, usize::from(config.hot_nets)),
+    ])
 }
 
 /// What is booted, now and at every reset.

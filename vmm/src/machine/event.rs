@@ -15,7 +15,8 @@ pub enum RunState {
     Stopped,
 }
 
-/// Something that the owner should know.
+/// Something that the owner should know. A guest can bring some of it about as often as it likes: whoever
+/// passes events on bounds how many.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
     /// Every vCPU has entered KVM_RUN (after `start` or `resume`).

@@ -37,6 +37,7 @@ use crate::spare::SpareThreads;
 use crate::thread::ThreadHook;
 use crate::virtio::Places;
 use crate::virtio::balloon::{BalloonControl, BalloonReport};
+use crate::virtio::mem::MemControl;
 
 use vcpus::UsedVcpus;
 
@@ -53,6 +54,7 @@ pub struct Machine {
     power: Arc<PowerPort>,
     panic: Option<Arc<PvPanic>>,
     balloon: Option<BalloonControl>,
+    hot_memory: Option<MemControl>,
     receiver: RequestReceiver,
     state: RunState,
     /// Requests that were taken from the queue and not carried out yet.
@@ -247,13 +249,26 @@ impl Machine {
 
     /// Wishes `bytes` of hot memory plugged, in whole blocks of [`crate::config::HOT_BLOCK`]; the guest plugs
     /// and unplugs as it can, which [`Event::HotMemory`] tells.
-    pub fn set_hot_memory(&mut self, _bytes: u64) -> Result<(), MachineError> {
-        Err(MachineError::NoHotMemory)
+    pub fn set_hot_memory(&mut self, bytes: u64) -> Result<(), MachineError> {
+        let control = self.hot_memory.as_ref();
+        let control = control.ok_or(MachineError::NoHotMemory)?;
+        if let Some(config) = &mut self.config.hot_memory {
+            config.check_bytes(bytes)?;
+            config.bytes = bytes;
+        }
+        control.set_requested(bytes);
+        Ok(())
     }
 
     /// Bytes of hot memory that are plugged; `None`: there can be none.
     pub fn hot_memory(&self) -> Option<u64> {
-        None
+        self.hot_memory.as_ref().map(MemControl::plugged)
+    }
+
+    fn hot_memory_changed(&mut self) {
+        if let Some(plugged) = self.hot_memory.as_ref().map(MemControl::take_changed) {
+            self.announce(Event::HotMemory { plugged });
+        }
     }
 
     /// Ends the machine; the guest is not asked.
@@ -370,6 +385,7 @@ impl Machine {
             }
             Request::WatchdogFired => self.watchdog_fired(),
             Request::SlotsEjected => self.slots_ejected(),
+            Request::HotMemoryChanged => self.hot_memory_changed(),
             Request::VcpusEjected => self.vcpus_ejected(),
             Request::VcpuStarted { index } => self.vcpu_started(index),
             Request::DeviceFault { device, detail } => {
@@ -434,7 +450,9 @@ impl Machine {
         self.keep(|request| {
             matches!(
                 request,
-                Request::DeviceFault { .. } | Request::ThreadPanicked { .. }
+                Request::DeviceFault { .. }
+                    | Request::ThreadPanicked { .. }
+                    | Request::HotMemoryChanged
             )
         });
         self.receiver.clear_halt();

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::balloon::{Balloon, BalloonControl};
 use super::block::Block;
 use super::console::Console;
+use super::mem::{Mem, MemControl};
 use super::net::Net;
 use super::rng::Rng;
 use super::{VirtioDevice, VirtioPciDevice};
@@ -104,13 +105,13 @@ pub struct Attached {
     pub devices: Vec<Arc<dyn Device>>,
     pub places: Places,
     pub balloon: Option<BalloonControl>,
+    pub hot_memory: Option<MemControl>,
 }
 
 /// Makes the root complex and all virtio devices of a machine. What it keeps of `files` it duplicates.
 ///
-/// Slots are given in a fixed order (disks, console, random numbers, balloon, networks), so that a guest
-/// finds its devices
-/// in the same places after every start.
+/// Slots are given in a fixed order (disks, console, random numbers, balloon, hot memory, networks), so that
+/// a guest finds its devices in the same places after every start.
 pub fn attach(
     config: &MachineConfig,
     files: &MachineFiles,
@@ -164,18 +165,7 @@ pub fn attach(
         };
         devices.push(plug("rng0", make, &mut places, board, saved)?);
     }
-    let mut control = None;
-    if let Some(config) = &config.balloon {
-        let make = |saved: Option<&SavedDevice>| {
-            let balloon = match saved {
-                Some(saved) => Balloon::restore(saved, config, board)?,
-                None => Balloon::new("balloon0", config, board),
-            };
-            control = Some(balloon.control());
-            Ok(Box::new(balloon) as Box<dyn VirtioDevice>)
-        };
-        devices.push(plug("balloon0", make, &mut places, board, saved)?);
-    }
+    let (balloon, hot_memory) = memory(config, &mut devices, &mut places, board, saved)?;
     for (index, (net, files)) in config.nets.iter().zip(&files.nets).enumerate() {
         let id = match places.placement.nets.get(index) {
             Some(id) => id.clone(),
@@ -201,8 +191,44 @@ pub fn attach(
     Ok(Attached {
         devices,
         places,
-        balloon: control,
+        balloon,
+        hot_memory,
     })
+}
+
+/// What gives memory and takes it, and the host's hands on it.
+fn memory(
+    config: &MachineConfig,
+    devices: &mut Vec<Arc<dyn Device>>,
+    places: &mut Places,
+    board: &Board,
+    saved: &mut SavedDevices,
+) -> Result<(Option<BalloonControl>, Option<MemControl>), DeviceError> {
+    let mut balloon_control = None;
+    if let Some(config) = &config.balloon {
+        let make = |saved: Option<&SavedDevice>| {
+            let balloon = match saved {
+                Some(saved) => Balloon::restore(saved, config, board)?,
+                None => Balloon::new("balloon0", config, board),
+            };
+            balloon_control = Some(balloon.control());
+            Ok(Box::new(balloon) as Box<dyn VirtioDevice>)
+        };
+        devices.push(plug("balloon0", make, places, board, saved)?);
+    }
+    let mut hot_memory = None;
+    if let Some(config) = &config.hot_memory {
+        let make = |saved: Option<&SavedDevice>| {
+            let device = match saved {
+                Some(saved) => Mem::restore(saved, board)?,
+                None => Mem::new("memory0", config, board)?,
+            };
+            hot_memory = Some(device.control());
+            Ok(Box::new(device) as Box<dyn VirtioDevice>)
+        };
+        devices.push(plug("memory0", make, places, board, saved)?);
+    }
+    Ok((balloon_control, hot_memory))
 }
 
 /// Makes a disk for a machine that runs: no ring can be made any more, so threads do its I/O, which were

@@ -14,6 +14,7 @@ pub enum DeviceType {
     Console = 3,
     Entropy = 4,
     Balloon = 5,
+    Memory = 24,
 }
 
 impl DeviceType {
@@ -23,7 +24,7 @@ impl DeviceType {
             DeviceType::Net => [0x02, 0x00, 0],
             DeviceType::Block => [0x01, 0x80, 0],
             DeviceType::Console => [0x07, 0x80, 0],
-            DeviceType::Entropy | DeviceType::Balloon => [0xff, 0, 0],
+            DeviceType::Entropy | DeviceType::Balloon | DeviceType::Memory => [0xff, 0, 0],
         }
     }
 }
@@ -60,6 +61,9 @@ pub trait VirtioDevice: Send {
 
     /// Forgets what the last driver set. Called without queues.
     fn reset(&mut self) {}
+
+    /// Forgets also what outlives a driver: the machine begins anew. Called without queues, after `reset`.
+    fn power_on(&mut self) {}
 
     /// What the guest could observe beyond queues and transport. Called without queues.
     fn save(&self) -> Result<SavedDevice, DeviceError>;

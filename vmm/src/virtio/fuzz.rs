@@ -134,15 +134,7 @@ fn make(head: &[u8; 8]) -> Option<(GuestMemory, Virtqueue)> {
     let interrupt = Arc::new(Interrupt::new("fuzz", msix, 1));
     let kick = Arc::new(EventFd::new().ok()?);
     let features = feature::VERSION_1 | indirect | event_idx;
-    let queue = Virtqueue::new(
-        0,
-        &state,
-        MAX_SIZE,
-        features,
-        memory.space(),
-        kick,
-        interrupt,
-    );
+    let queue = Virtqueue::new(0, &state, MAX_SIZE, features, &memory, kick, interrupt);
     Some((memory, queue.ok()?))
 }
 

@@ -8,14 +8,17 @@ use proptest::prelude::*;
 use super::balloon::Balloon;
 use super::block::Block;
 use super::console::Console;
+use super::mem::Mem;
 use super::net::Net;
 use super::rng::Rng;
 use super::testing::{Driver, MEMORY, Rig, read_part, write_part};
 use super::{VirtioDevice, VirtioPciDevice};
 use crate::config::{
-    BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, NetConfig, NetFiles, RngConfig,
+    BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, HOT_BLOCK, HotMemoryConfig,
+    NetConfig, NetFiles, RngConfig,
 };
 use crate::device::Device;
+use crate::request::Request;
 
 #[derive(Debug, Clone)]
 enum Act {
@@ -156,10 +159,18 @@ fn perform(driver: &mut Driver, act: &Act) {
 }
 
 fn attack(acts: &[Act], make: impl Fn(&Rig) -> Box<dyn VirtioDevice>, serve: impl Fn(&mut Driver)) {
-    let rig = Rig::new();
+    attack_on(&Rig::new(), acts, make, serve);
+}
+
+fn attack_on(
+    rig: &Rig,
+    acts: &[Act],
+    make: impl Fn(&Rig) -> Box<dyn VirtioDevice>,
+    serve: impl Fn(&mut Driver),
+) {
     let (board, recorder) = rig.with_recorder();
-    let device = VirtioPciDevice::new("victim", make(&rig), &board).unwrap();
-    let mut driver = Driver::start(&rig, device, recorder);
+    let device = VirtioPciDevice::new("victim", make(rig), &board).unwrap();
+    let mut driver = Driver::start(rig, device, recorder);
     tempt(&driver);
     for act in acts {
         perform(&mut driver, act);
@@ -167,7 +178,9 @@ fn attack(acts: &[Act], make: impl Fn(&Rig) -> Box<dyn VirtioDevice>, serve: imp
     driver.initialise(u64::MAX);
     serve(&mut driver);
     drop(driver);
-    assert_eq!(rig.requests.try_next(), None, "no thread panicked");
+    while let Some(request) = rig.requests.try_next() {
+        assert_eq!(request, Request::HotMemoryChanged, "no thread panicked");
+    }
 }
 
 fn disk_file() -> File {
@@ -219,6 +232,29 @@ proptest! {
                 driver.put(0x3000, &[7; 4096]);
                 driver.request(0, &[read_part(0x1000, 4)]);
                 assert_eq!(driver.take(0x3000, 4096), [0; 4096]);
+            },
+        );
+    }
+
+    #[test]
+    fn against_hot_memory(acts in acts()) {
+        let config = HotMemoryConfig { max: 16 * HOT_BLOCK, bytes: 4 * HOT_BLOCK };
+        let rig = Rig::with_hot_memory(Some(config));
+        let base = rig.board.memory.hot().unwrap().window().base;
+        attack_on(
+            &rig,
+            &acts,
+            |rig| Box::new(Mem::new("victim", &config, &rig.board).unwrap()),
+            |driver| {
+                // Unplug all, then plug four blocks.
+                for (kind, count) in [(2u64, 0u64), (0, 4)] {
+                    let request = [kind, base, count].map(u64::to_le_bytes).concat();
+                    driver.put(0x1000, &request);
+                    let parts = [read_part(0x1000, 24), write_part(0x2000, 10)];
+                    assert_eq!(driver.request(0, &parts), 10);
+                    assert_eq!(driver.take(0x2000, 2), [0, 0]);
+                }
+                assert_eq!(driver.take(base, 4096), [0; 4096]);
             },
         );
     }

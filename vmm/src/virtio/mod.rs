@@ -17,6 +17,7 @@ mod device;
 mod fuzz;
 #[cfg(test)]
 mod hostile;
+pub mod mem;
 pub mod net;
 pub mod queue;
 pub mod rng;

@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use super::feature;
 use super::transport::Interrupt;
 use crate::eventfd::EventFd;
-use crate::memory::GuestMap;
+use crate::memory::{GuestMap, GuestMemory, HotMemory};
 
 const DESCRIPTOR_SIZE: u64 = 16;
 /// The whole chain may hold this many bytes (virtio 1.2 §2.7.5.2).
@@ -164,6 +164,8 @@ pub struct Virtqueue {
     index: u16,
     queue: Queue,
     memory: Arc<GuestMap>,
+    /// Memory that a chain may name only where it is plugged.
+    hot: Option<Arc<HotMemory>>,
     kick: Arc<EventFd>,
     interrupt: Arc<Interrupt>,
     indirect: bool,
@@ -181,7 +183,7 @@ impl Virtqueue {
         state: &QueueState,
         max_size: u16,
         features: u64,
-        memory: Arc<GuestMap>,
+        memory: &GuestMemory,
         kick: Arc<EventFd>,
         interrupt: Arc<Interrupt>,
     ) -> Result<Self, QueueFault> {
@@ -203,6 +205,8 @@ impl Virtqueue {
             used_ring: state.device,
         })
         .map_err(|_| QueueFault::Rings)?;
+        let hot = memory.hot().cloned();
+        let memory = memory.space();
         if state.driver == 0 || !queue.is_valid(memory.as_ref()) {
             return Err(QueueFault::Rings);
         }
@@ -212,6 +216,7 @@ impl Virtqueue {
             index,
             queue,
             memory,
+            hot,
             kick,
             interrupt,
             indirect,
@@ -402,7 +407,8 @@ impl Virtqueue {
                     .memory
                     .get_slice(GuestAddress(address), length as usize)
                     .is_ok();
-                if !whole {
+                let unplugged = |hot: &Arc<HotMemory>| !hot.allows(address, length.into());
+                if !whole || self.hot.as_ref().is_some_and(unplugged) {
                     return Err(QueueFault::Buffer {
                         head,
                         address,

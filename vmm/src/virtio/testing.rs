@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::transport::{VirtioPciDevice, status};
 use crate::bus::Bus;
-use crate::config::{MemoryConfig, PageSize};
+use crate::config::{HotMemoryConfig, MemoryConfig, PageSize};
 use crate::device::Board;
 use crate::eventfd::EventFd;
 use crate::interrupt::{InterruptError, IoAddress, IoEvents};
@@ -65,6 +65,10 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn new() -> Self {
+        Self::with_hot_memory(None)
+    }
+
+    pub(crate) fn with_hot_memory(hot: Option<HotMemoryConfig>) -> Self {
         let (requests, receiver) = channel().unwrap();
         let threads = Threads::new(None, requests.clone());
         let reactor = Reactor::new().unwrap();
@@ -76,7 +80,7 @@ impl Rig {
             host_nodes: Vec::new(),
         };
         let board = Board {
-            memory: GuestMemory::create(&config).unwrap(),
+            memory: GuestMemory::create_with(&config, hot.as_ref()).unwrap(),
             pio: Arc::new(Bus::new()),
             mmio: Arc::new(Bus::new()),
             msi: Arc::new(Recorder::default()),
@@ -84,7 +88,7 @@ impl Rig {
             reactor,
             threads,
             requests,
-            layout: Layout::new(MEMORY),
+            layout: Layout::with_hot(MEMORY, hot.map_or(0, |hot| hot.max)),
         };
         Self {
             board,

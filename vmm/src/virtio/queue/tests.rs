@@ -39,15 +39,7 @@ fn make(rig: &Rig, state: &QueueState) -> Result<Virtqueue, QueueFault> {
     let interrupt = Arc::new(Interrupt::new("queue", msix, 1));
     let features = feature::INDIRECT_DESC | feature::VERSION_1;
     let kick = Arc::new(EventFd::new().unwrap());
-    Virtqueue::new(
-        0,
-        state,
-        256,
-        features,
-        board.memory.space(),
-        kick,
-        interrupt,
-    )
+    Virtqueue::new(0, state, 256, features, &board.memory, kick, interrupt)
 }
 
 impl Fixture {

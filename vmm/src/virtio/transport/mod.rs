@@ -25,7 +25,7 @@ use super::{Activation, VirtioDevice, Virtqueue, feature};
 use crate::device::{Board, Device, DeviceError, SavedDevice};
 use crate::eventfd::EventFd;
 use crate::interrupt::{IoAddress, IoEvents};
-use crate::memory::GuestMap;
+use crate::memory::GuestMemory;
 use crate::pci::{
     BarSpec, BarWidth, ConfigSpace, ConfigState, Identity, MSIX_CAPABILITY, Msix, MsixLayout,
     MsixState, PciFunction, SharedFunction,
@@ -100,7 +100,7 @@ pub struct VirtioPci {
     msix: Arc<Msix>,
     interrupt: Arc<Interrupt>,
     kicks: Vec<Arc<EventFd>>,
-    memory: Arc<GuestMap>,
+    memory: GuestMemory,
     io_events: Arc<dyn IoEvents>,
     /// Where BAR 0 answers.
     base: Option<u64>,
@@ -185,6 +185,7 @@ impl Device for VirtioPciDevice {
         let mut function = self.lock();
         function.pause(PAUSE_WAIT)?;
         function.finish_reset();
+        function.device.power_on();
         function.msix.reset();
         function.config.reset();
         Ok(())
@@ -225,7 +226,7 @@ impl VirtioPci {
             device,
             msix,
             kicks,
-            memory: board.memory.space(),
+            memory: board.memory.clone(),
             io_events: Arc::clone(&board.io_events),
             base: None,
             watched: Vec::new(),
@@ -321,7 +322,7 @@ impl VirtioPci {
                 state,
                 self.registers.max_size(index),
                 self.registers.driver_features,
-                Arc::clone(&self.memory),
+                &self.memory,
                 Arc::clone(&self.kicks[index]),
                 Arc::clone(&self.interrupt),
             );
