@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::machine::{ImageRef, ServerId};
 
 #[derive(Debug, Clone)]
@@ -62,6 +63,11 @@ impl MachinePaths {
 
     pub fn disk(&self) -> PathBuf {
         self.folder.join("root.raw")
+    }
+
+    /// Of a disk besides the root disk that is kept here.
+    pub fn data_disk(&self, id: DeviceId) -> PathBuf {
+        self.folder.join(format!("disk-{id}.raw"))
     }
 
     /// ISO 9660, made anew at each start.

@@ -7,6 +7,7 @@
 //! path, except when run by hand ([`by_hand`]).
 
 pub mod by_hand;
+mod devices;
 pub mod guest;
 pub mod jail;
 pub mod jail_test;
@@ -28,6 +29,7 @@ use fractus_vmm::machine::Machine;
 use fractus_vmm::thread::{ThreadHook, ThreadKind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
 
+use self::devices::Devices;
 use self::guest::{Guest, GuestError};
 use self::jail::Namespaces;
 use self::protocol::{FileRole, FromMachine, Launch, SERIAL_LOG, ToMachine, VERSION};
@@ -241,6 +243,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
     Ok(Supervisor {
         id: launch.id,
         guest,
+        devices: Devices::new(&launch.disks),
         listener,
         agent: None,
         serial,
@@ -306,11 +309,14 @@ fn build(
         }
     };
     let Some(kvm) = files.take(FileRole::Kvm) else {
-        let guest = stand_in::StandIn::new(lines.serial, move || hook(seccomp::Kind::Console))
-            .map_err(|source| VmError::System {
+        let disks = launch.config.disks.len();
+        let hook = move || hook(seccomp::Kind::Console);
+        let guest = stand_in::StandIn::new(lines.serial, disks, hook).map_err(|source| {
+            VmError::System {
                 what: "the stand-in",
                 source,
-            })?;
+            }
+        })?;
         return Ok(Box::new(guest));
     };
     let mut disks = Vec::new();

@@ -4,4 +4,4 @@
 pub mod directory;
 pub mod iso;
 
-pub use directory::VolumeError;
+pub use directory::{OpenDisk, VolumeError};

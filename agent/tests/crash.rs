@@ -10,7 +10,9 @@ mod common;
 
 use std::time::{Duration, Instant};
 
+use common::machine::disk;
 use common::*;
+use fractus_agent_api::device::{DeviceId, DeviceState};
 use fractus_agent_api::machine::{MachineReport, Observed, Power, ServerId, StopReason, Wanted};
 
 /// xorshift64*: a round is repeated from its number.
@@ -34,14 +36,38 @@ fn number(name: &str, default: u64) -> u64 {
 
 /// A change of what is wanted; the first is a creation.
 fn change(dice: &mut Dice, wanted: &mut Wanted) {
-    match dice.roll(6) {
+    match dice.roll(9) {
         0 => wanted.soft_reboots += 1,
         1 => wanted.hard_reboots += 1,
         2 => wanted.rebuilds += 1,
         3 => wanted.power = Power::Paused,
         4 => wanted.power = Power::Stopped,
-        _ => wanted.power = Power::Running,
+        5 => wanted.power = Power::Running,
+        _ => change_disks(dice, wanted),
     }
+}
+
+/// One of two comes or goes.
+fn change_disks(dice: &mut Dice, wanted: &mut Wanted) {
+    let id = DeviceId(uuid::Uuid::from_u128(dice.roll(2).into()));
+    let disks = &mut wanted.spec.disks;
+    match disks.iter().position(|disk| disk.id == id) {
+        Some(at) => drop(disks.remove(at)),
+        None => disks.push(disk(id)),
+    }
+}
+
+/// Those that are wanted are there, if only until the guest lets them go to come anew (the probe never
+/// does by itself); and no content is lost.
+fn has_its_disks(agent: &Agent, report: &MachineReport, wanted: &Wanted) -> bool {
+    wanted.spec.disks.iter().all(|disk| {
+        let is_there =
+            |state: &DeviceState| matches!(state, DeviceState::Attached | DeviceState::Detaching);
+        let mut reports = report.disks.iter();
+        let file = format!("disk-{}.raw", disk.id);
+        reports.any(|report| report.id == disk.id && is_there(&report.state))
+            && agent.machine_folder(report.id).join(file).exists()
+    })
 }
 
 async fn strike(dice: &mut Dice, agent: &mut Agent, id: ServerId) -> Result {
@@ -115,6 +141,10 @@ fn kills_at_random_moments_leave_one_process_or_none_and_nothing_behind() -> Res
             assert_eq!(report.hard_reboots, wanted.hard_reboots, "round {round}");
             assert_eq!(report.soft_reboots, wanted.soft_reboots, "round {round}");
             assert_eq!(agent.processes(id).len(), 1, "round {round}");
+            assert!(
+                has_its_disks(&agent, &report, &wanted),
+                "round {round}: {report:?}"
+            );
 
             wanted.power = Power::Absent;
             agent.put(id, &put(revision + 1, wanted)).await?;

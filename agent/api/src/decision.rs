@@ -5,10 +5,17 @@
 //! it sees ([`Seen`]), carries out the one [`Step`] that comes back, and asks again. Every step may be
 //! repeated, so a crash between any two is followed by the same path as no crash.
 
+pub mod devices;
+
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
+use crate::device::MOST_DISKS;
 use crate::guest;
-use crate::machine::{Generation, Power, PutMachine, Refusal, Revision, StopReason, Wanted};
+use crate::machine::{
+    Generation, MachineSpec, Power, PutMachine, Refusal, Revision, StopReason, Wanted,
+};
 
 /// What an agent has persisted of a machine's intent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -74,35 +81,42 @@ pub fn intake(held: Option<&Intent>, put: &PutMachine) -> Result<Intake, Refusal
             return Ok(Intake::Same);
         }
     }
-    let spec = &put.wanted.spec;
+    match impossible(&put.wanted.spec) {
+        Some(detail) => invalid(detail),
+        None => Ok(Intake::New),
+    }
+}
+
+/// Why no agent of this version could make it.
+fn impossible(spec: &MachineSpec) -> Option<String> {
     if !(1..=64).contains(&spec.vcpus) {
-        return invalid(format!("{} vCPUs; 1 to 64 are possible", spec.vcpus));
+        return Some(format!("{} vCPUs; 1 to 64 are possible", spec.vcpus));
     }
     if spec.memory_mib == 0 || spec.memory_mib > 1 << 24 {
-        return invalid(format!(
+        return Some(format!(
             "{} MiB of memory; 1 to 2^24 are possible",
             spec.memory_mib
         ));
     }
     if spec.boot.command_line.len() > 2047 || spec.boot.command_line.contains('\0') {
-        return invalid("a kernel command line has at most 2047 bytes, none of them 0".to_owned());
+        return Some("a kernel command line has at most 2047 bytes, none of them 0".to_owned());
     }
     if spec
         .root_disk
         .as_ref()
         .is_some_and(|disk| disk.size > 1 << 46)
     {
-        return invalid("a root disk has at most 64 TiB".to_owned());
+        return Some("a root disk has at most 64 TiB".to_owned());
     }
     if spec.boot.kernel.is_none() && spec.root_disk.is_none() {
-        return invalid("neither a kernel nor a disk to boot".to_owned());
+        return Some("neither a kernel nor a disk to boot".to_owned());
     }
     if let Some(instance) = &spec.guest.instance {
         if instance.weight() > guest::MOST {
-            return invalid(format!("instance data has at most {} bytes", guest::MOST));
+            return Some(format!("instance data has at most {} bytes", guest::MOST));
         }
         if let Err(error) = instance.layout("") {
-            return invalid(error.to_string());
+            return Some(error.to_string());
         }
     }
     let images = [spec.boot.kernel.as_ref(), spec.boot.initrd.as_ref()]
@@ -111,10 +125,22 @@ pub fn intake(held: Option<&Intent>, put: &PutMachine) -> Result<Intake, Refusal
         .flatten();
     for image in images {
         if !is_hash(&image.blake3) {
-            return invalid(format!("{:?} is no BLAKE3 hash", image.blake3));
+            return Some(format!("{:?} is no BLAKE3 hash", image.blake3));
         }
     }
-    Ok(Intake::New)
+    impossible_devices(spec)
+}
+
+fn impossible_devices(spec: &MachineSpec) -> Option<String> {
+    let disks = spec.disks.len();
+    if disks > MOST_DISKS {
+        return Some(format!("{disks} disks; at most {MOST_DISKS} are possible"));
+    }
+    let mut ids = BTreeSet::new();
+    if let Some(twice) = spec.disks.iter().find(|disk| !ids.insert(disk.id)) {
+        return Some(format!("device {} is named twice", twice.id));
+    }
+    spec.disks.iter().find_map(|disk| disk.invalid())
 }
 
 /// 64 hexadecimal digits in lower case: it becomes the name of a file.
@@ -246,6 +272,7 @@ mod tests {
                     image: None,
                     size: 1 << 20,
                 }),
+                disks: vec![],
                 guest: Default::default(),
             },
         }

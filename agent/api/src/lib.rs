@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod decision;
+pub mod device;
 pub mod guest;
 pub mod host;
 pub mod identity;

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::device::{DeviceReport, Disk};
 use crate::guest::{GuestOptions, GuestReport};
 
 /// A server of the cloud; the machine that runs it has the same id.
@@ -103,6 +104,10 @@ pub struct MachineSpec {
     /// The root disk, made from an image (or empty) when it does not exist yet.
     #[serde(default)]
     pub root_disk: Option<RootDisk>,
+    /// More disks, at most [`crate::device::MOST_DISKS`]. They may be others while the machine runs: it
+    /// gets and loses them without a new start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
     #[serde(default)]
     pub guest: GuestOptions,
 }
@@ -189,6 +194,8 @@ pub struct MachineReport {
     pub changed_at_us: i64,
     #[serde(default)]
     pub guest: GuestReport,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DeviceReport>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

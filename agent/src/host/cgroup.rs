@@ -71,8 +71,7 @@ impl Cgroups {
         let group = self.path(id);
         fs::create_dir_all(&group)?;
         let limits = [
-            // Threads: vCPUs, disks, the process's own.
-            ("pids.max", (u64::from(spec.vcpus) + 64).to_string()),
+            ("pids.max", threads(spec).to_string()),
             ("memory.max", memory(spec.memory_mib).to_string()),
             (
                 "cpu.weight",
@@ -113,6 +112,12 @@ impl Cgroups {
         }
         fs::remove_dir(&self.top)
     }
+}
+
+/// The most threads of a machine's group: its vCPUs, up to five a disk (those that it has, and those that
+/// are kept for later), and the process's own.
+fn threads(spec: &MachineSpec) -> u64 {
+    u64::from(spec.vcpus) + 5 * spec.disks.len() as u64 + 64
 }
 
 /// The most that a machine's group may use, bytes: the guest's memory, the tables that grow with it

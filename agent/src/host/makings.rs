@@ -8,6 +8,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use fractus_agent_api::device::{Disk, DiskSource};
 use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{Boot, ImageRef, RootDisk};
 use uuid::Uuid;
@@ -18,6 +19,7 @@ use crate::machine::make::{MakeError, Makings, Progress};
 use crate::paths::MachinePaths;
 use crate::volume::directory::{self, Cancel, Old};
 use crate::volume::iso;
+use crate::volume::{OpenDisk, VolumeError};
 
 /// What cloud-init looks for.
 const LABEL: &str = "config-2";
@@ -113,6 +115,38 @@ impl Makings for HostMakings {
         Ok(made.map_err(|e| failed("making the root disk")(io::Error::other(e)))??)
     }
 
+    async fn open_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<OpenDisk, MakeError> {
+        match disk.source {
+            DiskSource::Local => {
+                // What an attempt that was cut off has left.
+                let beside = format!("disk-{}.", disk.id);
+                sweep(paths, |name| {
+                    name.starts_with(&beside) && name.ends_with(".new")
+                })?;
+                let (path, size, read_only) = (paths.data_disk(disk.id), disk.size, disk.read_only);
+                apart("opening a disk", move || {
+                    directory::open_or_make(&path, size, read_only)
+                })
+                .await
+            }
+        }
+    }
+
+    fn disk_stands(&self, paths: &MachinePaths, disk: &Disk) -> bool {
+        match disk.source {
+            DiskSource::Local => paths.data_disk(disk.id).try_exists().unwrap_or(true),
+        }
+    }
+
+    async fn delete_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<(), MakeError> {
+        match disk.source {
+            DiskSource::Local => {
+                let path = paths.data_disk(disk.id);
+                apart("deleting a disk", move || directory::delete(&path)).await
+            }
+        }
+    }
+
     /// Small, and as easily made again: it is whole or not there, and not synced.
     fn config_drive(
         &self,
@@ -153,6 +187,15 @@ impl Makings for HostMakings {
     fn boot_id(&self) -> Option<Uuid> {
         Some(self.boot_id)
     }
+}
+
+/// On a thread where it may wait for storage.
+async fn apart<T: Send + 'static>(
+    what: &str,
+    work: impl FnOnce() -> Result<T, VolumeError> + Send + 'static,
+) -> Result<T, MakeError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    Ok(done.map_err(|e| failed(what)(io::Error::other(e)))??)
 }
 
 /// Removes the files of a machine's folder whose name is `unwanted`.

@@ -10,6 +10,7 @@
 //! before that); a newer intent, or a new start of the agent, tries anew. A guest that went down by
 //! itself stays down until a newer intent.
 
+mod devices;
 mod guest;
 mod report;
 mod steps;
@@ -26,6 +27,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::unconstrained;
 use tokio::time::Instant;
 
+use self::devices::Devices;
 use self::guest::Guest;
 use self::report::report;
 use self::steps::START;
@@ -96,6 +98,7 @@ pub struct Actor<L: Launcher> {
     /// The process was started by an earlier agent, which may have died before it said `Go`.
     adopted: bool,
     guest: Guest,
+    devices: Devices,
     /// Until when the guest must have begun.
     start_by: Option<Instant>,
     mailbox: mpsc::Receiver<Message>,
@@ -136,7 +139,7 @@ impl<L: Launcher> Actor<L> {
                 step: "taken up".to_owned(),
             },
         };
-        let (reports, watcher) = watch::channel(report(&record, observed, false));
+        let (reports, watcher) = watch::channel(report(&record, observed, false, Vec::new()));
         let actor = Self {
             surroundings,
             paths,
@@ -148,6 +151,7 @@ impl<L: Launcher> Actor<L> {
             pressed_at: None,
             adopted: false,
             guest: Guest::default(),
+            devices: Devices::default(),
             start_by: None,
             mailbox,
             reports,
@@ -210,10 +214,13 @@ impl<L: Launcher> Actor<L> {
         let step = self.next();
         tracing::debug!(machine = %self.record.id, ?step, phase = ?self.phase, "step");
         match step {
-            Step::Settled => {
-                self.publish();
-                self.wait_for_start().await
-            }
+            Step::Settled => match self.next_move() {
+                Some((id, next)) => self.carry(id, next).await,
+                None => {
+                    self.publish();
+                    self.rest().await
+                }
+            },
             Step::SkipReboots => {
                 self.count_reboots();
                 self.persist();
@@ -222,7 +229,7 @@ impl<L: Launcher> Actor<L> {
             Step::MakeDisk | Step::RemakeDisk => self.make_disk(step).await,
             Step::Start => self.start().await,
             Step::Pause | Step::Resume | Step::Shutdown if self.phase == Phase::Starting => {
-                self.wait_for_start().await
+                self.rest().await
             }
             Step::Pause => self.command(Command::Pause, Phase::Paused).await,
             Step::Resume => self.command(Command::Resume, Phase::Running).await,
@@ -259,11 +266,17 @@ impl<L: Launcher> Actor<L> {
     }
 
     /// At rest, or until the guest has begun.
-    async fn wait_for_start(&mut self) -> Result<(), Over> {
-        if self.wait(self.start_by).await? == Woken::Deadline {
+    async fn rest(&mut self) -> Result<(), Over> {
+        let tend_by = self.devices.deadline().filter(|_| self.process.is_some());
+        let by = self.start_by.into_iter().chain(tend_by).min();
+        if self.wait(by).await? != Woken::Deadline {
+            return Ok(());
+        }
+        if self.start_by.is_some_and(|by| by <= Instant::now()) {
             self.failed = Some("the guest did not begin to run in time".to_owned());
             self.kill().await;
         }
+        self.tend_devices().await;
         Ok(())
     }
 
@@ -368,6 +381,7 @@ impl<L: Launcher> Actor<L> {
                 "intent"
             );
             self.failed = None;
+            self.devices.try_anew();
             self.shutdown_by = None;
             self.publish();
         }
@@ -377,11 +391,13 @@ impl<L: Launcher> Actor<L> {
     fn heard(&mut self, heard: Heard) {
         tracing::debug!(machine = %self.record.id, ?heard, "heard");
         match heard {
-            Heard::Status(state, said) => {
-                if let Some(said) = said {
+            Heard::Ready => {}
+            Heard::Status(status) => {
+                if let Some(said) = status.guest {
                     self.guest_has_said(&said);
                 }
-                match state {
+                self.devices.told(status.devices, status.fresh);
+                match status.state {
                     State::Running => self.is(Phase::Running),
                     State::Paused => self.is(Phase::Paused),
                     State::Ready | State::Stopped => {}
@@ -390,6 +406,10 @@ impl<L: Launcher> Actor<L> {
             Heard::Event(MachineEvent::Running) => self.is(Phase::Running),
             Heard::Event(MachineEvent::Paused) => self.is(Phase::Paused),
             Heard::Event(event) => self.guest_says(&event),
+            Heard::DeviceRefused(id, detail) => {
+                tracing::warn!(machine = %self.record.id, device = %id, detail, "not taken");
+                self.devices.refused(id, detail);
+            }
             Heard::Refused(detail) => {
                 tracing::warn!(machine = %self.record.id, detail, "its process refused");
                 self.failed = Some(detail);
@@ -489,5 +509,7 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
     }
 }
 
+#[cfg(test)]
+mod devices_tests;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,7 @@
 //! What a machine is made of before it has a process: boot files and disks.
 
 use async_trait::async_trait;
+use fractus_agent_api::device::Disk;
 use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{Boot, RootDisk};
 use tokio::sync::watch;
@@ -8,8 +9,8 @@ use uuid::Uuid;
 
 use crate::image::ImageError;
 use crate::paths::MachinePaths;
-use crate::volume::VolumeError;
 use crate::volume::directory::Old;
+use crate::volume::{OpenDisk, VolumeError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum MakeError {
@@ -61,6 +62,15 @@ pub trait Makings: Send + Sync + 'static {
         old: Old,
         progress: &Progress,
     ) -> Result<(), MakeError>;
+
+    /// Opens a disk besides the root disk, which no guest has now; made where there is none.
+    async fn open_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<OpenDisk, MakeError>;
+
+    /// Whether there is any content of it, as far as can be told.
+    fn disk_stands(&self, paths: &MachinePaths, disk: &Disk) -> bool;
+
+    /// There is none afterwards. No guest has it now.
+    async fn delete_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<(), MakeError>;
 
     /// The config drive stands in the machine's folder afterwards, and says this; none: there is none.
     fn config_drive(

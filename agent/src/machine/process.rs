@@ -13,10 +13,12 @@ pub(crate) mod spawn;
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use fractus_agent_api::device::{DeviceId, Disk};
 use fractus_agent_api::machine::{MachineSpec, ServerId, StopReason};
 use tokio::io::unix::AsyncFd;
 use uuid::Uuid;
@@ -26,14 +28,17 @@ use super::guest_agent::GuestAgent;
 use super::record::ProcessRecord;
 use crate::clock::now_us;
 use crate::vm::protocol::{
-    FromMachine, GuestSaid, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
+    FromMachine, GuestSaid, Has, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
 };
+use crate::volume::{OpenDisk, VolumeError};
 
 /// What a process is to be made of.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug)]
 pub struct Plan {
     pub id: ServerId,
     pub spec: MachineSpec,
+    /// Those of `spec.disks` that it begins with.
+    pub disks: Vec<(Disk, OpenDisk)>,
     pub user: u32,
     pub request_id: Option<String>,
 }
@@ -49,6 +54,11 @@ pub enum ProcessError {
     Control(#[from] crate::vm::packet::PacketError),
     #[error("the machine's process does not answer")]
     Mute,
+    #[error(transparent)]
+    Disk(#[from] VolumeError),
+    /// The next one can.
+    #[error("{0}")]
+    NotNow(String),
     #[error("the machine cannot be described to the VMM: {0}")]
     Config(String),
 }
@@ -58,7 +68,7 @@ pub trait Launcher: Send + Sync + 'static {
     type Process: Process;
 
     /// Starts a process that is being jailed and built, and waits for its `Go`.
-    async fn launch(&self, plan: &Plan) -> Result<Self::Process, ProcessError>;
+    async fn launch(&self, plan: Plan) -> Result<Self::Process, ProcessError>;
 
     /// The process that the record names, if it is alive; else how it ended.
     ///
@@ -97,12 +107,26 @@ impl End {
     }
 }
 
+/// What a process says that it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Status {
+    pub state: State,
+    /// What its guest has said, where it keeps that.
+    pub guest: Option<GuestSaid>,
+    /// The devices that it lets come and go, if it is one that does.
+    pub devices: Option<Vec<Has>>,
+    /// The first on a connection: what was said on an earlier one and has not been answered never is.
+    pub fresh: bool,
+}
+
 /// What is heard of a process.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Heard {
-    /// What it is; what its guest has said, where it keeps that.
-    Status(State, Option<GuestSaid>),
+    /// Jailed and built.
+    Ready,
+    Status(Status),
     Event(MachineEvent),
+    DeviceRefused(DeviceId, String),
     /// The last command was not carried out.
     Refused(String),
     /// The machine could not be made; the end follows.
@@ -125,6 +149,21 @@ pub trait Process: Send + 'static {
     async fn tell(
         &mut self,
         command: Command,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError>;
+
+    /// Hands it a disk for its guest; what it says of its devices answers.
+    async fn attach_disk(
+        &mut self,
+        disk: &Disk,
+        open: OpenDisk,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError>;
+
+    /// Has it ask its guest to let a device go; answered likewise. May be said again.
+    async fn detach(
+        &mut self,
+        device: DeviceId,
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
 
@@ -168,10 +207,17 @@ impl HostProcess {
                 version,
                 state,
                 guest,
+                devices,
                 ..
             } if version <= VERSION => {
                 self.control = Some(control);
-                Ok(Heard::Status(state, guest))
+                let status = Status {
+                    state,
+                    guest,
+                    devices,
+                    fresh: true,
+                };
+                Ok(Heard::Status(status))
             }
             other => {
                 tracing::warn!(
@@ -181,6 +227,27 @@ impl HostProcess {
                 Err(ProcessError::Mute)
             }
         }
+    }
+
+    async fn send(
+        &self,
+        message: &ToMachine,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), ProcessError> {
+        let control = self.control.as_ref().ok_or(ProcessError::Mute)?;
+        Ok(control.send(message, files).await?)
+    }
+
+    /// Its jail lets it write no file beyond the largest that it was started with.
+    fn let_write(&self, bytes: u64) -> Result<(), ProcessError> {
+        if identity::ended(self.pidfd.get_ref()) {
+            return Ok(());
+        }
+        let larger = |error| {
+            format!("it is larger than what the machine's process may write, which stays so: {error}")
+        };
+        identity::let_write(&self.identity, bytes)
+            .map_err(|error| ProcessError::NotNow(larger(error)))
     }
 
     fn end(&self) -> End {
@@ -211,8 +278,19 @@ impl HostProcess {
 
     fn heard(&mut self, message: FromMachine) -> Option<Heard> {
         match message {
-            FromMachine::Ready { .. } => Some(Heard::Status(State::Ready, None)),
-            FromMachine::Status { state, guest, .. } => Some(Heard::Status(state, guest)),
+            FromMachine::Ready { .. } => Some(Heard::Ready),
+            FromMachine::Status {
+                state,
+                guest,
+                devices,
+                ..
+            } => Some(Heard::Status(Status {
+                state,
+                guest,
+                devices,
+                fresh: false,
+            })),
+            FromMachine::DeviceRefused { id, detail } => Some(Heard::DeviceRefused(id, detail)),
             // The end of the process says so too, and once is enough.
             FromMachine::Event {
                 event: MachineEvent::Stopped { .. },
@@ -245,8 +323,34 @@ impl Process for HostProcess {
             Command::Resume => ToMachine::Resume { request_id },
             Command::PressPowerButton => ToMachine::PressPowerButton { request_id },
         };
-        let control = self.control.as_ref().ok_or(ProcessError::Mute)?;
-        Ok(control.send(&message, &[]).await?)
+        self.send(&message, &[]).await
+    }
+
+    async fn attach_disk(
+        &mut self,
+        disk: &Disk,
+        open: OpenDisk,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        self.let_write(open.bytes)?;
+        let message = ToMachine::AttachDisk {
+            request_id: request_id.map(str::to_owned),
+            id: disk.id,
+            config: launch::disk_config(disk, &open),
+        };
+        self.send(&message, &[open.file.as_fd()]).await
+    }
+
+    async fn detach(
+        &mut self,
+        device: DeviceId,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        let message = ToMachine::Detach {
+            request_id: request_id.map(str::to_owned),
+            id: device,
+        };
+        self.send(&message, &[]).await
     }
 
     async fn hear(&mut self) -> Heard {

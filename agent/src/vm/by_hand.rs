@@ -227,6 +227,7 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
             config,
             jail,
             files: roles,
+            disks: Vec::new(),
             request_id: None,
         },
         files,

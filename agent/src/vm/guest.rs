@@ -1,9 +1,11 @@
 //! What the machine's process owns: the machine itself, or a stand-in where there is no KVM.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 
 use fractus_agent_api::machine::StopReason;
+use fractus_vmm::config::DiskConfig;
 use fractus_vmm::machine;
 
 use super::protocol::{MachineEvent, State};
@@ -16,10 +18,23 @@ pub trait Guest {
     fn press_power_button(&mut self) -> Result<(), GuestError>;
     /// An event says when it is done.
     fn stop(&mut self) -> Result<(), GuestError>;
+    /// What the disk is called from now on.
+    fn attach_disk(&mut self, config: DiskConfig, file: File) -> Result<String, GuestError>;
+    /// Asks for it; an event says when it has gone. May be asked again.
+    fn detach(&mut self, device: &str) -> Result<(), GuestError>;
     fn state(&self) -> State;
     /// Readable while there are events.
     fn event_fd(&self) -> BorrowedFd<'_>;
-    fn next_event(&mut self) -> Option<MachineEvent>;
+    fn next_event(&mut self) -> Option<GuestEvent>;
+}
+
+/// What happened in it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GuestEvent {
+    /// To be told as it is.
+    Machine(MachineEvent),
+    /// The machine has this device no more.
+    DeviceGone(String),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +81,14 @@ impl Guest for machine::Machine {
         Ok(())
     }
 
+    fn attach_disk(&mut self, config: DiskConfig, file: File) -> Result<String, GuestError> {
+        Ok(Self::attach_disk(self, config, file)?)
+    }
+
+    fn detach(&mut self, device: &str) -> Result<(), GuestError> {
+        Ok(Self::detach(self, device)?)
+    }
+
     fn state(&self) -> State {
         match Self::state(self) {
             machine::RunState::Ready => State::Ready,
@@ -79,11 +102,10 @@ impl Guest for machine::Machine {
         Self::event_fd(self)
     }
 
-    fn next_event(&mut self) -> Option<MachineEvent> {
+    fn next_event(&mut self) -> Option<GuestEvent> {
         loop {
-            match event(Self::next_event(self)?) {
-                Some(event) => return Some(event),
-                None => continue,
+            if let Some(event) = event(Self::next_event(self)?) {
+                return Some(event);
             }
         }
     }
@@ -107,9 +129,9 @@ pub fn reason(reason: machine::StopReason) -> StopReason {
 }
 
 /// In the words of the protocol; `None` for what it has no word for yet.
-pub fn event(event: machine::Event) -> Option<MachineEvent> {
+fn event(event: machine::Event) -> Option<GuestEvent> {
     use machine::Event as Machine;
-    Some(match event {
+    Some(GuestEvent::Machine(match event {
         Machine::Running => MachineEvent::Running,
         Machine::Paused => MachineEvent::Paused,
         Machine::Stopped(why) => MachineEvent::Stopped {
@@ -118,17 +140,7 @@ pub fn event(event: machine::Event) -> Option<MachineEvent> {
         Machine::GuestReset => MachineEvent::GuestReset,
         Machine::Panicked { .. } => MachineEvent::Panicked,
         Machine::WatchdogFired => MachineEvent::WatchdogFired,
-        Machine::VcpusUsed { count } => {
-            tracing::info!(count, "vCPUs that the guest uses");
-            return None;
-        }
-        Machine::HotMemory { plugged } => {
-            tracing::info!(plugged, "bytes of hot memory that the guest has plugged");
-            return None;
-        }
-        Machine::DeviceGone { id } => {
-            tracing::info!(device = id, "the guest has let a device go");
-            return None;
-        }
-    })
+        Machine::DeviceGone { id } => return Some(GuestEvent::DeviceGone(id)),
+        Machine::VcpusUsed { .. } | Machine::HotMemory { .. } => return None,
+    }))
 }

@@ -6,8 +6,9 @@
 
 use std::time::Duration;
 
+use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::machine::{ServerId, StopReason};
-use fractus_vmm::config::MachineConfig;
+use fractus_vmm::config::{DiskConfig, MachineConfig};
 use serde::{Deserialize, Serialize};
 
 /// Raised when the meaning of a message changes.
@@ -61,6 +62,19 @@ pub enum ToMachine {
     Stop {
         request_id: Option<String>,
     },
+    /// Give the guest a disk, whose open file comes with this packet. Answered by `Status`, also where
+    /// it has been done already, or by `DeviceRefused`. Only to processes that tell their `devices`.
+    AttachDisk {
+        request_id: Option<String>,
+        id: DeviceId,
+        config: DiskConfig,
+    },
+    /// Ask the guest to let a device go, again if it was asked before. Answered likewise; another
+    /// `Status` follows when it has gone.
+    Detach {
+        request_id: Option<String>,
+        id: DeviceId,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -77,6 +91,15 @@ pub enum FromMachine {
         /// None from processes that do not keep it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         guest: Option<GuestSaid>,
+        /// What has come, or could go, while the machine runs. None from processes in which nothing
+        /// can.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        devices: Option<Vec<Has>>,
+    },
+    /// The machine is as before.
+    DeviceRefused {
+        id: DeviceId,
+        detail: String,
     },
     Event {
         event: MachineEvent,
@@ -98,6 +121,15 @@ pub enum State {
     Running,
     Paused,
     Stopped,
+}
+
+/// A device that a machine has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Has {
+    pub id: DeviceId,
+    /// The guest has been asked to let it go.
+    #[serde(default)]
+    pub asked: bool,
 }
 
 /// What the guest's devices have said since the process began. Events that find no agent are lost; this
@@ -143,6 +175,9 @@ pub struct Launch {
     /// `None` only for trying things out by hand.
     pub jail: Option<JailConfig>,
     pub files: Vec<FileRole>,
+    /// Names of `config.disks`, in their order; none: it stays for the machine's life.
+    #[serde(default)]
+    pub disks: Vec<Option<DeviceId>>,
     pub request_id: Option<String>,
 }
 
@@ -200,6 +235,7 @@ mod tests {
     #[test]
     fn packets_of_version_1_are_still_understood() {
         let id = ServerId(uuid::Uuid::from_u128(0xabc));
+        let device = DeviceId(uuid::Uuid::from_u128(0xd15c));
         let request_id = Some("req-1".to_owned());
         let sent = [
             ToMachine::Hello {
@@ -215,7 +251,24 @@ mod tests {
             ToMachine::PressPowerButton {
                 request_id: request_id.clone(),
             },
-            ToMachine::Stop { request_id },
+            ToMachine::Stop {
+                request_id: request_id.clone(),
+            },
+            ToMachine::AttachDisk {
+                request_id,
+                id: device,
+                config: DiskConfig {
+                    read_only: true,
+                    serial_number: "data".to_owned(),
+                    direct: true,
+                    limit: None,
+                    queues: 1,
+                },
+            },
+            ToMachine::Detach {
+                request_id: None,
+                id: device,
+            },
         ];
         assert_eq!(
             read::<ToMachine>("to-machine-v1.jsonl"),
@@ -235,6 +288,7 @@ mod tests {
                 id,
                 state: State::Paused,
                 guest: None,
+                devices: None,
             },
             FromMachine::Status {
                 version: 1,
@@ -245,6 +299,21 @@ mod tests {
                     watchdog_fired: 2,
                     holds: 3,
                 }),
+                devices: None,
+            },
+            FromMachine::Status {
+                version: 1,
+                id,
+                state: State::Running,
+                guest: Some(GuestSaid::default()),
+                devices: Some(vec![Has {
+                    id: device,
+                    asked: true,
+                }]),
+            },
+            FromMachine::DeviceRefused {
+                id: device,
+                detail: "in use".into(),
             },
             FromMachine::Event {
                 event: MachineEvent::Running,

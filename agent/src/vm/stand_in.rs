@@ -3,7 +3,8 @@
 //! For tests of all that surrounds a machine (processes, jail, records, consoles). It prints a boot
 //! line with the process's boot nonce, echoes each line it reads, and knows the lines `off`, `fault`
 //! (a triple fault), `panic` (a fault of the VMM), `deaf` (does not hear the button any more), `oops` (its
-//! kernel panics), `reset` and `bite` (its watchdog runs out, and pauses it).
+//! kernel panics), `reset` and `bite` (its watchdog runs out, and pauses it). It lets go of a device when
+//! it is asked to, until it reads `cling`: then only a `reset` takes what was asked for.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -12,24 +13,52 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use fractus_agent_api::machine::StopReason;
+use fractus_vmm::config::DiskConfig;
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::guest::{Guest, GuestError};
+use super::guest::{Guest, GuestError, GuestEvent};
 use super::protocol::{MachineEvent, State};
 
 pub struct StandIn {
     state: State,
     serial: File,
     deaf: bool,
-    events: VecDeque<MachineEvent>,
+    clings: bool,
+    disks: Vec<Disk>,
+    events: VecDeque<GuestEvent>,
     bell: OwnedFd,
     /// Lines that the reading thread heard.
     lines: Receiver<String>,
 }
 
+/// As a machine has it, and numbers it.
+struct Disk {
+    name: String,
+    asked: bool,
+    /// Of one that came while it ran.
+    later: Option<File>,
+}
+
+impl Disk {
+    fn new(number: usize, later: Option<File>) -> Self {
+        Self {
+            name: format!("disk{number}"),
+            asked: false,
+            later,
+        }
+    }
+}
+
+/// Disks that may come while it runs.
+const HOT_DISKS: usize = 4;
+
 impl StandIn {
     /// `serial` is a stream socket. `hook` runs at the start of the thread, as the machine's would.
-    pub fn new(serial: OwnedFd, hook: impl FnOnce() + Send + 'static) -> io::Result<Self> {
+    pub fn new(
+        serial: OwnedFd,
+        disks: usize,
+        hook: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Self> {
         let serial = File::from(serial);
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (sender, lines) = channel();
@@ -44,6 +73,8 @@ impl StandIn {
             state: State::Ready,
             serial,
             deaf: false,
+            clings: false,
+            disks: (0..disks).map(|number| Disk::new(number, None)).collect(),
             events: VecDeque::new(),
             bell,
             lines,
@@ -57,19 +88,34 @@ impl StandIn {
             MachineEvent::Stopped { .. } => self.state = State::Stopped,
             _ => {}
         }
-        self.events.push_back(event);
+        self.events.push_back(GuestEvent::Machine(event));
         ring(&self.bell)
     }
 
-    fn hear(&mut self, line: &str) -> Option<MachineEvent> {
+    /// What was asked for goes.
+    fn eject(&mut self) {
+        for disk in self.disks.extract_if(.., |disk| disk.asked) {
+            self.events.push_back(GuestEvent::DeviceGone(disk.name));
+        }
+    }
+
+    fn hear(&mut self, line: &str) -> Option<GuestEvent> {
         let _ = writeln!(self.serial, "heard {line}");
+        let said = GuestEvent::Machine;
         let reason = match line {
-            "oops" => return Some(MachineEvent::Panicked),
-            "reset" => return Some(MachineEvent::GuestReset),
+            "oops" => return Some(said(MachineEvent::Panicked)),
+            "reset" => {
+                self.eject();
+                return Some(said(MachineEvent::GuestReset));
+            }
             "bite" => {
                 self.state = State::Paused;
-                self.events.push_back(MachineEvent::Paused);
-                return Some(MachineEvent::WatchdogFired);
+                self.events.push_back(said(MachineEvent::Paused));
+                return Some(said(MachineEvent::WatchdogFired));
+            }
+            "cling" => {
+                self.clings = true;
+                return None;
             }
             "off" => StopReason::GuestPowerOff,
             "fault" => StopReason::TripleFault,
@@ -83,7 +129,7 @@ impl StandIn {
             _ => return None,
         };
         self.state = State::Stopped;
-        Some(MachineEvent::Stopped { reason })
+        Some(said(MachineEvent::Stopped { reason }))
     }
 }
 
@@ -143,6 +189,36 @@ impl Guest for StandIn {
         })
     }
 
+    fn attach_disk(&mut self, config: DiskConfig, file: File) -> Result<String, GuestError> {
+        let came = |disk: &&Disk| disk.later.is_some();
+        if self.disks.iter().filter(came).count() >= HOT_DISKS {
+            let text = "no place is left for a disk that comes later";
+            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text).into());
+        }
+        let taken = |number: &usize| {
+            let name = format!("disk{number}");
+            self.disks.iter().any(|disk| disk.name == name)
+        };
+        let number = (0..).find(|number| !taken(number)).unwrap_or_default();
+        let disk = Disk::new(number, Some(file));
+        let name = disk.name.clone();
+        writeln!(self.serial, "came {}", config.serial_number)?;
+        self.disks.push(disk);
+        Ok(name)
+    }
+
+    fn detach(&mut self, device: &str) -> Result<(), GuestError> {
+        for disk in self.disks.iter_mut().filter(|disk| disk.name == device) {
+            disk.asked = true;
+        }
+        writeln!(self.serial, "asked for {device}")?;
+        if !self.clings {
+            self.eject();
+            ring(&self.bell)?;
+        }
+        Ok(())
+    }
+
     fn state(&self) -> State {
         self.state
     }
@@ -151,7 +227,7 @@ impl Guest for StandIn {
         self.bell.as_fd()
     }
 
-    fn next_event(&mut self) -> Option<MachineEvent> {
+    fn next_event(&mut self) -> Option<GuestEvent> {
         if let Some(event) = self.events.pop_front() {
             return Some(event);
         }

@@ -12,7 +12,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 
-use super::guest::{Guest, GuestError};
+use super::devices::Devices;
+use super::guest::{Guest, GuestError, GuestEvent};
 use super::protocol::{
     self, FromMachine, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
 };
@@ -24,6 +25,8 @@ use crate::console::ring::RingWriter;
 pub struct Supervisor {
     pub id: ServerId,
     pub guest: Box<dyn Guest>,
+    /// Those that can come and go.
+    pub devices: Devices,
     /// Listening; `None` only when run by hand.
     pub listener: Option<OwnedFd>,
     /// The agent, if it is there.
@@ -283,9 +286,14 @@ impl Supervisor {
                 break;
             };
             log::line(format_args!("{event:?}"));
-            if let MachineEvent::Stopped { reason } = event {
-                return Some(reason);
-            }
+            let event = match event {
+                GuestEvent::Machine(MachineEvent::Stopped { reason }) => return Some(reason),
+                GuestEvent::Machine(event) => event,
+                GuestEvent::DeviceGone(name) => {
+                    self.device_gone(&name);
+                    continue;
+                }
+            };
             self.said.take_down(&event);
             self.tell(&FromMachine::Event { event });
         }
@@ -295,7 +303,7 @@ impl Supervisor {
     fn hear_agent(&mut self) {
         let Some(agent) = &self.agent else { return };
         match packet::receive::<ToMachine>(agent) {
-            Ok((message, _)) => self.obey(message),
+            Ok((message, files)) => self.obey(message, files),
             Err(error) if error.would_block() => {}
             Err(error) => {
                 self.lose_agent(&error);
@@ -303,7 +311,8 @@ impl Supervisor {
         }
     }
 
-    fn obey(&mut self, message: ToMachine) {
+    /// Descriptors that came with a message which has no use for them are closed.
+    fn obey(&mut self, message: ToMachine, files: Vec<OwnedFd>) {
         log::line(format_args!("agent: {message:?}"));
         let done = match message {
             ToMachine::Hello { .. } | ToMachine::Status => {
@@ -338,6 +347,20 @@ impl Supervisor {
                 log::request(request_id);
                 self.guest.stop()
             }
+            ToMachine::AttachDisk {
+                request_id,
+                id,
+                config,
+            } => {
+                log::request(request_id);
+                self.attach_disk(id, config, files);
+                Ok(())
+            }
+            ToMachine::Detach { request_id, id } => {
+                log::request(request_id);
+                self.detach(id);
+                Ok(())
+            }
         };
         if let Err(error) = done {
             log::line(format_args!("refused: {error}"));
@@ -354,16 +377,17 @@ impl Supervisor {
         }
     }
 
-    fn status(&self) -> FromMachine {
+    pub(super) fn status(&self) -> FromMachine {
         FromMachine::Status {
             version: VERSION,
             id: self.id,
             state: self.guest.state(),
             guest: Some(self.said.words()),
+            devices: Some(self.devices.all()),
         }
     }
 
-    fn tell(&mut self, message: &FromMachine) {
+    pub(super) fn tell(&mut self, message: &FromMachine) {
         let Some(agent) = &self.agent else { return };
         if let Err(error) = packet::send(agent, message, &[]) {
             self.lose_agent(&error);

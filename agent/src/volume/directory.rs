@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,8 +27,14 @@ pub enum VolumeError {
     Full { size: u64 },
     #[error("making {path}: {source}")]
     Io { path: PathBuf, source: io::Error },
+    #[error("opening {path}: {source}")]
+    Open { path: PathBuf, source: io::Error },
+    #[error("deleting {path}: {source}")]
+    Delete { path: PathBuf, source: io::Error },
     #[error("the image is no qcow2 that can be used: {detail}")]
     Qcow2 { detail: String },
+    #[error("{path} is no file: a disk is kept in one")]
+    NoFile { path: PathBuf },
     #[error("no longer wanted")]
     Cancelled,
 }
@@ -50,6 +56,8 @@ impl Drop for Cancel {
 }
 
 const CHUNK: usize = 1 << 20;
+/// A disk has whole ones, bytes.
+const BLOCK: u64 = 4096;
 
 /// What happens to a disk that stands in the place already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,8 +97,7 @@ pub fn make(
             Some((image, ImageFormat::Raw)) => copy_raw(&image, &disk, cancelled, &io)?,
             Some((image, ImageFormat::Qcow2)) => copy_qcow2(image, &disk, cancelled, &io)?,
         };
-        // A disk has whole blocks.
-        disk.set_len(size.max(content).next_multiple_of(4096))
+        disk.set_len(size.max(content).next_multiple_of(BLOCK))
             .map_err(io)?;
         disk.sync_all().map_err(io)?;
         if cancelled.load(Ordering::Relaxed) {
@@ -108,6 +115,76 @@ pub fn make(
         let _ = fs::remove_file(&beside);
     }
     made
+}
+
+/// A disk that can be handed to a machine.
+#[derive(Debug)]
+pub struct OpenDisk {
+    pub file: File,
+    /// Past the host's cache (O_DIRECT).
+    pub direct: bool,
+    /// Of the disk; nothing behind them is written.
+    pub bytes: u64,
+}
+
+/// Opens the disk that stands at `path`, past the host's cache where the file system can. Blocks.
+pub fn open(path: &Path, read_only: bool) -> Result<OpenDisk, VolumeError> {
+    let io = |source| VolumeError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    let mut options = File::options();
+    options.read(true).write(!read_only);
+    let (file, direct) = match options.clone().custom_flags(libc::O_DIRECT).open(path) {
+        Ok(file) => (file, true),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            (options.open(path).map_err(io)?, false)
+        }
+        Err(error) => return Err(io(error)),
+    };
+    let about = file.metadata().map_err(io)?;
+    if !about.is_file() {
+        let path = path.to_owned();
+        return Err(VolumeError::NoFile { path });
+    }
+    Ok(OpenDisk {
+        file,
+        direct,
+        bytes: about.len(),
+    })
+}
+
+/// The same for one that is made, empty, where there is none, and made larger where it is too small.
+/// No guest has it now.
+pub fn open_or_make(path: &Path, size: u64, read_only: bool) -> Result<OpenDisk, VolumeError> {
+    let io = |source| VolumeError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let size = size.next_multiple_of(BLOCK);
+    match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            make(path, Old::Keep, size, None, &AtomicBool::new(false))?;
+        }
+        Err(error) => return Err(io(error)),
+        Ok(about) if about.is_file() && about.len() < size => {
+            let file = File::options().write(true).open(path).map_err(io)?;
+            file.set_len(size).map_err(io)?;
+        }
+        Ok(_) => {}
+    }
+    open(path, read_only)
+}
+
+/// Nothing stands there afterwards.
+pub fn delete(path: &Path) -> Result<(), VolumeError> {
+    match fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(VolumeError::Delete {
+            path: path.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
 }
 
 fn copy_raw(

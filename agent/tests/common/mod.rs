@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub mod controller;
+pub mod machine;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -454,6 +455,7 @@ pub fn wanted(kernel: &ImageRef, power: Power) -> Wanted {
                 image: None,
                 size: 1 << 20,
             }),
+            disks: vec![],
             guest: Default::default(),
         },
     }

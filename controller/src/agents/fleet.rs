@@ -301,6 +301,7 @@ mod tests {
             starts: 1,
             changed_at_us,
             guest: Default::default(),
+            disks: vec![],
         }
     }
 

@@ -405,6 +405,8 @@ impl Host {
                 Process::None => GuestReport::default(),
                 _ => record.guest,
             },
+            // Nothing in the cloud wants one yet.
+            disks: Vec::new(),
         })
     }
 }

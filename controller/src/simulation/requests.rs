@@ -57,6 +57,7 @@ fn spec() -> MachineSpec {
             command_line: String::new(),
         },
         root_disk: plan.root_disk,
+        disks: vec![],
         guest: Default::default(),
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use fractus_agent_api::decision::Step;
+use fractus_agent_api::device::DeviceReport;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, StopReason};
 
 use super::{Actor, Phase, blocking};
@@ -45,8 +46,8 @@ impl<L: Launcher> Actor<L> {
         let process = self.process.as_ref();
         self.pid
             .store(process.map_or(0, |p| p.identity().pid), Ordering::Relaxed);
-        let settled =
-            self.failed.is_some() || self.next() == Step::Settled && self.phase != Phase::Starting;
+        let done = self.next() == Step::Settled && self.phase != Phase::Starting;
+        let settled = self.failed.is_some() || done && !self.devices_are_pending();
         let observed = match (&self.failed, self.phase) {
             (Some(reason), _) => Observed::Failed {
                 reason: reason.clone(),
@@ -79,7 +80,7 @@ impl<L: Launcher> Actor<L> {
         if observed != before.observed {
             self.record.changed_at_us = now_us();
         }
-        let now = report(&self.record, observed, settled);
+        let now = report(&self.record, observed, settled, self.device_reports());
         if now != before {
             self.reports.send_replace(now);
             let _ = self.surroundings.changed.send(self.record.id);
@@ -87,7 +88,12 @@ impl<L: Launcher> Actor<L> {
     }
 }
 
-pub(super) fn report(record: &Record, observed: Observed, settled: bool) -> MachineReport {
+pub(super) fn report(
+    record: &Record,
+    observed: Observed,
+    settled: bool,
+    disks: Vec<DeviceReport>,
+) -> MachineReport {
     MachineReport {
         id: record.id,
         generation: record.intent.generation,
@@ -103,5 +109,6 @@ pub(super) fn report(record: &Record, observed: Observed, settled: bool) -> Mach
             .process
             .map(|process| process.guest)
             .unwrap_or_default(),
+        disks,
     }
 }

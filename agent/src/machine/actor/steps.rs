@@ -6,14 +6,17 @@
 use std::time::Duration;
 
 use fractus_agent_api::decision::Step;
+use fractus_agent_api::device::{Disk, Presence};
 use fractus_agent_api::machine::{Power, StopReason};
 use tokio::time::Instant;
 
+use super::devices::Devices;
 use super::guest::Guest;
 use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
 use crate::clock::now_us;
-use crate::machine::make::Progress;
+use crate::machine::make::{MakeError, Progress};
 use crate::machine::process::{Command, Launcher, Plan, Process};
+use crate::volume::OpenDisk;
 use crate::volume::directory::Old;
 
 /// How long a process may take from its start to its guest's first instruction.
@@ -86,14 +89,19 @@ impl<L: Launcher> Actor<L> {
             self.fail(error.to_string());
             return Ok(());
         }
+        let Some(disks) = self.open_disks().await? else {
+            return Ok(());
+        };
         self.observe_starting("starting its process");
+        let devices = Devices::begun(disks.iter().map(|(disk, _)| disk.id));
         let plan = Plan {
             id: self.record.id,
             spec: self.record.intent.wanted.spec.clone(),
+            disks,
             user: self.record.user,
             request_id: self.record.request_id.clone(),
         };
-        let mut process = match self.surroundings.launcher.launch(&plan).await {
+        let mut process = match self.surroundings.launcher.launch(plan).await {
             Ok(process) => process,
             Err(error) => {
                 self.fail(error.to_string());
@@ -117,13 +125,43 @@ impl<L: Launcher> Actor<L> {
         self.process = Some(process);
         self.phase = Phase::Starting;
         (self.adopted, self.pressed_at) = (false, None);
-        self.guest = Guest::default();
+        (self.guest, self.devices) = (Guest::default(), devices);
         self.start_by = Some(Instant::now() + START);
         if let Err(error) = told {
             // Its end says more.
             tracing::warn!(machine = %self.record.id, %error, "Go");
         }
         Ok(())
+    }
+
+    /// Those that the machine begins with; none: it does not begin.
+    async fn open_disks(&mut self) -> Result<Option<Vec<(Disk, OpenDisk)>>, Over> {
+        let wanted = self.record.intent.wanted.spec.disks.iter();
+        let attached = wanted.filter(|disk| disk.presence == Presence::Attached);
+        let disks: Vec<Disk> = attached.cloned().collect();
+        if disks.is_empty() {
+            return Ok(Some(Vec::new()));
+        }
+        let makings = self.surroundings.makings.clone();
+        let paths = self.paths.clone();
+        let opened = self
+            .interruptible("opening its disks", |_| async move {
+                let mut opened = Vec::new();
+                for disk in disks {
+                    let open = makings.open_disk(&paths, &disk).await?;
+                    opened.push((disk, open));
+                }
+                Ok::<_, MakeError>(opened)
+            })
+            .await?;
+        Ok(match opened {
+            None => None,
+            Some(Ok(opened)) => Some(opened),
+            Some(Err(error)) => {
+                self.fail(error.to_string());
+                None
+            }
+        })
     }
 
     pub(super) async fn command(&mut self, command: Command, then: Phase) -> Result<(), Over> {

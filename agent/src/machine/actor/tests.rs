@@ -6,6 +6,7 @@ use std::sync::Mutex;
 
 use async_trait::async_trait;
 use fractus_agent_api::decision::Done;
+use fractus_agent_api::device::{DeviceId, Disk};
 use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{
     Boot, Generation, MachineSpec, Pages, Revision, RootDisk, ServerId, Wanted,
@@ -15,27 +16,36 @@ use uuid::Uuid;
 
 use super::*;
 use crate::machine::make::{MakeError, Progress};
-use crate::machine::process::{Plan, ProcessError};
+use crate::machine::process::{Plan, ProcessError, Status};
 use crate::machine::record::{ProcessRecord, VERSION};
 use crate::paths::Paths;
 use crate::vm::protocol::GuestSaid;
-use crate::volume::directory::Old;
+use crate::volume::OpenDisk;
+use crate::volume::directory::{self, Old};
 
 const BOOT: Uuid = Uuid::from_u128(0xb0);
 const ID: ServerId = ServerId(Uuid::from_u128(1));
 
 /// What a process has said and nobody has heard, in order.
 #[derive(Debug, Default, Clone)]
-struct Words(Arc<(Mutex<VecDeque<Heard>>, Notify)>);
+pub(super) struct Words(Arc<(Mutex<VecDeque<Heard>>, Notify)>);
 
 impl Words {
-    fn say(&self, heard: Heard) {
+    pub(super) fn say(&self, heard: Heard) {
         self.0.0.lock().unwrap().push_back(heard);
         self.0.1.notify_one();
     }
 }
 
-struct Double(Words);
+/// What processes were told of disks.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Told {
+    Start(Vec<DeviceId>),
+    Attach(DeviceId),
+    Detach(DeviceId),
+}
+
+pub(super) struct Double(Words, Arc<Mutex<Vec<Told>>>);
 
 fn identity() -> ProcessRecord {
     ProcessRecord {
@@ -62,6 +72,21 @@ impl Process for Double {
         Ok(())
     }
 
+    async fn attach_disk(
+        &mut self,
+        disk: &Disk,
+        _: OpenDisk,
+        _: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        self.1.lock().unwrap().push(Told::Attach(disk.id));
+        Ok(())
+    }
+
+    async fn detach(&mut self, id: DeviceId, _: Option<&str>) -> Result<(), ProcessError> {
+        self.1.lock().unwrap().push(Told::Detach(id));
+        Ok(())
+    }
+
     async fn hear(&mut self) -> Heard {
         loop {
             let said = self.0.0.0.lock().unwrap().pop_front();
@@ -78,18 +103,22 @@ impl Process for Double {
 }
 
 /// Every process that it starts says the same words.
-struct Doubles(Words);
+pub(super) struct Doubles(Words, Arc<Mutex<Vec<Told>>>);
 
 #[async_trait]
 impl Launcher for Doubles {
     type Process = Double;
 
-    async fn launch(&self, _: &Plan) -> Result<Double, ProcessError> {
-        Ok(Double(self.0.clone()))
+    async fn launch(&self, plan: Plan) -> Result<Double, ProcessError> {
+        let disks: Vec<DeviceId> = plan.disks.iter().map(|(disk, _)| disk.id).collect();
+        if !disks.is_empty() {
+            self.1.lock().unwrap().push(Told::Start(disks));
+        }
+        Ok(Double(self.0.clone(), self.1.clone()))
     }
 
     async fn adopt(&self, _: ServerId, _: &ProcessRecord) -> std::io::Result<Adoption<Double>> {
-        Ok(Adoption::Alive(Double(self.0.clone())))
+        Ok(Adoption::Alive(Double(self.0.clone(), self.1.clone())))
     }
 
     async fn clear(&self, _: ServerId) -> Result<(), ProcessError> {
@@ -114,6 +143,22 @@ impl Makings for NoMakings {
     ) -> Result<(), MakeError> {
         std::fs::write(paths.disk(), b"disk").unwrap();
         Ok(())
+    }
+
+    async fn open_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<OpenDisk, MakeError> {
+        Ok(directory::open_or_make(
+            &paths.data_disk(disk.id),
+            disk.size,
+            disk.read_only,
+        )?)
+    }
+
+    fn disk_stands(&self, paths: &MachinePaths, disk: &Disk) -> bool {
+        paths.data_disk(disk.id).exists()
+    }
+
+    async fn delete_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<(), MakeError> {
+        Ok(directory::delete(&paths.data_disk(disk.id))?)
     }
 
     fn config_drive(&self, _: &MachinePaths, _: Option<&InstanceData>) -> Result<(), MakeError> {
@@ -152,12 +197,13 @@ fn wanted(power: Power) -> Wanted {
                 image: None,
                 size: 1 << 20,
             }),
+            disks: vec![],
             guest: Default::default(),
         },
     }
 }
 
-fn put(
+pub(super) fn put(
     revision: u64,
     power: Power,
 ) -> (Message, oneshot::Receiver<Result<MachineReport, Refusal>>) {
@@ -172,10 +218,11 @@ fn put(
     (Message::Put(Box::new(put), answer), answered)
 }
 
-struct Stage {
-    actor: Actor<Doubles>,
-    words: Words,
-    reports: watch::Receiver<MachineReport>,
+pub(super) struct Stage {
+    pub(super) actor: Actor<Doubles>,
+    pub(super) words: Words,
+    pub(super) told: Arc<Mutex<Vec<Told>>>,
+    pub(super) reports: watch::Receiver<MachineReport>,
     changed: mpsc::UnboundedReceiver<ServerId>,
     /// Keeps the mailbox open.
     _mailbox: mpsc::Sender<Message>,
@@ -183,11 +230,12 @@ struct Stage {
 
 impl Stage {
     /// With a machine that runs, wanted so at revision 1.
-    async fn running(folder: &Path) -> Self {
+    pub(super) async fn running(folder: &Path) -> Self {
         let words = Words::default();
+        let told: Arc<Mutex<Vec<Told>>> = Arc::default();
         let (sender, changed) = mpsc::unbounded_channel();
         let surroundings = Surroundings {
-            launcher: Doubles(words.clone()),
+            launcher: Doubles(words.clone(), told.clone()),
             makings: Arc::new(NoMakings),
             shutdown: SHUTDOWN,
             changed: sender,
@@ -216,6 +264,7 @@ impl Stage {
         let mut stage = Self {
             actor,
             words,
+            told,
             reports,
             changed,
             _mailbox: mailbox,
@@ -226,14 +275,14 @@ impl Stage {
     }
 
     /// All that was said.
-    fn hear_all(&mut self) {
+    pub(super) fn hear_all(&mut self) {
         while !self.words.0.0.lock().unwrap().is_empty() {
             self.actor.catch_up();
         }
     }
 
     /// Turns until the machine is settled as this.
-    async fn settle(&mut self, observed: Observed) {
+    pub(super) async fn settle(&mut self, observed: Observed) {
         while !self.reports.borrow().settled || self.reports.borrow().observed != observed {
             let turn = tokio::time::timeout(SHUTDOWN, self.actor.turn()).await;
             assert!(
@@ -243,6 +292,15 @@ impl Stage {
             );
         }
     }
+}
+
+fn status(state: State, guest: Option<GuestSaid>) -> Heard {
+    Heard::Status(Status {
+        state,
+        guest,
+        devices: Some(Vec::new()),
+        fresh: false,
+    })
 }
 
 #[tokio::test]
@@ -293,7 +351,7 @@ async fn a_command_that_is_carried_out_late_has_not_failed() {
             Power::Paused => State::Running,
             _ => State::Paused,
         };
-        stage.words.say(Heard::Status(state, None));
+        stage.words.say(status(state, None));
         let _ = stage.actor.turn().await;
         assert_eq!(*stage.reports.borrow(), before);
         stage.words.say(Heard::Event(event));
@@ -359,7 +417,7 @@ async fn a_pause_by_the_watchdog_that_an_intent_has_ended_is_not_heard_of_again(
         watchdog_fired: 1,
         holds: 1,
     });
-    stage.words.say(Heard::Status(State::Paused, said));
+    stage.words.say(status(State::Paused, said));
     stage.settle(Observed::Paused).await;
     let report = stage.reports.borrow().clone();
     assert_eq!(
@@ -368,7 +426,7 @@ async fn a_pause_by_the_watchdog_that_an_intent_has_ended_is_not_heard_of_again(
     );
     stage.actor.take(put(2, Power::Running).0);
     // As it says to the next agent, which came before it was told to go on.
-    stage.words.say(Heard::Status(State::Paused, said));
+    stage.words.say(status(State::Paused, said));
     stage.hear_all();
     assert!(!stage.reports.borrow().settled);
     stage.words.say(Heard::Event(MachineEvent::Running));

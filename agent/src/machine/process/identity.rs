@@ -4,7 +4,9 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, pidfd_open, prlimit, waitid,
+};
 use uuid::Uuid;
 
 use crate::machine::record::ProcessRecord;
@@ -74,6 +76,30 @@ pub fn ended(pidfd: &OwnedFd) -> bool {
         tv_nsec: 0,
     };
     matches!(rustix::event::poll(&mut polled, Some(&now)), Ok(1..))
+}
+
+/// Lets a process that lives write files of up to so many bytes (RLIMIT_FSIZE), if it may not yet.
+///
+/// # Errors
+/// EPERM without CAP_SYS_RESOURCE: the process is another user's.
+pub fn let_write(process: &ProcessRecord, bytes: u64) -> io::Result<()> {
+    let limits = fs::read_to_string(format!("/proc/{}/limits", process.pid))?;
+    if file_size_limit(&limits).is_none_or(|limit| limit >= bytes) {
+        return Ok(());
+    }
+    let most = Rlimit {
+        current: Some(bytes),
+        maximum: Some(bytes),
+    };
+    prlimit(Pid::from_raw(process.pid), Resource::Fsize, most)?;
+    Ok(())
+}
+
+/// Bytes, of /proc/PID/limits (proc(5)); none: there is no limit.
+fn file_size_limit(limits: &str) -> Option<u64> {
+    let mut lines = limits.lines();
+    let line = lines.find_map(|line| line.strip_prefix("Max file size"))?;
+    line.split_ascii_whitespace().next()?.parse().ok()
 }
 
 pub fn kill(pidfd: &OwnedFd) -> io::Result<()> {
@@ -147,6 +173,15 @@ pub fn marked(mark: Uuid) -> io::Result<Vec<Marked>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_limit_of_files_is_read_as_the_kernel_writes_it() {
+        let text = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                    Max cpu time              unlimited            unlimited            seconds   \n\
+                    Max file size             67108864             67108864             bytes     \n";
+        assert_eq!(file_size_limit(text), Some(64 << 20));
+        assert_eq!(file_size_limit(&text.replace("67108864", "unlimited")), None);
+    }
 
     #[test]
     fn our_own_process_is_found_by_its_identity_and_by_no_other() {

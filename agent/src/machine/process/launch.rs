@@ -9,11 +9,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use fractus_agent_api::device::{DeviceId, Disk};
 use fractus_agent_api::guest::{GuestReport, Watchdog};
 use fractus_agent_api::machine::{MachineSpec, Pages, ServerId};
 use fractus_vmm::config::{
-    BalloonConfig, BootSource, ConsolePortConfig, CpuConfig, CpuProfile, DiskConfig, MachineConfig,
-    MemoryConfig, PageSize, RngConfig, WatchdogAction, WatchdogConfig,
+    BalloonConfig, BootSource, ConsolePortConfig, CpuConfig, CpuProfile, DiskConfig, DiskLimit,
+    MachineConfig, MemoryConfig, PageSize, RngConfig, WatchdogAction, WatchdogConfig,
 };
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socketpair};
 use uuid::Uuid;
@@ -29,6 +30,8 @@ use crate::paths::{MachinePaths, Paths};
 use crate::vm::SUBCOMMAND;
 use crate::vm::packet;
 use crate::vm::protocol::{FileRole, JailConfig, Launch};
+use crate::volume::OpenDisk;
+use crate::volume::directory;
 
 /// Opened at start, so that a newer binary in its place changes nothing for this agent's machines.
 pub struct HostLauncher {
@@ -48,17 +51,31 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> ProcessError {
     move |source| ProcessError::System { what, source }
 }
 
+/// Disks that may come while a machine runs, at a time. Threads are made for each at the start, so there
+/// are few; what is more than these comes with the machine's next start.
+const HOT_DISKS: u8 = 4;
+
 /// Files with the roles they are handed over in.
 #[derive(Default)]
 struct Files {
     roles: Vec<FileRole>,
     files: Vec<OwnedFd>,
+    /// Names of the disks among them.
+    disks: Vec<Option<DeviceId>>,
+    /// Bytes of the largest of them.
+    largest: u64,
 }
 
 impl Files {
     fn push(&mut self, role: FileRole, file: impl Into<OwnedFd>) {
         self.roles.push(role);
         self.files.push(file.into());
+    }
+
+    fn push_disk(&mut self, id: Option<DeviceId>, disk: OpenDisk) {
+        self.push(FileRole::Disk, disk.file);
+        self.disks.push(id);
+        self.largest = self.largest.max(disk.bytes);
     }
 }
 
@@ -98,18 +115,19 @@ impl HostLauncher {
         })
     }
 
-    fn start(&self, plan: &Plan) -> Result<(ProcessRecord, OwnedFd, OwnedFd), ProcessError> {
+    fn start(&self, mut plan: Plan) -> Result<(ProcessRecord, OwnedFd, OwnedFd), ProcessError> {
         let paths = self.paths.machine(plan.id);
         let network = Making::network().map_err(failed("a network namespace"))?;
-        let (config, files) = self.open(plan, &paths)?;
+        let (config, files) = self.open(&mut plan, &paths)?;
         let launch = Launch {
             id: plan.id,
             jail: Some(JailConfig {
                 user: plan.user,
-                file_size: file_size(&plan.spec, &paths),
+                file_size: file_size(&plan.spec, files.largest),
             }),
             config,
             files: files.roles,
+            disks: files.disks,
             request_id: plan.request_id.clone(),
         };
         let flags = SocketFlags::CLOEXEC;
@@ -139,7 +157,7 @@ impl HostLauncher {
             files: files.files,
             network,
         };
-        match self.hand_over(plan, spawned.pid, &ours, handover) {
+        match self.hand_over(&plan, spawned.pid, &ours, handover) {
             Ok(identity) => Ok((identity, spawned.pidfd, ours)),
             Err(error) => {
                 let _ = identity::kill(&spawned.pidfd);
@@ -189,7 +207,7 @@ impl HostLauncher {
 
     fn open(
         &self,
-        plan: &Plan,
+        plan: &mut Plan,
         paths: &MachinePaths,
     ) -> Result<(MachineConfig, Files), ProcessError> {
         let at = |path: &Path| failed(format!("opening {}", path.display()));
@@ -216,32 +234,7 @@ impl HostLauncher {
                 }
             }
         }
-        if plan.spec.root_disk.is_some() {
-            let disk = paths.disk();
-            let (file, direct) = open_disk(&disk).map_err(at(&disk))?;
-            files.push(FileRole::Disk, file);
-            config.disks.push(DiskConfig {
-                read_only: false,
-                serial_number: plan.id.0.simple().to_string().chars().take(20).collect(),
-                direct,
-                limit: None,
-                queues: 1,
-            });
-            if plan.spec.boot.kernel.is_none() {
-                config.boot = BootSource::Disk(0);
-            }
-        }
-        if plan.spec.guest.instance.is_some() {
-            let drive = paths.config_drive();
-            files.push(FileRole::Disk, File::open(&drive).map_err(at(&drive))?);
-            config.disks.push(DiskConfig {
-                read_only: true,
-                serial_number: "config-2".to_owned(),
-                direct: false,
-                limit: None,
-                queues: 1,
-            });
-        }
+        open_disks(plan, paths, &mut config, &mut files)?;
         for (role, path) in [
             (FileRole::SerialLog, paths.serial_log()),
             (FileRole::Log, paths.log()),
@@ -270,6 +263,55 @@ impl HostLauncher {
     }
 }
 
+/// In the order in which a guest finds them: its root disk, its config drive, the others.
+fn open_disks(
+    plan: &mut Plan,
+    paths: &MachinePaths,
+    config: &mut MachineConfig,
+    files: &mut Files,
+) -> Result<(), ProcessError> {
+    if plan.spec.root_disk.is_some() {
+        let disk = directory::open(&paths.disk(), false)?;
+        config.disks.push(DiskConfig {
+            read_only: false,
+            serial_number: plan.id.0.simple().to_string().chars().take(20).collect(),
+            direct: disk.direct,
+            limit: None,
+            queues: 1,
+        });
+        files.push_disk(None, disk);
+        if plan.spec.boot.kernel.is_none() {
+            config.boot = BootSource::Disk(0);
+        }
+    }
+    if plan.spec.guest.instance.is_some() {
+        let drive = paths.config_drive();
+        let open = File::open(&drive);
+        let file = open.map_err(failed(format!("opening {}", drive.display())))?;
+        let (direct, bytes) = (false, 0);
+        config.disks.push(DiskConfig {
+            read_only: true,
+            serial_number: "config-2".to_owned(),
+            direct,
+            limit: None,
+            queues: 1,
+        });
+        files.push_disk(
+            None,
+            OpenDisk {
+                file,
+                direct,
+                bytes,
+            },
+        );
+    }
+    for (disk, open) in plan.disks.drain(..) {
+        config.disks.push(disk_config(&disk, &open));
+        files.push_disk(Some(disk.id), open);
+    }
+    Ok(())
+}
+
 /// The agent's unit protects it from a host that is out of memory (`OOMScoreAdjust`), which a machine
 /// would inherit, and be spared for programs that hold less.
 fn be_like_any(pid: i32) -> io::Result<()> {
@@ -277,19 +319,6 @@ fn be_like_any(pid: i32) -> io::Result<()> {
         // What is protected less than that needs a privilege to be more.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         done => done,
-    }
-}
-
-/// O_DIRECT where the file system has it.
-fn open_disk(path: &Path) -> io::Result<(File, bool)> {
-    let mut options = File::options();
-    options.read(true).write(true);
-    match options.clone().custom_flags(libc::O_DIRECT).open(path) {
-        Ok(file) => Ok((file, true)),
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            Ok((options.open(path)?, false))
-        }
-        Err(error) => Err(error),
     }
 }
 
@@ -312,12 +341,27 @@ fn listener(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// A machine may write its disk and its rings, and no file beyond their size.
-fn file_size(spec: &MachineSpec, paths: &MachinePaths) -> u64 {
-    let disk = std::fs::metadata(paths.disk()).map_or(0, |disk| disk.len());
+/// A machine may write its disks and its rings, and no file beyond their size.
+fn file_size(spec: &MachineSpec, largest_disk: u64) -> u64 {
     // Guest memory is a file too (memfd).
-    disk.max(spec.memory_mib << 20)
+    largest_disk
+        .max(spec.memory_mib << 20)
         .max(crate::vm::protocol::SERIAL_LOG + (64 << 10))
+}
+
+/// A disk in the VMM's words.
+pub(super) fn disk_config(disk: &Disk, open: &OpenDisk) -> DiskConfig {
+    DiskConfig {
+        read_only: disk.read_only,
+        serial_number: disk.serial_number(),
+        direct: open.direct,
+        limit: disk.limit.map(|limit| DiskLimit {
+            bytes_per_second: limit.bytes_per_second,
+            operations_per_second: limit.operations_per_second,
+            burst_ms: limit.burst_ms,
+        }),
+        queues: 1,
+    }
 }
 
 fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, ProcessError> {
@@ -344,7 +388,7 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
         boot: BootSource::Files,
         command_line: spec.boot.command_line.clone(),
         disks: Vec::new(),
-        hot_disks: 0,
+        hot_disks: HOT_DISKS,
         hot_nets: 0,
         hot_memory: None,
         console_ports: match spec.guest.agent {
@@ -387,14 +431,13 @@ pub fn check(id: ServerId, spec: &MachineSpec) -> Result<(), String> {
 impl Launcher for Arc<HostLauncher> {
     type Process = HostProcess;
 
-    async fn launch(&self, plan: &Plan) -> Result<HostProcess, ProcessError> {
-        let (launcher, owned) = (self.clone(), plan.clone());
-        let started = tokio::task::spawn_blocking(move || launcher.start(&owned)).await;
+    async fn launch(&self, plan: Plan) -> Result<HostProcess, ProcessError> {
+        let (launcher, paths) = (self.clone(), self.paths.machine(plan.id));
+        let started = tokio::task::spawn_blocking(move || launcher.start(plan)).await;
         let (identity, pidfd, socket) =
             started.map_err(|e| failed("starting the process")(io::Error::other(e)))??;
         let pidfd = watched(pidfd).map_err(failed("watching the process"))?;
         let control = Control::new(socket).map_err(failed("watching the process"))?;
-        let paths = self.paths.machine(plan.id);
         let control = Some(control);
         Ok(HostProcess {
             identity,

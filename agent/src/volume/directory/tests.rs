@@ -105,3 +105,31 @@ fn a_disk_that_stands_there_is_replaced_only_when_that_is_asked_for() {
     assert_eq!(fs::read(&path).unwrap(), [0; 4096]);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
 }
+
+#[test]
+fn a_disk_is_opened_as_it_stands_and_only_ever_made_larger() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.raw");
+    let length = |size| {
+        let open = open_or_make(&path, size, false).unwrap();
+        assert_eq!(open.file.metadata().unwrap().len(), open.bytes);
+        open.bytes
+    };
+    assert_eq!(length(1), 4096);
+    let mut content = fs::read(&path).unwrap();
+    content[..7].copy_from_slice(b"content");
+    fs::write(&path, &content).unwrap();
+    assert_eq!((length(8192), length(4096)), (8192, 8192));
+    assert!(fs::read(&path).unwrap().starts_with(b"content"));
+    // Whoever may only read cannot write by the descriptor either.
+    let reader = open_or_make(&path, 8192, true).unwrap();
+    assert!(reader.file.set_len(0).is_err());
+
+    delete(&path).unwrap();
+    delete(&path).unwrap();
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    fs::create_dir(&path).unwrap();
+    let error = open_or_make(&path, 4096, false).unwrap_err().to_string();
+    assert!(error.contains("disk.raw"), "{error}");
+    assert!(delete(&path).is_err() && path.is_dir());
+}

@@ -231,6 +231,7 @@ fn wanted() -> Wanted {
                 command_line: String::new(),
             },
             root_disk: None,
+            disks: vec![],
             guest: Default::default(),
         },
     }

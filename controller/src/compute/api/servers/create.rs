@@ -371,6 +371,7 @@ pub fn spec(flavor: &FlavorSnapshot, plan: &BootPlan) -> Result<MachineSpec, Api
         cpu_profile: "host".to_owned(),
         boot: plan.boot(),
         root_disk: plan.root_disk.clone(),
+        disks: Vec::new(),
         guest: plan.guest.clone(),
     })
 }
