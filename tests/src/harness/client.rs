@@ -1,5 +1,7 @@
 //! An HTTP client whose every answer passes the oracle.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail};
 use fractus_oracle::{Exchange, Oracle};
 use reqwest::Method;
@@ -224,7 +226,7 @@ impl Answer {
 }
 
 /// Longest wait for a server to get somewhere.
-const SETTLES: std::time::Duration = std::time::Duration::from_secs(60);
+const SETTLES: Duration = Duration::from_secs(60);
 
 /// Servers, as tests need them.
 impl Client {
@@ -250,9 +252,19 @@ impl Client {
     /// # Errors
     /// When it does not get there, or to ERROR instead.
     pub async fn until_status(&self, server: &str, wanted: &str) -> Result<Value> {
+        self.until_status_within(server, wanted, SETTLES).await
+    }
+
+    /// The same, of a server that takes its time.
+    pub async fn until_status_within(
+        &self,
+        server: &str,
+        wanted: &str,
+        limit: Duration,
+    ) -> Result<Value> {
         let path = format!("/compute/v2.1/servers/{server}");
         let what = format!("server {server} is {wanted}");
-        let seen = super::until(&what, SETTLES, || async {
+        let seen = super::until(&what, limit, || async {
             let answer = self
                 .get(&path)
                 .await

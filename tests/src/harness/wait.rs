@@ -12,18 +12,20 @@ pub async fn until<T, F>(what: &str, limit: Duration, mut look: impl FnMut() -> 
 where
     F: Future<Output = Result<T, String>>,
 {
-    let end = Instant::now() + limit;
+    let began = Instant::now();
     let mut pause = Duration::from_millis(5);
     loop {
         let last = match look().await {
             Ok(seen) => return Ok(seen),
             Err(last) => last,
         };
-        if Instant::now() >= end {
+        if began.elapsed() >= limit {
             bail!("{what}: not within {limit:?}; last seen: {last}");
         }
         // sleeps because there is nothing to be told by: a public API, /proc and files are polled
         tokio::time::sleep(pause).await;
-        pause = (pause * 3 / 2).min(Duration::from_millis(200));
+        // What takes long is looked at less often, or the looking makes it take longer.
+        let most = Duration::from_millis(200).max(began.elapsed() / 50);
+        pause = (pause * 3 / 2).min(most);
     }
 }

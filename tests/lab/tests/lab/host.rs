@@ -1,0 +1,163 @@
+//! What happens to a host, and what its servers see of it.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use fractus_lab::{Host, Kind, Lab, Options, TinyGuest, stripped};
+use fractus_tests::harness::{Client, program, until};
+use serde_json::json;
+
+use crate::cloud::{create, flavor, lab, logged, said, settled, tiny_image};
+use crate::terminal::Terminal;
+
+#[tokio::test]
+#[ignore = "takes a host in software: scripts/lab test"]
+async fn host_a_server_survives_its_agent_and_returns_with_its_host() {
+    let mut lab = lab(1).await;
+    let tiny = TinyGuest::make().unwrap();
+    let admin = lab.controller.admin().await.unwrap();
+    let image = tiny_image(&admin, &tiny, "console=ttyS0 quiet panic=-1").await;
+    let flavor = flavor(&admin, 1, 256, 1).await;
+    let server = json!({"name": "tiny", "imageRef": image, "flavorRef": flavor});
+    let server = create(&admin, server).await;
+    let log = logged(&admin, &server, "tiny: ready hostname=").await;
+    let nonce = said(&log, "tiny: boot", "nonce").unwrap().to_owned();
+
+    // kill -9 of the agent: the guest's process is the same afterwards.
+    let controller = lab.controller.for_agents();
+    let host = &mut lab.hosts[0];
+    let process = "ps -o pid,args | grep '[f]ractus-agent vm' | awk '{print $1}'";
+    let before = host.done(process).unwrap();
+    assert!(!before.trim().is_empty(), "no process of the machine");
+    host.kill_agent().unwrap();
+    host.start_agent(&controller, "none").unwrap();
+    assert_eq!(host.done(process).unwrap(), before);
+    let log = logged(&admin, &server, "tiny: ready").await;
+    assert_eq!(said(&log, "tiny: boot", "nonce"), Some(&*nonce));
+
+    // Nothing gets through a cut cable, and everything again once it is mended.
+    host.cut_network().unwrap();
+    assert!(host.run_within("true", Duration::from_secs(2)).is_err());
+    host.mend_network().unwrap();
+    assert_eq!(host.done("hostname").unwrap(), "host1\n");
+
+    // The host loses power: the server boots again with it, nobody having asked.
+    host.done("sync").unwrap();
+    let began = Instant::now();
+    host.restart().unwrap();
+    host.start_agent(&controller, "none").unwrap();
+    println!("host is back after {:.1} s", began.elapsed().as_secs_f64());
+    let log = logged(&admin, &server, "boots=2").await;
+    assert_ne!(said(&log, "tiny: boot", "nonce"), Some(&*nonce));
+    settled(&admin, &server, "ACTIVE").await;
+}
+
+/// The unit's state and the pid of its process, once it runs.
+async fn unit(host: &Host) -> String {
+    let running = until("the agent's unit runs", Duration::from_secs(60), || async {
+        let show = "systemctl show --property ActiveState,SubState,MainPID fractus-agent.service";
+        let text = host.done(show).map_err(|e| format!("{e:#}"))?;
+        let pid = text.lines().find_map(|line| line.strip_prefix("MainPID="));
+        match pid {
+            Some(pid) if text.contains("SubState=running") && pid != "0" => Ok(pid.to_owned()),
+            _ => Err(text),
+        }
+    });
+    running.await.unwrap()
+}
+
+/// Pids of the machines' processes.
+fn machines(host: &Host) -> String {
+    let script =
+        "ps -eo pid,args | grep '[f]ractus-agent vm' | awk '{print $1}' | sort | tr '\\n' ' '";
+    host.done(script).unwrap().trim().to_owned()
+}
+
+/// What lives in the memory of each guest, asked of the guests themselves.
+async fn nonces(admin: &Client, servers: &[String], when: &str) -> Vec<String> {
+    println!("asking the guests {when}");
+    let mut nonces = Vec::new();
+    for server in servers {
+        let mut terminal = Terminal::open(admin, server).await;
+        let heard = terminal.run("echo nonce=$(cat /run/nonce)").await;
+        nonces.push(said(&heard, "nonce=", "nonce").unwrap().to_owned());
+    }
+    nonces
+}
+
+#[tokio::test]
+#[ignore = "takes a host in software: scripts/lab test"]
+async fn host_with_systemd_keeps_its_guests_through_all_that_happens_to_its_agent() {
+    let began = Instant::now();
+    let previous = PathBuf::from(std::env::var_os("FRACTUS_PREVIOUS_AGENT").unwrap());
+    let options = Options {
+        hosts: 1,
+        kind: Kind::Systemd,
+        agent: Some(previous),
+        ..Options::default()
+    };
+    let mut lab = Lab::start(options).await.unwrap();
+    let joined = began.elapsed().as_secs_f64();
+    println!("a host with systemd and the last release's agent joined after {joined:.1} s");
+    let tiny = TinyGuest::make().unwrap();
+    let admin = lab.controller.admin().await.unwrap();
+    let image = tiny_image(&admin, &tiny, "console=ttyS0 quiet panic=-1").await;
+    let flavor = flavor(&admin, 1, 256, 1).await;
+    let mut servers = Vec::new();
+    for name in ["one", "two"] {
+        let server = json!({"name": name, "imageRef": image, "flavorRef": flavor});
+        servers.push(create(&admin, server).await);
+    }
+    for server in &servers {
+        logged(&admin, server, "tiny: ready hostname=").await;
+        settled(&admin, server, "ACTIVE").await;
+    }
+    let first = nonces(&admin, &servers, "first").await;
+    let host = &lab.hosts[0];
+    let (guests, agent) = (machines(host), unit(host).await);
+    assert_eq!(guests.split(' ').count(), 2, "{guests}");
+
+    // The last release's agent gives its machines to the present one.
+    let present = std::fs::read(stripped(&program("fractus-agent").unwrap()).unwrap()).unwrap();
+    host.put("/usr/bin/fractus-agent.new", 0o755, &present)
+        .unwrap();
+    let upgrade =
+        "mv /usr/bin/fractus-agent.new /usr/bin/fractus-agent && systemctl restart fractus-agent";
+    host.done(upgrade).unwrap();
+    let upgraded = unit(host).await;
+    assert_ne!(upgraded, agent);
+    assert_eq!(nonces(&admin, &servers, "after the upgrade").await, first);
+
+    host.done("systemctl restart fractus-agent").unwrap();
+    let restarted = unit(host).await;
+    assert_ne!(restarted, upgraded);
+    assert_eq!(nonces(&admin, &servers, "after a restart").await, first);
+
+    // systemd sees to it that there is an agent again.
+    host.done(&format!("kill -9 {restarted}")).unwrap();
+    let again = until("another agent", Duration::from_secs(60), || async {
+        let pid = unit(host).await;
+        if pid == restarted { Err(pid) } else { Ok(pid) }
+    });
+    again.await.unwrap();
+    assert_eq!(nonces(&admin, &servers, "after kill -9").await, first);
+    assert_eq!(machines(host), guests, "the processes are the same");
+
+    // An orderly reboot of the host: the guests boot again with it, and find what they had written.
+    let began = Instant::now();
+    lab.hosts[0].reboot().unwrap();
+    for server in &servers {
+        let log = logged(&admin, server, "boots=2").await;
+        println!(
+            "a guest is back {:.1} s after its host's reboot was asked for",
+            began.elapsed().as_secs_f64()
+        );
+        assert!(!log.contains("cannot be mounted"), "{log}");
+        settled(&admin, server, "ACTIVE").await;
+    }
+    let last = nonces(&admin, &servers, "after the reboot").await;
+    assert!(
+        last.iter().all(|nonce| !first.contains(nonce)),
+        "{last:?} after {first:?}"
+    );
+}

@@ -1,0 +1,11 @@
+//! Stock Linux on our own hypervisor, on a real `kvm_amd`. Run by `scripts/lab test`; CI runs what is in
+//! `scenario`. Each test has a lab of its own, and they run one after the other.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
+
+mod cloud;
+mod debian;
+mod host;
+mod scenario;
+mod soak;
+mod terminal;

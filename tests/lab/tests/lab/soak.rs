@@ -1,0 +1,117 @@
+//! Many times the same. `FRACTUS_FULL` asks for the numbers that were promised; else a few, to see that
+//! the tests work. What fails is counted and shown, not tried again.
+
+use std::panic::AssertUnwindSafe;
+use std::time::{Duration, Instant};
+
+use fractus_lab::{Count, Host, TinyGuest};
+use fractus_tests::harness::Client;
+use futures::FutureExt;
+use serde_json::json;
+
+use crate::cloud::{act, create, delete, flavor, lab, logged, said, settled, tiny_image};
+use crate::terminal::Terminal;
+
+/// `few`, or what was promised.
+fn times(few: usize, promised: usize) -> usize {
+    match std::env::var_os("FRACTUS_FULL") {
+        Some(_) => promised,
+        None => few,
+    }
+}
+
+/// What an attempt did not bring about, as the panic says it that ended it.
+async fn attempt(what: impl Future<Output = ()>) -> Result<Duration, String> {
+    let began = Instant::now();
+    let ended = AssertUnwindSafe(what).catch_unwind().await;
+    ended.map(|()| began.elapsed()).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        text.or_else(|| Some((*panic.downcast_ref::<&str>()?).to_owned()))
+            .unwrap_or_else(|| "a panic without words".to_owned())
+    })
+}
+
+fn record(count: &mut Count, host: &Host, ended: Result<Duration, String>) {
+    match ended {
+        Ok(took) => count.succeeded(took),
+        Err(why) => {
+            count.failed(&why);
+            println!("{}\n{}", host.traced().unwrap(), host.agent_log().unwrap());
+        }
+    }
+}
+
+fn conclude(count: Count) {
+    let failures = count.finish().unwrap();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[tokio::test]
+#[ignore = "takes a host in software: scripts/lab test"]
+async fn soak_boots_of_the_tiny_guest_four_at_once() {
+    let lab = lab(1).await;
+    lab.hosts[0].trace().unwrap();
+    let tiny = TinyGuest::make().unwrap();
+    let admin = lab.controller.admin().await.unwrap();
+    let image = tiny_image(&admin, &tiny, "console=ttyS0 quiet panic=-1").await;
+    let flavor = flavor(&admin, 1, 256, 1).await;
+    let kernel = &tiny.release;
+    let mut count = Count::new(&format!("Boots of the tiny guest, four at once ({kernel})"));
+    while count.attempted() < times(4, 100) {
+        let boots = (1..=4).map(|number| {
+            let name = format!("soak-{}", count.attempted() + number);
+            attempt(boot_tiny(&admin, name, &image, &flavor))
+        });
+        for ended in futures::future::join_all(boots).await {
+            record(&mut count, &lab.hosts[0], ended);
+        }
+    }
+    conclude(count);
+}
+
+async fn boot_tiny(admin: &Client, name: String, image: &str, flavor: &str) {
+    let server = json!({"name": name, "imageRef": image, "flavorRef": flavor});
+    let server = create(admin, server).await;
+    let log = logged(admin, &server, "tiny: ready hostname=").await;
+    assert_eq!(said(&log, "mounted", "boots"), Some("1"), "{log}");
+    delete(admin, &server).await;
+}
+
+#[tokio::test]
+#[ignore = "takes a host in software: scripts/lab test"]
+async fn soak_reboots_of_one_guest() {
+    let lab = lab(1).await;
+    lab.hosts[0].trace().unwrap();
+    let tiny = TinyGuest::make().unwrap();
+    let admin = lab.controller.admin().await.unwrap();
+    let image = tiny_image(&admin, &tiny, "console=ttyS0 quiet panic=-1").await;
+    let flavor = flavor(&admin, 2, 256, 1).await;
+    let server = json!({"name": "again", "imageRef": image, "flavorRef": flavor});
+    let server = create(&admin, server).await;
+    logged(&admin, &server, "tiny: ready hostname=").await;
+    let title = "Reboots of one tiny guest with 2 vCPUs: by itself, asked to, by a pulled plug";
+    let mut count = Count::new(title);
+    for number in 0..times(3, 20) {
+        let ended = attempt(reboot_tiny(&admin, &server, number)).await;
+        let go_on = ended.is_ok();
+        record(&mut count, &lab.hosts[0], ended);
+        // Another one would be of a guest of which nothing is known.
+        if !go_on {
+            break;
+        }
+    }
+    conclude(count);
+}
+
+/// The reboot of this number, from 0.
+async fn reboot_tiny(admin: &Client, server: &str, number: usize) {
+    match number % 3 {
+        0 => Terminal::open(admin, server).await.send("reboot").await,
+        1 => act(admin, server, json!({"reboot": {"type": "SOFT"}})).await,
+        _ => act(admin, server, json!({"reboot": {"type": "HARD"}})).await,
+    }
+    let log = logged(admin, server, &format!("boots={}\r\n", number + 2)).await;
+    assert!(!log.contains("cannot be mounted"), "{log}");
+    settled(admin, server, "ACTIVE").await;
+    Terminal::open(admin, server).await.run("true").await;
+}
