@@ -19,7 +19,18 @@ pub struct Tree {
 /// # Errors
 /// With what apt said.
 pub fn tree(arguments: &[&str]) -> Result<Tree> {
-    let script = checkout().join("scripts/debian-tree");
+    let folder = script("scripts/debian-tree", arguments)?;
+    Ok(Tree { folder })
+}
+
+/// A system that `images/debian/build` builds, if that was not done before: the folder of that variant.
+pub fn variant(name: &str) -> Result<PathBuf> {
+    script("images/debian/build", &[name])
+}
+
+/// Runs a script of the checkout; gives the path that it prints.
+fn script(path: &str, arguments: &[&str]) -> Result<PathBuf> {
+    let script = checkout().join(path);
     let output = Command::new(&script)
         .args(arguments)
         .stderr(Stdio::inherit())
@@ -33,8 +44,7 @@ pub fn tree(arguments: &[&str]) -> Result<Tree> {
             output.status
         );
     }
-    let folder = PathBuf::from(String::from_utf8(output.stdout)?.trim());
-    Ok(Tree { folder })
+    Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()))
 }
 
 /// Where the lab keeps what is dear to make: beside what the scripts keep.

@@ -3,12 +3,13 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
-use crate::image::HostImage;
+use crate::debian::variant;
+use crate::image::{HostImage, Kind};
 use crate::monitor::Monitor;
 use crate::qemu::{self, Files};
 use crate::saved;
@@ -84,6 +85,19 @@ impl Running {
         self.identity.until("ready", limit, ready)
     }
 
+    /// Waits until the host has powered off or reset itself, which ends its QEMU.
+    fn until_ended(&mut self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        while self.qemu.try_wait()?.is_none() {
+            if Instant::now() >= end {
+                bail!("it still runs after {limit:?}");
+            }
+            // sleeps because a child's end comes with no time limit
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
     /// Tells it which host it is, and waits until it is that.
     fn become_host(&mut self, number: u8, name: &str) -> Result<()> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
@@ -129,11 +143,14 @@ impl Host {
         number: u8,
         folder: &Path,
         payload: &Path,
+        kind: Kind,
     ) -> Result<Self> {
         std::fs::create_dir_all(folder)?;
         let state = folder.join("state");
-        if !state.exists() {
-            format_disk(&state)?;
+        match kind {
+            _ if state.exists() => {}
+            Kind::Busybox => format_disk(&state)?,
+            Kind::Systemd => copy_root(&state)?,
         }
         // The cache may forget it while this host is to be started again.
         let own = folder.join("payload");
@@ -173,6 +190,16 @@ impl Host {
             .with_context(|| self.serial_log())?;
         self.running = Some(running);
         Ok(())
+    }
+
+    /// Has it reboot in an orderly way, and waits until it takes commands again.
+    pub fn reboot(&mut self) -> Result<()> {
+        // It may be gone before it has answered.
+        let _ = self.run("reboot");
+        let running = self.running.as_mut();
+        let running = running.with_context(|| format!("{} is off", self.name))?;
+        running.until_ended(BOOTS)?;
+        self.start(&Start::Boot)
     }
 
     /// Pulls its plug. What it had not synced is lost, as far as its own kernel is concerned.
@@ -246,6 +273,16 @@ impl Host {
         Ok(output.text)
     }
 
+    /// Puts a file there; its parent folder is there already.
+    pub fn put(&self, path: &str, mode: u32, bytes: &[u8]) -> Result<()> {
+        let at: SocketAddr = format!("{}:80", self.address()).parse()?;
+        let output = shell::post(at, &format!("put?{path}"), bytes, RUNS)?;
+        if output.status != 0 {
+            bail!("{}: putting {path}: {}", self.name, output.text);
+        }
+        self.done(&format!("chmod {mode:o} {path}")).map(drop)
+    }
+
     /// Starts the agent; it joins by the token if this host has not joined before.
     pub fn start_agent(&self, controller: &str, token: &str) -> Result<()> {
         let endpoint = self.endpoint();
@@ -262,6 +299,32 @@ impl Host {
         self.done("cat /var/lib/fractus-agent/agent.log")
     }
 
+    /// What its KVM counted of the machines that run now: exits by kind, as `NAME COUNT` lines.
+    pub fn exits(&self) -> Result<String> {
+        self.done(
+            "cd /sys/kernel/debug/kvm 2>/dev/null || { mount -t debugfs debugfs /sys/kernel/debug; \
+             cd /sys/kernel/debug/kvm; }
+             for file in *exits insn_emulation hypercalls; do echo $file $(cat $file); done",
+        )
+    }
+
+    /// From now on its kernel keeps what its machines last did (the tracepoints of KVM).
+    pub fn trace(&self) -> Result<()> {
+        self.done(
+            "cd /sys/kernel/tracing && { [ -e events ] || mount -t tracefs tracefs .; }
+             cd /sys/kernel/tracing && echo 512 >buffer_size_kb
+             for event in kvm_exit kvm_inj_exception kvm_inj_virq kvm_page_fault kvm_cr; do
+               echo 1 >events/kvm/$event/enable
+             done",
+        )
+        .map(drop)
+    }
+
+    /// The last of it.
+    pub fn traced(&self) -> Result<String> {
+        self.done("tail -n 120 /sys/kernel/tracing/trace")
+    }
+
     /// All that it ever wrote to its serial line.
     pub fn serial_log(&self) -> String {
         let bytes = std::fs::read(self.files.serial_log()).unwrap_or_default();
@@ -272,6 +335,19 @@ impl Host {
     pub fn console(&self) -> PathBuf {
         self.files.console()
     }
+}
+
+/// The disk of a host with systemd.
+fn copy_root(path: &Path) -> Result<()> {
+    let root = variant("host")?.join("root.ext4");
+    let status = Command::new("cp")
+        .arg("--sparse=always")
+        .args([&root, path])
+        .status()?;
+    if !status.success() {
+        bail!("copying {}: {status}", root.display());
+    }
+    Ok(())
 }
 
 fn format_disk(path: &Path) -> Result<()> {

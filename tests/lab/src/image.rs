@@ -15,11 +15,23 @@ use crate::{kernel, modules};
 
 const INIT: &[u8] = include_bytes!("../host/init");
 const RUN: &[u8] = include_bytes!("../host/run");
+const PUT: &[u8] = include_bytes!("../host/put");
 const AGENT: &[u8] = include_bytes!("../host/agent");
+const SYSTEMD: &[u8] = include_bytes!("../host/systemd");
 const INITTAB: &[u8] = include_bytes!("../host/inittab");
 /// Changes when this file makes something else of the same packages and scripts.
 const FORM: &[u8] = include_bytes!("image.rs");
 const MODULES: &[u8] = include_bytes!("modules.rs");
+
+/// What kind of host one is: both boot the same image, and its disk makes the difference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// Busybox, which runs the agent by hand.
+    #[default]
+    Busybox,
+    /// Debian with systemd, which runs it by our unit.
+    Systemd,
+}
 
 /// What a host boots.
 #[derive(Debug, Clone)]
@@ -36,7 +48,7 @@ impl HostImage {
         let debian = tree(&["--alone", "linux-image-amd64", "busybox-static"])?;
         let mut hasher = blake3::Hasher::new();
         hasher.update(debian.versions()?.as_bytes());
-        for part in [INIT, RUN, AGENT, INITTAB, FORM, MODULES] {
+        for part in [INIT, RUN, PUT, AGENT, SYSTEMD, INITTAB, FORM, MODULES] {
             hasher.update(&(part.len() as u64).to_le_bytes());
             hasher.update(part);
         }
@@ -80,7 +92,9 @@ fn write_initrd(to: &Path, busybox: &Path, release: &str, modules: &Path) -> Res
     archive.link("host/bin/fractus-agent", "/opt/fractus-agent")?;
     archive.file("host/lab/init", 0o755, INIT)?;
     archive.file("host/lab/agent", 0o755, AGENT)?;
+    archive.file("host/lab/systemd", 0o644, SYSTEMD)?;
     archive.file("host/lab/web/cgi-bin/run", 0o755, RUN)?;
+    archive.file("host/lab/web/cgi-bin/put", 0o755, PUT)?;
     archive.file("host/etc/inittab", 0o644, INITTAB)?;
     archive.file("host/etc/passwd", 0o644, b"root::0:0:root:/:/bin/sh\n")?;
     archive.file("host/etc/group", 0o644, b"root:x:0:\n")?;

@@ -7,7 +7,7 @@ use fractus_tests::harness::{Guardian, program};
 
 use crate::controller::Controller;
 use crate::host::{Host, Start};
-use crate::image::HostImage;
+use crate::image::{HostImage, Kind};
 use crate::segment::Segment;
 use crate::{payload, saved};
 
@@ -21,6 +21,8 @@ pub struct Options {
     pub public_port: u16,
     /// Boot hosts instead of restoring them.
     pub boot: bool,
+    /// Of all of them.
+    pub kind: Kind,
     /// `None`: the agent that was built with this program.
     pub agent: Option<PathBuf>,
 }
@@ -90,7 +92,14 @@ impl Lab {
         };
         let payload = payload::make(&agent)?;
         let folder = self.folder.join(format!("host{number}"));
-        let mut host = Host::new(&self.image, &self.segment, number, &folder, &payload)?;
+        let mut host = Host::new(
+            &self.image,
+            &self.segment,
+            number,
+            &folder,
+            &payload,
+            self.options.kind,
+        )?;
         host.start(&self.how()?)?;
         let token = self.controller.join_token().await?;
         host.start_agent(&self.controller.for_agents(), &token)

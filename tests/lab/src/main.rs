@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use fractus_lab::{Lab, Options, TinyGuest, run};
+use fractus_lab::{Kind, Lab, Options, TinyGuest, run};
 use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(Parser)]
@@ -43,6 +43,12 @@ struct Up {
     /// Boot hosts instead of restoring them
     #[arg(long)]
     boot: bool,
+    /// Hosts with systemd and the agent's unit
+    #[arg(long)]
+    systemd: bool,
+    /// An agent other than the one that was built with this program
+    #[arg(long)]
+    agent: Option<PathBuf>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -79,7 +85,11 @@ fn up(arguments: Up) -> anyhow::Result<()> {
             folder: arguments.folder,
             public_port: arguments.port,
             boot: arguments.boot,
-            agent: None,
+            kind: match arguments.systemd {
+                true => Kind::Systemd,
+                false => Kind::Busybox,
+            },
+            agent: arguments.agent,
         };
         let lab = tokio::select! {
             lab = Lab::start(options) => lab?,

@@ -11,6 +11,9 @@ use anyhow::{Context, Result, bail};
 use crate::archive::Archive;
 use crate::debian::{cache, used};
 
+/// For hosts with systemd.
+const UNIT: &[u8] = include_bytes!("../../../agent/fractus-agent.service");
+
 /// Makes the disk for this agent, if it was not made before.
 pub fn make(agent: &Path) -> Result<PathBuf> {
     let bytes = std::fs::read(agent).with_context(|| {
@@ -19,13 +22,17 @@ pub fn make(agent: &Path) -> Result<PathBuf> {
             agent.display()
         )
     })?;
-    let hash = blake3::hash(&bytes).to_hex();
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(UNIT);
+    hasher.update(&bytes);
+    let hash = hasher.finalize().to_hex();
     let disk = cache()?.join(format!("payload-{}", &hash[..16]));
     if !disk.exists() {
         let new = tempfile::NamedTempFile::new_in(cache()?)?;
         let mut archive = Archive::new(BufWriter::new(new));
-        let stripped = strip(agent)?;
+        let stripped = stripped(agent)?;
         archive.copy("opt/fractus-agent", 0o755, &stripped)?;
+        archive.file("opt/fractus-agent.service", 0o644, UNIT)?;
         for library in libraries(agent)? {
             let name = library.display().to_string();
             archive.copy(name.trim_start_matches('/'), 0o755, &library)?;
@@ -38,8 +45,9 @@ pub fn make(agent: &Path) -> Result<PathBuf> {
     Ok(disk)
 }
 
-/// Development builds are mostly names and line numbers; the host's memory is small.
-fn strip(agent: &Path) -> Result<tempfile::TempPath> {
+/// A copy without debug information: development builds are mostly names and line numbers, and the host's
+/// memory is small.
+pub fn stripped(agent: &Path) -> Result<tempfile::TempPath> {
     let to = tempfile::NamedTempFile::new()?.into_temp_path();
     let done = Command::new("strip").arg("-o").arg(&to).arg(agent).status();
     if !done.is_ok_and(|status| status.success()) {

@@ -15,14 +15,20 @@ pub struct Output {
 
 /// Runs `script` by the host's shell.
 pub fn run(host: SocketAddr, script: &str, limit: Duration) -> Result<Output> {
-    let what = || format!("on {host}: {script}");
+    post(host, "run", script.as_bytes(), limit).with_context(|| script.to_owned())
+}
+
+/// Posts to a program of the host's web server (`host/run`, `host/put`).
+pub fn post(host: SocketAddr, program: &str, bytes: &[u8], limit: Duration) -> Result<Output> {
+    let what = || format!("on {host}: {program}");
     let mut stream = TcpStream::connect_timeout(&host, limit).with_context(what)?;
     stream.set_read_timeout(Some(limit))?;
     let request = format!(
-        "POST /cgi-bin/run HTTP/1.0\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\r\n{script}",
-        script.len()
+        "POST /cgi-bin/{program} HTTP/1.0\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\r\n",
+        bytes.len()
     );
     stream.write_all(request.as_bytes()).with_context(what)?;
+    stream.write_all(bytes).with_context(what)?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).with_context(what)?;
     let answer = String::from_utf8_lossy(&answer);
