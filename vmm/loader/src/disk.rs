@@ -7,6 +7,8 @@ use std::cell::RefCell;
 use std::io;
 use std::time::{Duration, Instant};
 
+use rustix::time::{ClockId, clock_gettime};
+
 /// Something that can be read at any place.
 pub trait ReadAt {
     /// Fills all of `buffer`; `offset..offset + buffer.len()` is within the size.
@@ -48,15 +50,20 @@ impl ReadAt for std::fs::File {
 pub struct Limits {
     /// Largest kernel, and largest sum of initrds, bytes: what the guest's memory can hold.
     pub memory: u64,
-    /// The loader's own work, without what it waited for the disk.
+    /// CPU time of the thread that searches: what else the host is busy with takes nothing of it.
     pub work: Duration,
     /// All of the time that it waited for the disk.
     pub wait: Duration,
     /// Bytes read from the disk.
     pub bytes: u64,
-    /// Turns of loops.
+    /// Turns of loops, and what is compared and copied between them, [`BYTES_A_STEP`] at a time.
     pub steps: u64,
+    /// Bytes of memory for what is made of configurations and of where files stand, over the search.
+    pub kept: u64,
 }
+
+/// Bytes of text that are worked on for one step: with either, some 100 ns are gone.
+const BYTES_A_STEP: u64 = 32;
 
 impl Limits {
     /// For a guest with so many bytes of memory. A disk of today is searched in some milliseconds;
@@ -68,6 +75,7 @@ impl Limits {
             wait: Duration::from_secs(5),
             bytes: 1 << 30,
             steps: 8_000_000,
+            kept: 64 << 20,
         }
     }
 }
@@ -121,6 +129,7 @@ struct Inner<'a> {
     clock: u64,
     steps: u64,
     bytes: u64,
+    kept: u64,
     waited: Duration,
 }
 
@@ -128,7 +137,16 @@ pub struct Disk<'a> {
     inner: RefCell<Inner<'a>>,
     size: u64,
     limits: Limits,
-    began: Instant,
+    /// Of this thread's CPU time.
+    began: Duration,
+}
+
+/// CPU time that this thread has used. The first look at the clock in a process asks the kernel where it
+/// finds the clock (prctl), which a process that is locked down may not: whoever searches in such a one
+/// looks once before.
+pub fn worked() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 impl<'a> Disk<'a> {
@@ -141,11 +159,12 @@ impl<'a> Disk<'a> {
                 clock: 0,
                 steps: 0,
                 bytes: 0,
+                kept: 0,
                 waited: Duration::ZERO,
             }),
             size,
             limits,
-            began: Instant::now(),
+            began: worked(),
         }
     }
 
@@ -159,22 +178,50 @@ impl<'a> Disk<'a> {
 
     /// One turn of a loop whose end the disk decides.
     pub fn step(&self) -> Result<(), Fault> {
+        self.steps(1)
+    }
+
+    /// One turn that looks at so many bytes of text.
+    pub fn step_over(&self, bytes: usize) -> Result<(), Fault> {
+        self.steps(1 + bytes as u64 / BYTES_A_STEP)
+    }
+
+    fn steps(&self, count: u64) -> Result<(), Fault> {
         let mut inner = self.inner.borrow_mut();
-        inner.steps += 1;
+        let before = inner.steps;
+        inner.steps = before.saturating_add(count);
         if inner.steps > self.limits.steps {
             return Err(Fault::Exhausted("the disk's structures are endless"));
         }
-        if inner.steps.is_multiple_of(1024) {
+        if before / 1024 != inner.steps / 1024 {
             self.check_time(inner.waited)?;
         }
         Ok(())
+    }
+
+    /// So many bytes of memory are taken, and not counted back.
+    pub fn keep(&self, bytes: u64) -> Result<(), Fault> {
+        let mut inner = self.inner.borrow_mut();
+        inner.kept = inner.kept.saturating_add(bytes);
+        match inner.kept > self.limits.kept {
+            true => Err(Fault::Exhausted(
+                "what is on the disk takes too much memory to understand",
+            )),
+            false => Ok(()),
+        }
+    }
+
+    /// Bytes of memory that may still be taken.
+    pub fn room(&self) -> u64 {
+        let kept = self.inner.borrow().kept;
+        self.limits.kept.saturating_sub(kept)
     }
 
     fn check_time(&self, waited: Duration) -> Result<(), Fault> {
         if waited > self.limits.wait {
             return Err(Fault::Exhausted("the disk is too slow"));
         }
-        if self.began.elapsed().saturating_sub(waited) > self.limits.work {
+        if worked().saturating_sub(self.began) > self.limits.work {
             return Err(Fault::Exhausted("the search took too long"));
         }
         Ok(())

@@ -311,7 +311,11 @@ impl Search<'_> {
             return Ok(Err(format!("{}: on no partition", place.path)));
         };
         let name = format!("{} {}", tree.name, place.path);
-        match tree.file(&place.path, limit) {
+        let file = tree.file(&place.path, limit);
+        if let Ok((_, pieces)) = &file {
+            self.disk.keep(size_of_val(pieces.as_slice()) as u64)?;
+        }
+        match file {
             Ok((_, pieces)) if !pieces.iter().all(|piece| self.holds(piece)) => {
                 Ok(Err(format!("{name}: it leaves the disk")))
             }
@@ -355,7 +359,8 @@ impl Search<'_> {
                 pattern = pattern.or(bls::default_pattern(&text).map(str::to_owned));
             }
         }
-        let Some(item) = bls::choose(items, pattern.as_deref()) else {
+        let chosen = bls::choose(self.disk, items, pattern.as_deref())?;
+        let Some(item) = chosen else {
             return Ok(None);
         };
         let entry = item.entry().map(|mut entry| {

@@ -70,6 +70,7 @@ fn check(disk: &mut dyn ReadAt) {
         wait: Duration::from_secs(60),
         bytes: 256 << 20,
         steps: 300_000,
+        kept: 32 << 20,
     };
     let Ok(found) = find(disk, &limits) else {
         return;

@@ -31,7 +31,9 @@ pub struct BootDisk {
 }
 
 impl BootDisk {
+    /// Made before the process is locked down.
     pub fn new(file: File) -> BootDisk {
+        fractus_loader::disk::worked();
         BootDisk {
             file,
             buffer: RefCell::new(Vec::new()),

@@ -2,8 +2,8 @@
 
 use std::cmp::Ordering;
 
-use super::{Entry, MAX_ENTRIES, MAX_ITEM, MAX_PATTERN, Place, glob, join, version};
-use crate::disk::Fault;
+use super::{Entry, MAX_ENTRIES, MAX_ITEM, MAX_PATTERN, Place, glob, version};
+use crate::disk::{Disk, Fault};
 use crate::fs::Tree;
 
 /// One `*.conf`.
@@ -50,8 +50,11 @@ impl Item {
                 "linux" => item.linux = Some(value.to_owned()),
                 "initrd" => item.initrds.push(value.to_owned()),
                 "options" => {
-                    let before = item.options.take().unwrap_or_default();
-                    item.options = Some(join([before.as_str(), value]));
+                    let options = item.options.get_or_insert_default();
+                    if !options.is_empty() && !value.is_empty() {
+                        options.push(' ');
+                    }
+                    options.push_str(value);
                 }
                 "architecture" => item.foreign = !value.eq_ignore_ascii_case("x64"),
                 _ => {}
@@ -63,6 +66,37 @@ impl Item {
     pub fn title(&self) -> String {
         self.title.clone().unwrap_or_else(|| self.id.clone())
     }
+
+    /// Bytes that a comparison may look at.
+    fn weight(&self) -> usize {
+        let key = self.sort_key.as_ref().map_or(0, String::len);
+        self.id.len() + self.version.len() + self.machine_id.len() + key
+    }
+}
+
+/// The items in `order`; each comparison is paid for, and so the order need not even be one.
+pub fn sorted(
+    disk: &Disk<'_>,
+    items: Vec<Item>,
+    order: impl Fn(&Item, &Item) -> Ordering,
+) -> Result<Vec<Item>, Fault> {
+    let mut sorted: Vec<Item> = Vec::with_capacity(items.len());
+    for item in items {
+        let (mut low, mut high) = (0, sorted.len());
+        while low < high {
+            let middle = low.midpoint(high);
+            let Some(other) = sorted.get(middle) else {
+                break;
+            };
+            disk.step_over(4 * (item.weight() + other.weight()))?;
+            match order(&item, other) {
+                Ordering::Less => high = middle,
+                Ordering::Equal | Ordering::Greater => low = middle + 1,
+            }
+        }
+        sorted.insert(low, item);
+    }
+    Ok(sorted)
 }
 
 /// What entries are sorted by: no longer than it is worth comparing.
@@ -116,9 +150,9 @@ pub fn read(
     let mut items = Vec::new();
     for name in names {
         let path = format!("{folder}/{name}");
-        place.disk.step()?;
         match place.text(&path, MAX_ITEM) {
             Ok(text) => {
+                place.disk.step_over(text.len())?;
                 let mut item = Item::parse(&name, &text);
                 item.tree = tree;
                 items.push(item);
@@ -144,16 +178,26 @@ pub fn default_pattern(text: &str) -> Option<&str> {
 }
 
 /// The entry to boot: the first of the pattern, else the first that can be booted at all.
-pub fn choose(mut items: Vec<Item>, pattern: Option<&str>) -> Option<Item> {
+pub fn choose(
+    disk: &Disk<'_>,
+    mut items: Vec<Item>,
+    pattern: Option<&str>,
+) -> Result<Option<Item>, Fault> {
     items.retain(|item| item.linux.is_some() && !item.foreign);
-    items.sort_by(order);
-    let named = |item: &Item| {
-        pattern.is_some_and(|pattern| {
-            glob::matches(pattern, &item.id) || glob::matches(pattern, &format!("{}.conf", item.id))
-        })
-    };
-    let place = items.iter().position(named).unwrap_or(0);
-    (place < items.len()).then(|| items.swap_remove(place))
+    let mut items = sorted(disk, items, order)?;
+    let mut place = 0;
+    if let Some(pattern) = pattern {
+        for (index, item) in items.iter().enumerate() {
+            let name = format!("{}.conf", item.id);
+            // A `*` may grow by a character of the name as often as there are some.
+            disk.step_over(2 * pattern.len() * name.len())?;
+            if glob::matches(pattern, &item.id) || glob::matches(pattern, &name) {
+                place = index;
+                break;
+            }
+        }
+    }
+    Ok((place < items.len()).then(|| items.swap_remove(place)))
 }
 
 impl Item {
@@ -175,6 +219,7 @@ impl Item {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::Limits;
 
     fn item(file: &str, text: &str) -> Item {
         Item::parse(file, text)
@@ -195,9 +240,12 @@ mod tests {
             ),
             item("f.conf", "sort-key a\nefi /x.efi\n"),
         ];
-        assert_eq!(choose(items.clone(), None).unwrap().id, "c");
-        assert_eq!(choose(items.clone(), Some("z-*")).unwrap().id, "z-9");
-        assert_eq!(choose(items, Some("none")).unwrap().id, "c");
+        let mut nothing: &[u8] = &[];
+        let disk = Disk::new(&mut nothing, Limits::for_memory(0));
+        let chosen = |pattern| choose(&disk, items.clone(), pattern).unwrap().unwrap().id;
+        assert_eq!(chosen(None), "c");
+        assert_eq!(chosen(Some("z-*")), "z-9");
+        assert_eq!(chosen(Some("none")), "c");
     }
 
     #[test]

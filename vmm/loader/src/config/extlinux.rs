@@ -1,6 +1,6 @@
 //! extlinux.conf and syslinux.cfg (syslinux 6, doc/syslinux.txt).
 
-use super::{Entry, MAX_CONFIG, Place, join};
+use super::{Entry, MAX_CONFIG, MAX_ENTRIES, Place, join};
 use crate::disk::Fault;
 use crate::fs::{Tree, normal, parent};
 
@@ -54,7 +54,7 @@ pub fn read(trees: &[Tree<'_>], tree: usize, path: &str) -> Result<Result<Entry,
     for word in append.split_ascii_whitespace() {
         match word.strip_prefix("initrd=") {
             Some(files) if initrds.is_empty() => {
-                initrds.extend(files.split(',').map(str::to_owned));
+                initrds.extend(files.split(',').take(MAX_ENTRIES).map(str::to_owned));
             }
             Some(_) => {}
             None => words.push(word),
@@ -81,6 +81,7 @@ impl Config {
             return Ok(());
         }
         let text = tree.text(path, MAX_CONFIG)?;
+        tree.disk.step_over(text.len())?;
         for line in text.lines() {
             tree.disk.step()?;
             let line = line.trim();
@@ -111,6 +112,7 @@ impl Config {
             ("INITRD", Some(label)) => {
                 label.initrds = value
                     .split(',')
+                    .take(MAX_ENTRIES)
                     .map(|file| file.trim().to_owned())
                     .collect();
             }

@@ -45,5 +45,5 @@ pub fn read<'a>(
 /// Whether a script is one at all.
 #[cfg(test)]
 pub(crate) fn parses(text: &str) -> bool {
-    script::parse(text).is_ok()
+    script::parse(text, 1 << 20).is_ok()
 }

@@ -163,11 +163,14 @@ impl<'r, 'a> Run<'r, 'a> {
     pub fn source(&mut self, path: &str) -> Result<(), Stop> {
         self.enter()?;
         let text = self.text(path)?;
-        let block = parse(&text).map_err(|error| Stop::Syntax {
+        self.disk.step_over(text.len())?;
+        let parsed = parse(&text, self.disk.room()).map_err(|error| Stop::Syntax {
             path: path.to_owned(),
             error,
         })?;
-        self.block(&block)?;
+        drop(text);
+        self.disk.keep(parsed.kept)?;
+        self.block(&parsed.block)?;
         self.depth -= 1;
         Ok(())
     }
@@ -212,6 +215,7 @@ impl<'r, 'a> Run<'r, 'a> {
             },
             Command::For { name, words, body } => {
                 for word in self.expand(words)? {
+                    self.disk.step()?;
                     self.set(name, &word);
                     self.block(body)?;
                 }
@@ -260,6 +264,8 @@ impl<'r, 'a> Run<'r, 'a> {
                 expanded.push(text);
             }
         }
+        // A word takes as much as some letters, however short it is.
+        self.disk.step_over(total + 16 * expanded.len())?;
         Ok(expanded)
     }
 
@@ -446,10 +452,15 @@ impl<'r, 'a> Run<'r, 'a> {
             Err(Stop::Fault(fault)) => return Err(fault.into()),
             Err(_) => return Ok(false),
         };
+        self.disk.step_over(text.len())?;
         let Some(pairs) = block::parse(&text) else {
             return Ok(false);
         };
         for (name, value) in pairs {
+            self.disk.step_over(16 * only.len())?;
+            if self.kept > MAX_KEPT {
+                return Err(Stop::TooMuch("values"));
+            }
             if only.is_empty() || only.contains(&name.as_str()) {
                 self.set(&name, &value);
             }
@@ -565,7 +576,7 @@ impl<'r, 'a> Run<'r, 'a> {
             }
         }
         found.retain(|item| item.linux.is_some());
-        found.sort_by(|a, b| version::rpm(&b.id, &a.id));
+        let found = bls::sorted(self.disk, found, |a, b| version::rpm(&b.id, &a.id))?;
         let worked = !found.is_empty();
         for item in found {
             if self.menu.len() >= MAX_ENTRIES {

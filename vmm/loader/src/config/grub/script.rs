@@ -74,16 +74,34 @@ pub struct SyntaxError {
 /// Deeper than any configuration is nested.
 const MAX_DEPTH: u32 = 48;
 
-pub fn parse(text: &str) -> Result<Block, SyntaxError> {
-    let tokens = Lexer::new(text).all()?;
+/// Bytes of memory that a token takes, and the commands that are made of it; that a part of a word
+/// takes, besides its text. Lists are twice as long as what is in them, for a moment three times.
+const TOKEN: usize = 3 * (size_of::<(Token, u32)>() + size_of::<Word>() + size_of::<Command>());
+const PART: usize = 2 * size_of::<Part>() + 16;
+
+/// A script that was understood.
+#[derive(Debug)]
+pub struct Parsed {
+    pub block: Block,
+    /// Bytes of memory that it has taken.
+    pub kept: u64,
+}
+
+/// Understands a script, for which there are `room` bytes of memory.
+pub fn parse(text: &str, room: u64) -> Result<Parsed, SyntaxError> {
+    let mut lexer = Lexer::new(text, room);
+    let mut tokens = lexer.all()?;
     let mut parser = Parser {
-        tokens: &tokens,
+        tokens: &mut tokens,
         at: 0,
         depth: 0,
     };
     let block = parser.block(&[])?;
     match parser.tokens.get(parser.at) {
-        None => Ok(block),
+        None => Ok(Parsed {
+            block,
+            kept: room - lexer.room,
+        }),
         Some(_) => Err(parser.error("a word that ends something that was not begun")),
     }
 }
@@ -91,24 +109,39 @@ pub fn parse(text: &str) -> Result<Block, SyntaxError> {
 struct Lexer<'a> {
     rest: std::iter::Peekable<std::str::Chars<'a>>,
     line: u32,
+    /// Bytes of memory that are left.
+    room: u64,
 }
 
 impl<'a> Lexer<'a> {
-    fn new(text: &'a str) -> Self {
+    fn new(text: &'a str, room: u64) -> Self {
         Lexer {
             rest: text.chars().peekable(),
             line: 1,
+            room,
         }
     }
 
-    fn all(mut self) -> Result<Vec<(Token, u32)>, SyntaxError> {
+    fn pay(&mut self, cost: usize) -> Result<(), SyntaxError> {
+        self.room = self.room.checked_sub(cost as u64).ok_or(SyntaxError {
+            line: self.line,
+            problem: "more words than there is memory for",
+        })?;
+        Ok(())
+    }
+
+    fn all(&mut self) -> Result<Vec<(Token, u32)>, SyntaxError> {
         let mut tokens = Vec::new();
         while let Some(first) = self.rest.peek().copied() {
             let line = self.line;
             match first {
                 '\n' | ';' => {
                     self.next();
-                    tokens.push((Token::End, line));
+                    // Several ends are one.
+                    if !matches!(tokens.last(), None | Some((Token::End, _))) {
+                        self.pay(TOKEN)?;
+                        tokens.push((Token::End, line));
+                    }
                 }
                 ' ' | '\t' | '\r' => drop(self.next()),
                 '#' => while self.rest.next_if(|c| *c != '\n').is_some() {},
@@ -116,6 +149,7 @@ impl<'a> Lexer<'a> {
                     let word = self.word()?;
                     // A line that goes on is a word of nothing.
                     if word.quoted || !word.parts.is_empty() {
+                        self.pay(TOKEN + PART + word.text_length())?;
                         tokens.push((Token::Word(word), line));
                     }
                 }
@@ -223,6 +257,8 @@ impl<'a> Lexer<'a> {
         if name.is_empty() {
             word.push('$');
         } else {
+            // Text may follow it.
+            self.pay(2 * (PART + name.len()))?;
             word.parts.push(Part::Variable { name, quoted });
         }
         Ok(())
@@ -237,6 +273,15 @@ impl<'a> Lexer<'a> {
 }
 
 impl Word {
+    /// Bytes of memory for the text in it.
+    fn text_length(&self) -> usize {
+        let length = |part: &Part| match part {
+            Part::Text(text) => 2 * text.len(),
+            Part::Variable { .. } => 0,
+        };
+        self.parts.iter().map(length).sum()
+    }
+
     fn push(&mut self, c: char) {
         match self.parts.last_mut() {
             Some(Part::Text(text)) => text.push(c),
@@ -246,7 +291,8 @@ impl Word {
 }
 
 struct Parser<'a> {
-    tokens: &'a [(Token, u32)],
+    /// Words are taken out of it.
+    tokens: &'a mut [(Token, u32)],
     at: usize,
     depth: u32,
 }
@@ -378,11 +424,11 @@ impl Parser<'_> {
     /// Words up to the end of the command, or a brace.
     fn words(&mut self) -> Vec<Word> {
         let mut words = Vec::new();
-        while let Some((Token::Word(word), _)) = self.tokens.get(self.at) {
+        while let Some((Token::Word(word), _)) = self.tokens.get_mut(self.at) {
             if word.plain() == Some("{") || (word.plain() == Some("}")) {
                 break;
             }
-            words.push(word.clone());
+            words.push(std::mem::take(word));
             self.at += 1;
         }
         words
@@ -430,7 +476,7 @@ mod tests {
             }
             submenu "S" { menuentry x { true; } ; }
         "#;
-        let block = parse(text).unwrap();
+        let block = parse(text, 1 << 20).unwrap().block;
         assert_eq!(block.len(), 4);
         let Command::If(branches) = &block[0] else {
             panic!("{:?}", block[0])
@@ -457,11 +503,26 @@ mod tests {
             ("\nif true; then", 2),
             ("echo 'a", 1),
             ("}", 1),
-            ("x {\n\n", 2),
+            ("x {\n\n", 1),
         ] {
-            assert_eq!(parse(text).unwrap_err().line, line, "{text:?}");
+            assert_eq!(parse(text, 1 << 20).unwrap_err().line, line, "{text:?}");
         }
         let deep = "if true; then ".repeat(5000);
-        assert!(parse(&deep).is_err());
+        assert!(parse(&deep, 64 << 20).is_err());
+    }
+
+    #[test]
+    fn what_takes_more_memory_than_there_is_ends_where_that_is_used_up() {
+        let room = 1 << 20;
+        for text in ["a ", "a;", "$a", "'a'$b", "\"$a$b\"\n", "'' "] {
+            let text = text.repeat(100_000);
+            let error = parse(&text, room).unwrap_err();
+            assert_eq!(error.problem, "more words than there is memory for");
+            assert!(parse(&text, 1 << 30).is_ok());
+        }
+        let empty = "\n;\n".repeat(100_000);
+        assert_eq!(parse(&empty, 0).unwrap().kept, 0);
+        let kept = parse("linux /vmlinuz root=$x\n", room).unwrap().kept;
+        assert!((100..4000).contains(&kept), "{kept}");
     }
 }

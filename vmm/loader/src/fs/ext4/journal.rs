@@ -33,6 +33,8 @@ const LAST_TAG: u32 = 8;
 
 /// Blocks that a journal holds at most: 4 GiB of them.
 const MAX_WRITES: usize = 1 << 20;
+/// Bytes of memory that one of them takes, here and in the map that is made of it.
+const WRITE: u64 = 64;
 
 /// Block, then where it stands instead, and whether its first bytes were replaced because they looked
 /// like a journal's.
@@ -233,6 +235,7 @@ impl<'r, 'a> Log<'r, 'a> {
         let mut place = 12;
         while place + size + tail <= block.len() {
             self.ext4.volume.step()?;
+            self.ext4.volume.disk.keep(WRITE)?;
             let tag = slice(block, place, size);
             let flags = match third {
                 true => be32(tag, 4),
@@ -256,6 +259,7 @@ impl<'r, 'a> Log<'r, 'a> {
         let end = (be32(block, 12) as usize).min(block.len());
         for at in (16..end).step_by(size) {
             self.ext4.volume.step()?;
+            self.ext4.volume.disk.keep(WRITE)?;
             commit.revoked.push(match wide {
                 true => be64(block, at),
                 false => be32(block, at).into(),
