@@ -49,6 +49,17 @@ fn a_reset_begins_anew_with_memory_cleared() {
 }
 
 #[test]
+fn a_jump_to_the_firmwares_first_instruction_is_a_reset() {
+    // mov eax, 0xffff0; jmp eax
+    let jump = Guest::new()
+        .say("x")
+        .bytes(&[0xb8, 0xf0, 0xff, 0x0f, 0, 0xff, 0xe0]);
+    let mut rig = Rig::start(&jump);
+    rig.wait(&Event::GuestReset);
+    assert_eq!(rig.hear(2), "xx");
+}
+
+#[test]
 fn a_paused_machine_says_nothing_until_it_is_resumed() {
     let mut rig = Rig::start(&Guest::new().chatter());
     rig.hear(10);

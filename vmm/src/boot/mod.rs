@@ -14,6 +14,7 @@ mod fuzz;
 mod linux64;
 mod map;
 mod pvh;
+mod reset_vector;
 #[cfg(test)]
 mod tests;
 
@@ -32,6 +33,7 @@ pub use bzimage::BzImage;
 pub use elf::{ElfKernel, Segment};
 #[cfg(any(test, feature = "fuzzing"))]
 pub use fuzz::fuzz_load;
+pub use reset_vector::write_reset_vector;
 
 /// Something that can be read at any place; short at its end.
 pub trait Source {

@@ -255,6 +255,7 @@ impl Machine {
         acpi::write(&self.config, &self.layout, &self.memory).map_err(BootError::from)?;
         smbios::write(self.config.uuid, &self.memory).map_err(MachineError::Identity)?;
         generation::write(&self.memory)?;
+        boot::write_reset_vector(&self.memory).map_err(BootError::from)?;
         let command_line = &self.config.command_line;
         let inspected = match &self.kernel {
             Kernel::Files(inspected) => inspected,
