@@ -432,6 +432,32 @@ impl Pieces {
     }
 }
 
+/// `size` bytes from `offset` on, if `pieces` have them.
+pub fn cut(pieces: &[Piece], offset: u64, size: u64) -> Option<Vec<Piece>> {
+    let end = offset.checked_add(size)?;
+    let (mut part, mut begin) = (Vec::new(), 0u64);
+    for piece in pieces {
+        let after = begin.checked_add(piece.length())?;
+        let (from, to) = (offset.max(begin), end.min(after));
+        if from < to {
+            let (skip, length) = (from - begin, to - from);
+            part.push(match piece {
+                Piece::Disk { offset, .. } => Piece::Disk {
+                    offset: offset + skip,
+                    length,
+                },
+                Piece::Zero { .. } => Piece::Zero { length },
+                Piece::Bytes(bytes) => {
+                    let bytes = bytes.get(skip as usize..(skip + length) as usize);
+                    Piece::Bytes(bytes.unwrap_or_default().to_vec())
+                }
+            });
+        }
+        begin = after;
+    }
+    (end <= begin).then_some(part)
+}
+
 /// All bytes of `pieces`, which are few.
 pub fn read_pieces(disk: &Disk<'_>, pieces: &[Piece]) -> Result<Vec<u8>, Fault> {
     let mut bytes = Vec::new();

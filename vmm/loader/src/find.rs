@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use crate::config::{self, Entry, MAX_CONFIG, Place, bls, extlinux, grub};
-use crate::disk::{Disk, Fault, Limits, Piece, ReadAt, Volume};
+use crate::config::{self, Entry, MAX_CONFIG, Place, bls, extlinux, grub, uki};
+use crate::disk::{Disk, Fault, Limits, Piece, ReadAt, Volume, cut};
 use crate::fs::{self, Content, Tree};
 use crate::partition::{self, Partition};
 
@@ -311,9 +311,15 @@ impl Search<'_> {
             return Ok(Err(format!("{}: on no partition", place.path)));
         };
         let name = format!("{} {}", tree.name, place.path);
-        let file = tree.file(&place.path, limit);
-        if let Ok((_, pieces)) = &file {
+        let mut file = tree.file(&place.path, limit);
+        if let Ok((size, pieces)) = &mut file {
             self.disk.keep(size_of_val(pieces.as_slice()) as u64)?;
+            if let Some(part) = place.part {
+                let Some(cut) = cut(pieces, part.offset, part.size) else {
+                    return Ok(Err(format!("{name}: a section outside of its file")));
+                };
+                (*size, *pieces) = (part.size, cut);
+            }
         }
         match file {
             Ok((_, pieces)) if !pieces.iter().all(|piece| self.holds(piece)) => {
@@ -355,6 +361,12 @@ impl Search<'_> {
                     Err(_) => {}
                 }
             }
+            let limit = self.disk.limits().memory;
+            match uki::read(&self.trees, index, limit, &mut self.remarks) {
+                Ok(more) => items.extend(more),
+                Err(fault) if fault.ends_the_search() => return Err(fault),
+                Err(_) => {}
+            }
             if let Ok(text) = tree.text("/loader/loader.conf", MAX_CONFIG) {
                 pattern = pattern.or(bls::default_pattern(&text).map(str::to_owned));
             }
@@ -365,10 +377,7 @@ impl Search<'_> {
         };
         let entry = item.entry().map(|mut entry| {
             let path = entry.kernel.path.clone();
-            let below = config::Place {
-                tree: item.tree,
-                path: format!("/boot{path}"),
-            };
+            let below = Place::new(item.tree, format!("/boot{path}"));
             // Entries of a /boot that is no file system of its own.
             if matches!(self.is_there(item.tree, &path), Ok(false))
                 && matches!(self.is_there(item.tree, &below.path), Ok(true))
@@ -381,7 +390,10 @@ impl Search<'_> {
             entry
         });
         let entry = entry.ok_or_else(|| "it names no kernel".to_owned());
-        let path = format!("/loader/entries/{}.conf", item.id);
+        let path = match item.unified {
+            Some(_) => format!("{}/{}", uki::FOLDER, item.id),
+            None => format!("/loader/entries/{}.conf", item.id),
+        };
         self.try_entry(item.tree, &path, Ok(entry))
     }
 

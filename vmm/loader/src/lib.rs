@@ -7,8 +7,8 @@
 //! its own: tests and fuzzing of it are light, and nothing of the VMM can creep in.
 //!
 //! Looked for, on all partitions and on the whole disk, in this order: grub.cfg (Debian, Ubuntu, Fedora),
-//! extlinux.conf or syslinux.cfg (Alpine), entries of the Boot Loader Specification (systemd-boot), and
-//! the small grub.cfg of an EFI partition. The first that leads to a kernel that is there is taken.
+//! extlinux.conf or syslinux.cfg (Alpine), entries of the Boot Loader Specification (systemd-boot; unified
+//! kernel images too), and the small grub.cfg of an EFI partition. The first that leads to a kernel that is there is taken.
 //!
 //! Reading order: [`find`], [`partition`], [`fs`], [`config`], and [`disk`] for what bounds it all.
 

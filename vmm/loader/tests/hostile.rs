@@ -9,7 +9,7 @@ mod image;
 use std::time::Duration;
 
 use fractus_loader::{FindError, Limits, ReadAt, find};
-use image::distributions::{ALPINE, alpine, debian, debian_grub};
+use image::distributions::{ALPINE, alpine, debian, debian_grub, unified};
 use image::*;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -127,6 +127,24 @@ fn what_only_linux_reads_asks_for_the_fallback() {
             panic!("{error}");
         };
         assert_eq!((file_system, partition.as_str()), (name, "partition 2"));
+    }
+}
+
+#[test]
+fn a_unified_image_whose_sections_are_not_there_is_named() {
+    let mut image = unified(&[(".osrel", b"ID=x"), (".linux", &[1; 5000])]);
+    let size = image.len();
+    image.truncate(size - 4096);
+    let esp = |image: &[u8]| Files::new().put("EFI/Linux/x.efi", image).fat(4, 16);
+    says(
+        &esp(&image),
+        "/EFI/Linux/x.efi: a section outside of its file",
+    );
+    // Headers that lead anywhere, and more sections than the head of the file holds.
+    for (at, value) in [(0x3c, [0xff; 4]), (70, [0xff; 4]), (84, [0xff; 4])] {
+        let mut image = image.clone();
+        image[at..at + 4].copy_from_slice(&value);
+        assert!(!refused(&esp(&image)).is_empty());
     }
 }
 

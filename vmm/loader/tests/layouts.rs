@@ -190,6 +190,49 @@ fn systemd_boot_takes_the_entry_that_the_specification_puts_first() {
 }
 
 #[test]
+fn unified_kernel_images_are_entries_among_the_others() {
+    let image = |version: &str, kernel: &[u8]| {
+        let release =
+            format!("ID=fedora\nPRETTY_NAME=\"Fedora {version}\"\nVERSION_ID={version}\n");
+        unified(&[
+            (".text", &[0x90; 700]),
+            (".osrel", release.as_bytes()),
+            (".cmdline", b"root=UUID=1 ro\nquiet\0"),
+            (".ucode", b"microcode"),
+            (".initrd", &initrd()),
+            (".linux", kernel),
+            (".profile", b"ID=factory-reset"),
+            (".cmdline", b"factory-reset"),
+        ])
+    };
+    let esp = |default: &str| {
+        let esp = Files::new()
+            .put("loader/loader.conf", default)
+            .put("EFI/Linux/fedora-39.efi", image("39", b"old"))
+            .put("EFI/Linux/fedora-40+3-1.efi", image("40", &kernel()))
+            .put(
+                "EFI/Linux/fedora-41+0-3.efi",
+                image("41", b"does not come up"),
+            )
+            .put("EFI/Linux/shell.efi", unified(&[(".text", b"no Linux")]))
+            .put("EFI/Linux/noise.efi", "MZ")
+            .fat(40, 32);
+        gpt(&[partition(1, ESP, esp)])
+    };
+    let disk = esp("timeout 3\n");
+    let found = search(&disk).unwrap();
+    assert!(content(&disk, &found.kernel) == kernel(), "{}", found.how);
+    assert_eq!(found.initrds.len(), 2);
+    assert_eq!(content(&disk, &found.initrds[0]), b"microcode");
+    assert!(content(&disk, &found.initrds[1]) == initrd());
+    assert_eq!(found.command_line, "root=UUID=1 ro quiet");
+    assert!(found.how.contains("entry 'Fedora 40'"), "{}", found.how);
+    assert!(found.how.contains("/EFI/Linux/fedora-40"), "{}", found.how);
+    let disk = esp("default fedora-39*\n");
+    assert_eq!(content(&disk, &search(&disk).unwrap().kernel), b"old");
+}
+
+#[test]
 fn a_logical_partition_boots() {
     let root = Files::new()
         .put("boot/vmlinuz", "kernel")

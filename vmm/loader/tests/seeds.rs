@@ -7,7 +7,7 @@ mod image;
 
 use std::path::Path;
 
-use image::distributions::{DEBIAN_HEAD, alpine, debian_grub, fedora_entry, grubenv};
+use image::distributions::{DEBIAN_HEAD, alpine, debian_grub, fedora_entry, grubenv, unified};
 use image::*;
 
 /// The parts that are not zero, as the target takes them.
@@ -80,6 +80,15 @@ fn write_seeds() {
         ("inline", ext(grub(), "^has_journal,inline_data")),
         ("blscfg", ext(bls(), "^has_journal")),
         ("alpine", ext(alpine("boot", b"k", b"i"), "^has_journal")),
+        (
+            "unified",
+            Files::new()
+                .put(
+                    "EFI/Linux/a+3.efi",
+                    unified(&[(".osrel", b"ID=a"), (".cmdline", b"q"), (".linux", b"k")]),
+                )
+                .fat(1, 12),
+        ),
         ("fat12", alpine("", b"k", b"i").fat(1, 12)),
         ("fat16", mbr(&[(6, bls().fat(3, 16))], &[])),
         (

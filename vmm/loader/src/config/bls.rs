@@ -1,4 +1,4 @@
-//! Entries of the Boot Loader Specification (UAPI.1), type #1, and systemd-boot's loader.conf.
+//! Entries of the Boot Loader Specification (UAPI.1), of both types, and systemd-boot's loader.conf.
 
 use std::cmp::Ordering;
 
@@ -24,20 +24,26 @@ pub struct Item {
     pub options: Option<String>,
     /// Not for this processor.
     pub foreign: bool,
+    /// What it loads is in one file (type #2).
+    pub unified: Option<Entry>,
 }
 
 impl Item {
-    pub fn parse(file: &str, text: &str) -> Item {
-        let name = file.strip_suffix(".conf").unwrap_or(file);
+    /// From a file's name without its ending.
+    pub fn named(name: &str) -> Item {
         let (id, exhausted) = match name.rsplit_once('+') {
             Some((id, tries)) if is_count(tries) => (id, tries.split('-').next() == Some("0")),
             _ => (name, false),
         };
-        let mut item = Item {
+        Item {
             id: key_of(id),
             exhausted,
             ..Item::default()
-        };
+        }
+    }
+
+    pub fn parse(file: &str, text: &str) -> Item {
+        let mut item = Item::named(file.strip_suffix(".conf").unwrap_or(file));
         for line in text.lines() {
             let line = line.trim();
             let (key, value) = line.split_once([' ', '\t']).unwrap_or((line, ""));
@@ -100,7 +106,7 @@ pub fn sorted(
 }
 
 /// What entries are sorted by: no longer than it is worth comparing.
-fn key_of(value: &str) -> String {
+pub(super) fn key_of(value: &str) -> String {
     value.chars().take(MAX_PATTERN).collect()
 }
 
@@ -183,7 +189,7 @@ pub fn choose(
     mut items: Vec<Item>,
     pattern: Option<&str>,
 ) -> Result<Option<Item>, Fault> {
-    items.retain(|item| item.linux.is_some() && !item.foreign);
+    items.retain(|item| (item.linux.is_some() || item.unified.is_some()) && !item.foreign);
     let mut items = sorted(disk, items, order)?;
     let mut place = 0;
     if let Some(pattern) = pattern {
@@ -203,10 +209,10 @@ pub fn choose(
 impl Item {
     /// As systemd-boot loads it; GRUB expands variables first.
     pub fn entry(&self) -> Option<Entry> {
-        let at = |path: &str| Place {
-            tree: self.tree,
-            path: path.to_owned(),
-        };
+        if let Some(entry) = &self.unified {
+            return Some(entry.clone());
+        }
+        let at = |path: &str| Place::new(self.tree, path);
         Some(Entry {
             title: self.title(),
             kernel: at(self.linux.as_deref()?),

@@ -38,12 +38,9 @@ pub fn read(trees: &[Tree<'_>], tree: usize, path: &str) -> Result<Result<Entry,
         return Ok(Err("it has no label that loads Linux".to_owned()));
     };
     let folder = parent(path);
-    let at = |file: &str| Place {
-        tree,
-        path: match file.starts_with('/') {
-            true => normal(file),
-            false => normal(&format!("{folder}/{file}")),
-        },
+    let at = |file: &str| match file.starts_with('/') {
+        true => Place::new(tree, normal(file)),
+        false => Place::new(tree, normal(&format!("{folder}/{file}"))),
     };
     let append = label
         .append

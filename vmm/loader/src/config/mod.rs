@@ -4,14 +4,34 @@ pub mod bls;
 pub mod extlinux;
 pub mod glob;
 pub mod grub;
+pub mod uki;
 pub mod version;
 
-/// A file on one of the trees.
+/// A file on one of the trees, or a part of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// Index among the trees that were found.
     pub tree: usize,
     pub path: String,
+    /// None: all of it.
+    pub part: Option<Part>,
+}
+
+/// Bytes of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    pub offset: u64,
+    pub size: u64,
+}
+
+impl Place {
+    pub fn new(tree: usize, path: impl Into<String>) -> Place {
+        Place {
+            tree,
+            path: path.into(),
+            part: None,
+        }
+    }
 }
 
 /// An entry that was chosen.

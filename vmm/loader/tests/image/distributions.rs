@@ -362,3 +362,33 @@ pub fn alpine(folder: &str, kernel: &[u8], initrd: &[u8]) -> Files {
         .put(&at("vmlinuz-virt"), kernel)
         .put(&at("initramfs-virt"), initrd)
 }
+
+/// A unified kernel image: a PE file with these sections, each at a multiple of 512 bytes.
+pub fn unified(sections: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut file = vec![0; 64];
+    file[..2].copy_from_slice(b"MZ");
+    file[0x3c] = 64;
+    file.extend(b"PE\0\0\x64\x86");
+    file.extend((sections.len() as u16).to_le_bytes());
+    file.extend([0; 12]);
+    // The optional header is as long as systemd's stub has it.
+    file.extend([240, 0, 0, 0]);
+    file.resize(file.len() + 240, 0);
+    let mut place = (file.len() + sections.len() * 40).next_multiple_of(512);
+    for (name, content) in sections {
+        let mut section = [0; 40];
+        section[..name.len()].copy_from_slice(name.as_bytes());
+        section[8..12].copy_from_slice(&(content.len() as u32).to_le_bytes());
+        let raw = content.len().next_multiple_of(512);
+        section[16..20].copy_from_slice(&(raw as u32).to_le_bytes());
+        section[20..24].copy_from_slice(&(place as u32).to_le_bytes());
+        file.extend(section);
+        place += raw;
+    }
+    for (_, content) in sections {
+        file.resize(file.len().next_multiple_of(512), 0);
+        file.extend_from_slice(content);
+    }
+    file.resize(place, 0);
+    file
+}

@@ -411,10 +411,8 @@ impl<'r, 'a> Run<'r, 'a> {
             None => (self.get("root"), path),
         };
         let tree = device(self.trees, device_name)?;
-        path.starts_with('/').then(|| Place {
-            tree,
-            path: normal(path),
-        })
+        path.starts_with('/')
+            .then(|| Place::new(tree, normal(path)))
     }
 
     fn text(&self, path: &str) -> Result<String, Stop> {
@@ -601,10 +599,7 @@ impl<'r, 'a> Run<'r, 'a> {
             let is_below = tree.is_some_and(|tree| {
                 matches!(tree.node(&path), Err(Fault::NotFound)) && tree.node(&below).is_ok()
             });
-            Place {
-                tree: item.tree,
-                path: if is_below { below } else { path },
-            }
+            Place::new(item.tree, if is_below { below } else { path })
         };
         let options = item.options.clone();
         let options = options.unwrap_or_else(|| "$default_kernelopts".to_owned());
