@@ -43,7 +43,7 @@ struct Folders {
     #[arg(
         long,
         env = "FRACTUS_STATE_DIR",
-        default_value = "/var/lib/fractus-agent"
+        default_value = fractus_agent::paths::DEFAULT_STATE
     )]
     state_dir: PathBuf,
     /// Sockets

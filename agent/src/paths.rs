@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::machine::{ImageRef, ServerId};
 
+/// Unless `--state-dir` says otherwise.
+pub const DEFAULT_STATE: &str = "/var/lib/fractus-agent";
+
 #[derive(Debug, Clone)]
 pub struct Paths {
     pub state: PathBuf,
@@ -38,11 +41,45 @@ impl Paths {
         self.runtime.join("machines")
     }
 
+    /// Where the kernel for disks that only Linux reads may be (`images/fallback` builds it): with what
+    /// is this agent's own, and where a package puts it.
+    pub fn fallbacks(&self) -> [FallbackPaths; 2] {
+        [
+            FallbackPaths::within(&self.state.join("fallback")),
+            FallbackPaths::packaged(),
+        ]
+    }
+
     pub fn machine(&self, id: ServerId) -> MachinePaths {
         MachinePaths {
             folder: self.machines().join(id.to_string()),
             socket: self.sockets().join(format!("{id}.sock")),
         }
+    }
+}
+
+/// A kernel for disks that only Linux reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FallbackPaths {
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
+}
+
+impl FallbackPaths {
+    /// As `images/fallback/build` leaves it.
+    pub fn within(folder: &Path) -> Self {
+        Self {
+            kernel: folder.join("vmlinuz"),
+            initrd: folder.join("initrd"),
+        }
+    }
+
+    pub fn of_default_state() -> Self {
+        Self::within(&Path::new(DEFAULT_STATE).join("fallback"))
+    }
+
+    pub fn packaged() -> Self {
+        Self::within(Path::new("/usr/share/fractus/fallback"))
     }
 }
 

@@ -24,7 +24,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use fractus_vmm::config::{ConsoleFiles, MachineFiles, NetFiles, WatchdogAction};
+use fractus_vmm::config::{ConsoleFiles, FallbackFiles, MachineFiles, NetFiles, WatchdogAction};
 use fractus_vmm::machine::Machine;
 use fractus_vmm::thread::{ThreadHook, ThreadKind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
@@ -330,10 +330,13 @@ fn build(
                 .collect(),
         })
         .collect();
+    let fallback = files.file(FileRole::FallbackKernel);
+    let fallback = fallback.zip(files.file(FileRole::FallbackInitrd));
     let machine = MachineFiles {
         kvm,
         kernel: files.file(FileRole::Kernel),
         initrd: files.file(FileRole::Initrd),
+        fallback: fallback.map(|(kernel, initrd)| FallbackFiles { kernel, initrd }),
         disks,
         serial: both_ways(lines.serial, "the serial line")?,
         console_ports: match lines.port {

@@ -30,6 +30,7 @@ fn main() -> anyhow::Result<()> {
             .into(),
         kernel,
         initrd: None,
+        fallback: None,
         disks: Vec::new(),
         serial: ConsoleFiles {
             output: Some(std::io::stdout().as_fd().try_clone_to_owned()?),

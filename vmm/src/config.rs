@@ -295,6 +295,8 @@ pub struct MachineFiles {
     /// ELF with a PVH note, or a bzImage; read with pread. `None` for a machine that boots a disk.
     pub kernel: Option<File>,
     pub initrd: Option<File>,
+    /// For a machine that boots a disk; `None`: one that only Linux reads cannot be booted.
+    pub fallback: Option<FallbackFiles>,
     /// In the order of `MachineConfig::disks`.
     pub disks: Vec<File>,
     pub serial: ConsoleFiles,
@@ -302,6 +304,14 @@ pub struct MachineFiles {
     pub console_ports: Vec<ConsoleFiles>,
     /// In the order of `MachineConfig::nets`.
     pub nets: Vec<NetFiles>,
+}
+
+/// A kernel that boots, from within the guest, disks that only Linux reads. They belong to the host, and
+/// are read only if such a disk is found.
+#[derive(Debug)]
+pub struct FallbackFiles {
+    pub kernel: File,
+    pub initrd: File,
 }
 
 /// The host's end of a network device.

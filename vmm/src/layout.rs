@@ -73,6 +73,9 @@ pub const SLOTS_PORT: u16 = 0x640;
 /// vCPUs that come and go (28 bytes).
 pub const PROCESSORS_PORT: u16 = 0x660;
 
+/// By which a fallback kernel says how its search ended (1 byte; images/fallback knows it too).
+pub const VERDICT_PORT: u16 = 0x6c0;
+
 /// Boot data, all below 640 KiB.
 pub const BOOT_GDT: u64 = 0x500;
 pub const BOOT_PAGE_TABLES: u64 = 0x9000;

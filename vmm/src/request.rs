@@ -17,6 +17,8 @@ pub enum Request {
     PowerOff,
     /// The guest wrote to a reset register.
     Reset,
+    /// The fallback kernel found nothing to boot.
+    NotBootable { detail: String },
     /// pvpanic: the guest's kernel panicked (`crash_loaded`: it goes on into its crash kernel).
     Panicked { crash_loaded: bool },
     /// The guest has let go of PCI slots; which, the board's slots know.
@@ -54,6 +56,7 @@ impl Request {
     fn stops(&self) -> bool {
         match self {
             Request::PowerOff | Request::Reset | Request::Vcpu { .. } => true,
+            Request::NotBootable { .. } => true,
             Request::DeviceFault { .. } | Request::ThreadPanicked { .. } => true,
             Request::Panicked { .. } | Request::WatchdogFired => false,
             Request::SlotsEjected | Request::AllEntered => false,

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use crate::machine::process::nest;
+use crate::paths::FallbackPaths;
 
 /// How much a lack matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -113,6 +114,21 @@ const CHECKS: &[Check] = &[
         look: || match fs::read_to_string("/proc/sys/vm/nr_hugepages") {
             Ok(text) if text.trim() != "0" => Ok(()),
             _ => Err("none reserved".to_owned()),
+        },
+    },
+    Check {
+        name: "a kernel for disks that only Linux reads",
+        weight: Weight::Wanted,
+        remedy: "`images/fallback/build`, and put what it prints into /usr/share/fractus/fallback; without it servers whose /boot is on XFS, btrfs or LVM cannot start from their image alone",
+        look: || {
+            let paths = [FallbackPaths::packaged(), FallbackPaths::of_default_state()];
+            match paths
+                .iter()
+                .any(|paths| paths.kernel.exists() && paths.initrd.exists())
+            {
+                true => Ok(()),
+                false => Err("not there".to_owned()),
+            }
         },
     },
     Check {

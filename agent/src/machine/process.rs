@@ -244,7 +244,9 @@ impl HostProcess {
             return Ok(());
         }
         let larger = |error| {
-            format!("it is larger than what the machine's process may write, which stays so: {error}")
+            format!(
+                "it is larger than what the machine's process may write, which stays so: {error}"
+            )
         };
         identity::let_write(&self.identity, bytes)
             .map_err(|error| ProcessError::NotNow(larger(error)))

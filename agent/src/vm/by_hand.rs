@@ -11,7 +11,7 @@
 //! ```
 //! `machine` is a [`MachineConfig`] (its `disks` and `nets` may be left out: one writable disk is
 //! assumed for each path, and a device of one queue for each tap); the file of a disk that is `direct`
-//! is opened so. The serial line is standard input and output. The machine runs in a process of its own,
+//! is opened so. `"fallback": "FOLDER"` is what `images/fallback/build` made. The serial line is standard input and output. The machine runs in a process of its own,
 //! started and jailed exactly as the agent does it, and ends when this one does; with `--no-jail` it runs in this very process,
 //! without jail and seccomp. A tap is made if it is not there; `--tap` adds one to those of FILE. With
 //! `--stamp` the first line on standard error is CLOCK_MONOTONIC, in nanoseconds, of the moment before the
@@ -36,6 +36,7 @@ use super::{VmError, packet, system};
 use crate::machine::process::nest::{self, Making};
 use crate::machine::process::spawn::{Inherited, spawn};
 use crate::network::tap;
+use crate::paths::FallbackPaths;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -46,6 +47,9 @@ struct ByHand {
     kernel: Option<PathBuf>,
     #[serde(default)]
     initrd: Option<PathBuf>,
+    /// A folder with the kernel for disks that only Linux reads.
+    #[serde(default)]
+    fallback: Option<PathBuf>,
     #[serde(default)]
     disks: Vec<PathBuf>,
     /// Names of interfaces.
@@ -148,6 +152,7 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
         machine: mut config,
         kernel,
         initrd,
+        fallback,
         disks,
         taps,
         user,
@@ -169,6 +174,11 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
     }
     if let Some(initrd) = &initrd {
         add(FileRole::Initrd, initrd, false, 0)?;
+    }
+    if let Some(folder) = &fallback {
+        let paths = FallbackPaths::within(folder);
+        add(FileRole::FallbackKernel, &paths.kernel, false, 0)?;
+        add(FileRole::FallbackInitrd, &paths.initrd, false, 0)?;
     }
     let mut largest = config.memory.bytes;
     let assumed = config.disks.is_empty();

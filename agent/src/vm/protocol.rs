@@ -195,6 +195,9 @@ pub enum FileRole {
     Kvm,
     Kernel,
     Initrd,
+    /// With a machine that boots a disk: for one that only Linux reads.
+    FallbackKernel,
+    FallbackInitrd,
     /// In the order of `config.disks`.
     Disk,
     /// A queue of a tap: those of `config.nets` one after the other.

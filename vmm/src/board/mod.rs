@@ -14,6 +14,7 @@ mod rtc;
 mod serial;
 mod slots;
 pub mod smbios;
+mod verdict;
 mod watchdog;
 
 use std::sync::Arc;
@@ -27,11 +28,11 @@ pub use pvpanic::PvPanic;
 pub use rtc::Rtc;
 pub use serial::{SerialPort, SerialResources};
 pub use slots::{PciSlots, SlotsResources};
-
+pub use verdict::BootVerdict;
 pub use watchdog::{Watchdog, WatchdogResources};
 
 use crate::bus::BusError;
-use crate::config::{MachineConfig, MachineFiles};
+use crate::config::{BootSource, MachineConfig, MachineFiles};
 use crate::device::{Board, Device, DeviceError, Restore, SavedDevices};
 use crate::interrupt::MsiController;
 use crate::layout;
@@ -43,6 +44,8 @@ pub struct FixedDevices {
     /// Of a machine whose vCPUs come and go.
     pub processors: Option<Arc<Processors>>,
     pub panic: Option<Arc<PvPanic>>,
+    /// Of a machine that boots a disk.
+    pub verdict: Option<Arc<BootVerdict>>,
     pub all: Vec<Arc<dyn Device>>,
 }
 
@@ -146,11 +149,17 @@ pub fn attach(
     if config.watchdog.is_some() {
         all.push(watchdog(board, saved)?);
     }
+    let verdict = match config.boot {
+        BootSource::Disk(_) => Some(verdict(board, saved)?),
+        BootSource::Files => None,
+    };
+    all.extend(verdict.clone().map(|verdict| verdict as Arc<dyn Device>));
     Ok(FixedDevices {
         power,
         slots,
         processors,
         panic,
+        verdict,
         all,
     })
 }
@@ -191,4 +200,17 @@ fn watchdog(board: &Board, saved: &mut SavedDevices) -> Result<Arc<Watchdog>, De
     );
     taken.map_err(|error| DeviceError::new("watchdog", "take its addresses", error))?;
     Ok(watchdog)
+}
+
+fn verdict(board: &Board, saved: &mut SavedDevices) -> Result<Arc<BootVerdict>, DeviceError> {
+    let requests = board.requests.clone();
+    let verdict = Arc::new(match saved.take(verdict::ID)? {
+        Some(state) => BootVerdict::restore_saved(requests, &state)?,
+        None => BootVerdict::new(requests),
+    });
+    let taken = board
+        .pio
+        .insert(layout::VERDICT_PORT.into(), 1, verdict.clone());
+    taken.map_err(|error| DeviceError::new(verdict::ID, "take its addresses", error))?;
+    Ok(verdict)
 }

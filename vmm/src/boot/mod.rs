@@ -9,6 +9,7 @@
 mod bzimage;
 pub mod disk;
 mod elf;
+mod fallback;
 #[cfg(any(test, feature = "fuzzing"))]
 mod fuzz;
 mod linux64;
@@ -31,6 +32,7 @@ use crate::memory::{GuestMemory, MemoryError};
 
 pub use bzimage::BzImage;
 pub use elf::{ElfKernel, Segment};
+pub use fallback::Fallback;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use fuzz::fuzz_load;
 pub use reset_vector::write_reset_vector;
@@ -159,6 +161,8 @@ pub enum BootError {
     NoKernel,
     #[error(transparent)]
     Disk(#[from] fractus_loader::FindError),
+    #[error("the kernel that reads what only Linux can read cannot be booted")]
+    Fallback(#[source] Box<BootError>),
     #[error("{how} cannot be booted ({file})")]
     OnDisk {
         /// Which entry of which file led to it.

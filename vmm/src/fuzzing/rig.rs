@@ -132,6 +132,7 @@ fn files() -> Outcome<MachineFiles> {
         kvm: memfd()?,
         kernel: Some(memfd()?.into()),
         initrd: None,
+        fallback: None,
         disks: vec![disk],
         serial: line()?,
         console_ports: vec![line()?, ConsoleFiles::default()],

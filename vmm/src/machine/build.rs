@@ -4,12 +4,14 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use fractus_loader::FindError;
+
 use super::state::{MachineState, STATE_VERSION};
 use super::vcpus::UsedVcpus;
 use super::{Kernel, Machine, MachineError, RunState};
 use crate::board::{self, FixedDevices, acpi, generation, smbios};
 use crate::boot::disk::BootDisk;
-use crate::boot::{self, Boot, BootError, Source};
+use crate::boot::{self, Boot, BootError, Fallback, Source};
 use crate::bus::Bus;
 use crate::config::{BootSource, ConfigError, MachineConfig, MachineFiles};
 use crate::cpu::{BootRegisters, Surroundings, VcpuSet, VcpuSetError};
@@ -67,7 +69,7 @@ pub(super) fn build(
             MachineError::Boot(error) => BuildError::Boot(error),
             error => BuildError::Load(Box::new(error)),
         })?),
-        Kernel::Disk(_) => None,
+        Kernel::Disk { .. } => None,
     };
     parts.vcpus.ready().map_err(VcpuSetError::from)?;
     if let Some(boot) = boot {
@@ -137,7 +139,7 @@ fn assemble(
         placement,
     } = saved;
     let host = |what| move |source| BuildError::Host { what, source };
-    let kernel = kernel(&config, &files)?;
+    let kernel = kernel(&config, &mut files)?;
     let hot = config.hot_memory.map_or(0, |hot| hot.max);
     let layout = Layout::with_hot(config.memory.bytes, hot);
     let kvm = files
@@ -175,6 +177,7 @@ fn assemble(
         slots,
         processors,
         panic,
+        verdict,
         all: mut devices,
     } = board::attach(&config, &files, ioapic, &board, &mut saved)?;
     let Attached {
@@ -199,6 +202,7 @@ fn assemble(
         devices,
         power,
         panic,
+        verdict,
         balloon,
         hot_memory,
         _reactor: reactor_thread,
@@ -231,7 +235,7 @@ fn spares(config: &MachineConfig, threads: &Threads) -> std::io::Result<SpareThr
 }
 
 /// What is booted, now and at every reset.
-fn kernel(config: &MachineConfig, files: &MachineFiles) -> Result<Kernel, BuildError> {
+fn kernel(config: &MachineConfig, files: &mut MachineFiles) -> Result<Kernel, BuildError> {
     match config.boot {
         BootSource::Files => {
             let kernel = files.kernel.as_ref().ok_or(BootError::NoKernel)?;
@@ -244,7 +248,10 @@ fn kernel(config: &MachineConfig, files: &MachineFiles) -> Result<Kernel, BuildE
                 what: "duplicate the descriptor of the disk to boot",
                 source,
             })?;
-            Ok(Kernel::Disk(BootDisk::new(disk)))
+            Ok(Kernel::Disk {
+                disk: BootDisk::new(disk),
+                fallback: files.fallback.take().map(Fallback::new),
+            })
         }
     }
 }
@@ -259,9 +266,8 @@ impl Machine {
         let command_line = &self.config.command_line;
         let inspected = match &self.kernel {
             Kernel::Files(inspected) => inspected,
-            Kernel::Disk(disk) => {
-                let registers = disk.load(command_line, acpi::RSDP, &self.memory, &self.layout)?;
-                return Ok(registers);
+            Kernel::Disk { disk, fallback } => {
+                return self.load_disk(disk, fallback.as_ref());
             }
         };
         let boot = Boot {
@@ -276,5 +282,33 @@ impl Machine {
         };
         let registers = boot::load_inspected(inspected, &boot, &self.memory, &self.layout)?;
         Ok(registers)
+    }
+
+    /// What is on the disk, or what is to find that out where the loader cannot.
+    fn load_disk(
+        &self,
+        disk: &BootDisk,
+        fallback: Option<&Fallback>,
+    ) -> Result<BootRegisters, MachineError> {
+        let (memory, layout) = (&self.memory, &self.layout);
+        let more = &self.config.command_line;
+        let loaded = disk.load(more, acpi::RSDP, memory, layout);
+        match (loaded, fallback, &self.verdict) {
+            (
+                Err(BootError::Disk(needs @ FindError::NeedsFallback { .. })),
+                Some(fallback),
+                Some(verdict),
+            ) => {
+                tracing::info!(%needs, "boot the fallback");
+                let number = match self.config.boot {
+                    BootSource::Disk(number) => number,
+                    BootSource::Files => 0,
+                };
+                let registers = fallback.load(number, more, acpi::RSDP, memory, layout)?;
+                verdict.ask();
+                Ok(registers)
+            }
+            (loaded, ..) => Ok(loaded?),
+        }
     }
 }

@@ -22,9 +22,11 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::board::{EVENT_GENERATION, PciSlots, PowerPort, Processors, PvPanic, generation};
+use crate::board::{
+    BootVerdict, EVENT_GENERATION, PciSlots, PowerPort, Processors, PvPanic, generation,
+};
 use crate::boot::disk::BootDisk;
-use crate::boot::{BootError, Inspected};
+use crate::boot::{BootError, Fallback, Inspected};
 use crate::config::{MachineConfig, MachineFiles, WatchdogAction};
 use crate::cpu::{VcpuError, VcpuSet, VcpuSetError};
 use crate::device::{Board, Device, DeviceError};
@@ -53,6 +55,7 @@ pub struct Machine {
     devices: Vec<Arc<dyn Device>>,
     power: Arc<PowerPort>,
     panic: Option<Arc<PvPanic>>,
+    verdict: Option<Arc<BootVerdict>>,
     balloon: Option<BalloonControl>,
     hot_memory: Option<MemControl>,
     receiver: RequestReceiver,
@@ -82,7 +85,10 @@ pub struct Machine {
 enum Kernel {
     /// The descriptors in its files.
     Files(Inspected),
-    Disk(BootDisk),
+    Disk {
+        disk: BootDisk,
+        fallback: Option<Fallback>,
+    },
 }
 
 /// Why a machine could not be started, paused or resumed.
@@ -378,8 +384,10 @@ impl Machine {
         }
         match request {
             Request::AllEntered => self.announce(Event::Running),
-            Request::PowerOff => self.end(StopReason::GuestPowerOff),
+            Request::PowerOff => self.guest_ends(StopReason::GuestPowerOff),
+            Request::Reset if self.is_searching() => self.search_failed("it reset itself"),
             Request::Reset => self.reset(),
+            Request::NotBootable { detail } => self.end(StopReason::NotBootable { detail }),
             Request::Panicked { crash_loaded } => {
                 self.announce(Event::Panicked { crash_loaded });
             }
@@ -399,7 +407,7 @@ impl Machine {
                 index: vcpu,
                 report: VcpuReport::TripleFault,
             } => {
-                self.end(StopReason::TripleFault { vcpu });
+                self.guest_ends(StopReason::TripleFault { vcpu });
             }
             Request::Vcpu {
                 index: vcpu,
@@ -408,6 +416,27 @@ impl Machine {
                 self.end(StopReason::InternalError { vcpu, detail });
             }
         }
+    }
+
+    /// The fallback runs and has not said what it found.
+    fn is_searching(&self) -> bool {
+        self.verdict.as_ref().is_some_and(|it| it.awaited())
+    }
+
+    /// What ends in a guest ends the machine; in the fallback it is no more than a search that failed.
+    fn guest_ends(&mut self, reason: StopReason) {
+        match self.is_searching() {
+            true => self.search_failed(&reason.to_string()),
+            false => self.end(reason),
+        }
+    }
+
+    fn search_failed(&mut self, why: &str) {
+        let detail = format!(
+            "only Linux can read the disk, and the kernel that was to find what it boots ended before it \
+             had found it: {why}; the console may say more"
+        );
+        self.end(StopReason::NotBootable { detail });
     }
 
     fn watchdog_fired(&mut self) {

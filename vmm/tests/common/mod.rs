@@ -163,6 +163,7 @@ pub fn files(kernel: File) -> (MachineFiles, UnixStream) {
             .into(),
         kernel: Some(kernel),
         initrd: None,
+        fallback: None,
         disks: Vec::new(),
         serial: ConsoleFiles {
             output: Some(theirs.try_clone().unwrap()),

@@ -63,6 +63,7 @@ impl Setup {
             kvm: open_kvm(),
             kernel: Some(File::open(image()).expect("the probe image")),
             initrd: None,
+            fallback: None,
             disks: Vec::new(),
             serial: both_ways(&end),
             console_ports: Vec::new(),
@@ -298,6 +299,7 @@ impl Guest {
             kvm: open_kvm(),
             kernel: Some(File::open(image()).expect("the probe image")),
             initrd: None,
+            fallback: None,
             disks: disks
                 .iter()
                 .map(|disk| disk.try_clone().expect("duplicate a disk"))

@@ -180,7 +180,10 @@ mod tests {
                     Max cpu time              unlimited            unlimited            seconds   \n\
                     Max file size             67108864             67108864             bytes     \n";
         assert_eq!(file_size_limit(text), Some(64 << 20));
-        assert_eq!(file_size_limit(&text.replace("67108864", "unlimited")), None);
+        assert_eq!(
+            file_size_limit(&text.replace("67108864", "unlimited")),
+            None
+        );
     }
 
     #[test]

@@ -205,6 +205,22 @@ impl HostLauncher {
         })
     }
 
+    /// Where there is none, the machine itself says that its disk asks for one.
+    fn open_fallback(&self, files: &mut Files) -> Result<(), ProcessError> {
+        for paths in self.paths.fallbacks() {
+            let kernel = match File::open(&paths.kernel) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                opened => opened,
+            };
+            let at = |path: &Path| failed(format!("opening {}", path.display()));
+            files.push(FileRole::FallbackKernel, kernel.map_err(at(&paths.kernel))?);
+            let initrd = File::open(&paths.initrd).map_err(at(&paths.initrd))?;
+            files.push(FileRole::FallbackInitrd, initrd);
+            break;
+        }
+        Ok(())
+    }
+
     fn open(
         &self,
         plan: &mut Plan,
@@ -235,6 +251,9 @@ impl HostLauncher {
             }
         }
         open_disks(plan, paths, &mut config, &mut files)?;
+        if let BootSource::Disk(_) = config.boot {
+            self.open_fallback(&mut files)?;
+        }
         for (role, path) in [
             (FileRole::SerialLog, paths.serial_log()),
             (FileRole::Log, paths.log()),
