@@ -50,6 +50,11 @@ pub const UNSAFE: &[(&str, &str)] = &[
         "agent/src/machine/process",
         "spawning: descriptors and namespaces between fork and exec",
     ),
+    ("images/fallback/src/kexec.rs", "kexec_file_load"),
+    (
+        "images/fallback/src/verdict.rs",
+        "an instruction for a port",
+    ),
     ("images/probe", "a guest without an operating system"),
 ];
 

@@ -25,4 +25,4 @@ pub mod fuzzing;
 pub mod partition;
 
 pub use disk::{Limits, Piece, ReadAt};
-pub use find::{FindError, Found, FoundFile, find};
+pub use find::{Chosen, FindError, Found, FoundFile, find, find_among};

@@ -13,7 +13,7 @@ mod signature;
 use crate::disk::{Fault, Piece, Volume};
 
 pub use path::{Tree, normal, parent};
-pub use signature::recognise;
+pub use signature::{Identity, identify, recognise};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {

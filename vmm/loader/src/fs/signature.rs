@@ -1,6 +1,6 @@
 //! Tells what a volume holds by the bytes that file systems put at fixed places.
 
-use crate::bytes::{le16, le32, slice};
+use crate::bytes::{le16, le32, slice, text, uuid};
 use crate::disk::{Fault, Volume};
 
 /// Something that this loader does not read.
@@ -37,6 +37,32 @@ const OTHERS: &[(u64, &[u8], &str, bool)] = &[
     (1024, &[0xe2, 0xe1, 0xf5, 0xe0], "EROFS", false),
     (0x8001, b"CD001", "ISO 9660", false),
 ];
+
+/// By what a configuration searches for a file system.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// In lower case.
+    pub uuid: String,
+    pub label: String,
+}
+
+/// Identity of a file system that Linux reads for the loader; of others there is none.
+pub fn identify(volume: &Volume<'_>, name: &str) -> Result<Identity, Fault> {
+    // Where UUID and label stand, and bytes of the label.
+    let (at, label_at, length) = match name {
+        "XFS" => (32, 108, 12),
+        "btrfs" => (0x1_0020, 0x1_012b, 256),
+        "ext4" => (1024 + 0x68, 1024 + 0x78, 16),
+        _ => return Ok(Identity::default()),
+    };
+    let mut label_bytes = [0; 256];
+    let label_bytes = label_bytes.get_mut(..length).unwrap_or_default();
+    volume.read(label_at, label_bytes)?;
+    Ok(Identity {
+        uuid: uuid(&volume.bytes::<16>(at)?),
+        label: text(label_bytes),
+    })
+}
 
 pub fn recognise(volume: &Volume<'_>) -> Result<Signature, Fault> {
     let mut head = [0; 4096];

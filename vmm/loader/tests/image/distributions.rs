@@ -233,7 +233,7 @@ menuentry 'Ubuntu' --class ubuntu --class gnu-linux --class gnu --class os $menu
     ])
 }
 
-const FEDORA_GRUB: &str = r#"
+pub const FEDORA_GRUB: &str = r#"
 set pager=1
 if [ -f ${config_directory}/grubenv ]; then
   load_env -f ${config_directory}/grubenv
@@ -391,4 +391,62 @@ pub fn unified(sections: &[(&str, &[u8])]) -> Vec<u8> {
     }
     file.resize(place, 0);
     file
+}
+
+/// openSUSE's grub.cfg on btrfs: paths are those of the subvolume that is the root by default.
+pub fn opensuse_grub(version: &str, initrds: &str, command_line: &str) -> String {
+    format!(
+        r#"
+set btrfs_relative_path="yes"
+export btrfs_relative_path
+if [ -f ${{config_directory}}/grubenv ]; then
+  load_env -f ${{config_directory}}/grubenv
+elif [ -s $prefix/grubenv ]; then
+  set have_grubenv=true
+  load_env
+fi
+if [ "${{env_block}}" ] ; then
+  set env_block="(${{root}})${{env_block}}"
+  export env_block
+  load_env -f "${{env_block}}"
+fi
+if [ "${{next_entry}}" ] ; then
+   set default="${{next_entry}}"
+   set next_entry=
+   save_env next_entry
+else
+   set default="${{saved_entry}}"
+fi
+if [ x"${{feature_menuentry_id}}" = xy ]; then
+  menuentry_id_option="--id"
+else
+  menuentry_id_option=""
+fi
+export menuentry_id_option
+btrfs-mount-subvol ($root) /boot/grub2/x86_64-efi /@/boot/grub2/x86_64-efi
+function load_video {{
+  insmod all_video
+}}
+menuentry 'openSUSE Leap 15.6'  --class opensuse --class gnu-linux --class gnu --class os $menuentry_id_option 'gnulinux-simple-{ROOT_UUID}' {{
+	load_video
+	set gfxpayload=keep
+	insmod gzio
+	insmod part_gpt
+	insmod btrfs
+	set root='hd0,gpt3'
+	if [ x$feature_platform_search_hint = xy ]; then
+	  search --no-floppy --fs-uuid --set=root --hint-bios=hd0,gpt3 --hint='hd0,gpt3'  {ROOT_UUID}
+	else
+	  search --no-floppy --fs-uuid --set=root {ROOT_UUID}
+	fi
+	echo	'Loading Linux {version} ...'
+	linux	/boot/vmlinuz-{version} root=UUID={ROOT_UUID}  {command_line}
+	echo	'Loading initial ramdisk ...'
+	initrd	{initrds}
+}}
+if [ -f  ${{config_directory}}/custom.cfg ]; then
+  source ${{config_directory}}/custom.cfg
+fi
+"#
+    )
 }

@@ -58,8 +58,11 @@ impl Search {
     }
 }
 
-/// The tree of a device's name: `hd0,gpt2`, `hd0,msdos1`, `hd0,3`; `hd0` is all of the disk.
+/// The tree of a device's name: `hd0,gpt2`, `hd0,msdos1`, `hd0,3`, `lvm/vg-lv`; `hd0` is all of the disk.
 pub fn device(trees: &[Tree<'_>], name: &str) -> Option<usize> {
+    if let Some(found) = trees.iter().position(|tree| tree.device == name) {
+        return Some(found);
+    }
     let number = match name.split_once(',') {
         None => None,
         Some((_, partition)) => {
@@ -68,7 +71,8 @@ pub fn device(trees: &[Tree<'_>], name: &str) -> Option<usize> {
             Some(digits.parse().ok()?)
         }
     };
-    trees.iter().position(|tree| tree.number == number)
+    let of_disk = |tree: &Tree<'_>| tree.device.starts_with("hd") && tree.number == number;
+    trees.iter().position(of_disk)
 }
 
 #[cfg(test)]

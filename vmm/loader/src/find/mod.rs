@@ -1,4 +1,7 @@
-//! The search: partitions, what is on them, and the first configuration that leads to a kernel.
+//! The search: partitions, what is on them, and the first configuration that leads to a kernel. It can
+//! also be made among file systems that somebody else reads: in the fallback, where Linux has mounted them.
+
+mod among;
 
 use std::fmt;
 
@@ -6,6 +9,8 @@ use crate::config::{self, Entry, MAX_CONFIG, Place, bls, extlinux, grub, uki};
 use crate::disk::{Disk, Fault, Limits, Piece, ReadAt, Volume, cut};
 use crate::fs::{self, Content, Tree};
 use crate::partition::{self, Partition};
+
+pub use among::{Chosen, find_among};
 
 /// A file on the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,8 +41,8 @@ pub enum FindError {
     /// There is something on it that only Linux itself reads.
     #[error(
         "nothing to boot was found on the disk, but {partition} is {file_system}, which cannot be read \
-         before Linux runs: use an image with /boot on ext4 or FAT, or set kernel_id on the image; \
-         looked at: {}",
+         before Linux runs: give the host the fallback that does it (fractus-agent check), use an image \
+         with /boot on ext4 or FAT, or set kernel_id on the image; looked at: {}",
         Remarks(looked_for)
     )]
     NeedsFallback {
@@ -111,38 +116,18 @@ const EFI: &[&str] = &["/EFI", "/boot/efi/EFI"];
 /// Looks for what `source` boots.
 pub fn find(source: &mut dyn ReadAt, limits: &Limits) -> Result<Found, FindError> {
     let disk = Disk::new(source, *limits);
-    let mut search = Search {
-        disk: &disk,
-        trees: Vec::new(),
-        problems: Vec::new(),
-        remarks: Vec::new(),
-        other: None,
-    };
-    let outcome = search.run();
-    let Search {
-        mut problems,
-        remarks,
-        other,
-        ..
-    } = search;
-    problems.extend(remarks);
-    let looked_for = problems;
-    match (outcome, other) {
-        (Ok(Some(found)), _) => Ok(found),
-        (Ok(None), None) => Err(FindError::NotBootable { looked_for }),
-        (Ok(None), Some((file_system, partition))) => Err(FindError::NeedsFallback {
-            file_system,
-            partition,
-            looked_for,
-        }),
-        (Err(fault), _) => Err(FindError::GaveUp {
-            why: fault.to_string(),
-            looked_for,
-        }),
-    }
+    let mut search = Search::new(&disk);
+    let outcome = search
+        .open_all()
+        .and_then(|()| search.look(&|search, entry, origin| search.load(entry, origin)));
+    search.answer(outcome)
 }
 
+/// What is made of an entry that was found in some place; or what is wrong with it.
+type Make<'m, 'a, T> = &'m dyn Fn(&Search<'a>, &Entry, &str) -> Result<Result<T, String>, Fault>;
+
 struct Search<'a> {
+    /// What the search may cost.
     disk: &'a Disk<'a>,
     trees: Vec<Tree<'a>>,
     /// What is wrong with configurations that are there: told first.
@@ -152,20 +137,51 @@ struct Search<'a> {
     other: Option<(&'static str, String)>,
 }
 
-impl Search<'_> {
+impl<'a> Search<'a> {
+    fn new(disk: &'a Disk<'a>) -> Search<'a> {
+        Search {
+            disk,
+            trees: Vec::new(),
+            problems: Vec::new(),
+            remarks: Vec::new(),
+            other: None,
+        }
+    }
+
+    fn answer<T>(self, outcome: Result<Option<T>, Fault>) -> Result<T, FindError> {
+        let mut looked_for = self.problems;
+        looked_for.extend(self.remarks);
+        match (outcome, self.other) {
+            (Ok(Some(found)), _) => Ok(found),
+            (Ok(None), None) => Err(FindError::NotBootable { looked_for }),
+            (Ok(None), Some((file_system, partition))) => Err(FindError::NeedsFallback {
+                file_system,
+                partition,
+                looked_for,
+            }),
+            (Err(fault), _) => Err(FindError::GaveUp {
+                why: fault.to_string(),
+                looked_for,
+            }),
+        }
+    }
+
     /// Errors are those that end the search.
-    fn run(&mut self) -> Result<Option<Found>, Fault> {
+    fn open_all(&mut self) -> Result<(), Fault> {
         let table = partition::table(self.disk)?;
         self.remarks.push(table.remark);
         for partition in table.partitions.iter().take(MAX_VOLUMES) {
             self.open(Some(partition))?;
         }
-        self.open(None)?;
+        self.open(None)
+    }
+
+    fn look<T>(&mut self, make: Make<'_, 'a, T>) -> Result<Option<T>, Fault> {
         for tree in 0..self.trees.len() {
             for path in GRUB {
                 if self.is_there(tree, path)? {
                     let entry = grub::read(self.disk, &self.trees, tree, path);
-                    if let Some(found) = self.try_entry(tree, path, entry)? {
+                    if let Some(found) = self.try_entry(tree, path, entry, make)? {
                         return Ok(Some(found));
                     }
                 }
@@ -175,19 +191,19 @@ impl Search<'_> {
             for path in EXTLINUX {
                 if self.is_there(tree, path)? {
                     let entry = extlinux::read(&self.trees, tree, path);
-                    if let Some(found) = self.try_entry(tree, path, entry)? {
+                    if let Some(found) = self.try_entry(tree, path, entry, make)? {
                         return Ok(Some(found));
                     }
                 }
             }
         }
-        if let Some(found) = self.boot_loader_specification()? {
+        if let Some(found) = self.boot_loader_specification(make)? {
             return Ok(Some(found));
         }
         for tree in 0..self.trees.len() {
             for path in self.vendors(tree)? {
                 let entry = grub::read(self.disk, &self.trees, tree, &path);
-                if let Some(found) = self.try_entry(tree, &path, entry)? {
+                if let Some(found) = self.try_entry(tree, &path, entry, make)? {
                     return Ok(Some(found));
                 }
             }
@@ -221,6 +237,10 @@ impl Search<'_> {
             Content::Broken(kind, fault) => {
                 self.remarks
                     .push(format!("{place}: {kind} that cannot be read: {fault}"));
+                // Linux knows more features.
+                if matches!(fault, Fault::Unsupported(_)) && self.other.is_none() {
+                    self.other = Some((kind, place));
+                }
             }
             Content::Other(other) => {
                 self.remarks.push(format!("{place} is {}", other.name));
@@ -258,16 +278,17 @@ impl Search<'_> {
     }
 
     /// An entry whose files are all there is what was looked for; else it is said what is wrong.
-    fn try_entry(
+    fn try_entry<T>(
         &mut self,
         tree: usize,
         path: &str,
         entry: Result<Result<Entry, String>, Fault>,
-    ) -> Result<Option<Found>, Fault> {
+        make: Make<'_, 'a, T>,
+    ) -> Result<Option<T>, Fault> {
         let name = self.trees.get(tree).map_or("", |tree| &tree.name);
         let origin = format!("{name} {path}");
         let problem = match entry {
-            Ok(Ok(entry)) => match self.load(&entry, &origin)? {
+            Ok(Ok(entry)) => match make(self, &entry, &origin)? {
                 Ok(found) => return Ok(Some(found)),
                 Err(problem) => problem,
             },
@@ -347,7 +368,7 @@ impl Search<'_> {
     }
 
     /// Entries of all partitions together, as the specification has them on two.
-    fn boot_loader_specification(&mut self) -> Result<Option<Found>, Fault> {
+    fn boot_loader_specification<T>(&mut self, make: Make<'_, 'a, T>) -> Result<Option<T>, Fault> {
         let (mut items, mut pattern) = (Vec::new(), None);
         for (index, tree) in self.trees.iter().enumerate() {
             for folder in BLS {
@@ -394,7 +415,7 @@ impl Search<'_> {
             Some(_) => format!("{}/{}", uki::FOLDER, item.id),
             None => format!("/loader/entries/{}.conf", item.id),
         };
-        self.try_entry(item.tree, &path, Ok(entry))
+        self.try_entry(item.tree, &path, Ok(entry), make)
     }
 
     /// The grub.cfg of an EFI partition's folders.
