@@ -21,9 +21,11 @@ async fn with_probes() -> Result<Option<(Cloud, Agent, ImageRef)>> {
     Ok(Some(start(&probe, false).await?))
 }
 
-/// Boot nonces in the serial log, in order.
+/// Boot nonces in the serial log, in order. A line may be read while it is written: only whole ones count.
 fn nonces(log: &str) -> Vec<String> {
-    let boots = log.lines().filter(|line| line.starts_with("boot nonce="));
+    let lines = log.split_inclusive('\n');
+    let whole = lines.filter_map(|line| line.strip_suffix('\n'));
+    let boots = whole.filter(|line| line.starts_with("boot nonce="));
     boots
         .filter_map(|line| line.split(['=', ' ']).nth(2).map(str::to_owned))
         .collect()
