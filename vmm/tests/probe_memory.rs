@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::process::{Child, Command, Stdio};
 
-use fractus_vmm::config::PageSize;
+use fractus_vmm::config::{HotMemoryConfig, PageSize};
 use fractus_vmm::memory::{GuestMemory, MemoryError};
 use probe_guest::{Guest, Setup};
 
@@ -101,6 +101,10 @@ fn a_guest_runs_on_huge_pages_through_a_reset_and_is_refused_where_there_are_non
     };
     let mut setup = Setup::new();
     setup.config.memory.pages = PageSize::Huge2MiB;
+    setup.config.hot_memory = Some(HotMemoryConfig {
+        max: 16 << 20,
+        bytes: 8 << 20,
+    });
     let mut guest = setup.start();
     let nonce = guest.booted()["nonce"].clone();
     assert!(guest.ok("touch 16").starts_with("mib=16 "));
@@ -109,10 +113,24 @@ fn a_guest_runs_on_huge_pages_through_a_reset_and_is_refused_where_there_are_non
         .lines()
         .find(|line| line.starts_with("KernelPageSize:"));
     assert!(size.unwrap().contains(" 2048 kB"), "{smaps}");
+    // What is plugged is of such pages, which go back with it.
+    let taken = |guest: &Guest| rustix::fs::fstat(guest.machine.memory()).unwrap().st_blocks * 512;
+    assert_eq!(taken(&guest), 64 << 20);
+    for _ in 0..3 {
+        assert_eq!(guest.ok("memory plug 2 4"), "answer=0");
+        assert_eq!(taken(&guest), 72 << 20);
+        guest.ok("memory check 2 4 0");
+        guest.ok("memory fill 2 4 9");
+        assert_eq!(guest.ok("memory unplug 2 4"), "answer=0");
+        assert_eq!(taken(&guest), 64 << 20);
+        guest.ok("memory check 2 4 0");
+    }
+    assert_eq!(guest.ok("memory plug 0 4"), "answer=0");
     // Memory is given back and taken again meanwhile.
     guest.send("reboot");
     assert_ne!(guest.booted()["nonce"], nonce);
     assert!(guest.ok("touch 16").starts_with("mib=16 "));
+    assert_eq!(taken(&guest), 64 << 20);
 }
 
 #[test]

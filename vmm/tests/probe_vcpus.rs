@@ -65,6 +65,8 @@ fn vcpus_come_work_and_go_again_and_again() {
         used(&mut guest, 2);
         assert_eq!(guest.ok("cpus"), "present=3 up=0 down=0 vcpus=2");
         guest.machine.set_vcpus(1).unwrap();
+        // It is at work, and is taken from it.
+        assert_eq!(guest.ask("spin 60000 1"), "ok spin");
         guest.ok("cpu-eject 1");
         used(&mut guest, 1);
     }

@@ -36,6 +36,9 @@ pub struct HotMemory {
     map: Arc<GuestMap>,
     /// By number.
     plugged: RwLock<Vec<bool>>,
+    /// How many changes the host still carries out, where a test says so.
+    #[cfg(test)]
+    pub(crate) patience: std::sync::atomic::AtomicU64,
 }
 
 /// Some blocks, by number.
@@ -72,6 +75,8 @@ impl HotMemory {
             view,
             map,
             plugged,
+            #[cfg(test)]
+            patience: u64::MAX.into(),
         })
     }
 
@@ -147,6 +152,8 @@ impl HotMemory {
 
     /// Gives the guest blocks that it does not have: zeros. An error leaves things as they were.
     pub fn plug(&self, blocks: Blocks) -> Result<(), MemoryError> {
+        #[cfg(test)]
+        self.lose_patience()?;
         let mut plugged = self.write();
         // What a device wrote late, when the guest had let go of it.
         self.punch(blocks)?;
@@ -180,6 +187,8 @@ impl HotMemory {
 
     /// Takes blocks away, and what is in them. An error leaves them with the guest.
     pub fn unplug(&self, blocks: Blocks) -> Result<(), MemoryError> {
+        #[cfg(test)]
+        self.lose_patience()?;
         let mut plugged = self.write();
         self.view.hide(blocks).map_err(failed("unmap"))?;
         blocks.of_mut(&mut plugged).fill(false);
@@ -213,6 +222,19 @@ impl HotMemory {
                 source: source.into(),
             }
         })
+    }
+
+    #[cfg(test)]
+    fn lose_patience(&self) -> Result<(), MemoryError> {
+        use std::sync::atomic::Ordering::Relaxed;
+        let left = self.patience.load(Relaxed);
+        // One that fails is not the last: the next may be carried out again.
+        self.patience
+            .store(left.checked_sub(1).unwrap_or(u64::MAX), Relaxed);
+        match left {
+            0 => Err(failed("map")(io::ErrorKind::OutOfMemory.into())),
+            _ => Ok(()),
+        }
     }
 
     /// What the guest would read at the start of a block.

@@ -14,6 +14,7 @@ const STATE: u16 = 3;
 
 const ACK: u16 = 0;
 const NACK: u16 = 1;
+const BUSY: u16 = 2;
 const ERROR: u16 = 3;
 
 const BLOCKS: u64 = 2048;
@@ -238,6 +239,38 @@ fn a_request_of_many_pieces_is_one_to_the_driver_also_when_a_pause_comes_between
         assert_eq!(guest.unplug(0, BLOCKS as u16), ACK);
         assert_eq!(guest.registers()[4], 0);
     }
+}
+
+#[test]
+fn what_the_host_cannot_carry_out_whole_it_takes_back_and_says_busy() {
+    let config = config(BLOCKS, BLOCKS);
+    let rig = Rig::with_hot_memory(Some(config));
+    let mut guest = Guest::new(&rig, &config);
+    let hot = rig.board.memory.hot().unwrap().clone();
+    let patience = |pieces: u64| {
+        hot.patience
+            .store(pieces, std::sync::atomic::Ordering::Relaxed)
+    };
+    let plugged = |guest: &Guest| guest.registers()[4] / HOT_BLOCK;
+    let pieces = BLOCKS / BLOCKS_A_TURN;
+    for left in 0..pieces {
+        patience(left);
+        assert_eq!(guest.plug(0, BLOCKS as u16), BUSY);
+        assert_eq!(plugged(&guest), 0, "after {left} of {pieces}");
+    }
+    patience(u64::MAX);
+    assert_eq!(guest.plug(0, BLOCKS as u16), ACK);
+    for left in 0..pieces {
+        patience(left);
+        assert_eq!(guest.unplug(0, BLOCKS as u16), BUSY);
+        assert_eq!(plugged(&guest), BLOCKS, "after {left} of {pieces}");
+    }
+    // All of it may stop half way: the driver goes on asking until none is left.
+    patience(3);
+    assert_eq!(guest.ask(UNPLUG_ALL, 0, 0).0, BUSY);
+    assert_eq!(plugged(&guest), BLOCKS - 3 * BLOCKS_A_TURN);
+    assert_eq!(guest.ask(UNPLUG_ALL, 0, 0).0, ACK);
+    assert_eq!(plugged(&guest), 0);
 }
 
 #[test]
