@@ -61,6 +61,27 @@ def form(text):
     return "text"
 
 
+# Headers whose values say something, and the texts in them that are of that set-up or that moment alone.
+VALUES = {"content-type", "vary", "x-openstack-request-id", "x-compute-request-id", "location",
+          "openstack-api-version", "x-openstack-nova-api-version", "www-authenticate", "content-md5",
+          "content-range"}
+
+
+def header_form(name, value):
+    """A header's value with what varies replaced by its kind."""
+    value = re.sub(r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}", "{uuid}", value)
+    value = re.sub(r"\b[0-9a-f]{32}\b", "{hex32}", value)
+    if name == "location":
+        # Below the service, whatever address it has.
+        path = re.sub(r"^https?://[^/]*", "", value)
+        return "/".join("{name}" if part.startswith("tempest-") else part for part in path.split("/"))
+    if name in ("openstack-api-version", "x-openstack-nova-api-version"):
+        return re.sub(r"2\.\d+$", "2.{n}", value)
+    if name == "content-range":
+        return re.sub(r"\d+", "{n}", value)
+    return re.sub(r"https?://[^\"]*", "{url}", value)
+
+
 class Shape:
     """What was seen at one place of a body."""
     def __init__(self):
@@ -161,8 +182,11 @@ def recorded(folder, service):
         path = exchange["path"].split("?")[0]
         key = (exchange["method"], path, action(exchange))
         answers = operations.setdefault(key, {})
-        answer = answers.setdefault(status, {"headers": None, "versions": {}, "bodies": set()})
+        answer = answers.setdefault(status, {"headers": None, "versions": {}, "bodies": set(), "values": {}})
         names = set(exchange.get("response_headers", {})) - VOLATILE
+        for name, value in exchange.get("response_headers", {}).items():
+            if name in VALUES:
+                answer["values"].setdefault(name, set()).add(header_form(name, value))
         answer["headers"] = names if answer["headers"] is None else answer["headers"] & names
         if body is None or body == "":
             answer["bodies"].add("none")
@@ -207,6 +231,7 @@ def recorded(folder, service):
             "method": method, "path": path, "action": act, "optional": sorted(optional),
             "answers": {str(status): {
                 "headers": sorted(answer["headers"]), "bodies": sorted(answer["bodies"]),
+                "values": {name: sorted(forms) for name, forms in sorted(answer["values"].items())},
                 "versions": {str(v): s.dump() for v, s in sorted(answer["versions"].items())},
             } for status, answer in sorted(answers.items())}})
     return {"operations": out, "errors": {str(s): e.dump() for s, e in sorted(errors.items())}}

@@ -117,6 +117,8 @@ impl Public {
             async move {
                 // Ends early only with the runtime, or by a panic outside of the services.
                 let answer = answer.await.unwrap_or_else(|error| {
+                    #[cfg(test)]
+                    super::oracle::unanswered(&error);
                     tracing::error!(%error, "a request was not answered");
                     StatusCode::INTERNAL_SERVER_ERROR.into_response()
                 });

@@ -1,7 +1,7 @@
 //! For tests: every answer of [`Public`](super::Public) is held to what OpenStack says.
 //!
-//! Stands inside of the frame, not in a test's client, so that no test can go around it. A wrong answer
-//! panics, which fails the test that asked.
+//! Stands inside of the frame, not in a test's client, so that no test can go around it, nor by a real
+//! socket. A wrong answer panics, which fails the test that asked.
 
 use axum::body::{Body, HttpBody};
 use axum::extract::Request;
@@ -68,6 +68,15 @@ pub async fn held<F: Future<Output = Response>>(
         panic!("{said}");
     }
     Response::from_parts(parts, body)
+}
+
+/// A request behind a real socket has no answer, since its answer was wrong: its panic has no test to
+/// fail, so the whole process does.
+pub fn unanswered(error: &tokio::task::JoinError) {
+    if error.is_panic() {
+        eprintln!("the panic above was of an answer behind a socket: no test goes on after it");
+        std::process::exit(101);
+    }
 }
 
 /// The request again, with its body read: which action it is decides what is right.

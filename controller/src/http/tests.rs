@@ -321,3 +321,48 @@ async fn the_table_lists_every_endpoint() {
         ]
     );
 }
+
+/// Set in the process that is to fail.
+const FAILS: &str = "FRACTUS_TEST_WRONG_ANSWER";
+
+async fn wrong() -> axum::Json<Value> {
+    axum::Json(json!({"flavors": 7}))
+}
+
+/// Proof that the oracle sees what goes over a socket.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_answer_behind_a_socket_fails_its_test() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    if std::env::var_os(FAILS).is_some() {
+        let rule = Rule::reader("os_compute_api:flavors");
+        let routes = Routes::new(Service::Compute).get("/v2.1/flavors", rule, wrong);
+        let cloud = testing::with_services(vec![routes, crate::identity::routes()]).await;
+        let listening = crate::serve::listener::bind("127.0.0.1:0").await.unwrap();
+        let address = listening.local_addr().unwrap();
+        let router = cloud.public.clone().into_router();
+        let (stop, tasks) = Default::default();
+        tokio::spawn(crate::serve::listener::serve(
+            listening, None, router, stop, tasks,
+        ));
+        let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
+        let token = &cloud.reader;
+        let asked = format!(
+            "GET /compute/v2.1/flavors HTTP/1.1\r\nhost: cloud\r\nx-auth-token: {token}\r\n\
+             connection: close\r\n\r\n"
+        );
+        socket.write_all(asked.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.unwrap();
+        return;
+    }
+    let name = "http::tests::a_wrong_answer_behind_a_socket_fails_its_test";
+    let ran = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env(FAILS, "1")
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&ran.stderr);
+    assert!(!ran.status.success(), "{said}");
+    assert!(said.contains("is not what OpenStack says"), "{said}");
+}

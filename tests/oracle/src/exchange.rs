@@ -44,7 +44,7 @@ pub struct Exchange {
     /// The minor part of the microversion that the answer says it is in; 0 where there are none.
     pub microversion: u16,
     pub status: u16,
-    /// Names in lower case.
+    /// Names in lower case, each once.
     pub headers: Vec<(String, String)>,
     pub body: Body,
 }
@@ -69,10 +69,7 @@ impl Exchange {
             let rest = path.strip_prefix('/')?.strip_prefix(service.name())?;
             (rest.is_empty() || rest.starts_with('/')).then_some((service, rest))
         })?;
-        let headers: Vec<(String, String)> = headers
-            .into_iter()
-            .map(|(name, value)| (name.to_ascii_lowercase(), value))
-            .collect();
+        let headers = joined(headers);
         let action = (rest.ends_with("/action"))
             .then(|| request?.as_object()?.keys().next().cloned())
             .flatten();
@@ -113,6 +110,19 @@ impl Exchange {
             .find(|(known, _)| known == name)
             .map(|(_, value)| value.as_str())
     }
+}
+
+/// One of each name, in lower case: several lines of one name are one list (RFC 9110 5.2).
+fn joined(headers: impl IntoIterator<Item = (String, String)>) -> Vec<(String, String)> {
+    let mut all: Vec<(String, String)> = Vec::new();
+    for (name, value) in headers {
+        let name = name.to_ascii_lowercase();
+        match all.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, first)) => *first = format!("{first}, {value}"),
+            None => all.push((name, value)),
+        }
+    }
+    all
 }
 
 fn is_json(headers: &[(String, String)]) -> bool {

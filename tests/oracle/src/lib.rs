@@ -5,13 +5,16 @@
 //! - **recorded**: exchanges with a real cloud, of the same method, path template, action,
 //!   microversion and status: which fields, of which types and forms, which headers;
 //! - **Tempest**'s response schemas of the compute API, for that microversion;
-//! - the **OpenAPI** response schemas which every real answer passes.
+//! - the **OpenAPI** response schemas which every real answer passes, and the statuses that the
+//!   documents name.
 //!
 //! Owns the reference data (`data/`, derived by `generate.py`) and the comparison. It knows nothing
 //! of Fractus, so the controller's own tests use it as well as the harness; it must never be made
 //! lenient for one test's sake.
 
 mod exchange;
+mod failures;
+mod headers;
 mod recorded;
 mod schemas;
 mod template;
@@ -78,6 +81,8 @@ impl Oracle {
         let recorded = self.recorded.check(exchange, &mut violations);
         let tempest = self.tempest.check(exchange, &mut violations);
         let openapi = self.openapi.check(exchange, &mut violations);
+        let known = self.recorded.failed_with(exchange) || self.openapi.names(exchange);
+        failures::check(exchange, known, &mut violations);
         if violations.is_empty() {
             Ok(Verdict {
                 recorded,

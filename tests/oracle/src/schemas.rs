@@ -193,6 +193,17 @@ impl OpenApi {
         })
     }
 
+    /// Whether the API reference names this status of the operation.
+    pub fn names(&self, exchange: &Exchange) -> bool {
+        self.document(exchange.service).is_some_and(|document| {
+            document.operations.iter().any(|answer| {
+                answer.method == exchange.method
+                    && answer.status == exchange.status
+                    && template::rank(&answer.path, &exchange.path).is_some()
+            })
+        })
+    }
+
     /// True when there was something to hold the answer to.
     pub fn check(&self, exchange: &Exchange, violations: &mut Vec<Violation>) -> bool {
         let Some(document) = self.document(exchange.service) else {
