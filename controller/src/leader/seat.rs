@@ -38,19 +38,33 @@ pub enum Turn {
     Follows,
 }
 
-/// The counts of the controllers, and since when each stands still by the clock of who looks.
+/// The counts of the controllers, as who looks has seen them by its own clock.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Beats(BTreeMap<String, (i64, i64)>);
+pub(super) struct Beats(BTreeMap<String, Count>);
+
+#[derive(Debug, Clone, Copy)]
+struct Count {
+    beats: i64,
+    /// Since when it stands still.
+    since_us: i64,
+    /// It has been seen to rise: it is no mere row that a dead one left.
+    rose: bool,
+}
 
 impl Beats {
     pub(super) fn see(&mut self, rows: &[controller::Model], now_us: i64) {
         self.0
             .retain(|known, _| rows.iter().any(|row| row.incarnation == *known));
         for row in rows {
+            let count = |rose| Count {
+                beats: row.beats,
+                since_us: now_us,
+                rose,
+            };
             let known = self.0.entry(row.incarnation.clone());
-            let seen = known.or_insert((row.beats, now_us));
-            if seen.0 != row.beats {
-                *seen = (row.beats, now_us);
+            let seen = known.or_insert_with(|| count(false));
+            if seen.beats != row.beats {
+                *seen = count(true);
             }
         }
     }
@@ -60,7 +74,13 @@ impl Beats {
         let lease = i64::try_from(LEASE.as_micros()).unwrap_or(i64::MAX);
         self.0
             .get(incarnation)
-            .is_some_and(|(_, since)| now_us.saturating_sub(*since) < lease)
+            .is_some_and(|count| now_us.saturating_sub(count.since_us) < lease)
+    }
+
+    /// Whether it beats beside who looks.
+    fn beats(&self, incarnation: &str, now_us: i64) -> bool {
+        let rose = self.0.get(incarnation).is_some_and(|count| count.rose);
+        rose && self.lives(incarnation, now_us)
     }
 }
 
@@ -217,11 +237,12 @@ impl Seat {
             .collect();
         let me = self.me.incarnation.to_string();
         living.sort_by_key(|row| (Some(&*row.incarnation) != leader, row.agents_url.clone()));
-        if living
-            .iter()
-            .any(|row| row.name == self.me.name && row.incarnation != me)
-            && self.started
-        {
+        let namesake = |row: &&controller::Model| {
+            row.name == self.me.name
+                && row.incarnation != me
+                && read.beats.beats(&row.incarnation, now)
+        };
+        if living.iter().any(namesake) {
             tracing::error!(
                 name = self.me.name,
                 "another controller has this one's name: give each its own (--name)"

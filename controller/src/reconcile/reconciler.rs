@@ -24,7 +24,7 @@ use super::machine::{self, Machine};
 use super::turns::Turns;
 use crate::agents::fleet::Fleet;
 use crate::clock::Clock;
-use crate::database::Database;
+use crate::database::{self, Database};
 use crate::event::{self, Event, Origin, Phase};
 use crate::leader::Lead;
 use crate::operation::{self, Engine, StepError};
@@ -211,8 +211,12 @@ impl Reconciler {
     }
 
     async fn look_logged(&self, server: ServerId) {
-        if let Err(error) = self.look(server).await {
-            tracing::warn!(%server, %error, "reconciling; will be tried again");
+        match self.look(server).await {
+            Ok(()) => {}
+            Err(StepError::Database(error)) if database::is_fenced_off(&error) => {
+                tracing::info!(%server, "another controller leads, and looks after it");
+            }
+            Err(error) => tracing::warn!(%server, %error, "reconciling; will be tried again"),
         }
     }
 
