@@ -108,18 +108,7 @@ pub fn attach(
         .insert(layout::ACPI_PM_PORT.into(), power::SIZE, power.clone())
         .map_err(bus("power"))?;
 
-    let resources = SlotsResources {
-        power: power.clone(),
-        requests: board.requests.clone(),
-    };
-    let slots = Arc::new(match saved.take(slots::ID)? {
-        Some(state) => PciSlots::restore_saved(resources, &state)?,
-        None => PciSlots::new(resources),
-    });
-    board
-        .pio
-        .insert(layout::SLOTS_PORT.into(), slots::SIZE, slots.clone())
-        .map_err(bus("slots"))?;
+    let slots = pci_slots(&power, board, saved)?;
 
     let now: rtc::Now = Arc::new(SystemTime::now);
     let rtc = Arc::new(match saved.take(rtc::ID)? {
@@ -162,6 +151,26 @@ pub fn attach(
         verdict,
         all,
     })
+}
+
+fn pci_slots(
+    power: &Arc<PowerPort>,
+    board: &Board,
+    saved: &mut SavedDevices,
+) -> Result<Arc<PciSlots>, DeviceError> {
+    let resources = SlotsResources {
+        power: power.clone(),
+        requests: board.requests.clone(),
+    };
+    let slots = Arc::new(match saved.take(slots::ID)? {
+        Some(state) => PciSlots::restore_saved(resources, &state)?,
+        None => PciSlots::new(resources),
+    });
+    board
+        .pio
+        .insert(layout::SLOTS_PORT.into(), slots::SIZE, slots.clone())
+        .map_err(|error| DeviceError::new(slots::ID, "take its addresses", error))?;
+    Ok(slots)
 }
 
 fn hot_processors(
