@@ -25,6 +25,9 @@ use crate::memory::GuestMemory;
 /// Most routes KVM takes (KVM_MAX_IRQ_ROUTES).
 const ROUTES: u32 = 4096;
 
+/// How often a signal may get into the way of a VM being made.
+const MOST_SIGNALS: u32 = 64;
+
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
     #[error("KVM speaks API version {found}, wanted {KVM_API_VERSION}")]
@@ -111,11 +114,22 @@ impl Hypervisor {
             .filter(|size| *size > 0)
     }
 
+    /// The kernel makes threads for a VM and gives up (EINTR) when something comes for ours meanwhile: a
+    /// signal, or work that a ring left to it.
+    fn uninterrupted(&self) -> Result<VmFd, kvm_ioctls::Error> {
+        let mut tries = 0;
+        loop {
+            match self.kvm.create_vm() {
+                Err(error) if error.errno() == libc::EINTR && tries < MOST_SIGNALS => tries += 1,
+                made => return made,
+            }
+        }
+    }
+
     /// Makes a VM with its memory and a split interrupt chip; vCPUs can be added.
     pub fn create_vm(&self, memory: &GuestMemory) -> Result<Vm, KvmError> {
         let fd = self
-            .kvm
-            .create_vm()
+            .uninterrupted()
             .map_err(refused("create a VM (KVM_CREATE_VM)"))?;
         fd.set_identity_map_address(KVM_IDENTITY_MAP)
             .map_err(refused(
