@@ -356,8 +356,11 @@ async fn a_wrong_answer_behind_a_socket_fails_its_test() {
         return;
     }
     let name = "http::tests::a_wrong_answer_behind_a_socket_fails_its_test";
+    // A process that ends so cleans nothing up.
+    let folder = tempfile::tempdir().unwrap();
     let ran = tokio::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture"])
+        .env("TMPDIR", folder.path())
         .env(FAILS, "1")
         .output()
         .await
