@@ -8,6 +8,8 @@ use std::time::SystemTime;
 use anyhow::{Context, Result, bail};
 use fractus_tests::tidy::checkout;
 
+use crate::segment::outside;
+
 /// Packages that were unpacked.
 #[derive(Debug, Clone)]
 pub struct Tree {
@@ -31,7 +33,7 @@ pub fn variant(name: &str) -> Result<PathBuf> {
 /// Runs a script of the checkout; gives the path that it prints.
 fn script(path: &str, arguments: &[&str]) -> Result<PathBuf> {
     let script = checkout().join(path);
-    let output = Command::new(&script)
+    let output = outside(&script)
         .args(arguments)
         .stderr(Stdio::inherit())
         .output()

@@ -34,5 +34,5 @@ pub use kernel::{Compression, payload as kernel_payload};
 pub use lab::{Lab, Options};
 pub use payload::stripped;
 pub use report::{Count, section};
-pub use segment::Segment;
+pub use segment::{Segment, outside};
 pub use shell::{Output, run};

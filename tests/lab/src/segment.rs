@@ -3,7 +3,11 @@
 //!
 //! `control` joins controller and agents; `guests` is for the networks of servers.
 
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::process::Command;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail};
 use rustix::thread::UnshareFlags;
@@ -12,6 +16,24 @@ use rustix::thread::UnshareFlags;
 pub const CONTROLLER: &str = "10.77.0.1";
 const CONTROL: &str = "control";
 const GUESTS: &str = "guests";
+
+/// The machine's own network, once a thread of this process has left it.
+static OUTSIDE: OnceLock<File> = OnceLock::new();
+
+/// A program that runs in the machine's own network, also when the calling thread is in a segment: what
+/// a lab needs is fetched when it is first asked for.
+pub fn outside(program: impl AsRef<OsStr>) -> Command {
+    let Some(network) = OUTSIDE.get() else {
+        return Command::new(program);
+    };
+    let network = format!("/proc/{}/fd/{}", std::process::id(), network.as_raw_fd());
+    let mut command = Command::new("nsenter");
+    command
+        .arg(format!("--net={network}"))
+        .arg("--")
+        .arg(program);
+    command
+}
 
 /// The calling thread, and every process that it starts from now on, is in the segment.
 #[derive(Debug)]
@@ -27,6 +49,11 @@ pub struct Ports {
 impl Segment {
     /// Takes this thread out of the machine's network for good.
     pub fn enter() -> Result<Self> {
+        if OUTSIDE.get().is_none() {
+            let network =
+                File::open("/proc/thread-self/ns/net").context("the machine's network")?;
+            OUTSIDE.get_or_init(|| network);
+        }
         #[expect(
             deprecated,
             reason = "its successor is unsafe because of a flag that is not used here"

@@ -12,10 +12,9 @@ mod image;
 use std::io::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use fractus_lab::{Archive, Host, Lab, Options, TinyGuest, Tree, tree};
+use fractus_lab::{Archive, Host, Lab, Options, TinyGuest, Tree, outside, tree};
 use fractus_tests::harness::{Client, until};
 use fractus_tests::tidy::checkout;
 use image::distributions::{FEDORA_GRUB, esp, grubenv, opensuse_grub};
@@ -50,7 +49,7 @@ const MODULES: [&str; 6] = [
 
 /// What images/fallback builds.
 fn fallback() -> PathBuf {
-    let output = Command::new(checkout().join("images/fallback/build"))
+    let output = outside(checkout().join("images/fallback/build"))
         .stderr(std::process::Stdio::inherit())
         .output()
         .unwrap();
