@@ -39,6 +39,9 @@ pub struct Config {
     pub image_cache: u64,
     /// How long a guest may take to power off.
     pub shutdown: Duration,
+    /// Of this host; machines' network devices are put on it. None: they are up, and connected to
+    /// nothing.
+    pub bridge: Option<String>,
     /// No KVM: guests are stand-ins, for trying out everything else.
     pub stand_ins: bool,
 }
@@ -160,7 +163,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         paths.clone(),
         Surroundings {
             launcher: Arc::new(launcher),
-            makings: Arc::new(HostMakings { cache, boot_id }),
+            makings: Arc::new(HostMakings {
+                cache,
+                boot_id,
+                bridge: config.bridge.clone(),
+            }),
             shutdown: config.shutdown,
             changed: changed_sender,
         },

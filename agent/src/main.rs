@@ -74,6 +74,10 @@ struct Run {
     /// Seconds that a guest may take to power off
     #[arg(long, env = "FRACTUS_SHUTDOWN_SECONDS", default_value_t = 60)]
     shutdown_seconds: u64,
+    /// Bridge of this host that machines' network devices are put on; without one they are up, and
+    /// connected to nothing
+    #[arg(long, env = "FRACTUS_BRIDGE")]
+    bridge: Option<String>,
     /// Run stand-ins instead of guests, where there is no KVM
     #[arg(long, env = "FRACTUS_STAND_INS", hide = true)]
     stand_ins: bool,
@@ -182,6 +186,7 @@ fn config(run: Run) -> anyhow::Result<daemon::Config> {
         users: run.first_user..last,
         image_cache: run.image_cache_gib << 30,
         shutdown: Duration::from_secs(run.shutdown_seconds),
+        bridge: run.bridge,
         stand_ins: run.stand_ins,
     })
 }

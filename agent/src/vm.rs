@@ -243,7 +243,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
     Ok(Supervisor {
         id: launch.id,
         guest,
-        devices: Devices::new(&launch.disks),
+        devices: Devices::new(&launch.disks, &launch.nets),
         listener,
         agent: None,
         serial,
@@ -308,10 +308,20 @@ fn build(
             std::process::abort();
         }
     };
+    let mut disks = Vec::new();
+    while let Some(disk) = files.file(FileRole::Disk) {
+        disks.push(disk);
+    }
+    let nets: Vec<NetFiles> = (launch.config.nets.iter())
+        .map(|net| NetFiles {
+            taps: (0..net.queues)
+                .map_while(|_| files.file(FileRole::Tap))
+                .collect(),
+        })
+        .collect();
     let Some(kvm) = files.take(FileRole::Kvm) else {
-        let disks = launch.config.disks.len();
         let hook = move || hook(seccomp::Kind::Console);
-        let guest = stand_in::StandIn::new(lines.serial, disks, hook).map_err(|source| {
+        let guest = stand_in::StandIn::new(lines.serial, disks, nets, hook).map_err(|source| {
             VmError::System {
                 what: "the stand-in",
                 source,
@@ -319,17 +329,6 @@ fn build(
         })?;
         return Ok(Box::new(guest));
     };
-    let mut disks = Vec::new();
-    while let Some(disk) = files.file(FileRole::Disk) {
-        disks.push(disk);
-    }
-    let nets = (launch.config.nets.iter())
-        .map(|net| NetFiles {
-            taps: (0..net.queues)
-                .map_while(|_| files.file(FileRole::Tap))
-                .collect(),
-        })
-        .collect();
     let fallback = files.file(FileRole::FallbackKernel);
     let fallback = fallback.zip(files.file(FileRole::FallbackInitrd));
     let machine = MachineFiles {

@@ -11,16 +11,6 @@ use fractus_agent_api::device::{DeviceId, DeviceState, DiskLimit, Presence};
 use fractus_agent_api::machine::Power;
 use uuid::Uuid;
 
-/// The one slot that the guest was told of in this register.
-async fn slot(machine: &Machine<'_>, register: &str) -> Result<u32> {
-    let answer = machine.asks("slots").await?;
-    let words = answer.split(' ');
-    let mut bits = words.filter_map(|word| word.strip_prefix(&format!("{register}=")));
-    let bits = u32::from_str_radix(bits.next().unwrap_or_default(), 16)?;
-    anyhow::ensure!(bits.count_ones() == 1, "{answer}");
-    Ok(bits.trailing_zeros())
-}
-
 /// CAP_SYS_RESOURCE, which test machines may lack.
 fn may_raise_limits() -> bool {
     const SYS_RESOURCE: u32 = 24;
@@ -67,7 +57,7 @@ fn a_jailed_guest_gets_a_disk_larger_than_any_writes_it_and_lets_it_go() -> Resu
         });
         let report = machine.changed(|it| it.spec.disks = vec![new]).await?;
         assert_eq!(states(&report), [DeviceState::Attached]);
-        let came = slot(&machine, "up").await?;
+        let came = machine.slot("up").await?;
         let info = machine.asks("disk-info 1").await?;
         assert_eq!(info, format!("bytes={size} ro=0 serial=data"));
         let end = size - 65536;
@@ -79,7 +69,7 @@ fn a_jailed_guest_gets_a_disk_larger_than_any_writes_it_and_lets_it_go() -> Resu
         };
         let report = machine.changed(detach).await?;
         assert_eq!(states(&report), [DeviceState::Detaching]);
-        assert_eq!(slot(&machine, "down").await?, came);
+        assert_eq!(machine.slot("down").await?, came);
         machine.asks(&format!("eject {came}")).await?;
         machine.until(&[DeviceState::Detached]).await?;
 
@@ -88,7 +78,7 @@ fn a_jailed_guest_gets_a_disk_larger_than_any_writes_it_and_lets_it_go() -> Resu
             it.spec.disks[0].presence = Presence::Attached;
         };
         machine.changed(attach).await?;
-        slot(&machine, "up").await?;
+        machine.slot("up").await?;
         machine.asks(&format!("disk-check 1 {end} 65536 3")).await?;
         assert_eq!(agent.processes(machine.id), process);
         machine.changed(|it| it.hard_reboots += 1).await?;
@@ -111,7 +101,7 @@ fn a_jailed_guest_gets_a_disk_larger_than_any_writes_it_and_lets_it_go() -> Resu
         };
         machine.changed(delete).await?;
         machine.until(&[DeviceState::Detaching]).await?;
-        let went = slot(&machine, "down").await?;
+        let went = machine.slot("down").await?;
         machine.asks(&format!("eject {went}")).await?;
         machine.until(&[DeviceState::Deleted]).await?;
         Ok(())

@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::MOST_DISKS;
+use crate::device::{MOST_DISKS, MOST_NICS};
 use crate::guest;
 use crate::machine::{
     Generation, MachineSpec, Power, PutMachine, Refusal, Revision, StopReason, Wanted,
@@ -132,15 +132,28 @@ fn impossible(spec: &MachineSpec) -> Option<String> {
 }
 
 fn impossible_devices(spec: &MachineSpec) -> Option<String> {
-    let disks = spec.disks.len();
+    let (disks, nics) = (spec.disks.len(), spec.nics.len());
     if disks > MOST_DISKS {
         return Some(format!("{disks} disks; at most {MOST_DISKS} are possible"));
     }
-    let mut ids = BTreeSet::new();
-    if let Some(twice) = spec.disks.iter().find(|disk| !ids.insert(disk.id)) {
-        return Some(format!("device {} is named twice", twice.id));
+    if nics > MOST_NICS {
+        return Some(format!(
+            "{nics} network devices; at most {MOST_NICS} are possible"
+        ));
     }
-    spec.disks.iter().find_map(|disk| disk.invalid())
+    let mut ids = BTreeSet::new();
+    let all = spec.disks.iter().map(|disk| disk.id);
+    let mut all = all.chain(spec.nics.iter().map(|nic| nic.id));
+    if let Some(twice) = all.find(|id| !ids.insert(*id)) {
+        return Some(format!("device {twice} is named twice"));
+    }
+    let mut macs = BTreeSet::new();
+    if let Some(twice) = spec.nics.iter().find(|nic| !macs.insert(nic.mac)) {
+        return Some(format!("MAC address {} is given twice", twice.mac));
+    }
+    let mut disks = spec.disks.iter().filter_map(|disk| disk.invalid());
+    let mut nics = spec.nics.iter().filter_map(|nic| nic.invalid());
+    disks.next().or_else(|| nics.next())
 }
 
 /// 64 hexadecimal digits in lower case: it becomes the name of a file.
@@ -273,6 +286,7 @@ mod tests {
                     size: 1 << 20,
                 }),
                 disks: vec![],
+                nics: vec![],
                 guest: Default::default(),
             },
         }

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::device::{DeviceReport, Disk};
+use crate::device::{DeviceReport, Disk, Nic};
 use crate::guest::{GuestOptions, GuestReport};
 
 /// A server of the cloud; the machine that runs it has the same id.
@@ -108,6 +108,9 @@ pub struct MachineSpec {
     /// gets and loses them without a new start.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
+    /// At most [`crate::device::MOST_NICS`]; likewise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<Nic>,
     #[serde(default)]
     pub guest: GuestOptions,
 }
@@ -196,6 +199,8 @@ pub struct MachineReport {
     pub guest: GuestReport,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DeviceReport>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<DeviceReport>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use fractus_agent_api::device::{Disk, DiskSource};
+use fractus_agent_api::device::{Disk, DiskSource, Nic};
 use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{Boot, ImageRef, RootDisk};
 use uuid::Uuid;
@@ -16,6 +17,7 @@ use uuid::Uuid;
 use crate::clock::now_us;
 use crate::image::cache::{Cache, link_or_copy};
 use crate::machine::make::{MakeError, Makings, Progress};
+use crate::network;
 use crate::paths::MachinePaths;
 use crate::volume::directory::{self, Cancel, Old};
 use crate::volume::iso;
@@ -29,6 +31,8 @@ const SEED: usize = 512;
 pub struct HostMakings {
     pub cache: Arc<Cache>,
     pub boot_id: Uuid,
+    /// Of this host, which machines' network devices are put on.
+    pub bridge: Option<String>,
 }
 
 fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> MakeError {
@@ -145,6 +149,10 @@ impl Makings for HostMakings {
                 apart("deleting a disk", move || directory::delete(&path)).await
             }
         }
+    }
+
+    fn plug(&self, nic: &Nic) -> Result<Vec<OwnedFd>, MakeError> {
+        Ok(network::plug(nic, self.bridge.as_deref())?)
     }
 
     /// Small, and as easily made again: it is whole or not there, and not synced.

@@ -139,7 +139,7 @@ impl<L: Launcher> Actor<L> {
                 step: "taken up".to_owned(),
             },
         };
-        let (reports, watcher) = watch::channel(report(&record, observed, false, Vec::new()));
+        let (reports, watcher) = watch::channel(report(&record, observed, false));
         let actor = Self {
             surroundings,
             paths,

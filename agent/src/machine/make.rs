@@ -1,13 +1,16 @@
 //! What a machine is made of before it has a process: boot files and disks.
 
+use std::os::fd::OwnedFd;
+
 use async_trait::async_trait;
-use fractus_agent_api::device::Disk;
+use fractus_agent_api::device::{DeviceId, DeviceKind, Disk, Nic};
 use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{Boot, RootDisk};
 use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::image::ImageError;
+use crate::network::tap::TapError;
 use crate::paths::MachinePaths;
 use crate::volume::directory::Old;
 use crate::volume::{OpenDisk, VolumeError};
@@ -18,6 +21,9 @@ pub enum MakeError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// With its cause: what it is tells little.
+    #[error("{}: {}", .0, std::error::Error::source(.0).map_or(String::new(), ToString::to_string))]
+    Tap(#[from] TapError),
     #[error("the config drive: {0}")]
     ConfigDrive(String),
     #[error("{what}: {source}")]
@@ -25,6 +31,30 @@ pub enum MakeError {
         what: String,
         source: std::io::Error,
     },
+}
+
+/// A device that can be handed to a machine.
+#[derive(Debug)]
+pub enum OpenDevice {
+    Disk(Disk, OpenDisk),
+    /// With the queues of its tap.
+    Nic(Nic, Vec<OwnedFd>),
+}
+
+impl OpenDevice {
+    pub fn id(&self) -> DeviceId {
+        match self {
+            Self::Disk(disk, _) => disk.id,
+            Self::Nic(nic, _) => nic.id,
+        }
+    }
+
+    pub fn kind(&self) -> DeviceKind {
+        match self {
+            Self::Disk(..) => DeviceKind::Disk,
+            Self::Nic(..) => DeviceKind::Nic,
+        }
+    }
 }
 
 /// Says to the outside which step is on.
@@ -71,6 +101,9 @@ pub trait Makings: Send + Sync + 'static {
 
     /// There is none afterwards. No guest has it now.
     async fn delete_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<(), MakeError>;
+
+    /// Makes the host's end of a network device, which is there for as long as it is open.
+    fn plug(&self, nic: &Nic) -> Result<Vec<OwnedFd>, MakeError>;
 
     /// The config drive stands in the machine's folder afterwards, and says this; none: there is none.
     fn config_drive(

@@ -6,6 +6,7 @@
 //! ([`end_strays`]).
 
 pub mod control;
+mod devices;
 pub mod identity;
 pub mod launch;
 pub(crate) mod nest;
@@ -18,27 +19,28 @@ use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use fractus_agent_api::device::{DeviceId, Disk};
+use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::machine::{MachineSpec, ServerId, StopReason};
 use tokio::io::unix::AsyncFd;
 use uuid::Uuid;
 
 use self::control::Control;
 use super::guest_agent::GuestAgent;
+use super::make::OpenDevice;
 use super::record::ProcessRecord;
 use crate::clock::now_us;
 use crate::vm::protocol::{
     FromMachine, GuestSaid, Has, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
 };
-use crate::volume::{OpenDisk, VolumeError};
+use crate::volume::VolumeError;
 
 /// What a process is to be made of.
 #[derive(Debug)]
 pub struct Plan {
     pub id: ServerId,
     pub spec: MachineSpec,
-    /// Those of `spec.disks` that it begins with.
-    pub disks: Vec<(Disk, OpenDisk)>,
+    /// Those of `spec` that it begins with, besides root disk and config drive.
+    pub devices: Vec<OpenDevice>,
     pub user: u32,
     pub request_id: Option<String>,
 }
@@ -152,11 +154,10 @@ pub trait Process: Send + 'static {
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
 
-    /// Hands it a disk for its guest; what it says of its devices answers.
-    async fn attach_disk(
+    /// Hands it a device for its guest; what it says of its devices answers.
+    async fn attach(
         &mut self,
-        disk: &Disk,
-        open: OpenDisk,
+        device: OpenDevice,
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
 
@@ -328,19 +329,32 @@ impl Process for HostProcess {
         self.send(&message, &[]).await
     }
 
-    async fn attach_disk(
+    async fn attach(
         &mut self,
-        disk: &Disk,
-        open: OpenDisk,
+        device: OpenDevice,
         request_id: Option<&str>,
     ) -> Result<(), ProcessError> {
-        self.let_write(open.bytes)?;
-        let message = ToMachine::AttachDisk {
-            request_id: request_id.map(str::to_owned),
-            id: disk.id,
-            config: launch::disk_config(disk, &open),
-        };
-        self.send(&message, &[open.file.as_fd()]).await
+        let request_id = request_id.map(str::to_owned);
+        match device {
+            OpenDevice::Disk(disk, open) => {
+                self.let_write(open.bytes)?;
+                let message = ToMachine::AttachDisk {
+                    request_id,
+                    id: disk.id,
+                    config: devices::disk_config(&disk, &open),
+                };
+                self.send(&message, &[open.file.as_fd()]).await
+            }
+            OpenDevice::Nic(nic, taps) => {
+                let message = ToMachine::AttachNet {
+                    request_id,
+                    id: nic.id,
+                    config: devices::net_config(&nic),
+                };
+                let taps: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
+                self.send(&message, &taps).await
+            }
+        }
     }
 
     async fn detach(

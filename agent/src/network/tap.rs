@@ -71,6 +71,18 @@ pub fn open(name: &str, queues: u16) -> Result<Vec<OwnedFd>, TapError> {
     Ok(files)
 }
 
+/// Sets the MTU of an interface.
+pub fn set_mtu(name: &str, mtu: u16) -> Result<(), TapError> {
+    let failed = |source| TapError::System {
+        what: "set the MTU",
+        name: name.to_owned(),
+        source,
+    };
+    let socket = socket().map_err(failed)?;
+    let request = Request::new(name, &i32::from(mtu).to_ne_bytes())?;
+    control(&socket, libc::SIOCSIFMTU, &request).map_err(failed)
+}
+
 /// Makes a tap a port of a bridge of this host.
 pub fn join(name: &str, bridge: &str) -> Result<(), TapError> {
     let failed = |source| TapError::Bridge {
@@ -142,6 +154,8 @@ mod tests {
         let queues = open("frtest", 2).unwrap();
         assert_eq!(queues.len(), 2);
         assert!(there("frtest"));
+        set_mtu("frtest", 1400).unwrap();
+        assert!(set_mtu("frtest", 60).is_err(), "Ethernet has at least 68");
         drop(queues);
         assert!(!there("frtest"));
         assert!(matches!(

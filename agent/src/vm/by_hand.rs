@@ -238,6 +238,7 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
             jail,
             files: roles,
             disks: Vec::new(),
+            nets: Vec::new(),
             request_id: None,
         },
         files,

@@ -6,9 +6,10 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use fractus_agent_api::device::DeviceId;
-use fractus_vmm::config::DiskConfig;
+use fractus_agent_api::device::{DeviceId, DeviceKind};
+use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
 
+use super::guest::GuestError;
 use super::log;
 use super::protocol::{FromMachine, Has};
 use super::supervise::Supervisor;
@@ -19,28 +20,28 @@ pub struct Devices(Vec<Named>);
 #[derive(Debug)]
 struct Named {
     id: DeviceId,
+    kind: DeviceKind,
     /// What the machine calls it.
     name: String,
     asked: bool,
 }
 
 impl Devices {
-    /// Of a machine that was just built with disks of these names: it numbers them.
-    pub fn new(disks: &[Option<DeviceId>]) -> Self {
-        let named = disks.iter().enumerate().filter_map(|(index, id)| {
-            Some(Named {
-                id: (*id)?,
-                name: format!("disk{index}"),
-                asked: false,
-            })
-        });
-        Self(named.collect())
+    /// Of a machine that was just built with disks and networks of these names: it numbers them.
+    pub fn new(disks: &[Option<DeviceId>], nets: &[Option<DeviceId>]) -> Self {
+        let disks = numbered(DeviceKind::Disk, "disk", disks);
+        Self(
+            disks
+                .chain(numbered(DeviceKind::Nic, "net", nets))
+                .collect(),
+        )
     }
 
     pub fn all(&self) -> Vec<Has> {
-        let has = |Named { id, asked, .. }: &Named| Has {
-            id: *id,
-            asked: *asked,
+        let has = |named: &Named| Has {
+            id: named.id,
+            kind: named.kind,
+            asked: named.asked,
         };
         self.0.iter().map(has).collect()
     }
@@ -55,9 +56,10 @@ impl Devices {
         Some(&named.name)
     }
 
-    pub fn came(&mut self, id: DeviceId, name: String) {
+    pub fn came(&mut self, kind: DeviceKind, id: DeviceId, name: String) {
         self.0.push(Named {
             id,
+            kind,
             name,
             asked: false,
         });
@@ -77,6 +79,17 @@ impl Devices {
     }
 }
 
+fn numbered(kind: DeviceKind, word: &str, ids: &[Option<DeviceId>]) -> impl Iterator<Item = Named> {
+    ids.iter().enumerate().filter_map(move |(index, id)| {
+        Some(Named {
+            id: (*id)?,
+            kind,
+            name: format!("{word}{index}"),
+            asked: false,
+        })
+    })
+}
+
 /// What the agent wants of devices. It is told what the machine has then, and so hears the same however
 /// often it asks.
 impl Supervisor {
@@ -87,9 +100,23 @@ impl Supervisor {
         let Ok([file]) = <[OwnedFd; 1]>::try_from(files) else {
             return self.refuse(id, "one descriptor is wanted with a disk".to_owned());
         };
-        match self.guest.attach_disk(config, File::from(file)) {
+        let attached = self.guest.attach_disk(config, File::from(file));
+        self.attached(DeviceKind::Disk, id, attached);
+    }
+
+    pub(super) fn attach_net(&mut self, id: DeviceId, config: NetConfig, files: Vec<OwnedFd>) {
+        if self.devices.has(id) {
+            return self.tell(&self.status());
+        }
+        let taps = files.into_iter().map(File::from).collect();
+        let attached = self.guest.attach_net(config, NetFiles { taps });
+        self.attached(DeviceKind::Nic, id, attached);
+    }
+
+    fn attached(&mut self, kind: DeviceKind, id: DeviceId, name: Result<String, GuestError>) {
+        match name {
             Ok(name) => {
-                self.devices.came(id, name);
+                self.devices.came(kind, id, name);
                 self.tell(&self.status());
             }
             Err(error) => self.refuse(id, error.to_string()),
@@ -125,7 +152,9 @@ mod tests {
     #[test]
     fn a_machines_name_is_used_again_for_another_device() {
         let id = |number| DeviceId(uuid::Uuid::from_u128(number));
-        let mut devices = Devices::new(&[None, Some(id(1)), Some(id(2))]);
+        let mut devices = Devices::new(&[None, Some(id(1)), Some(id(2))], &[Some(id(9))]);
+        assert_eq!(devices.name(id(9)), Some("net0"));
+        assert!(devices.went("net0"));
         assert_eq!(devices.name(id(2)), Some("disk2"));
         devices.asked(id(1));
         let asked = |devices: &Devices| {
@@ -138,7 +167,7 @@ mod tests {
         assert_eq!(asked(&devices), [true, false]);
         assert!(devices.went("disk1"));
         assert!(!devices.went("disk1") && !devices.has(id(1)));
-        devices.came(id(3), "disk1".to_owned());
+        devices.came(DeviceKind::Disk, id(3), "disk1".to_owned());
         assert_eq!(asked(&devices), [false, false]);
         assert_eq!(devices.name(id(3)), Some("disk1"));
     }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use fractus_agent_api::machine::StopReason;
-use fractus_vmm::config::DiskConfig;
+use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
 use fractus_vmm::machine;
 
 use super::protocol::{MachineEvent, State};
@@ -20,6 +20,7 @@ pub trait Guest {
     fn stop(&mut self) -> Result<(), GuestError>;
     /// What the disk is called from now on.
     fn attach_disk(&mut self, config: DiskConfig, file: File) -> Result<String, GuestError>;
+    fn attach_net(&mut self, config: NetConfig, files: NetFiles) -> Result<String, GuestError>;
     /// Asks for it; an event says when it has gone. May be asked again.
     fn detach(&mut self, device: &str) -> Result<(), GuestError>;
     fn state(&self) -> State;
@@ -83,6 +84,10 @@ impl Guest for machine::Machine {
 
     fn attach_disk(&mut self, config: DiskConfig, file: File) -> Result<String, GuestError> {
         Ok(Self::attach_disk(self, config, file)?)
+    }
+
+    fn attach_net(&mut self, config: NetConfig, files: NetFiles) -> Result<String, GuestError> {
+        Ok(Self::attach_net(self, config, files)?)
     }
 
     fn detach(&mut self, device: &str) -> Result<(), GuestError> {

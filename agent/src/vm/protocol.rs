@@ -6,9 +6,9 @@
 
 use std::time::Duration;
 
-use fractus_agent_api::device::DeviceId;
+use fractus_agent_api::device::{DeviceId, DeviceKind};
 use fractus_agent_api::machine::{ServerId, StopReason};
-use fractus_vmm::config::{DiskConfig, MachineConfig};
+use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig};
 use serde::{Deserialize, Serialize};
 
 /// Raised when the meaning of a message changes.
@@ -69,6 +69,12 @@ pub enum ToMachine {
         id: DeviceId,
         config: DiskConfig,
     },
+    /// The same with a network, whose queues' taps come with this packet.
+    AttachNet {
+        request_id: Option<String>,
+        id: DeviceId,
+        config: NetConfig,
+    },
     /// Ask the guest to let a device go, again if it was asked before. Answered likewise; another
     /// `Status` follows when it has gone.
     Detach {
@@ -127,6 +133,8 @@ pub enum State {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Has {
     pub id: DeviceId,
+    #[serde(default)]
+    pub kind: DeviceKind,
     /// The guest has been asked to let it go.
     #[serde(default)]
     pub asked: bool,
@@ -178,6 +186,9 @@ pub struct Launch {
     /// Names of `config.disks`, in their order; none: it stays for the machine's life.
     #[serde(default)]
     pub disks: Vec<Option<DeviceId>>,
+    /// The same for `config.nets`.
+    #[serde(default)]
+    pub nets: Vec<Option<DeviceId>>,
     pub request_id: Option<String>,
 }
 
@@ -235,12 +246,12 @@ mod tests {
             .collect()
     }
 
-    #[test]
-    fn packets_of_version_1_are_still_understood() {
-        let id = ServerId(uuid::Uuid::from_u128(0xabc));
-        let device = DeviceId(uuid::Uuid::from_u128(0xd15c));
+    const DEVICE: DeviceId = DeviceId(uuid::Uuid::from_u128(0xd15c));
+    const ID: ServerId = ServerId(uuid::Uuid::from_u128(0xabc));
+
+    fn sent() -> Vec<ToMachine> {
         let request_id = Some("req-1".to_owned());
-        let sent = [
+        vec![
             ToMachine::Hello {
                 version: 1,
                 role: Role::Control,
@@ -258,8 +269,8 @@ mod tests {
                 request_id: request_id.clone(),
             },
             ToMachine::AttachDisk {
-                request_id,
-                id: device,
+                request_id: request_id.clone(),
+                id: DEVICE,
                 config: DiskConfig {
                     read_only: true,
                     serial_number: "data".to_owned(),
@@ -270,32 +281,39 @@ mod tests {
             },
             ToMachine::Detach {
                 request_id: None,
-                id: device,
+                id: DEVICE,
             },
-        ];
-        assert_eq!(
-            read::<ToMachine>("to-machine-v1.jsonl"),
-            sent,
-            "{:#?}",
-            text(&sent)
-        );
+            ToMachine::AttachNet {
+                request_id,
+                id: DEVICE,
+                config: NetConfig {
+                    mac: [2, 0, 0, 0, 0, 1],
+                    queues: 2,
+                    mtu: Some(1400),
+                    limit: None,
+                },
+            },
+        ]
+    }
+
+    fn heard() -> Vec<FromMachine> {
         let stopped = MachineEvent::Stopped {
             reason: StopReason::InternalError {
                 detail: "rip 0".into(),
             },
         };
-        let heard = [
+        vec![
             FromMachine::Ready { version: 1 },
             FromMachine::Status {
                 version: 1,
-                id,
+                id: ID,
                 state: State::Paused,
                 guest: None,
                 devices: None,
             },
             FromMachine::Status {
                 version: 1,
-                id,
+                id: ID,
                 state: State::Running,
                 guest: Some(GuestSaid {
                     panicked: true,
@@ -306,16 +324,24 @@ mod tests {
             },
             FromMachine::Status {
                 version: 1,
-                id,
+                id: ID,
                 state: State::Running,
                 guest: Some(GuestSaid::default()),
-                devices: Some(vec![Has {
-                    id: device,
-                    asked: true,
-                }]),
+                devices: Some(vec![
+                    Has {
+                        id: DEVICE,
+                        kind: DeviceKind::Disk,
+                        asked: true,
+                    },
+                    Has {
+                        id: DeviceId(ID.0),
+                        kind: DeviceKind::Nic,
+                        asked: false,
+                    },
+                ]),
             },
             FromMachine::DeviceRefused {
-                id: device,
+                id: DEVICE,
                 detail: "in use".into(),
             },
             FromMachine::Event {
@@ -328,7 +354,18 @@ mod tests {
             FromMachine::Failed {
                 detail: "no memory".into(),
             },
-        ];
+        ]
+    }
+
+    #[test]
+    fn packets_of_version_1_are_still_understood() {
+        let (sent, heard) = (sent(), heard());
+        assert_eq!(
+            read::<ToMachine>("to-machine-v1.jsonl"),
+            sent,
+            "{:#?}",
+            text(&sent)
+        );
         assert_eq!(
             read::<FromMachine>("from-machine-v1.jsonl"),
             heard,

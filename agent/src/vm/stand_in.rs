@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use fractus_agent_api::machine::StopReason;
-use fractus_vmm::config::DiskConfig;
+use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::guest::{Guest, GuestError, GuestEvent};
@@ -24,41 +24,45 @@ pub struct StandIn {
     serial: File,
     deaf: bool,
     clings: bool,
-    disks: Vec<Disk>,
+    devices: Vec<Held>,
     events: VecDeque<GuestEvent>,
     bell: OwnedFd,
     /// Lines that the reading thread heard.
     lines: Receiver<String>,
 }
 
-/// As a machine has it, and numbers it.
-struct Disk {
+/// A device as a machine has it, and names it.
+struct Held {
     name: String,
     asked: bool,
-    /// Of one that came while it ran.
-    later: Option<File>,
+    /// It came while the stand-in ran.
+    later: bool,
+    /// Open for as long as it is there.
+    _files: Vec<File>,
 }
 
-impl Disk {
-    fn new(number: usize, later: Option<File>) -> Self {
-        Self {
-            name: format!("disk{number}"),
-            asked: false,
-            later,
-        }
-    }
-}
-
-/// Disks that may come while it runs.
-const HOT_DISKS: usize = 4;
+/// Disks that may come while it runs, and networks.
+const LATER: usize = 4;
 
 impl StandIn {
     /// `serial` is a stream socket. `hook` runs at the start of the thread, as the machine's would.
     pub fn new(
         serial: OwnedFd,
-        disks: usize,
+        disks: Vec<File>,
+        nets: Vec<NetFiles>,
         hook: impl FnOnce() + Send + 'static,
     ) -> io::Result<Self> {
+        let disks = disks.into_iter().map(|disk| vec![disk]).enumerate();
+        let disks = disks.map(|(number, files)| (format!("disk{number}"), files));
+        let nets = nets.into_iter().map(|net| net.taps).enumerate();
+        let nets = nets.map(|(number, files)| (format!("net{number}"), files));
+        let devices = disks.chain(nets).map(|(name, files)| Held {
+            name,
+            asked: false,
+            later: false,
+            _files: files,
+        });
+        let devices = devices.collect();
         let serial = File::from(serial);
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (sender, lines) = channel();
@@ -74,7 +78,7 @@ impl StandIn {
             serial,
             deaf: false,
             clings: false,
-            disks: (0..disks).map(|number| Disk::new(number, None)).collect(),
+            devices,
             events: VecDeque::new(),
             bell,
             lines,
@@ -94,9 +98,29 @@ impl StandIn {
 
     /// What was asked for goes.
     fn eject(&mut self) {
-        for disk in self.disks.extract_if(.., |disk| disk.asked) {
-            self.events.push_back(GuestEvent::DeviceGone(disk.name));
+        for gone in self.devices.extract_if(.., |device| device.asked) {
+            self.events.push_back(GuestEvent::DeviceGone(gone.name));
         }
+    }
+
+    /// Takes a device, and says on its serial line what came.
+    fn take(&mut self, word: &str, files: Vec<File>, what: &str) -> Result<String, GuestError> {
+        let of_kind = |device: &&Held| device.later && device.name.starts_with(word);
+        if self.devices.iter().filter(of_kind).count() >= LATER {
+            let text = "no place is left for one that comes later";
+            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text).into());
+        }
+        let is_free = |name: &String| self.devices.iter().all(|device| device.name != *name);
+        let mut names = (0..).map(|number| format!("{word}{number}"));
+        let name = names.find(is_free).unwrap_or_default();
+        writeln!(self.serial, "came {what}")?;
+        self.devices.push(Held {
+            name: name.clone(),
+            asked: false,
+            later: true,
+            _files: files,
+        });
+        Ok(name)
     }
 
     fn hear(&mut self, line: &str) -> Option<GuestEvent> {
@@ -190,26 +214,17 @@ impl Guest for StandIn {
     }
 
     fn attach_disk(&mut self, config: DiskConfig, file: File) -> Result<String, GuestError> {
-        let came = |disk: &&Disk| disk.later.is_some();
-        if self.disks.iter().filter(came).count() >= HOT_DISKS {
-            let text = "no place is left for a disk that comes later";
-            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, text).into());
-        }
-        let taken = |number: &usize| {
-            let name = format!("disk{number}");
-            self.disks.iter().any(|disk| disk.name == name)
-        };
-        let number = (0..).find(|number| !taken(number)).unwrap_or_default();
-        let disk = Disk::new(number, Some(file));
-        let name = disk.name.clone();
-        writeln!(self.serial, "came {}", config.serial_number)?;
-        self.disks.push(disk);
-        Ok(name)
+        self.take("disk", vec![file], &config.serial_number)
+    }
+
+    fn attach_net(&mut self, config: NetConfig, files: NetFiles) -> Result<String, GuestError> {
+        let mac = config.mac.map(|byte| format!("{byte:02x}")).join(":");
+        self.take("net", files.taps, &mac)
     }
 
     fn detach(&mut self, device: &str) -> Result<(), GuestError> {
-        for disk in self.disks.iter_mut().filter(|disk| disk.name == device) {
-            disk.asked = true;
+        for held in self.devices.iter_mut().filter(|held| held.name == device) {
+            held.asked = true;
         }
         writeln!(self.serial, "asked for {device}")?;
         if !self.clings {

@@ -356,6 +356,15 @@ impl Supervisor {
                 self.attach_disk(id, config, files);
                 Ok(())
             }
+            ToMachine::AttachNet {
+                request_id,
+                id,
+                config,
+            } => {
+                log::request(request_id);
+                self.attach_net(id, config, files);
+                Ok(())
+            }
             ToMachine::Detach { request_id, id } => {
                 log::request(request_id);
                 self.detach(id);

@@ -112,4 +112,14 @@ impl<'a> Machine<'a> {
             }
         }
     }
+
+    /// The one slot that its guest was told of in this register.
+    pub async fn slot(&self, register: &str) -> Result<u32> {
+        let answer = self.asks("slots").await?;
+        let words = answer.split(' ');
+        let mut bits = words.filter_map(|word| word.strip_prefix(&format!("{register}=")));
+        let bits = u32::from_str_radix(bits.next().unwrap_or_default(), 16)?;
+        anyhow::ensure!(bits.count_ones() == 1, "{answer}");
+        Ok(bits.trailing_zeros())
+    }
 }

@@ -456,6 +456,7 @@ pub fn wanted(kernel: &ImageRef, power: Power) -> Wanted {
                 size: 1 << 20,
             }),
             disks: vec![],
+            nics: vec![],
             guest: Default::default(),
         },
     }

@@ -302,6 +302,7 @@ mod tests {
             changed_at_us,
             guest: Default::default(),
             disks: vec![],
+            nics: vec![],
         }
     }
 

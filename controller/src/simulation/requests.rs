@@ -58,6 +58,7 @@ fn spec() -> MachineSpec {
         },
         root_disk: plan.root_disk,
         disks: vec![],
+        nics: vec![],
         guest: Default::default(),
     }
 }

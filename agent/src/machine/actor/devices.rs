@@ -9,14 +9,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use fractus_agent_api::decision::devices::{self, Move, Place, SeenDevice, Trouble};
-use fractus_agent_api::device::{DeviceId, DeviceReport, Disk, Presence};
+use fractus_agent_api::device::{DeviceId, DeviceKind, DeviceReport, Disk, Nic, Presence};
 use fractus_agent_api::machine::Power;
 use tokio::time::Instant;
 
 use super::{AGAIN, Actor, Over, Phase};
+use crate::machine::make::{MakeError, Makings, OpenDevice};
 use crate::machine::process::{Launcher, Process, ProcessError};
+use crate::paths::MachinePaths;
 use crate::vm::protocol::Has;
-use crate::volume::OpenDisk;
 
 /// How long a process may take to answer.
 pub(super) const ANSWER: Duration = Duration::from_secs(60);
@@ -26,8 +27,8 @@ pub(super) const NUDGE: Duration = Duration::from_secs(10);
 /// What is known of the devices of one process.
 #[derive(Debug, Default)]
 pub(super) struct Devices {
-    /// What it has, and of those what its guest was asked for; none: it has not said.
-    has: Option<BTreeMap<DeviceId, bool>>,
+    /// What it has; none: it has not said.
+    has: Option<BTreeMap<DeviceId, DeviceKind>>,
     /// Nothing comes or goes while it runs.
     fixed: bool,
     /// Handed to it, and until when it may take to answer.
@@ -39,9 +40,10 @@ pub(super) struct Devices {
 
 impl Devices {
     /// Of a process that was just started with these.
-    pub(super) fn begun(with: impl IntoIterator<Item = DeviceId>) -> Self {
+    pub(super) fn begun(with: &[OpenDevice]) -> Self {
+        let has = with.iter().map(|device| (device.id(), device.kind()));
         Self {
-            has: Some(with.into_iter().map(|id| (id, false)).collect()),
+            has: Some(has.collect()),
             ..Self::default()
         }
     }
@@ -57,17 +59,15 @@ impl Devices {
         if fresh {
             self.handed.clear();
         }
-        let has: BTreeMap<_, _> = (has.unwrap_or_default().into_iter())
-            .map(|device| (device.id, device.asked))
-            .collect();
+        // One that was asked for by an earlier agent is asked for again by this one.
+        let (now, all) = (Instant::now(), has.unwrap_or_default());
+        for device in all.iter().filter(|device| device.asked) {
+            self.asked.entry(device.id).or_insert(now);
+        }
+        let has: BTreeMap<_, _> = all.iter().map(|device| (device.id, device.kind)).collect();
         self.handed.retain(|id, _| !has.contains_key(id));
         self.asked.retain(|id, _| has.contains_key(id));
         self.trouble.retain(|id, _| !has.contains_key(id));
-        // One that was asked for by an earlier agent is asked for again by this one.
-        let now = Instant::now();
-        for (id, _) in has.iter().filter(|(_, asked)| **asked) {
-            self.asked.entry(*id).or_insert(now);
-        }
         self.has = Some(has);
     }
 
@@ -126,12 +126,43 @@ impl Devices {
     }
 }
 
+/// A device, and what is to become of it.
+#[derive(Debug, Clone, Copy)]
+struct ToBe {
+    id: DeviceId,
+    kind: DeviceKind,
+    wanted: Presence,
+}
+
+/// A device that is to be attached.
+enum Wanted {
+    Disk(Disk),
+    Nic(Nic),
+}
+
+type Opened = Result<OpenDevice, MakeError>;
+
+impl Wanted {
+    async fn open(self, makings: &dyn Makings, paths: &MachinePaths) -> Opened {
+        Ok(match self {
+            Self::Disk(disk) => {
+                let open = makings.open_disk(paths, &disk).await?;
+                OpenDevice::Disk(disk, open)
+            }
+            Self::Nic(nic) => {
+                let taps = makings.plug(&nic)?;
+                OpenDevice::Nic(nic, taps)
+            }
+        })
+    }
+}
+
 impl<L: Launcher> Actor<L> {
     /// The next move, and whose.
     pub(super) fn next_move(&self) -> Option<(DeviceId, Move)> {
-        let mut moves = self.devices_to_be().into_iter().filter_map(|(id, wanted)| {
-            let next = devices::next(wanted, &self.seen(id, wanted))?;
-            Some((id, next))
+        let mut moves = self.devices_to_be().into_iter().filter_map(|device| {
+            let next = devices::next(device.wanted, &self.seen(&device))?;
+            Some((device.id, next))
         });
         // What goes makes room for what comes.
         let first = moves.next()?;
@@ -147,31 +178,48 @@ impl<L: Launcher> Actor<L> {
 
     pub(super) fn devices_are_pending(&self) -> bool {
         let mut all = self.devices_to_be().into_iter();
-        all.any(|(id, wanted)| devices::is_pending(wanted, &self.seen(id, wanted)))
+        all.any(|device| devices::is_pending(device.wanted, &self.seen(&device)))
     }
 
-    pub(super) fn device_reports(&self) -> Vec<DeviceReport> {
+    pub(super) fn device_reports(&self, kind: DeviceKind) -> Vec<DeviceReport> {
         let all = self.devices_to_be().into_iter();
-        all.map(|(id, wanted)| DeviceReport {
-            id,
-            state: devices::state(wanted, &self.seen(id, wanted)),
-        })
-        .collect()
+        all.filter(|device| device.kind == kind)
+            .map(|device| DeviceReport {
+                id: device.id,
+                state: devices::state(device.wanted, &self.seen(&device)),
+            })
+            .collect()
     }
 
     /// Those that are wanted, in their order, and then those that are there besides.
-    fn devices_to_be(&self) -> Vec<(DeviceId, Presence)> {
+    fn devices_to_be(&self) -> Vec<ToBe> {
         let wanted = &self.record.intent.wanted;
-        let disks = match wanted.power {
-            Power::Absent => &[][..],
-            Power::Running | Power::Paused | Power::Stopped => &wanted.spec.disks,
+        let (disks, nics) = match wanted.power {
+            Power::Absent => (&[][..], &[][..]),
+            Power::Running | Power::Paused | Power::Stopped => {
+                (&wanted.spec.disks[..], &wanted.spec.nics[..])
+            }
         };
-        let wanted: Vec<_> = disks.iter().map(|disk| (disk.id, disk.presence)).collect();
-        let named: BTreeSet<DeviceId> = disks.iter().map(|disk| disk.id).collect();
-        let has = self.devices.has.iter().flat_map(BTreeMap::keys);
-        let others = has.filter(|id| !named.contains(id));
-        let others = others.map(|id| (*id, Presence::Detached));
-        wanted.into_iter().chain(others).collect()
+        let disks = disks.iter().map(|disk| ToBe {
+            id: disk.id,
+            kind: DeviceKind::Disk,
+            wanted: disk.presence,
+        });
+        let nics = nics.iter().map(|nic| ToBe {
+            id: nic.id,
+            kind: DeviceKind::Nic,
+            wanted: Presence::Attached,
+        });
+        let mut all: Vec<ToBe> = disks.chain(nics).collect();
+        let named: BTreeSet<DeviceId> = all.iter().map(|device| device.id).collect();
+        let has = self.devices.has.iter().flatten();
+        let others = has.filter(|(id, _)| !named.contains(id));
+        all.extend(others.map(|(id, kind)| ToBe {
+            id: *id,
+            kind: *kind,
+            wanted: Presence::Detached,
+        }));
+        all
     }
 
     fn disk(&self, id: DeviceId) -> Option<&Disk> {
@@ -179,7 +227,7 @@ impl<L: Launcher> Actor<L> {
         disks.iter().find(|disk| disk.id == id)
     }
 
-    fn seen(&self, id: DeviceId, wanted: Presence) -> SeenDevice<'_> {
+    fn seen(&self, &ToBe { id, wanted, .. }: &ToBe) -> SeenDevice<'_> {
         let running = matches!(self.phase, Phase::Running | Phase::Paused);
         SeenDevice {
             place: match self.phase {
@@ -208,41 +256,70 @@ impl<L: Launcher> Actor<L> {
     }
 
     async fn attach(&mut self, id: DeviceId) -> Result<(), Over> {
-        let Some(disk) = self.disk(id).cloned() else {
+        self.publish();
+        let goes_on = |actor: &Self| actor.next_move() == Some((id, Move::Attach));
+        let Some(opening) = self.open(id) else {
             return Ok(());
         };
-        self.publish();
-        let (makings, paths) = (self.surroundings.makings.clone(), self.paths.clone());
-        let opened = async { makings.open_disk(&paths, &disk).await };
-        let goes_on = |actor: &Self| actor.next_move() == Some((id, Move::Attach));
-        let open = match self.meanwhile(opened, goes_on).await? {
-            None => return Ok(()),
-            Some(Ok(open)) => open,
+        match self.meanwhile(opening, goes_on).await? {
+            None => Ok(()),
+            Some(Ok(device)) => self.hand(device).await,
             Some(Err(error)) => {
                 self.in_trouble(id, error.to_string());
-                return Ok(());
+                Ok(())
             }
-        };
-        self.hand(&disk, open).await
+        }
     }
 
-    async fn hand(&mut self, disk: &Disk, open: OpenDisk) -> Result<(), Over> {
-        let request_id = self.record.request_id.clone();
+    /// None: nobody wants it any more.
+    fn open(&self, id: DeviceId) -> Option<impl Future<Output = Opened> + use<L>> {
+        let spec = &self.record.intent.wanted.spec;
+        let disk = self.disk(id).cloned().map(Wanted::Disk);
+        let nic = || spec.nics.iter().find(|nic| nic.id == id).cloned();
+        let wanted = disk.or_else(|| nic().map(Wanted::Nic))?;
+        let (makings, paths) = (self.surroundings.makings.clone(), self.paths.clone());
+        Some(async move { wanted.open(&*makings, &paths).await })
+    }
+
+    /// Those that a machine begins with.
+    pub(super) fn open_all(
+        &self,
+    ) -> impl Future<Output = Result<Vec<OpenDevice>, MakeError>> + use<L> {
+        let spec = &self.record.intent.wanted.spec;
+        let disks = spec
+            .disks
+            .iter()
+            .filter(|disk| disk.presence == Presence::Attached);
+        let disks = disks.cloned().map(Wanted::Disk);
+        let nics = spec.nics.iter().cloned().map(Wanted::Nic);
+        let all: Vec<Wanted> = disks.chain(nics).collect();
+        let (makings, paths) = (self.surroundings.makings.clone(), self.paths.clone());
+        async move {
+            let mut open = Vec::new();
+            for wanted in all {
+                open.push(wanted.open(&*makings, &paths).await?);
+            }
+            Ok(open)
+        }
+    }
+
+    async fn hand(&mut self, device: OpenDevice) -> Result<(), Over> {
+        let (id, request_id) = (device.id(), self.record.request_id.clone());
         let Some(process) = &mut self.process else {
             return Ok(());
         };
-        match (process.attach_disk(disk, open, request_id.as_deref())).await {
+        match process.attach(device, request_id.as_deref()).await {
             Ok(()) => {
-                tracing::info!(machine = %self.record.id, disk = %disk.id, "handed to its process");
-                self.devices.handed.insert(disk.id, Instant::now() + ANSWER);
+                tracing::info!(machine = %self.record.id, device = %id, "handed to its process");
+                self.devices.handed.insert(id, Instant::now() + ANSWER);
             }
             Err(error @ (ProcessError::Mute | ProcessError::Control(_))) => {
                 return self.say_again(&error).await;
             }
             Err(ProcessError::NotNow(why)) => {
-                self.devices.trouble.insert(disk.id, Trouble::Refused(why));
+                self.devices.trouble.insert(id, Trouble::Refused(why));
             }
-            Err(error) => self.in_trouble(disk.id, error.to_string()),
+            Err(error) => self.in_trouble(id, error.to_string()),
         }
         self.publish();
         Ok(())

@@ -1,6 +1,8 @@
 //! Devices of a machine whose process says what the test has it say.
 
-use fractus_agent_api::device::{DeviceId, DeviceState, Disk, DiskSource, Presence};
+use fractus_agent_api::device::{
+    DeviceId, DeviceKind, DeviceState, Disk, DiskSource, Mac, Nic, Presence,
+};
 
 use super::devices::{ANSWER, NUDGE};
 use super::tests::{Stage, Told};
@@ -24,7 +26,8 @@ fn disk(id: DeviceId, presence: Presence) -> Disk {
 }
 
 fn has(id: DeviceId, asked: bool) -> Has {
-    Has { id, asked }
+    let kind = DeviceKind::Disk;
+    Has { id, kind, asked }
 }
 
 /// A process that has these; none: it is too old to have any.
@@ -230,4 +233,38 @@ async fn a_process_that_never_answers_is_told_of_and_may_answer_late() {
         .hears(status(Some(vec![has(DISK, false)]), false))
         .await;
     assert_eq!(stage.states(), [(DISK, DeviceState::Attached)]);
+}
+
+#[tokio::test]
+async fn a_network_device_comes_and_is_taken_away_when_nobody_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = Stage::running(folder.path()).await;
+    let nic = Nic {
+        id: OTHER,
+        mac: Mac([2, 0, 0, 0, 0, 1]),
+        mtu: None,
+        queues: 1,
+        limit: None,
+    };
+    let (Message::Put(mut put, answer), _) = super::tests::put(2, Power::Running);
+    put.wanted.spec.nics = vec![nic];
+    stage.actor.take(Message::Put(put, answer));
+    stage.moves().await;
+    let there = |asked| Has {
+        id: OTHER,
+        kind: DeviceKind::Nic,
+        asked,
+    };
+    stage.hears(status(Some(vec![there(false)]), false)).await;
+    let report = stage.reports.borrow().clone();
+    assert_eq!((report.disks.len(), report.nics.len()), (0, 1));
+    assert_eq!(report.nics[0].state, DeviceState::Attached);
+    stage.want(3, vec![]);
+    stage.moves().await;
+    stage.hears(status(Some(vec![there(true)]), false)).await;
+    let report = stage.reports.borrow().clone();
+    assert_eq!(report.nics[0].state, DeviceState::Detaching);
+    stage.hears(status(Some(vec![]), false)).await;
+    assert_eq!(stage.reports.borrow().nics, []);
+    assert_eq!(stage.told(), [Told::Attach(OTHER), Told::Detach(OTHER)]);
 }

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use fractus_agent_api::decision::Step;
-use fractus_agent_api::device::DeviceReport;
+use fractus_agent_api::device::DeviceKind;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, StopReason};
 
 use super::{Actor, Phase, blocking};
@@ -80,7 +80,9 @@ impl<L: Launcher> Actor<L> {
         if observed != before.observed {
             self.record.changed_at_us = now_us();
         }
-        let now = report(&self.record, observed, settled, self.device_reports());
+        let mut now = report(&self.record, observed, settled);
+        now.disks = self.device_reports(DeviceKind::Disk);
+        now.nics = self.device_reports(DeviceKind::Nic);
         if now != before {
             self.reports.send_replace(now);
             let _ = self.surroundings.changed.send(self.record.id);
@@ -88,12 +90,8 @@ impl<L: Launcher> Actor<L> {
     }
 }
 
-pub(super) fn report(
-    record: &Record,
-    observed: Observed,
-    settled: bool,
-    disks: Vec<DeviceReport>,
-) -> MachineReport {
+/// What can be said without its devices.
+pub(super) fn report(record: &Record, observed: Observed, settled: bool) -> MachineReport {
     MachineReport {
         id: record.id,
         generation: record.intent.generation,
@@ -109,6 +107,7 @@ pub(super) fn report(
             .process
             .map(|process| process.guest)
             .unwrap_or_default(),
-        disks,
+        disks: Vec::new(),
+        nics: Vec::new(),
     }
 }

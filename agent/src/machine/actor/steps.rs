@@ -6,7 +6,6 @@
 use std::time::Duration;
 
 use fractus_agent_api::decision::Step;
-use fractus_agent_api::device::{Disk, Presence};
 use fractus_agent_api::machine::{Power, StopReason};
 use tokio::time::Instant;
 
@@ -14,9 +13,8 @@ use super::devices::Devices;
 use super::guest::Guest;
 use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
 use crate::clock::now_us;
-use crate::machine::make::{MakeError, Progress};
+use crate::machine::make::{OpenDevice, Progress};
 use crate::machine::process::{Command, Launcher, Plan, Process};
-use crate::volume::OpenDisk;
 use crate::volume::directory::Old;
 
 /// How long a process may take from its start to its guest's first instruction.
@@ -89,15 +87,15 @@ impl<L: Launcher> Actor<L> {
             self.fail(error.to_string());
             return Ok(());
         }
-        let Some(disks) = self.open_disks().await? else {
+        let Some(open) = self.open_devices().await? else {
             return Ok(());
         };
         self.observe_starting("starting its process");
-        let devices = Devices::begun(disks.iter().map(|(disk, _)| disk.id));
+        let devices = Devices::begun(&open);
         let plan = Plan {
             id: self.record.id,
             spec: self.record.intent.wanted.spec.clone(),
-            disks,
+            devices: open,
             user: self.record.user,
             request_id: self.record.request_id.clone(),
         };
@@ -135,26 +133,10 @@ impl<L: Launcher> Actor<L> {
     }
 
     /// Those that the machine begins with; none: it does not begin.
-    async fn open_disks(&mut self) -> Result<Option<Vec<(Disk, OpenDisk)>>, Over> {
-        let wanted = self.record.intent.wanted.spec.disks.iter();
-        let attached = wanted.filter(|disk| disk.presence == Presence::Attached);
-        let disks: Vec<Disk> = attached.cloned().collect();
-        if disks.is_empty() {
-            return Ok(Some(Vec::new()));
-        }
-        let makings = self.surroundings.makings.clone();
-        let paths = self.paths.clone();
-        let opened = self
-            .interruptible("opening its disks", |_| async move {
-                let mut opened = Vec::new();
-                for disk in disks {
-                    let open = makings.open_disk(&paths, &disk).await?;
-                    opened.push((disk, open));
-                }
-                Ok::<_, MakeError>(opened)
-            })
-            .await?;
-        Ok(match opened {
+    async fn open_devices(&mut self) -> Result<Option<Vec<OpenDevice>>, Over> {
+        let opening = self.open_all();
+        let opened = self.interruptible("opening its devices", |_| opening);
+        Ok(match opened.await? {
             None => None,
             Some(Ok(opened)) => Some(opened),
             Some(Err(error)) => {

@@ -1,12 +1,13 @@
 //! The actor alone, with a process that says what the test has it say.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Mutex;
 
 use async_trait::async_trait;
 use fractus_agent_api::decision::Done;
-use fractus_agent_api::device::{DeviceId, Disk};
+use fractus_agent_api::device::{DeviceId, Disk, Nic};
 use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{
     Boot, Generation, MachineSpec, Pages, Revision, RootDisk, ServerId, Wanted,
@@ -15,7 +16,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::*;
-use crate::machine::make::{MakeError, Progress};
+use crate::machine::make::{MakeError, OpenDevice, Progress};
 use crate::machine::process::{Plan, ProcessError, Status};
 use crate::machine::record::{ProcessRecord, VERSION};
 use crate::paths::Paths;
@@ -37,7 +38,7 @@ impl Words {
     }
 }
 
-/// What processes were told of disks.
+/// What processes were told of devices.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Told {
     Start(Vec<DeviceId>),
@@ -72,13 +73,8 @@ impl Process for Double {
         Ok(())
     }
 
-    async fn attach_disk(
-        &mut self,
-        disk: &Disk,
-        _: OpenDisk,
-        _: Option<&str>,
-    ) -> Result<(), ProcessError> {
-        self.1.lock().unwrap().push(Told::Attach(disk.id));
+    async fn attach(&mut self, device: OpenDevice, _: Option<&str>) -> Result<(), ProcessError> {
+        self.1.lock().unwrap().push(Told::Attach(device.id()));
         Ok(())
     }
 
@@ -110,9 +106,9 @@ impl Launcher for Doubles {
     type Process = Double;
 
     async fn launch(&self, plan: Plan) -> Result<Double, ProcessError> {
-        let disks: Vec<DeviceId> = plan.disks.iter().map(|(disk, _)| disk.id).collect();
-        if !disks.is_empty() {
-            self.1.lock().unwrap().push(Told::Start(disks));
+        let devices: Vec<DeviceId> = plan.devices.iter().map(OpenDevice::id).collect();
+        if !devices.is_empty() {
+            self.1.lock().unwrap().push(Told::Start(devices));
         }
         Ok(Double(self.0.clone(), self.1.clone()))
     }
@@ -161,6 +157,10 @@ impl Makings for NoMakings {
         Ok(directory::delete(&paths.data_disk(disk.id))?)
     }
 
+    fn plug(&self, _: &Nic) -> Result<Vec<OwnedFd>, MakeError> {
+        Ok(Vec::new())
+    }
+
     fn config_drive(&self, _: &MachinePaths, _: Option<&InstanceData>) -> Result<(), MakeError> {
         Ok(())
     }
@@ -198,6 +198,7 @@ fn wanted(power: Power) -> Wanted {
                 size: 1 << 20,
             }),
             disks: vec![],
+            nics: vec![],
             guest: Default::default(),
         },
     }

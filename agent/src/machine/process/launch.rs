@@ -9,17 +9,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use fractus_agent_api::device::{DeviceId, Disk};
 use fractus_agent_api::guest::{GuestReport, Watchdog};
 use fractus_agent_api::machine::{MachineSpec, Pages, ServerId};
 use fractus_vmm::config::{
-    BalloonConfig, BootSource, ConsolePortConfig, CpuConfig, CpuProfile, DiskConfig, DiskLimit,
-    MachineConfig, MemoryConfig, PageSize, RngConfig, WatchdogAction, WatchdogConfig,
+    BalloonConfig, BootSource, ConsolePortConfig, CpuConfig, CpuProfile, MachineConfig,
+    MemoryConfig, PageSize, RngConfig, WatchdogAction, WatchdogConfig,
 };
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socketpair};
 use uuid::Uuid;
 
 use super::control::{Control, watched};
+use super::devices::{self, Files, HOT_DISKS, HOT_NETS};
 use super::nest::{self, Making};
 use super::spawn::{Inherited, spawn};
 use super::{Adoption, End, HostProcess, Launcher, Plan, ProcessError, identity, last_words};
@@ -30,8 +30,6 @@ use crate::paths::{MachinePaths, Paths};
 use crate::vm::SUBCOMMAND;
 use crate::vm::packet;
 use crate::vm::protocol::{FileRole, JailConfig, Launch};
-use crate::volume::OpenDisk;
-use crate::volume::directory;
 
 /// Opened at start, so that a newer binary in its place changes nothing for this agent's machines.
 pub struct HostLauncher {
@@ -46,37 +44,9 @@ pub struct HostLauncher {
     pub stand_ins: bool,
 }
 
-fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> ProcessError {
+pub(super) fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> ProcessError {
     let what = what.into();
     move |source| ProcessError::System { what, source }
-}
-
-/// Disks that may come while a machine runs, at a time. Threads are made for each at the start, so there
-/// are few; what is more than these comes with the machine's next start.
-const HOT_DISKS: u8 = 4;
-
-/// Files with the roles they are handed over in.
-#[derive(Default)]
-struct Files {
-    roles: Vec<FileRole>,
-    files: Vec<OwnedFd>,
-    /// Names of the disks among them.
-    disks: Vec<Option<DeviceId>>,
-    /// Bytes of the largest of them.
-    largest: u64,
-}
-
-impl Files {
-    fn push(&mut self, role: FileRole, file: impl Into<OwnedFd>) {
-        self.roles.push(role);
-        self.files.push(file.into());
-    }
-
-    fn push_disk(&mut self, id: Option<DeviceId>, disk: OpenDisk) {
-        self.push(FileRole::Disk, disk.file);
-        self.disks.push(id);
-        self.largest = self.largest.max(disk.bytes);
-    }
 }
 
 /// What a process gets once it has been started.
@@ -128,6 +98,7 @@ impl HostLauncher {
             config,
             files: files.roles,
             disks: files.disks,
+            nets: files.nets,
             request_id: plan.request_id.clone(),
         };
         let flags = SocketFlags::CLOEXEC;
@@ -250,7 +221,7 @@ impl HostLauncher {
                 }
             }
         }
-        open_disks(plan, paths, &mut config, &mut files)?;
+        devices::open(plan, paths, &mut config, &mut files)?;
         if let BootSource::Disk(_) = config.boot {
             self.open_fallback(&mut files)?;
         }
@@ -280,55 +251,6 @@ impl HostLauncher {
         );
         Ok((config, files))
     }
-}
-
-/// In the order in which a guest finds them: its root disk, its config drive, the others.
-fn open_disks(
-    plan: &mut Plan,
-    paths: &MachinePaths,
-    config: &mut MachineConfig,
-    files: &mut Files,
-) -> Result<(), ProcessError> {
-    if plan.spec.root_disk.is_some() {
-        let disk = directory::open(&paths.disk(), false)?;
-        config.disks.push(DiskConfig {
-            read_only: false,
-            serial_number: plan.id.0.simple().to_string().chars().take(20).collect(),
-            direct: disk.direct,
-            limit: None,
-            queues: 1,
-        });
-        files.push_disk(None, disk);
-        if plan.spec.boot.kernel.is_none() {
-            config.boot = BootSource::Disk(0);
-        }
-    }
-    if plan.spec.guest.instance.is_some() {
-        let drive = paths.config_drive();
-        let open = File::open(&drive);
-        let file = open.map_err(failed(format!("opening {}", drive.display())))?;
-        let (direct, bytes) = (false, 0);
-        config.disks.push(DiskConfig {
-            read_only: true,
-            serial_number: "config-2".to_owned(),
-            direct,
-            limit: None,
-            queues: 1,
-        });
-        files.push_disk(
-            None,
-            OpenDisk {
-                file,
-                direct,
-                bytes,
-            },
-        );
-    }
-    for (disk, open) in plan.disks.drain(..) {
-        config.disks.push(disk_config(&disk, &open));
-        files.push_disk(Some(disk.id), open);
-    }
-    Ok(())
 }
 
 /// The agent's unit protects it from a host that is out of memory (`OOMScoreAdjust`), which a machine
@@ -368,21 +290,6 @@ fn file_size(spec: &MachineSpec, largest_disk: u64) -> u64 {
         .max(crate::vm::protocol::SERIAL_LOG + (64 << 10))
 }
 
-/// A disk in the VMM's words.
-pub(super) fn disk_config(disk: &Disk, open: &OpenDisk) -> DiskConfig {
-    DiskConfig {
-        read_only: disk.read_only,
-        serial_number: disk.serial_number(),
-        direct: open.direct,
-        limit: disk.limit.map(|limit| DiskLimit {
-            bytes_per_second: limit.bytes_per_second,
-            operations_per_second: limit.operations_per_second,
-            burst_ms: limit.burst_ms,
-        }),
-        queues: 1,
-    }
-}
-
 fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, ProcessError> {
     let profile = CpuProfile::by_name(&spec.cpu_profile)
         .ok_or_else(|| ProcessError::Config(format!("CPU profile {:?}", spec.cpu_profile)))?;
@@ -408,7 +315,7 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
         command_line: spec.boot.command_line.clone(),
         disks: Vec::new(),
         hot_disks: HOT_DISKS,
-        hot_nets: 0,
+        hot_nets: HOT_NETS,
         hot_memory: None,
         console_ports: match spec.guest.agent {
             true => vec![ConsolePortConfig {

@@ -232,6 +232,7 @@ fn wanted() -> Wanted {
             },
             root_disk: None,
             disks: vec![],
+            nics: vec![],
             guest: Default::default(),
         },
     }

@@ -372,6 +372,7 @@ pub fn spec(flavor: &FlavorSnapshot, plan: &BootPlan) -> Result<MachineSpec, Api
         boot: plan.boot(),
         root_disk: plan.root_disk.clone(),
         disks: Vec::new(),
+        nics: Vec::new(),
         guest: plan.guest.clone(),
     })
 }
