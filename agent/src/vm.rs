@@ -12,6 +12,7 @@ pub mod guest;
 pub mod jail;
 pub mod jail_test;
 mod log;
+mod pace;
 pub mod packet;
 pub mod protocol;
 mod said;
@@ -32,6 +33,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
 use self::devices::Devices;
 use self::guest::{Guest, GuestError};
 use self::jail::Namespaces;
+use self::pace::Pace;
 use self::protocol::{FileRole, FromMachine, Launch, SERIAL_LOG, ToMachine, VERSION};
 use self::said::Said;
 use self::supervise::{Supervisor, Terminal};
@@ -244,6 +246,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         id: launch.id,
         guest,
         devices: Devices::new(&launch.disks, &launch.nets),
+        pace: Pace::default(),
         listener,
         agent: None,
         serial,
@@ -321,12 +324,11 @@ fn build(
         .collect();
     let Some(kvm) = files.take(FileRole::Kvm) else {
         let hook = move || hook(seccomp::Kind::Console);
-        let guest = stand_in::StandIn::new(lines.serial, disks, nets, hook).map_err(|source| {
-            VmError::System {
+        let guest = stand_in::StandIn::new(lines.serial, &launch.config, disks, nets, hook)
+            .map_err(|source| VmError::System {
                 what: "the stand-in",
                 source,
-            }
-        })?;
+            })?;
         return Ok(Box::new(guest));
     };
     let fallback = files.file(FileRole::FallbackKernel);

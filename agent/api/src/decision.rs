@@ -6,6 +6,7 @@
 //! repeated, so a crash between any two is followed by the same path as no crash.
 
 pub mod devices;
+pub mod size;
 
 use std::collections::BTreeSet;
 
@@ -88,13 +89,26 @@ pub fn intake(held: Option<&Intent>, put: &PutMachine) -> Result<Intake, Refusal
 }
 
 /// Why no agent of this version could make it.
-fn impossible(spec: &MachineSpec) -> Option<String> {
+pub fn impossible(spec: &MachineSpec) -> Option<String> {
     if !(1..=64).contains(&spec.vcpus) {
         return Some(format!("{} vCPUs; 1 to 64 are possible", spec.vcpus));
     }
     if spec.memory_mib == 0 || spec.memory_mib > 1 << 24 {
         return Some(format!(
             "{} MiB of memory; 1 to 2^24 are possible",
+            spec.memory_mib
+        ));
+    }
+    if let Some(max) = spec.max_vcpus
+        && !(spec.vcpus..=64).contains(&max)
+    {
+        return Some(format!("at most {max} vCPUs, and {} now", spec.vcpus));
+    }
+    if let Some(max) = spec.max_memory_mib
+        && !(spec.memory_mib..=1 << 24).contains(&max)
+    {
+        return Some(format!(
+            "at most {max} MiB of memory, and {} now",
             spec.memory_mib
         ));
     }
@@ -266,7 +280,9 @@ mod tests {
             rebuilds,
             spec: MachineSpec {
                 vcpus: 1,
+                max_vcpus: None,
                 memory_mib: 64,
+                max_memory_mib: None,
                 pages: Pages::Small,
                 numa_nodes: vec![],
                 cpus: vec![],

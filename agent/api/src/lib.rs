@@ -11,6 +11,7 @@ pub mod guest;
 pub mod host;
 pub mod identity;
 pub mod machine;
+pub mod size;
 pub mod tls;
 
 /// Version of this protocol. Raised when a field's meaning changes, not when one is added.

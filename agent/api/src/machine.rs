@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use crate::device::{DeviceReport, Disk, Nic};
 use crate::guest::{GuestOptions, GuestReport};
+use crate::size::SizeReport;
 
 /// A server of the cloud; the machine that runs it has the same id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -89,7 +90,15 @@ pub enum Power {
 pub struct MachineSpec {
     /// 1 to 64.
     pub vcpus: u8,
+    /// How many there can be while the machine runs, at least `vcpus`: with a maximum, `vcpus` may be
+    /// another number without a new start. It is itself taken in at the next start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vcpus: Option<u8>,
     pub memory_mib: u64,
+    /// The same for memory, which comes and goes in blocks of [`crate::size::HOT_BLOCK_MIB`]: never less
+    /// than the machine was started with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_memory_mib: Option<u64>,
     #[serde(default)]
     pub pages: Pages,
     /// Host NUMA nodes the memory is bound to and host CPUs the vCPUs are pinned to; empty: anywhere.
@@ -201,6 +210,9 @@ pub struct MachineReport {
     pub disks: Vec<DeviceReport>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nics: Vec<DeviceReport>,
+    /// None: there is no process, or it is of a version that does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<SizeReport>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -70,21 +70,16 @@ impl Cgroups {
     pub fn enter(&self, id: ServerId, pid: i32, spec: &MachineSpec) -> io::Result<()> {
         let group = self.path(id);
         fs::create_dir_all(&group)?;
-        let limits = [
-            ("pids.max", threads(spec).to_string()),
-            ("memory.max", memory(spec.memory_mib).to_string()),
-            (
-                "cpu.weight",
-                (u64::from(spec.vcpus) * 100).min(10_000).to_string(),
-            ),
-        ];
-        for (file, limit) in limits {
-            let file = group.join(file);
-            if file.exists() {
-                fs::write(file, limit)?;
-            }
-        }
+        set(&group, "pids.max", threads(spec))?;
+        self.limit(id, spec.vcpus, spec.memory_mib)?;
         fs::write(group.join("cgroup.procs"), pid.to_string())
+    }
+
+    /// What a machine of that size may use. Waits while the kernel takes back what is over it.
+    pub fn limit(&self, id: ServerId, vcpus: u8, memory_mib: u64) -> io::Result<()> {
+        let group = self.path(id);
+        set(&group, "memory.max", memory(memory_mib))?;
+        set(&group, "cpu.weight", (u64::from(vcpus) * 100).min(10_000))
     }
 
     /// Removes the machine's group; its process has ended.
@@ -114,10 +109,21 @@ impl Cgroups {
     }
 }
 
-/// The most threads of a machine's group: its vCPUs, up to five a disk (those that it has, and those that
-/// are kept for later), and the process's own.
+/// Where the controller is.
+fn set(group: &Path, file: &str, limit: u64) -> io::Result<()> {
+    let file = group.join(file);
+    match file.exists() {
+        true => fs::write(file, limit.to_string()),
+        false => Ok(()),
+    }
+}
+
+/// The most threads of a machine's group: its vCPUs, up to five a disk, one a pair of queues, those that
+/// are kept for devices that come later, and the process's own.
 fn threads(spec: &MachineSpec) -> u64 {
-    u64::from(spec.vcpus) + 5 * spec.disks.len() as u64 + 64
+    let vcpus = spec.max_vcpus.unwrap_or(0).max(spec.vcpus);
+    let queues: u64 = spec.nics.iter().map(|nic| u64::from(nic.queues)).sum();
+    u64::from(vcpus) + 5 * spec.disks.len() as u64 + queues + 64
 }
 
 /// The most that a machine's group may use, bytes: the guest's memory, the tables that grow with it

@@ -13,6 +13,7 @@
 mod devices;
 mod guest;
 mod report;
+mod size;
 mod steps;
 
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use tokio::time::Instant;
 use self::devices::Devices;
 use self::guest::Guest;
 use self::report::report;
+use self::size::Sizes;
 use self::steps::START;
 use super::make::Makings;
 use super::process::{Adoption, Command, End, Heard, Launcher, Process};
@@ -99,6 +101,7 @@ pub struct Actor<L: Launcher> {
     adopted: bool,
     guest: Guest,
     devices: Devices,
+    sizes: Sizes,
     /// Until when the guest must have begun.
     start_by: Option<Instant>,
     mailbox: mpsc::Receiver<Message>,
@@ -152,6 +155,7 @@ impl<L: Launcher> Actor<L> {
             adopted: false,
             guest: Guest::default(),
             devices: Devices::default(),
+            sizes: Sizes::default(),
             start_by: None,
             mailbox,
             reports,
@@ -214,13 +218,16 @@ impl<L: Launcher> Actor<L> {
         let step = self.next();
         tracing::debug!(machine = %self.record.id, ?step, phase = ?self.phase, "step");
         match step {
-            Step::Settled => match self.next_move() {
-                Some((id, next)) => self.carry(id, next).await,
-                None => {
-                    self.publish();
-                    self.rest().await
+            Step::Settled => {
+                if let Some((id, next)) = self.next_move() {
+                    return self.carry(id, next).await;
                 }
-            },
+                if let Some(to) = self.next_size() {
+                    return self.resize(to).await;
+                }
+                self.publish();
+                self.rest().await
+            }
             Step::SkipReboots => {
                 self.count_reboots();
                 self.persist();
@@ -267,8 +274,10 @@ impl<L: Launcher> Actor<L> {
 
     /// At rest, or until the guest has begun.
     async fn rest(&mut self) -> Result<(), Over> {
-        let tend_by = self.devices.deadline().filter(|_| self.process.is_some());
-        let by = self.start_by.into_iter().chain(tend_by).min();
+        let devices_by = self.devices.deadline().filter(|_| self.process.is_some());
+        let size_by = self.sizes.deadline(self.size_is_untold());
+        let tend_by = devices_by.into_iter().chain(size_by);
+        let by = tend_by.chain(self.start_by).min();
         if self.wait(by).await? != Woken::Deadline {
             return Ok(());
         }
@@ -276,6 +285,7 @@ impl<L: Launcher> Actor<L> {
             self.failed = Some("the guest did not begin to run in time".to_owned());
             self.kill().await;
         }
+        self.tend_size();
         self.tend_devices().await;
         Ok(())
     }
@@ -382,6 +392,7 @@ impl<L: Launcher> Actor<L> {
             );
             self.failed = None;
             self.devices.try_anew();
+            self.sizes.try_anew();
             self.shutdown_by = None;
             self.publish();
         }
@@ -397,6 +408,7 @@ impl<L: Launcher> Actor<L> {
                     self.guest_has_said(&said);
                 }
                 self.devices.told(status.devices, status.fresh);
+                self.sized(status.size, status.fresh);
                 match status.state {
                     State::Running => self.is(Phase::Running),
                     State::Paused => self.is(Phase::Paused),
@@ -409,6 +421,10 @@ impl<L: Launcher> Actor<L> {
             Heard::DeviceRefused(id, detail) => {
                 tracing::warn!(machine = %self.record.id, device = %id, detail, "not taken");
                 self.devices.refused(id, detail);
+            }
+            Heard::ResizeRefused(detail) => {
+                tracing::warn!(machine = %self.record.id, detail, "its size stays");
+                self.sizes.refused(detail);
             }
             Heard::Refused(detail) => {
                 tracing::warn!(machine = %self.record.id, detail, "its process refused");
@@ -511,5 +527,7 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
 
 #[cfg(test)]
 mod devices_tests;
+#[cfg(test)]
+mod size_tests;
 #[cfg(test)]
 mod tests;

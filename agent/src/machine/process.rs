@@ -19,8 +19,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use fractus_agent_api::decision::size::Resize;
 use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::machine::{MachineSpec, ServerId, StopReason};
+use fractus_agent_api::size::Size;
 use tokio::io::unix::AsyncFd;
 use uuid::Uuid;
 
@@ -82,6 +84,9 @@ pub trait Launcher: Send + Sync + 'static {
         recorded: &ProcessRecord,
     ) -> std::io::Result<Adoption<Self::Process>>;
 
+    /// Lets the machine's process use as much as a machine of that size may.
+    fn limit(&self, id: ServerId, vcpus: u8, memory_mib: u64) -> std::io::Result<()>;
+
     /// Removes what is outside of the machine's folder: socket and control group.
     async fn clear(&self, id: ServerId) -> Result<(), ProcessError>;
 }
@@ -117,6 +122,8 @@ pub struct Status {
     pub guest: Option<GuestSaid>,
     /// The devices that it lets come and go, if it is one that does.
     pub devices: Option<Vec<Has>>,
+    /// None from processes whose size stays.
+    pub size: Option<Size>,
     /// The first on a connection: what was said on an earlier one and has not been answered never is.
     pub fresh: bool,
 }
@@ -129,6 +136,7 @@ pub enum Heard {
     Status(Status),
     Event(MachineEvent),
     DeviceRefused(DeviceId, String),
+    ResizeRefused(String),
     /// The last command was not carried out.
     Refused(String),
     /// The machine could not be made; the end follows.
@@ -160,6 +168,9 @@ pub trait Process: Send + 'static {
         device: OpenDevice,
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
+
+    /// Has it offer its guest another size; what it says of its size answers.
+    async fn resize(&mut self, to: Resize, request_id: Option<&str>) -> Result<(), ProcessError>;
 
     /// Has it ask its guest to let a device go; answered likewise. May be said again.
     async fn detach(
@@ -209,6 +220,7 @@ impl HostProcess {
                 state,
                 guest,
                 devices,
+                size,
                 ..
             } if version <= VERSION => {
                 self.control = Some(control);
@@ -216,6 +228,7 @@ impl HostProcess {
                     state,
                     guest,
                     devices,
+                    size,
                     fresh: true,
                 };
                 Ok(Heard::Status(status))
@@ -286,13 +299,16 @@ impl HostProcess {
                 state,
                 guest,
                 devices,
+                size,
                 ..
             } => Some(Heard::Status(Status {
                 state,
                 guest,
                 devices,
+                size,
                 fresh: false,
             })),
+            FromMachine::ResizeRefused { detail } => Some(Heard::ResizeRefused(detail)),
             FromMachine::DeviceRefused { id, detail } => Some(Heard::DeviceRefused(id, detail)),
             // The end of the process says so too, and once is enough.
             FromMachine::Event {
@@ -355,6 +371,15 @@ impl Process for HostProcess {
                 self.send(&message, &taps).await
             }
         }
+    }
+
+    async fn resize(&mut self, to: Resize, request_id: Option<&str>) -> Result<(), ProcessError> {
+        let message = ToMachine::Resize {
+            request_id: request_id.map(str::to_owned),
+            vcpus: to.vcpus,
+            hot_memory: to.hot_memory_mib << 20,
+        };
+        self.send(&message, &[]).await
     }
 
     async fn detach(

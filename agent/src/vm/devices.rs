@@ -90,7 +90,7 @@ fn numbered(kind: DeviceKind, word: &str, ids: &[Option<DeviceId>]) -> impl Iter
     })
 }
 
-/// What the agent wants of devices. It is told what the machine has then, and so hears the same however
+/// What the agent wants of devices, and of the machine's size. It is told what the machine has then, and so hears the same however
 /// often it asks.
 impl Supervisor {
     pub(super) fn attach_disk(&mut self, id: DeviceId, config: DiskConfig, files: Vec<OwnedFd>) {
@@ -129,6 +129,15 @@ impl Supervisor {
                 return self.refuse(id, error.to_string());
             }
             self.devices.asked(id);
+        }
+        self.tell(&self.status());
+    }
+
+    pub(super) fn resize(&mut self, vcpus: u8, hot_memory: u64) {
+        if let Err(error) = self.guest.resize(vcpus, hot_memory) {
+            let detail = error.to_string();
+            log::line(format_args!("another size: refused: {detail}"));
+            self.tell(&FromMachine::ResizeRefused { detail });
         }
         self.tell(&self.status());
     }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use fractus_agent_api::machine::StopReason;
+use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
 use fractus_vmm::machine;
 
@@ -23,6 +24,9 @@ pub trait Guest {
     fn attach_net(&mut self, config: NetConfig, files: NetFiles) -> Result<String, GuestError>;
     /// Asks for it; an event says when it has gone. May be asked again.
     fn detach(&mut self, device: &str) -> Result<(), GuestError>;
+    fn size(&self) -> Size;
+    /// Offers vCPUs, and bytes of memory besides what it began with. May be repeated.
+    fn resize(&mut self, vcpus: u8, hot_memory: u64) -> Result<(), GuestError>;
     fn state(&self) -> State;
     /// Readable while there are events.
     fn event_fd(&self) -> BorrowedFd<'_>;
@@ -36,6 +40,8 @@ pub enum GuestEvent {
     Machine(MachineEvent),
     /// The machine has this device no more.
     DeviceGone(String),
+    /// The guest has taken or left vCPUs or memory.
+    Resized,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +100,32 @@ impl Guest for machine::Machine {
         Ok(Self::detach(self, device)?)
     }
 
+    fn size(&self) -> Size {
+        let config = self.config();
+        let hot = config.hot_memory;
+        Size {
+            vcpus: config.cpus.count,
+            vcpus_used: self.vcpus_used(),
+            max_vcpus: config.cpus.max,
+            memory_mib: config.memory.bytes >> 20,
+            hot_memory_mib: hot.map_or(0, |hot| hot.bytes >> 20),
+            hot_plugged_mib: self.hot_memory().unwrap_or(0) >> 20,
+            max_hot_memory_mib: hot.map(|hot| hot.max >> 20),
+        }
+    }
+
+    fn resize(&mut self, vcpus: u8, hot_memory: u64) -> Result<(), GuestError> {
+        let config = self.config();
+        let (count, hot) = (config.cpus.count, config.hot_memory);
+        if vcpus != count {
+            Self::set_vcpus(self, vcpus)?;
+        }
+        if hot_memory != hot.map_or(0, |hot| hot.bytes) {
+            Self::set_hot_memory(self, hot_memory)?;
+        }
+        Ok(())
+    }
+
     fn state(&self) -> State {
         match Self::state(self) {
             machine::RunState::Ready => State::Ready,
@@ -108,11 +140,7 @@ impl Guest for machine::Machine {
     }
 
     fn next_event(&mut self) -> Option<GuestEvent> {
-        loop {
-            if let Some(event) = event(Self::next_event(self)?) {
-                return Some(event);
-            }
-        }
+        Self::next_event(self).map(event)
     }
 }
 
@@ -133,10 +161,10 @@ pub fn reason(reason: machine::StopReason) -> StopReason {
     }
 }
 
-/// In the words of the protocol; `None` for what it has no word for yet.
-fn event(event: machine::Event) -> Option<GuestEvent> {
+/// In the words of the protocol.
+fn event(event: machine::Event) -> GuestEvent {
     use machine::Event as Machine;
-    Some(GuestEvent::Machine(match event {
+    GuestEvent::Machine(match event {
         Machine::Running => MachineEvent::Running,
         Machine::Paused => MachineEvent::Paused,
         Machine::Stopped(why) => MachineEvent::Stopped {
@@ -145,7 +173,7 @@ fn event(event: machine::Event) -> Option<GuestEvent> {
         Machine::GuestReset => MachineEvent::GuestReset,
         Machine::Panicked { .. } => MachineEvent::Panicked,
         Machine::WatchdogFired => MachineEvent::WatchdogFired,
-        Machine::DeviceGone { id } => return Some(GuestEvent::DeviceGone(id)),
-        Machine::VcpusUsed { .. } | Machine::HotMemory { .. } => return None,
-    }))
+        Machine::DeviceGone { id } => return GuestEvent::DeviceGone(id),
+        Machine::VcpusUsed { .. } | Machine::HotMemory { .. } => return GuestEvent::Resized,
+    })
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use fractus_agent_api::device::{DeviceId, DeviceKind};
 use fractus_agent_api::machine::{ServerId, StopReason};
+use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig};
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,9 @@ pub const MOST: usize = 64 << 10;
 
 /// A guest's watchdog, panics and resets are taken down this often at most.
 pub const QUIET: Duration = Duration::from_secs(10);
+
+/// What a guest takes of the vCPUs and the memory that it is offered is told this often at most.
+pub const PAUSE: Duration = Duration::from_millis(200);
 
 /// Bytes kept of the serial line, and of the process's own log.
 pub const SERIAL_LOG: u64 = 1 << 20;
@@ -75,6 +79,14 @@ pub enum ToMachine {
         id: DeviceId,
         config: NetConfig,
     },
+    /// Offer the guest so many vCPUs, and so much memory besides what it began with (bytes), as far as the
+    /// machine was made for it. Answered by `Status`, or by `ResizeRefused`. Only to processes that tell
+    /// their `size`.
+    Resize {
+        request_id: Option<String>,
+        vcpus: u8,
+        hot_memory: u64,
+    },
     /// Ask the guest to let a device go, again if it was asked before. Answered likewise; another
     /// `Status` follows when it has gone.
     Detach {
@@ -101,6 +113,12 @@ pub enum FromMachine {
         /// can.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         devices: Option<Vec<Has>>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        size: Option<Size>,
+    },
+    /// The machine may have taken a part of it.
+    ResizeRefused {
+        detail: String,
     },
     /// The machine is as before.
     DeviceRefused {
@@ -283,6 +301,11 @@ mod tests {
                 request_id: None,
                 id: DEVICE,
             },
+            ToMachine::Resize {
+                request_id: request_id.clone(),
+                vcpus: 3,
+                hot_memory: 1 << 30,
+            },
             ToMachine::AttachNet {
                 request_id,
                 id: DEVICE,
@@ -310,6 +333,7 @@ mod tests {
                 state: State::Paused,
                 guest: None,
                 devices: None,
+                size: None,
             },
             FromMachine::Status {
                 version: 1,
@@ -321,6 +345,7 @@ mod tests {
                     holds: 3,
                 }),
                 devices: None,
+                size: None,
             },
             FromMachine::Status {
                 version: 1,
@@ -339,10 +364,22 @@ mod tests {
                         asked: false,
                     },
                 ]),
+                size: Some(Size {
+                    vcpus: 3,
+                    vcpus_used: 2,
+                    max_vcpus: Some(4),
+                    memory_mib: 1024,
+                    hot_memory_mib: 512,
+                    hot_plugged_mib: 256,
+                    max_hot_memory_mib: Some(1024),
+                }),
             },
             FromMachine::DeviceRefused {
                 id: DEVICE,
                 detail: "in use".into(),
+            },
+            FromMachine::ResizeRefused {
+                detail: "too few".into(),
             },
             FromMachine::Event {
                 event: MachineEvent::Running,

@@ -4,7 +4,8 @@
 //! line with the process's boot nonce, echoes each line it reads, and knows the lines `off`, `fault`
 //! (a triple fault), `panic` (a fault of the VMM), `deaf` (does not hear the button any more), `oops` (its
 //! kernel panics), `reset` and `bite` (its watchdog runs out, and pauses it). It lets go of a device when
-//! it is asked to, until it reads `cling`: then only a `reset` takes what was asked for.
+//! it is asked to, and takes the size that it is offered, until it reads `cling`: then only a `reset`
+//! does either.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -13,7 +14,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use fractus_agent_api::machine::StopReason;
-use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
+use fractus_agent_api::size::Size;
+use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig, NetFiles};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::guest::{Guest, GuestError, GuestEvent};
@@ -25,6 +27,7 @@ pub struct StandIn {
     deaf: bool,
     clings: bool,
     devices: Vec<Held>,
+    size: Size,
     events: VecDeque<GuestEvent>,
     bell: OwnedFd,
     /// Lines that the reading thread heard.
@@ -48,6 +51,7 @@ impl StandIn {
     /// `serial` is a stream socket. `hook` runs at the start of the thread, as the machine's would.
     pub fn new(
         serial: OwnedFd,
+        config: &MachineConfig,
         disks: Vec<File>,
         nets: Vec<NetFiles>,
         hook: impl FnOnce() + Send + 'static,
@@ -79,6 +83,15 @@ impl StandIn {
             deaf: false,
             clings: false,
             devices,
+            size: Size {
+                vcpus: config.cpus.count,
+                vcpus_used: config.cpus.count,
+                max_vcpus: config.cpus.max,
+                memory_mib: config.memory.bytes >> 20,
+                hot_memory_mib: 0,
+                hot_plugged_mib: 0,
+                max_hot_memory_mib: config.hot_memory.map(|hot| hot.max >> 20),
+            },
             events: VecDeque::new(),
             bell,
             lines,
@@ -101,6 +114,13 @@ impl StandIn {
         for gone in self.devices.extract_if(.., |device| device.asked) {
             self.events.push_back(GuestEvent::DeviceGone(gone.name));
         }
+    }
+
+    /// All that it is offered, and leaves what it is to leave.
+    fn take_size(&mut self) {
+        self.size.vcpus_used = self.size.vcpus;
+        self.size.hot_plugged_mib = self.size.hot_memory_mib;
+        self.events.push_back(GuestEvent::Resized);
     }
 
     /// Takes a device, and says on its serial line what came.
@@ -130,6 +150,7 @@ impl StandIn {
             "oops" => return Some(said(MachineEvent::Panicked)),
             "reset" => {
                 self.eject();
+                self.take_size();
                 return Some(said(MachineEvent::GuestReset));
             }
             "bite" => {
@@ -229,6 +250,20 @@ impl Guest for StandIn {
         writeln!(self.serial, "asked for {device}")?;
         if !self.clings {
             self.eject();
+            ring(&self.bell)?;
+        }
+        Ok(())
+    }
+
+    fn size(&self) -> Size {
+        self.size
+    }
+
+    fn resize(&mut self, vcpus: u8, hot_memory: u64) -> Result<(), GuestError> {
+        (self.size.vcpus, self.size.hot_memory_mib) = (vcpus, hot_memory >> 20);
+        writeln!(self.serial, "offered {vcpus} vCPUs")?;
+        if !self.clings {
+            self.take_size();
             ring(&self.bell)?;
         }
         Ok(())

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use fractus_agent_api::machine::{ServerId, StopReason};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,6 +15,7 @@ use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 
 use super::devices::Devices;
 use super::guest::{Guest, GuestError, GuestEvent};
+use super::pace::Pace;
 use super::protocol::{
     self, FromMachine, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
 };
@@ -27,6 +29,8 @@ pub struct Supervisor {
     pub guest: Box<dyn Guest>,
     /// Those that can come and go.
     pub devices: Devices,
+    /// What the guest takes of what it is offered.
+    pub pace: Pace,
     /// Listening; `None` only when run by hand.
     pub listener: Option<OwnedFd>,
     /// The agent, if it is there.
@@ -78,6 +82,9 @@ impl Supervisor {
                     });
                 }
             };
+            if self.pace.is_due() {
+                self.tell(&self.status());
+            }
             if ready.serial {
                 self.carry_output(&mut others, ROUNDS);
             }
@@ -151,11 +158,12 @@ impl Supervisor {
             }
         }
         // What was left over is gone on with at once; no descriptor need tell of it.
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
+        let left = match self.unheard {
+            true => Some(Duration::ZERO),
+            false => self.pace.left(),
         };
-        match poll(&mut polled, self.unheard.then_some(&now)) {
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut polled, left.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(errno),
         }
@@ -285,12 +293,18 @@ impl Supervisor {
                 self.unheard = false;
                 break;
             };
-            log::line(format_args!("{event:?}"));
+            if event != GuestEvent::Resized {
+                log::line(format_args!("{event:?}"));
+            }
             let event = match event {
                 GuestEvent::Machine(MachineEvent::Stopped { reason }) => return Some(reason),
                 GuestEvent::Machine(event) => event,
                 GuestEvent::DeviceGone(name) => {
                     self.device_gone(&name);
+                    continue;
+                }
+                GuestEvent::Resized => {
+                    self.pace.happened();
                     continue;
                 }
             };
@@ -365,6 +379,15 @@ impl Supervisor {
                 self.attach_net(id, config, files);
                 Ok(())
             }
+            ToMachine::Resize {
+                request_id,
+                vcpus,
+                hot_memory,
+            } => {
+                log::request(request_id);
+                self.resize(vcpus, hot_memory);
+                Ok(())
+            }
             ToMachine::Detach { request_id, id } => {
                 log::request(request_id);
                 self.detach(id);
@@ -393,6 +416,7 @@ impl Supervisor {
             state: self.guest.state(),
             guest: Some(self.said.words()),
             devices: Some(self.devices.all()),
+            size: Some(self.guest.size()),
         }
     }
 

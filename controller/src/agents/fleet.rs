@@ -303,6 +303,7 @@ mod tests {
             guest: Default::default(),
             disks: vec![],
             nics: vec![],
+            size: None,
         }
     }
 

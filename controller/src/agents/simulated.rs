@@ -408,6 +408,7 @@ impl Host {
             // Nothing in the cloud wants one yet.
             disks: Vec::new(),
             nics: Vec::new(),
+            size: None,
         })
     }
 }

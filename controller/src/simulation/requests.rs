@@ -46,7 +46,9 @@ fn spec() -> MachineSpec {
     let plan = plan();
     MachineSpec {
         vcpus: 1,
+        max_vcpus: None,
         memory_mib: MEMORY_MIB.unsigned_abs(),
+        max_memory_mib: None,
         pages: Pages::Transparent,
         numa_nodes: vec![],
         cpus: vec![],

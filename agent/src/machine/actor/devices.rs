@@ -339,8 +339,8 @@ impl<L: Launcher> Actor<L> {
     }
 
     /// One that does not listen now is spoken to again.
-    async fn say_again(&mut self, error: &ProcessError) -> Result<(), Over> {
-        tracing::warn!(machine = %self.record.id, %error, "not told of its devices");
+    pub(super) async fn say_again(&mut self, error: &ProcessError) -> Result<(), Over> {
+        tracing::warn!(machine = %self.record.id, %error, "not told of a change");
         self.wait(Some(Instant::now() + AGAIN)).await.map(drop)
     }
 

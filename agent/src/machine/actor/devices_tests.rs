@@ -36,6 +36,7 @@ fn status(devices: Option<Vec<Has>>, fresh: bool) -> Heard {
         state: State::Running,
         guest: None,
         devices,
+        size: None,
         fresh,
     })
 }
@@ -48,14 +49,14 @@ impl Stage {
     }
 
     /// What the process says, and the turns that follow at once.
-    async fn hears(&mut self, heard: Heard) {
+    pub(super) async fn hears(&mut self, heard: Heard) {
         self.words.say(heard);
         self.hear_all();
         self.moves().await;
     }
 
     /// Until nothing is left for the agent to do.
-    async fn moves(&mut self) {
+    pub(super) async fn moves(&mut self) {
         while let Some((id, next)) = self.actor.next_move() {
             assert!(self.actor.carry(id, next).await.is_ok());
         }
@@ -67,11 +68,11 @@ impl Stage {
         states.map(|disk| (disk.id, disk.state.clone())).collect()
     }
 
-    fn is_settled(&self) -> bool {
+    pub(super) fn is_settled(&self) -> bool {
         self.reports.borrow().settled
     }
 
-    fn told(&self) -> Vec<Told> {
+    pub(super) fn told(&self) -> Vec<Told> {
         std::mem::take(&mut *self.told.lock().unwrap())
     }
 

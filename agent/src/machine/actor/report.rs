@@ -47,7 +47,9 @@ impl<L: Launcher> Actor<L> {
         self.pid
             .store(process.map_or(0, |p| p.identity().pid), Ordering::Relaxed);
         let done = self.next() == Step::Settled && self.phase != Phase::Starting;
-        let settled = self.failed.is_some() || done && !self.devices_are_pending();
+        let changing =
+            self.devices_are_pending() || self.sizes.is_pending() || self.next_size().is_some();
+        let settled = self.failed.is_some() || done && !changing;
         let observed = match (&self.failed, self.phase) {
             (Some(reason), _) => Observed::Failed {
                 reason: reason.clone(),
@@ -83,6 +85,7 @@ impl<L: Launcher> Actor<L> {
         let mut now = report(&self.record, observed, settled);
         now.disks = self.device_reports(DeviceKind::Disk);
         now.nics = self.device_reports(DeviceKind::Nic);
+        now.size = self.size_report();
         if now != before {
             self.reports.send_replace(now);
             let _ = self.surroundings.changed.send(self.record.id);
@@ -109,5 +112,6 @@ pub(super) fn report(record: &Record, observed: Observed, settled: bool) -> Mach
             .unwrap_or_default(),
         disks: Vec::new(),
         nics: Vec::new(),
+        size: None,
     }
 }

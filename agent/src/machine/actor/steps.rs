@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::devices::Devices;
 use super::guest::Guest;
+use super::size::Sizes;
 use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
 use crate::clock::now_us;
 use crate::machine::make::{OpenDevice, Progress};
@@ -124,6 +125,7 @@ impl<L: Launcher> Actor<L> {
         self.phase = Phase::Starting;
         (self.adopted, self.pressed_at) = (false, None);
         (self.guest, self.devices) = (Guest::default(), devices);
+        self.sizes = Sizes::begun(&self.record.intent.wanted.spec);
         self.start_by = Some(Instant::now() + START);
         if let Err(error) = told {
             // Its end says more.

@@ -7,11 +7,13 @@ use std::sync::Mutex;
 
 use async_trait::async_trait;
 use fractus_agent_api::decision::Done;
+use fractus_agent_api::decision::size::Resize;
 use fractus_agent_api::device::{DeviceId, Disk, Nic};
 use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{
     Boot, Generation, MachineSpec, Pages, Revision, RootDisk, ServerId, Wanted,
 };
+use fractus_agent_api::size::Size;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
@@ -44,6 +46,9 @@ pub(super) enum Told {
     Start(Vec<DeviceId>),
     Attach(DeviceId),
     Detach(DeviceId),
+    Resize(Resize),
+    /// Not the process but its control group, MiB.
+    Limit(u64),
 }
 
 pub(super) struct Double(Words, Arc<Mutex<Vec<Told>>>);
@@ -75,6 +80,11 @@ impl Process for Double {
 
     async fn attach(&mut self, device: OpenDevice, _: Option<&str>) -> Result<(), ProcessError> {
         self.1.lock().unwrap().push(Told::Attach(device.id()));
+        Ok(())
+    }
+
+    async fn resize(&mut self, to: Resize, _: Option<&str>) -> Result<(), ProcessError> {
+        self.1.lock().unwrap().push(Told::Resize(to));
         Ok(())
     }
 
@@ -115,6 +125,11 @@ impl Launcher for Doubles {
 
     async fn adopt(&self, _: ServerId, _: &ProcessRecord) -> std::io::Result<Adoption<Double>> {
         Ok(Adoption::Alive(Double(self.0.clone(), self.1.clone())))
+    }
+
+    fn limit(&self, _: ServerId, _: u8, memory_mib: u64) -> std::io::Result<()> {
+        self.1.lock().unwrap().push(Told::Limit(memory_mib));
+        Ok(())
     }
 
     async fn clear(&self, _: ServerId) -> Result<(), ProcessError> {
@@ -183,7 +198,9 @@ fn wanted(power: Power) -> Wanted {
         rebuilds: 0,
         spec: MachineSpec {
             vcpus: 1,
+            max_vcpus: None,
             memory_mib: 64,
+            max_memory_mib: None,
             pages: Pages::Small,
             numa_nodes: vec![],
             cpus: vec![],
@@ -300,6 +317,7 @@ fn status(state: State, guest: Option<GuestSaid>) -> Heard {
         state,
         guest,
         devices: Some(Vec::new()),
+        size: Some(Size::at_start(&wanted(Power::Running).spec)),
         fresh: false,
     })
 }

@@ -11,9 +11,10 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use fractus_agent_api::guest::{GuestReport, Watchdog};
 use fractus_agent_api::machine::{MachineSpec, Pages, ServerId};
+use fractus_agent_api::size::Size;
 use fractus_vmm::config::{
-    BalloonConfig, BootSource, ConsolePortConfig, CpuConfig, CpuProfile, MachineConfig,
-    MemoryConfig, PageSize, RngConfig, WatchdogAction, WatchdogConfig,
+    BalloonConfig, BootSource, ConsolePortConfig, CpuConfig, CpuProfile, HotMemoryConfig,
+    MachineConfig, MemoryConfig, PageSize, RngConfig, WatchdogAction, WatchdogConfig,
 };
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socketpair};
 use uuid::Uuid;
@@ -285,19 +286,21 @@ fn listener(path: &Path) -> io::Result<OwnedFd> {
 /// A machine may write its disks and its rings, and no file beyond their size.
 fn file_size(spec: &MachineSpec, largest_disk: u64) -> u64 {
     // Guest memory is a file too (memfd).
+    let most = spec.memory_mib.max(spec.max_memory_mib.unwrap_or(0));
     largest_disk
-        .max(spec.memory_mib << 20)
+        .max(most << 20)
         .max(crate::vm::protocol::SERIAL_LOG + (64 << 10))
 }
 
 fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, ProcessError> {
     let profile = CpuProfile::by_name(&spec.cpu_profile)
         .ok_or_else(|| ProcessError::Config(format!("CPU profile {:?}", spec.cpu_profile)))?;
+    let size = Size::at_start(spec);
     let config = MachineConfig {
         uuid: id.0,
         cpus: CpuConfig {
             count: spec.vcpus,
-            max: None,
+            max: size.max_vcpus,
             profile,
             host_cpus: spec.cpus.clone(),
         },
@@ -316,7 +319,10 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
         disks: Vec::new(),
         hot_disks: HOT_DISKS,
         hot_nets: HOT_NETS,
-        hot_memory: None,
+        hot_memory: size.max_hot_memory_mib.map(|max| HotMemoryConfig {
+            max: max << 20,
+            bytes: 0,
+        }),
         console_ports: match spec.guest.agent {
             true => vec![ConsolePortConfig {
                 name: guest_agent::PORT.to_owned(),
@@ -402,6 +408,13 @@ impl Launcher for Arc<HostLauncher> {
             },
         };
         Ok(Adoption::Gone(end))
+    }
+
+    fn limit(&self, id: ServerId, vcpus: u8, memory_mib: u64) -> io::Result<()> {
+        match &self.cgroups {
+            Some(cgroups) => cgroups.limit(id, vcpus, memory_mib),
+            None => Ok(()),
+        }
     }
 
     async fn clear(&self, id: ServerId) -> Result<(), ProcessError> {

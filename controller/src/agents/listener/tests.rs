@@ -215,7 +215,9 @@ fn wanted() -> Wanted {
         rebuilds: 0,
         spec: MachineSpec {
             vcpus: 1,
+            max_vcpus: None,
             memory_mib: 64,
+            max_memory_mib: None,
             pages: Pages::Small,
             numa_nodes: vec![],
             cpus: vec![],

@@ -364,7 +364,9 @@ pub fn spec(flavor: &FlavorSnapshot, plan: &BootPlan) -> Result<MachineSpec, Api
     })?;
     Ok(MachineSpec {
         vcpus,
+        max_vcpus: None,
         memory_mib: flavor.ram,
+        max_memory_mib: None,
         pages: flavors::pages(&flavor.extra_specs),
         numa_nodes: Vec::new(),
         cpus: Vec::new(),
