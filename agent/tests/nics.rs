@@ -65,7 +65,11 @@ fn a_tap_is_there_for_as_long_as_its_machine_has_the_device() -> Result {
             .await?;
         assert!(is_there(&first) && is_there(&second));
         machine
-            .changed(|it| it.spec.nics.retain(|nic| nic.mac == Mac([2, 0xf0, 0, 0, 0, 2])))
+            .changed(|it| {
+                it.spec
+                    .nics
+                    .retain(|nic| nic.mac == Mac([2, 0xf0, 0, 0, 0, 2]))
+            })
             .await?;
         gone(&first)?;
         assert!(is_there(&second));

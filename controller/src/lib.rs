@@ -17,6 +17,7 @@ pub mod http;
 pub mod identity;
 pub mod image;
 pub mod leader;
+pub mod machines;
 pub mod operation;
 pub mod policy;
 pub mod random;

@@ -39,7 +39,7 @@ pub fn services() -> Vec<Routes> {
         crate::identity::routes(),
         crate::image::routes(),
         crate::compute::routes(),
-        crate::hosts::routes(),
+        crate::machines::routes(crate::hosts::routes()),
     ]
 }
 

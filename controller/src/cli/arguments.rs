@@ -121,6 +121,10 @@ pub enum Command {
     /// The hosts that servers run on (administrators)
     #[command(subcommand)]
     Host(commands::host::Command),
+    /// Servers as their hosts have them: what is wanted, what is there; disks, networks and sizes that
+    /// change while they run (administrators)
+    #[command(subcommand)]
+    Machine(commands::machine::Command),
     /// Run the controller of a cloud
     Serve(Box<crate::serve::Options>),
     /// Print completions for a shell

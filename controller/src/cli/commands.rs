@@ -5,6 +5,7 @@ pub mod flavor;
 pub mod host;
 pub mod image;
 pub mod keypair;
+pub mod machine;
 pub mod server;
 pub mod token;
 
@@ -25,6 +26,7 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
         Command::Server(command) => server::execute(*command, session, output).await,
         Command::Console(attach) => console::attach(attach, session, output).await,
         Command::Host(command) => host::execute(command, session, output).await,
+        Command::Machine(command) => machine::execute(command, session, output).await,
         // Carried out before there was a session, or (the controller) instead of it.
         Command::Completions { .. } | Command::Man { .. } | Command::Serve(_) => Ok(()),
     }

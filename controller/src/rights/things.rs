@@ -289,6 +289,7 @@ async fn of_compute(cloud: &TestApp, things: &mut Named) {
     keypair.expect_status(200);
     let host = a_host(cloud).await;
     things.insert(("fractus", "hosts"), host.clone());
+    things.insert(("fractus", "machines"), server.clone());
     let named = [
         ("servers", server),
         ("flavors", flavor),

@@ -99,7 +99,10 @@ impl Change {
                 };
             }
         }
-        if let Some(spec) = spec {
+        if let Some(mut spec) = spec {
+            // What an image or a flavor knows nothing of.
+            spec.disks = std::mem::take(&mut wanted.spec.disks);
+            spec.nics = std::mem::take(&mut wanted.spec.nics);
             wanted.spec = spec;
         }
     }
@@ -188,7 +191,7 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
 
 /// What the server holds of its host becomes what `spec` needs: without a size of its own in the
 /// flavor, the disk is as large as its image.
-async fn refit(
+pub async fn refit(
     tx: &DatabaseTransaction,
     known: &machine::Machine,
     spec: &MachineSpec,

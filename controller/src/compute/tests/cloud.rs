@@ -166,7 +166,13 @@ impl Cloud {
         let stop = CancellationToken::new();
         let host = join_host(&hooked, &agents, &fleet, &compute, freeze, &stop).await;
         compute.engine.start().await.unwrap();
-        let public = Public::new(app.clone(), vec![crate::compute::routes()]);
+        let public = Public::new(
+            app.clone(),
+            vec![
+                crate::compute::routes(),
+                crate::machines::routes(crate::hosts::routes()),
+            ],
+        );
         let cloud = Self {
             public,
             app,
@@ -255,7 +261,7 @@ impl Cloud {
         images::insert(self.app.database(), image).await.unwrap();
     }
 
-    /// A request at `2.VERSION` (empty: without the header).
+    /// A request to compute, at `2.VERSION` (empty: without the header), or to `/fractus`.
     pub async fn call(
         &self,
         who: &str,
@@ -264,9 +270,13 @@ impl Cloud {
         version: &str,
         body: Value,
     ) -> Answer {
+        let path = match path.starts_with("/fractus") {
+            true => path.to_owned(),
+            false => format!("/compute{path}"),
+        };
         let mut request = Request::builder()
             .method(method)
-            .uri(format!("/compute{path}"))
+            .uri(path)
             .header("x-auth-token", who)
             .header("accept", "application/json");
         if !version.is_empty() {
@@ -337,6 +347,28 @@ impl Cloud {
         .await;
         assert!(waited.is_ok(), "the server stays {last}");
         last
+    }
+
+    /// What the host was last told of the machine, once `agreed` agrees to it.
+    pub async fn until_told(
+        &self,
+        id: &str,
+        agreed: impl Fn(&fractus_agent_api::machine::MachineSpec) -> bool,
+    ) -> fractus_agent_api::machine::MachineSpec {
+        let mut written = self.written.clone();
+        let id = super::machine(id);
+        let waited = tokio::time::timeout(PATIENCE, async {
+            loop {
+                written.mark_unchanged();
+                if let Some(wanted) = self.host.wanted(id)
+                    && agreed(&wanted.spec)
+                {
+                    return wanted.spec;
+                }
+                written.changed().await.unwrap();
+            }
+        });
+        waited.await.unwrap()
     }
 
     /// Until the server is gone for its user.

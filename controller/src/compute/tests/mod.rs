@@ -6,6 +6,7 @@ mod flavors;
 mod images;
 mod instance;
 mod lists;
+mod machines;
 mod servers;
 mod table;
 mod usages;
