@@ -329,7 +329,7 @@ fn a_triple_fault_is_reported_as_one_and_a_bad_kernel_as_a_failure() -> Result {
             matches!(
                 report.observed,
                 Observed::Stopped {
-                    reason: StopReason::TripleFault | StopReason::InternalError { .. }
+                    reason: StopReason::TripleFault { .. } | StopReason::InternalError { .. }
                 }
             )
         };

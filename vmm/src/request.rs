@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
 use crate::eventfd::EventFd;
+use crate::machine::Registers;
 
 /// Asked by a device or a vCPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,7 +47,7 @@ pub enum Request {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VcpuReport {
     /// KVM_EXIT_SHUTDOWN.
-    TripleFault,
+    TripleFault { registers: Registers },
     /// KVM cannot go on; registers in the text.
     InternalError { detail: String },
 }

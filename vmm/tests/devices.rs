@@ -161,10 +161,8 @@ fn a_guest_writes_hashes_and_clears_its_disks() {
     file.read_exact_at(&mut bytes, 0).unwrap();
     assert!(bytes[..20480].iter().all(|byte| *byte == 0));
     assert!(guest.ask("disk-write 1 0 512 7").starts_with("err"));
-    assert_eq!(
-        guest.stop("triple-fault"),
-        StopReason::TripleFault { vcpu: 0 }
-    );
+    let stopped = guest.stop("triple-fault");
+    assert!(matches!(stopped, StopReason::TripleFault { vcpu: 0, .. }));
 }
 
 #[test]

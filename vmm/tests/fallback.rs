@@ -100,7 +100,8 @@ fn what_the_fallback_has_started_is_a_guest_as_any_other() {
     // It cannot say of itself that it is not bootable.
     let late = verdict(verdict(Guest::new(), ""), "not me");
     let rig = &mut started(&late.triple_fault());
-    assert_eq!(rig.wait_stop(), StopReason::TripleFault { vcpu: 0 });
+    let stopped = rig.wait_stop();
+    assert!(matches!(stopped, StopReason::TripleFault { vcpu: 0, .. }));
 }
 
 #[test]

@@ -25,9 +25,14 @@ fn a_pvh_kernel_is_heard_on_the_serial_line() {
 }
 
 #[test]
-fn a_triple_fault_names_its_vcpu() {
+fn a_triple_fault_names_its_vcpu_and_where_that_stood() {
     let mut rig = Rig::start(&Guest::new().say("x").triple_fault());
-    assert_eq!(rig.wait_stop(), StopReason::TripleFault { vcpu: 0 });
+    let stopped = rig.wait_stop();
+    let StopReason::TripleFault { vcpu: 0, registers } = stopped else {
+        panic!("{stopped}");
+    };
+    // Not zeros, which would mean that they could not be read; kvm_amd has reset them.
+    assert!(registers.cr0 != 0 && registers.rip != 0, "{registers}");
     assert_eq!(rig.machine.state(), RunState::Stopped);
 }
 

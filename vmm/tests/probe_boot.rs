@@ -133,7 +133,8 @@ fn a_reset_begins_anew_in_the_same_process(#[case] cpus: u8) {
 fn a_triple_fault_ends_the_machine_with_its_reason() {
     let mut guest = Setup::new().boot();
     guest.send("triple-fault");
-    assert_eq!(guest.stopped(), StopReason::TripleFault { vcpu: 0 });
+    let stopped = guest.stopped();
+    assert!(matches!(stopped, StopReason::TripleFault { vcpu: 0, .. }));
 }
 
 #[test]

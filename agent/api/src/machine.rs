@@ -245,21 +245,19 @@ pub enum StopReason {
     /// The guest powered itself off. The controller turns `wanted` to stopped by compare-and-set on
     /// the revision.
     GuestPowerOff,
-    TripleFault,
+    /// Registers in the text, as far as the host's KVM still has them; an agent of before says nothing.
+    TripleFault {
+        #[serde(default)]
+        detail: String,
+    },
     /// The guest let its watchdog run out, which is to end it.
     Watchdog,
     /// KVM could not go on (KVM_EXIT_INTERNAL_ERROR, failed entry); registers in the text.
-    InternalError {
-        detail: String,
-    },
+    InternalError { detail: String },
     /// The guest reset itself, and there was nothing (more) on its disk that could be booted.
-    NotBootable {
-        detail: String,
-    },
+    NotBootable { detail: String },
     /// The VMM failed or was killed.
-    VmmFault {
-        detail: String,
-    },
+    VmmFault { detail: String },
     /// The host was rebooted.
     HostReboot,
 }

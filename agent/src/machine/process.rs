@@ -499,16 +499,21 @@ pub fn end_strays(
 mod tests {
     use super::*;
 
+    fn triple_fault() -> StopReason {
+        let detail = "vCPU 1, its registers".to_owned();
+        StopReason::TripleFault { detail }
+    }
+
     #[test]
     fn last_words_are_heard_and_no_more_is_read_than_an_honest_process_writes() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let words = LastWords {
             version: VERSION,
-            reason: StopReason::TripleFault,
+            reason: triple_fault(),
         };
         let bytes = serde_json::to_vec(&words).unwrap();
         std::fs::write(file.path(), &bytes).unwrap();
-        assert_eq!(last_words(file.path()), Some(StopReason::TripleFault));
+        assert_eq!(last_words(file.path()), Some(triple_fault()));
         // A TiB of nothing after them.
         file.as_file().set_len(1 << 40).unwrap();
         assert_eq!(last_words(file.path()), None);

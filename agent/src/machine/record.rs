@@ -249,7 +249,9 @@ mod tests {
         let record = Record::read(&golden()).unwrap();
         assert_eq!(record.done.starts, 5);
         assert_eq!(record.process.map(|process| process.pid), Some(4711));
-        assert_eq!(record.stop, Some(StopReason::TripleFault));
+        // Of a version that did not say more.
+        let detail = String::new();
+        assert_eq!(record.stop, Some(StopReason::TripleFault { detail }));
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("machine/record.json");
         record.write(&path).unwrap();

@@ -151,7 +151,7 @@ pub fn reason(reason: machine::StopReason) -> StopReason {
     match reason {
         Machine::Requested => StopReason::Requested,
         Machine::GuestPowerOff => StopReason::GuestPowerOff,
-        Machine::TripleFault { .. } => StopReason::TripleFault,
+        Machine::TripleFault { .. } => StopReason::TripleFault { detail: text },
         Machine::InternalError { .. } => StopReason::InternalError { detail: text },
         Machine::NotBootable { detail } => StopReason::NotBootable { detail },
         Machine::Watchdog => StopReason::Watchdog,

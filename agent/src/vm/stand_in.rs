@@ -163,7 +163,9 @@ impl StandIn {
                 return None;
             }
             "off" => StopReason::GuestPowerOff,
-            "fault" => StopReason::TripleFault,
+            "fault" => StopReason::TripleFault {
+                detail: "as it was told to".to_owned(),
+            },
             "panic" => StopReason::VmmFault {
                 detail: "asked to".to_owned(),
             },

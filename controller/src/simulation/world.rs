@@ -509,7 +509,9 @@ impl World {
         if let Some(id) = host.processes().choose(&mut self.random).copied() {
             let reason = match self.random.next_u32() % 3 {
                 0 => StopReason::GuestPowerOff,
-                1 => StopReason::TripleFault,
+                1 => StopReason::TripleFault {
+                    detail: String::new(),
+                },
                 _ => StopReason::VmmFault {
                     detail: "killed".to_owned(),
                 },

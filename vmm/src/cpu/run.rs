@@ -254,7 +254,9 @@ impl Vcpu {
             }
             Exit::PowerOff => Request::PowerOff,
             Exit::Reset => Request::Reset,
-            Exit::TripleFault => self.report(VcpuReport::TripleFault),
+            Exit::TripleFault => self.report(VcpuReport::TripleFault {
+                registers: self.registers(),
+            }),
             Exit::Failed { detail } => {
                 let detail = format!("{detail}; {}", self.registers());
                 self.report(VcpuReport::InternalError { detail })

@@ -48,8 +48,9 @@ pub enum StopReason {
     Requested,
     /// The guest powered itself off (ACPI S5).
     GuestPowerOff,
-    /// A guest's exception within an exception within an exception (KVM_EXIT_SHUTDOWN).
-    TripleFault { vcpu: u8 },
+    /// A guest's exception within an exception within an exception (KVM_EXIT_SHUTDOWN). kvm_amd has reset
+    /// the vCPU before it says so: the registers are those of a reset there, elsewhere those of the fault.
+    TripleFault { vcpu: u8, registers: Registers },
     /// KVM could not go on: KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_FAIL_ENTRY, or KVM_RUN itself failed.
     InternalError { vcpu: u8, detail: String },
     /// The watchdog's action was to power off.
@@ -67,7 +68,9 @@ impl fmt::Display for StopReason {
         match self {
             StopReason::Requested => write!(f, "stopped as requested"),
             StopReason::GuestPowerOff => write!(f, "the guest powered itself off"),
-            StopReason::TripleFault { vcpu } => write!(f, "vCPU {vcpu} took a triple fault"),
+            StopReason::TripleFault { vcpu, registers } => {
+                write!(f, "vCPU {vcpu} took a triple fault; {registers}")
+            }
             StopReason::InternalError { vcpu, detail } => {
                 write!(f, "KVM could not go on with vCPU {vcpu}: {detail}")
             }
@@ -80,7 +83,7 @@ impl fmt::Display for StopReason {
 }
 
 /// The registers that say where a vCPU stood, for a report to people.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Registers {
     pub rip: u64,
     pub rsp: u64,

@@ -405,9 +405,9 @@ impl Machine {
             }
             Request::Vcpu {
                 index: vcpu,
-                report: VcpuReport::TripleFault,
+                report: VcpuReport::TripleFault { registers },
             } => {
-                self.guest_ends(StopReason::TripleFault { vcpu });
+                self.guest_ends(StopReason::TripleFault { vcpu, registers });
             }
             Request::Vcpu {
                 index: vcpu,

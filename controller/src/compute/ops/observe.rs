@@ -103,9 +103,9 @@ fn fault(reason: &StopReason) -> Option<(&str, Option<&str>)> {
         | StopReason::GuestPowerOff
         | StopReason::Watchdog
         | StopReason::HostReboot => None,
-        StopReason::TripleFault => Some((
+        StopReason::TripleFault { detail } => Some((
             "The guest's processor faulted three times over; reboot the server hard",
-            None,
+            Some(detail),
         )),
         StopReason::InternalError { detail } => Some((
             "KVM could not go on with the guest; its registers are in the details",
