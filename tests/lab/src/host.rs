@@ -256,7 +256,19 @@ impl Host {
 
     pub fn run_within(&self, script: &str, limit: Duration) -> Result<Output> {
         let at: SocketAddr = format!("{}:80", self.address()).parse()?;
-        shell::run(at, script, limit)
+        shell::run(at, script, limit).map_err(|error| match self.broken() {
+            Some(line) => error.context(format!(
+                "{}: its own kernel broke ({line}): look at the emulator first",
+                self.name
+            )),
+            None => error,
+        })
+    }
+
+    /// What its own kernel said as it broke, if it did. No machine and no agent can bring that about: it is
+    /// the emulator's fault, and nothing that a test sees afterwards says anything of what is under test.
+    pub fn broken(&self) -> Option<String> {
+        broken(&self.serial_log())
     }
 
     /// Runs a script that must succeed; gives what it said.
@@ -337,6 +349,18 @@ impl Host {
     }
 }
 
+/// The first line by which a kernel says that it broke.
+fn broken(log: &str) -> Option<String> {
+    const MARKS: [&str; 4] = [
+        "BUG: ",
+        "Kernel panic",
+        "Oops: ",
+        "general protection fault",
+    ];
+    let is_mark = |line: &&str| MARKS.iter().any(|mark| line.contains(mark));
+    log.lines().find(is_mark).map(|line| line.trim().to_owned())
+}
+
 /// The disk of a host with systemd.
 fn copy_root(path: &Path) -> Result<()> {
     let root = variant("host")?.join("root.ext4");
@@ -362,4 +386,18 @@ fn format_disk(path: &Path) -> Result<()> {
         bail!("mkfs.ext4 {}: {status}", path.display());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_whose_kernel_broke_is_told_from_one_that_only_complains() {
+        let complains = "[   19.3] kvm [162]: vcpu0, Unhandled WRMSR(0xc0010007) = 0xffff\n";
+        assert_eq!(broken(complains), None);
+        let stack = "[  539.8] BUG: TASK stack guard page was hit at 0000";
+        let log = format!("{complains}{stack}\r\n[  557.2] Kernel panic - not syncing\n");
+        assert_eq!(broken(&log).as_deref(), Some(stack));
+    }
 }

@@ -36,7 +36,11 @@ fn record(count: &mut Count, host: &Host, ended: Result<Duration, String>) {
         Ok(took) => count.succeeded(took),
         Err(why) => {
             count.failed(&why);
-            println!("{}\n{}", host.traced().unwrap(), host.agent_log().unwrap());
+            // Nothing of it answers then.
+            match host.broken() {
+                Some(_) => println!("{}", host.serial_log()),
+                None => println!("{}\n{}", host.traced().unwrap(), host.agent_log().unwrap()),
+            }
         }
     }
 }
