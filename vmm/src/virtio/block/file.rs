@@ -125,7 +125,8 @@ pub(super) fn zero_modes(unmap: bool) -> [FallocateFlags; 2] {
 pub(super) fn execute(disk: &DiskFile, io: &mut Io) -> Result<(), Errno> {
     let (offset, length) = (io.offset, io.length);
     match io.operation {
-        Operation::Read | Operation::Write => transfer(disk, io, offset),
+        Operation::Read => transfer(disk, Way::Read, &mut io.buffer, offset),
+        Operation::Write => write(disk, &mut io.buffer, offset),
         Operation::Flush => rustix::fs::fdatasync(&disk.file),
         Operation::Discard => {
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -139,9 +140,14 @@ pub(super) fn execute(disk: &DiskFile, io: &mut Io) -> Result<(), Errno> {
                 }
             }
             io.buffer = Buffer::zeroes(length).ok_or(Errno::OPNOTSUPP)?;
-            transfer(disk, io, offset)
+            write(disk, &mut io.buffer, offset)
         }
     }
+}
+
+/// Writes all of the buffer, here and now.
+pub(super) fn write(disk: &DiskFile, buffer: &mut Buffer, offset: u64) -> Result<(), Errno> {
+    transfer(disk, Way::Write, buffer, offset)
 }
 
 /// What came of a write that may not wait.
@@ -171,16 +177,22 @@ pub(super) fn write_at_once(disk: &DiskFile, io: &mut Io) -> AtOnce {
     }
 }
 
-fn transfer(disk: &DiskFile, io: &mut Io, mut offset: u64) -> Result<(), Errno> {
-    while !io.buffer.pieces().is_empty() {
-        let pieces = io.buffer.pieces();
+#[derive(Clone, Copy)]
+enum Way {
+    Read,
+    Write,
+}
+
+fn transfer(disk: &DiskFile, way: Way, buffer: &mut Buffer, mut offset: u64) -> Result<(), Errno> {
+    while !buffer.pieces().is_empty() {
+        let pieces = buffer.pieces();
         let (fd, start, count) = (disk.file.as_raw_fd(), pieces.as_ptr(), pieces.len() as i32);
         // SAFETY: the pieces are `count` valid iovecs; what they point to is kept alive by the buffer,
         // and is either shared guest memory (never borrowed) or memory that only this I/O has.
         let result = unsafe {
-            match io.operation {
-                Operation::Read => libc::preadv(fd, start, count, offset as i64),
-                _ => libc::pwritev(fd, start, count, offset as i64),
+            match way {
+                Way::Read => libc::preadv(fd, start, count, offset as i64),
+                Way::Write => libc::pwritev(fd, start, count, offset as i64),
             }
         };
         match u64::try_from(result) {
@@ -188,7 +200,7 @@ fn transfer(disk: &DiskFile, io: &mut Io, mut offset: u64) -> Result<(), Errno> 
             Ok(0) => return Err(Errno::IO),
             Ok(done) => {
                 offset += done;
-                io.buffer.advance(done);
+                buffer.advance(done);
             }
             Err(_) => match Errno::from_io_error(&io::Error::last_os_error()) {
                 Some(Errno::INTR) => {}

@@ -5,8 +5,9 @@
 //! enabled. Guest memory is not registered (that would touch all of it).
 //!
 //! Reads and writes of a batch that follow each other on the disk go to the kernel as one. Writes to
-//! the host's cache are made right here where the file system cannot make them without waiting (ext4):
-//! the ring would hand each of them to a thread of the kernel, one after the other, for a copy of 4 KiB.
+//! the host's cache are made right here, by the same batches, where the file system cannot make them
+//! without waiting (ext4): the ring would hand each of them to a thread of the kernel, one after the
+//! other, for a copy of 4 KiB.
 
 use std::collections::VecDeque;
 use std::io;
@@ -21,7 +22,7 @@ use rustix::io::Errno;
 
 use super::backend::{Completion, DiskBackend, Geometry, Io, Operation};
 use super::buffer::{Buffer, PIECES_MAX};
-use super::file::{AtOnce, DiskFile, execute, write_at_once, zero_modes};
+use super::file::{AtOnce, DiskFile, write, write_at_once, zero_modes};
 
 /// Submission entries of a ring; twice as many may be in flight.
 const ENTRIES: u32 = 128;
@@ -72,6 +73,8 @@ struct Slot {
     joined: Option<Buffer>,
     /// Not to be joined with others: it was, and failed.
     apart: bool,
+    /// Written here, not by the ring.
+    here: bool,
     /// Bytes that are transferred.
     done: u64,
     /// How many ways of making zeroes have failed.
@@ -138,10 +141,19 @@ impl Uring {
         }
         while let Some(&index) = self.waiting.front() {
             self.join(index);
-            let Some(Some(slot)) = self.slots.get(index as usize) else {
+            let Some(Some(slot)) = self.slots.get_mut(index as usize) else {
                 self.waiting.pop_front();
                 continue;
             };
+            if slot.here {
+                self.waiting.pop_front();
+                let buffer = slot.joined.as_mut().unwrap_or(&mut slot.io.buffer);
+                let result = write(&self.disk, buffer, slot.io.offset);
+                let mut ready = std::mem::take(&mut self.ready);
+                self.complete(index, result, &mut ready);
+                self.ready = ready;
+                continue;
+            }
             let entry = entry(slot).user_data(index.into());
             // SAFETY: the slot owns the buffer that the entry points to, and stays where it is until the
             // completion of this entry, or for ever (see `drop`). Its pieces are on the heap.
@@ -184,11 +196,13 @@ impl Uring {
         let Some(index) = self.free.pop() else {
             return Err(io);
         };
+        let here = self.goes_here(&io);
         self.slots[index as usize] = Some(Slot {
             io,
             followers: Vec::new(),
             joined: None,
             apart,
+            here,
             done,
             attempts: 0,
         });
@@ -196,29 +210,20 @@ impl Uring {
         Ok(())
     }
 
-    /// Writes to the host's cache; back, with what is left, if the ring is to do it.
-    fn write_here(&mut self, mut io: Io) -> Result<(), (Io, u64)> {
-        if self.cached_writes == CachedWrites::Unknown {
-            let (policy, done) = match write_at_once(&self.disk, &mut io) {
-                AtOnce::Wrote(done) => (CachedWrites::ByRing, done),
-                AtOnce::Never => (CachedWrites::Here, 0),
-            };
-            self.cached_writes = policy;
-            if done == io.length {
-                self.ready.push(Completion { io, result: Ok(()) });
-                return Ok(());
-            }
-            if policy == CachedWrites::ByRing {
-                return Err((io, done));
-            }
-        }
-        if self.cached_writes == CachedWrites::ByRing || io.length > HERE_MAX {
-            return Err((io, 0));
-        }
-        self.written_here += io.length;
-        let result = execute(&self.disk, &mut io);
-        self.ready.push(Completion { io, result });
-        Ok(())
+    /// Whether it is a write to the host's cache that the ring cannot make without waiting.
+    fn goes_here(&self, io: &Io) -> bool {
+        let cached = io.operation == Operation::Write && !self.disk.direct();
+        cached && self.cached_writes == CachedWrites::Here && io.length <= HERE_MAX
+    }
+
+    /// Finds out by the first write to the host's cache how such are made; bytes of it that are written.
+    fn try_cached_write(&mut self, io: &mut Io) -> u64 {
+        let (policy, done) = match write_at_once(&self.disk, io) {
+            AtOnce::Wrote(done) => (CachedWrites::ByRing, done),
+            AtOnce::Never => (CachedWrites::Here, 0),
+        };
+        self.cached_writes = policy;
+        done
     }
 
     fn enter(&mut self) {
@@ -302,6 +307,7 @@ impl Slot {
         let untouched = |slot: &Slot| !slot.apart && slot.done == 0 && slot.io.length > 0;
         let alike = matches!(self.io.operation, Operation::Read | Operation::Write)
             && next.io.operation == self.io.operation
+            && next.here == self.here
             && next.joined.is_none()
             && next.io.offset == self.io.offset + self.length();
         let ours = self.joined.as_ref().unwrap_or(&self.io.buffer);
@@ -377,21 +383,29 @@ impl DiskBackend for Uring {
         self.disk.geometry()
     }
 
-    fn submit(&mut self, io: Io) -> Result<(), Io> {
+    fn submit(&mut self, mut io: Io) -> Result<(), Io> {
         if self.free.is_empty() {
             return Err(io);
         }
         if io.operation != Operation::Write || self.disk.direct() {
             return self.place(io, false, 0);
         }
-        if self.written_here >= HERE_MAX {
-            // What was written here is to be told first: that is when the rest comes back.
-            return Err(io);
+        let mut done = 0;
+        if self.cached_writes == CachedWrites::Unknown {
+            done = self.try_cached_write(&mut io);
+            if done == io.length {
+                self.ready.push(Completion { io, result: Ok(()) });
+                return Ok(());
+            }
         }
-        match self.write_here(io) {
-            Ok(()) => Ok(()),
-            Err((io, done)) => self.place(io, false, done),
+        if self.goes_here(&io) {
+            if self.written_here >= HERE_MAX {
+                // What is written here is to be told first: that is when the rest comes back.
+                return Err(io);
+            }
+            self.written_here += io.length;
         }
+        self.place(io, false, done)
     }
 
     fn commit(&mut self) {

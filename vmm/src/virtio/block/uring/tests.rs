@@ -110,6 +110,25 @@ fn writes_to_the_cache_are_in_the_file_whichever_way_they_go() {
 }
 
 #[test]
+fn writes_to_the_cache_that_follow_each_other_are_made_as_one() {
+    let (file, mut ring) = disk(8);
+    ring.cached_writes = CachedWrites::Here;
+    for (tag, block) in [2, 3, 4, 7].into_iter().enumerate() {
+        let write = io(tag as u32, Operation::Write, block, 0x40 + block as u8);
+        ring.submit(write).unwrap();
+    }
+    let first = *ring.waiting.front().unwrap();
+    ring.join(first);
+    assert_eq!(ring.in_flight(), 2, "2 to 4, and 7");
+    let done = finish(&mut ring, 4);
+    assert!(done.iter().all(|completion| completion.result.is_ok()));
+    let mut bytes = [0; 8 * BLOCK as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    let firsts: Vec<u8> = bytes.chunks(BLOCK as usize).map(|block| block[0]).collect();
+    assert_eq!(firsts, [1, 2, 0x42, 0x43, 0x44, 6, 7, 0x47]);
+}
+
+#[test]
 fn writes_to_the_cache_leave_turns_to_the_rest_of_the_disks_work() {
     let (file, mut ring) = disk(1);
     ring.cached_writes = CachedWrites::Here;
