@@ -11,6 +11,7 @@ mod devices;
 pub mod guest;
 pub mod jail;
 pub mod jail_test;
+mod lean;
 mod log;
 mod pace;
 pub mod packet;
@@ -33,6 +34,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
 use self::devices::Devices;
 use self::guest::{Guest, GuestError};
 use self::jail::Namespaces;
+use self::lean::Lean;
 use self::pace::Pace;
 use self::protocol::{FileRole, FromMachine, Launch, SERIAL_LOG, ToMachine, VERSION};
 use self::said::Said;
@@ -247,6 +249,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         guest,
         devices: Devices::new(&launch.disks, &launch.nets),
         pace: Pace::default(),
+        lean: Lean::default(),
         listener,
         agent: None,
         serial,

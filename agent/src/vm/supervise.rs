@@ -15,6 +15,7 @@ use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 
 use super::devices::Devices;
 use super::guest::{Guest, GuestError, GuestEvent};
+use super::lean::Lean;
 use super::pace::Pace;
 use super::protocol::{
     self, FromMachine, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
@@ -31,6 +32,8 @@ pub struct Supervisor {
     pub devices: Devices,
     /// What the guest takes of what it is offered.
     pub pace: Pace,
+    /// What of the program itself is in memory.
+    pub lean: Lean,
     /// Listening; `None` only when run by hand.
     pub listener: Option<OwnedFd>,
     /// The agent, if it is there.
@@ -73,6 +76,7 @@ impl Supervisor {
     /// Until the machine has ended; says why it did.
     pub fn run(mut self) -> StopReason {
         let mut others = Guests::default();
+        self.lean.happened();
         loop {
             let ready = match self.wait(&others) {
                 Ok(ready) => ready,
@@ -85,6 +89,7 @@ impl Supervisor {
             if self.pace.is_due() {
                 self.tell(&self.status());
             }
+            self.lean.keep();
             if ready.serial {
                 self.carry_output(&mut others, ROUNDS);
             }
@@ -160,7 +165,10 @@ impl Supervisor {
         // What was left over is gone on with at once; no descriptor need tell of it.
         let left = match self.unheard {
             true => Some(Duration::ZERO),
-            false => self.pace.left(),
+            false => [self.pace.left(), self.lean.left()]
+                .into_iter()
+                .flatten()
+                .min(),
         };
         let left = left.and_then(|left| Timespec::try_from(left).ok());
         match poll(&mut polled, left.as_ref()) {
@@ -328,6 +336,7 @@ impl Supervisor {
     /// Descriptors that came with a message which has no use for them are closed.
     fn obey(&mut self, message: ToMachine, files: Vec<OwnedFd>) {
         log::line(format_args!("agent: {message:?}"));
+        self.lean.happened();
         let done = match message {
             ToMachine::Hello { .. } | ToMachine::Status => {
                 self.tell(&self.status());

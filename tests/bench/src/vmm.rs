@@ -5,6 +5,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use tempfile::TempPath;
 
@@ -119,7 +120,10 @@ pub fn start(rounds: usize) -> anyhow::Result<Vec<Figure>> {
     Ok(figures)
 }
 
-/// MB of PSS beyond guest memory once the probe has booted.
+/// How long after the boot memory is looked at: a machine of ours lets go of what only its start needed.
+const REST: Duration = Duration::from_millis(750);
+
+/// MB of PSS beyond guest memory a moment after the probe has booted.
 pub fn memory(rounds: usize) -> anyhow::Result<Vec<Figure>> {
     let bed = Bed::make()?;
     let [bare, jailed, peer] = in_turn(
@@ -127,6 +131,7 @@ pub fn memory(rounds: usize) -> anyhow::Result<Vec<Figure>> {
         |command| {
             let mut running = Running::start(command)?;
             running.wait_for_line("boot nonce=")?;
+            std::thread::sleep(REST);
             Ok(running.pss_beyond(GUEST_MIB * MIB)? as f64 / 1e6)
         },
         &bed,
