@@ -77,8 +77,14 @@ fn system(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> VmError {
     }
 }
 
+/// Heaps of the C library's allocator. Said, because it would else count this host's processors when a
+/// thread is made that needs one more, and open a file for it, which a locked-down thread may not.
+const HEAPS: i32 = 8;
+
 /// `fractus-agent vm ID MARK`, started by the agent.
 pub fn main() -> ExitCode {
+    // SAFETY: sets a number of the allocator, before there is a second thread.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, HEAPS) };
     let mut arguments = std::env::args_os().skip(2).peekable();
     if arguments
         .peek()

@@ -125,7 +125,7 @@ fn a_paused_guest_gets_disks_up_to_its_process_places_and_a_reset_takes_what_was
             .iter()
             .filter(|state| **state == DeviceState::Attached)
             .count();
-        assert_eq!(attached, 4);
+        assert_eq!(attached, 4, "{report:?}");
         assert!(
             matches!(&report.disks[4].state, DeviceState::AtNextStart { reason } if reason.contains("in use")),
             "{report:?}"

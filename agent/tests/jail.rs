@@ -43,7 +43,7 @@ fn is_refused(said: &str, act: &str, kind: &str) -> bool {
 fn seccomp_ends_a_thread_of_any_kind_that_makes_a_forbidden_call() {
     let (all, _) = names();
     for act in all.into_iter().filter(|act| *act != "ring-openat") {
-        for kind in ["main", "vcpu", "block", "net", "console"] {
+        for kind in ["main", "vcpu", "block", "net", "console", "spawner"] {
             let killed = format!("{act} {kind}: forbidden system call (signal 31)");
             let said = try_in_jail(act, kind);
             assert_eq!(said, killed);

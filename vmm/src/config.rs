@@ -46,8 +46,7 @@ pub struct MachineConfig {
     /// In the order of `MachineFiles::disks`.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
-    /// How many disks more than these may come while the machine runs, at a time: threads are made for
-    /// them at the start.
+    /// How many disks more than these may come while the machine runs, at a time.
     #[serde(default)]
     pub hot_disks: u8,
     /// Ports of one virtio-console, in the order of `MachineFiles::console_ports`; none: no device.
@@ -58,8 +57,8 @@ pub struct MachineConfig {
     /// In the order of `MachineFiles::nets`.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
-    /// How many pairs of network queues more than these may come while the machine runs, at a time: a
-    /// thread is made for each at the start. A network of two pairs takes two.
+    /// How many pairs of network queues more than these may come while the machine runs, at a time.
+    /// A network of two pairs takes two.
     #[serde(default)]
     pub hot_nets: u8,
     /// Memory that comes and goes while the machine runs, besides `memory`.

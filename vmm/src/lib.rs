@@ -31,7 +31,7 @@ pub mod memory;
 pub mod pci;
 pub mod reactor;
 pub mod request;
-pub mod spare;
 pub mod stream;
 pub mod thread;
 pub mod virtio;
+pub mod work;

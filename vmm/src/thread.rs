@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
 use crate::request::{Request, RequestSender};
-use crate::spare::Spares;
+use crate::work::Later;
 
 /// What a thread does, and so what it may be allowed to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -21,6 +21,8 @@ pub enum ThreadKind {
     Net,
     /// The reactor: serial line, consoles, timers.
     Console,
+    /// Makes threads of kinds `Block` and `Net` for devices that come later, and does nothing else.
+    Spawner,
     /// The one that owns the machine. The embedder's own: never started here.
     Main,
 }
@@ -33,7 +35,7 @@ pub type ThreadHook = Arc<dyn Fn(ThreadKind) + Send + Sync>;
 pub struct Threads {
     hook: Option<ThreadHook>,
     requests: RequestSender,
-    spares: Arc<Spares>,
+    later: Arc<Later>,
 }
 
 /// Tells the machine of a panic.
@@ -58,12 +60,12 @@ impl Threads {
         Threads {
             hook,
             requests,
-            spares: Arc::default(),
+            later: Arc::default(),
         }
     }
 
-    pub fn spares(&self) -> &Arc<Spares> {
-        &self.spares
+    pub fn later(&self) -> &Arc<Later> {
+        &self.later
     }
 
     pub fn watch(&self) -> Watch {

@@ -1,7 +1,7 @@
 //! Tries from inside of a jail what a machine's process must not be able to do:
 //! `fractus-agent vm --jail-test ACT KIND`.
 //!
-//! KIND is `main`, `vcpu`, `block`, `net` or `console` for that thread's seccomp filter, or `none`, which
+//! KIND is `main`, `vcpu`, `block`, `net`, `console` or `spawner` for that thread's seccomp filter, or `none`, which
 //! shows that namespaces, user and Landlock refuse by themselves, or `no-landlock`, which shows the same
 //! of namespaces and user; `host-root` is a jail that was given the host's mounts, and must not be entered.
 //! The outcome is printed as `ACT KIND: refused ERRNO`, `ACT KIND: DONE`, or
@@ -89,6 +89,18 @@ const FOR_SECCOMP: &[Act] = &[
     }),
     ("socket", || call(libc::SYS_socket, [2, 1, 0, 0])),
     ("fork", || call(libc::SYS_fork, [0, 0, 0, 0])),
+    ("clone-a-process", || {
+        call(libc::SYS_clone, [i64::from(libc::SIGCHLD), 0, 0, 0])
+    }),
+    ("clone-into-a-namespace", || {
+        let thread = libc::CLONE_VM | libc::CLONE_SIGHAND | libc::CLONE_THREAD;
+        let flags = i64::from(thread | libc::CLONE_NEWNET);
+        call(libc::SYS_clone, [flags, 0, 0, 0])
+    }),
+    ("make-dumpable", || {
+        let command = i64::from(libc::PR_SET_DUMPABLE);
+        call(libc::SYS_prctl, [command, 1, 0, 0])
+    }),
     ("io_uring_setup", || {
         call(libc::SYS_io_uring_setup, [1, 0, 0, 0])
     }),
@@ -234,6 +246,7 @@ pub fn inside(arguments: &[OsString], socket: OwnedFd) -> Result<ExitCode, VmErr
         Some("block") => Some(Kind::Block),
         Some("net") => Some(Kind::Net),
         Some("console") => Some(Kind::Console),
+        Some("spawner") => Some(Kind::Spawner),
         Some("none" | HOST_ROOT | NO_LANDLOCK) => None,
         _ => return Err(wrong()),
     };

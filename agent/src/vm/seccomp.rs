@@ -2,7 +2,8 @@
 //!
 //! A list of what is allowed, never of what is forbidden. No thread may open, create, connect, run or
 //! trace anything; memory never becomes executable; `ioctl` is only for KVM's run-time requests;
-//! signals go only to the process itself. Filters are compiled before the first thread starts.
+//! signals go only to the process itself. Filters are compiled before the first thread starts. One
+//! thread, the spawner, may make further threads (of this process, within its own filter).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ pub enum Kind {
     Block,
     Net,
     Console,
+    Spawner,
 }
 
 impl From<ThreadKind> for Kind {
@@ -30,6 +32,7 @@ impl From<ThreadKind> for Kind {
             ThreadKind::Block => Self::Block,
             ThreadKind::Net => Self::Net,
             ThreadKind::Console => Self::Console,
+            ThreadKind::Spawner => Self::Spawner,
         }
     }
 }
@@ -41,29 +44,41 @@ pub struct FilterError {
     detail: String,
 }
 
-/// One compiled program a kind.
+/// One compiled program a kind, and what the spawner has besides.
 #[derive(Clone)]
-pub struct Filters(Arc<[(Kind, BpfProgram); 5]>);
+pub struct Filters(Arc<Programs>);
+
+struct Programs {
+    by_kind: [(Kind, BpfProgram); 6],
+    no_clone3: BpfProgram,
+}
 
 impl Filters {
     pub fn compile() -> Result<Self, FilterError> {
-        Ok(Self(Arc::new([
+        let by_kind = [
             (Kind::Main, program(Kind::Main)?),
             (Kind::Vcpu, program(Kind::Vcpu)?),
             (Kind::Block, program(Kind::Block)?),
             (Kind::Net, program(Kind::Net)?),
             (Kind::Console, program(Kind::Console)?),
-        ])))
+            (Kind::Spawner, program(Kind::Spawner)?),
+        ];
+        let no_clone3 = no_clone3().map_err(|e| FilterError {
+            kind: Kind::Spawner,
+            detail: e.to_string(),
+        })?;
+        Ok(Self(Arc::new(Programs { by_kind, no_clone3 })))
     }
 
     /// For the calling thread, for good.
     pub fn apply(&self, kind: Kind) -> Result<(), FilterError> {
         let failed = |detail: String| FilterError { kind, detail };
-        let (_, program) = self
-            .0
-            .iter()
+        let (_, program) = (self.0.by_kind.iter())
             .find(|(is, _)| *is == kind)
             .ok_or_else(|| failed("there is none".to_owned()))?;
+        if kind == Kind::Spawner {
+            apply_filter(&self.0.no_clone3).map_err(|e| failed(e.to_string()))?;
+        }
         apply_filter(program).map_err(|e| failed(e.to_string()))
     }
 }
@@ -151,6 +166,14 @@ const CONSOLE: &[i64] = &[
     libc::SYS_fallocate,
 ];
 
+/// Besides what the threads it makes may do, since they inherit its filter and add their own.
+/// Making a thread, taking its name and adding that filter are allowed for some arguments only.
+const SPAWNER: &[i64] = &[
+    // Answered with ENOSYS by a filter of its own, so that the C library falls back to `clone`, whose
+    // flags a filter can read.
+    libc::SYS_clone3,
+];
+
 /// KVM's ioctls (type 0xAE) that a running machine makes; creating a VM, a vCPU or a device is not
 /// among them.
 const KVM_RUNTIME: &[u64] = &[
@@ -214,10 +237,16 @@ fn program(kind: Kind) -> Result<BpfProgram, FilterError> {
         // It reads and writes; what it asks of its tap is below.
         Kind::Net => &[],
         Kind::Console => CONSOLE,
+        Kind::Spawner => SPAWNER,
+    };
+    let inherited = match kind {
+        Kind::Spawner => BLOCK,
+        _ => &[],
     };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALL
         .iter()
         .chain(more)
+        .chain(inherited)
         .map(|call| (*call, Vec::new()))
         .collect();
     let mut conditional = conditional(kind).map_err(|e| failed(e.to_string()))?;
@@ -263,7 +292,7 @@ fn conditional(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompile
     rules.insert(libc::SYS_fcntl, commands?);
     let ioctls = match kind {
         Kind::Block => Vec::new(),
-        Kind::Net => TUN_RUNTIME.to_vec(),
+        Kind::Net | Kind::Spawner => TUN_RUNTIME.to_vec(),
         Kind::Main => [KVM_RUNTIME, TUN_ATTACH, &[FIONBIO]].concat(),
         Kind::Vcpu | Kind::Console => [KVM_RUNTIME, &[FIONBIO]].concat(),
     };
@@ -274,7 +303,42 @@ fn conditional(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompile
             .collect();
         rules.insert(libc::SYS_ioctl, ioctls?);
     }
+    if kind == Kind::Spawner {
+        // A thread of this process, never another process; and in no namespace of its own.
+        let thread = libc::CLONE_VM | libc::CLONE_THREAD;
+        let flags = thread | NAMESPACES;
+        let thread_only = SeccompCmpOp::MaskedEq(flags as u64);
+        rules.insert(libc::SYS_clone, vec![when(0, thread_only, thread as u64)?]);
+        let commands = [libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS];
+        let commands = commands.map(|command| when(0, SeccompCmpOp::Eq, command as u64));
+        let commands: Result<Vec<_>, _> = commands.into_iter().collect();
+        rules.insert(libc::SYS_prctl, commands?);
+        let add_filter = u64::from(libc::SECCOMP_SET_MODE_FILTER);
+        rules.insert(
+            libc::SYS_seccomp,
+            vec![when(0, SeccompCmpOp::Eq, add_filter)?],
+        );
+    }
     Ok(rules)
+}
+
+const NAMESPACES: i32 = libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET;
+
+/// ENOSYS for `clone3`; the strictest answer of all filters counts.
+fn no_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
+    SeccompFilter::new(
+        BTreeMap::from([(libc::SYS_clone3, Vec::new())]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        TargetArch::x86_64,
+    )?
+    .try_into()
 }
 
 #[cfg(test)]

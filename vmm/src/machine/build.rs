@@ -21,10 +21,10 @@ use crate::layout::Layout;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::reactor::Reactor;
 use crate::request::channel;
-use crate::spare::{SpareThreads, Work};
 use crate::thread::{ThreadHook, Threads};
 use crate::virtio::block::THREADS;
 use crate::virtio::{self, Attached, Placement};
+use crate::work::{Spawner, Work};
 
 /// Why a machine could not be made. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -188,7 +188,7 @@ fn assemble(
     } = virtio::attach(&config, &files, &board, placement, &mut saved)?;
     devices.extend(behind_pci);
     saved.finish()?;
-    let spares = spares(&config, &threads).map_err(host("start the threads of later devices"))?;
+    let spawner = spawner(&config, &threads).map_err(host("start the spawner of threads"))?;
     threads.seal();
     let reactor_thread = reactor
         .run(&threads)
@@ -216,7 +216,7 @@ fn assemble(
         loaded: false,
         memory,
         layout,
-        _spares: spares,
+        _spawner: spawner,
         board,
         slots,
         processors,
@@ -226,8 +226,8 @@ fn assemble(
     })
 }
 
-/// Threads for devices that may come.
-fn spares(config: &MachineConfig, threads: &Threads) -> std::io::Result<SpareThreads> {
+/// What makes the threads of devices that may come.
+fn spawner(config: &MachineConfig, threads: &Threads) -> std::io::Result<Option<Spawner>> {
     threads.prepare([
         (Work::Block, usize::from(config.hot_disks) * THREADS),
         (Work::Net, usize::from(config.hot_nets)),

@@ -35,11 +35,11 @@ use crate::layout::Layout;
 use crate::memory::GuestMemory;
 use crate::reactor::ReactorThread;
 use crate::request::{Request, RequestReceiver, VcpuReport};
-use crate::spare::SpareThreads;
 use crate::thread::ThreadHook;
 use crate::virtio::Places;
 use crate::virtio::balloon::{BalloonControl, BalloonReport};
 use crate::virtio::mem::MemControl;
+use crate::work::Spawner;
 
 use vcpus::UsedVcpus;
 
@@ -71,7 +71,7 @@ pub struct Machine {
     loaded: bool,
     memory: GuestMemory,
     layout: Layout,
-    _spares: SpareThreads,
+    _spawner: Option<Spawner>,
     board: Board,
     slots: Arc<PciSlots>,
     /// Of a machine whose vCPUs come and go.

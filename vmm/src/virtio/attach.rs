@@ -231,8 +231,8 @@ fn memory(
     Ok((balloon_control, hot_memory))
 }
 
-/// Makes a disk for a machine that runs: no ring can be made any more, so threads do its I/O, which were
-/// prepared for it (`MachineConfig::hot_disks`).
+/// Makes a disk for a machine that runs: no ring can be made any more, so threads do its I/O, which the
+/// spawner makes (`MachineConfig::hot_disks`).
 pub fn attach_disk(
     disk: &DiskConfig,
     file: File,
@@ -247,7 +247,7 @@ pub fn attach_disk(
     Ok((id, slot, Arc::new(device)))
 }
 
-/// Makes a network for a machine that runs, on threads that were prepared for it
+/// Makes a network for a machine that runs, on threads that the spawner makes
 /// (`MachineConfig::hot_nets`).
 pub fn attach_net(
     net: &NetConfig,

@@ -14,8 +14,8 @@ use crate::vm::protocol::FileRole;
 use crate::volume::OpenDisk;
 use crate::volume::directory;
 
-/// Disks that may come while a machine runs, at a time. Threads are made for each at the start, so there
-/// are few; what is more than these comes with the machine's next start.
+/// Disks that may come while a machine runs, at a time; what is more than these comes with the machine's
+/// next start.
 pub(super) const HOT_DISKS: u8 = 4;
 /// The same for pairs of queues of networks.
 pub(super) const HOT_NETS: u8 = 4;

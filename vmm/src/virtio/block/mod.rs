@@ -36,8 +36,8 @@ use super::{Activation, DeviceType, VirtioDevice};
 use crate::config::DiskConfig;
 use crate::device::{DeviceError, SavedDevice};
 use crate::eventfd::EventFd;
-use crate::spare::{Running, Work};
 use crate::thread::Threads;
+use crate::work::{Running, Work};
 
 /// Threads that a disk without a ring takes.
 pub const THREADS: usize = 1 + pool::THREADS;

@@ -8,8 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use super::backend::{Completion, DiskBackend, Geometry, Io};
 use super::file::{DiskFile, execute};
 use crate::eventfd::EventFd;
-use crate::spare::{Running, Work};
 use crate::thread::Threads;
+use crate::work::{Running, Work};
 
 /// Threads of a disk.
 pub const THREADS: usize = 4;

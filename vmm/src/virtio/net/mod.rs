@@ -35,8 +35,8 @@ use super::{Activation, DeviceType, VirtioDevice};
 use crate::config::{NetConfig, NetFiles};
 use crate::device::{DeviceError, SavedDevice};
 use crate::eventfd::EventFd;
-use crate::spare::{Running, Work};
 use crate::thread::Threads;
+use crate::work::{Running, Work};
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
