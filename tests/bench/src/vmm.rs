@@ -131,6 +131,7 @@ pub fn memory(rounds: usize) -> anyhow::Result<Vec<Figure>> {
         |command| {
             let mut running = Running::start(command)?;
             running.wait_for_line("boot nonce=")?;
+            // sleeps because its memory after a rest is what is measured
             std::thread::sleep(REST);
             Ok(running.pss_beyond(GUEST_MIB * MIB)? as f64 / 1e6)
         },
