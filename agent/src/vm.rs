@@ -84,7 +84,11 @@ const HEAPS: i32 = 8;
 /// `fractus-agent vm ID MARK`, started by the agent.
 pub fn main() -> ExitCode {
     // SAFETY: sets a number of the allocator, before there is a second thread.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, HEAPS) };
+    let said = unsafe { libc::mallopt(libc::M_ARENA_MAX, HEAPS) };
+    if said == 0 {
+        eprintln!("fractus-agent vm: the allocator's heaps cannot be limited");
+        return ExitCode::FAILURE;
+    }
     let mut arguments = std::env::args_os().skip(2).peekable();
     if arguments
         .peek()

@@ -84,6 +84,21 @@ impl Threads {
     where
         B: FnOnce(S) + Send + 'static,
     {
+        self.spawn_holding(kind, name, setup, body, ())
+    }
+
+    /// Like [`Threads::spawn`]; `held` is dropped when all else has been, and a panic has been told.
+    pub(crate) fn spawn_holding<S, B>(
+        &self,
+        kind: ThreadKind,
+        name: &str,
+        setup: impl FnOnce() -> S + Send + 'static,
+        body: B,
+        held: impl Send + 'static,
+    ) -> io::Result<JoinHandle<()>>
+    where
+        B: FnOnce(S) + Send + 'static,
+    {
         let hook = self.hook.clone();
         let watch = self.watch();
         let thread = name.to_owned();
@@ -91,6 +106,7 @@ impl Threads {
             .name(name.to_owned())
             .stack_size(STACK)
             .spawn(move || {
+                let _held = held;
                 watch.run(&thread, || {
                     let ready = setup();
                     if let Some(hook) = &hook {

@@ -28,8 +28,9 @@ pub struct Later {
 #[derive(Default)]
 struct State {
     orders: VecDeque<Order>,
-    /// How much more of each kind there may be.
+    /// How much more of each kind there may be, and how much at most.
     room: [usize; 2],
+    most: [usize; 2],
     sealed: bool,
     closed: bool,
 }
@@ -39,6 +40,7 @@ struct Order {
     work: Work,
     name: String,
     job: Job,
+    tell: Tell,
     made: SyncSender<io::Result<()>>,
 }
 
@@ -59,7 +61,7 @@ struct Done {
     changed: Condvar,
 }
 
-/// Says so, and makes room, when it is dropped: however the job ended.
+/// Says so, and makes room, when it is dropped: after the job, however that ended.
 struct Tell {
     done: Arc<Done>,
     later: Arc<Later>,
@@ -75,12 +77,23 @@ impl Drop for Tell {
 }
 
 /// Ends the spawner when it is dropped.
-pub struct Spawner(Arc<Later>);
+pub struct Spawner {
+    _closes: Closes,
+}
 
-impl Drop for Spawner {
+/// Nothing can be ordered any more once this is dropped, and nobody waits. The owner of the machine has one
+/// and so does the spawner's thread: a panic there must not leave the owner waiting for it.
+struct Closes(Arc<Later>);
+
+impl Drop for Closes {
     fn drop(&mut self) {
-        lock(&self.0.state).closed = true;
+        let mut state = lock(&self.0.state);
+        state.closed = true;
+        let left = std::mem::take(&mut state.orders);
+        drop(state);
         self.0.more.notify_all();
+        // Each makes room, for which it takes the lock.
+        drop(left);
     }
 }
 
@@ -125,22 +138,29 @@ impl Running {
 }
 
 impl Threads {
-    /// Starts the spawner, for at most so much work of each kind at a time.
+    /// Starts the spawner, for at most so much work of each kind at a time. An embedder whose hook
+    /// forbids to open files must first tell the C library how many heaps it may have (`M_ARENA_MAX`):
+    /// it would else read that from a file when it makes one for a new thread.
     pub fn prepare(&self, room: [(Work, usize); 2]) -> io::Result<Option<Spawner>> {
         let later = self.later();
         let mut total = 0;
         for (work, count) in room {
-            *lock(&later.state).room_of(work) = count;
+            let mut state = lock(&later.state);
+            *state.room_of(work) = count;
+            state.most[work as usize] = count;
+            drop(state);
             total += count;
         }
         if total == 0 {
             return Ok(None);
         }
-        let made = Spawner(later.clone());
+        let closes = Closes(later.clone());
         let threads = self.clone();
         let serve = move |()| threads.later().serve(&threads);
-        self.spawn(ThreadKind::Spawner, "spawner", || (), serve)?;
-        Ok(Some(made))
+        self.spawn_holding(ThreadKind::Spawner, "spawner", || (), serve, closes)?;
+        Ok(Some(Spawner {
+            _closes: Closes(later.clone()),
+        }))
     }
 
     /// From here on threads for work are made by the spawner.
@@ -172,18 +192,15 @@ impl Threads {
             later: later.clone(),
             work,
         };
-        let job = move || {
-            let _tell = tell;
-            body(setup());
-        };
-        later.order(work, name.to_owned(), Box::new(job))?;
+        let job = Box::new(move || body(setup()));
+        later.order(work, name.to_owned(), job, tell)?;
         Ok(Running(Inner::Later(done)))
     }
 }
 
 impl Later {
     fn take_room(&self, work: Work) -> io::Result<()> {
-        let full = |state: &mut State| *state.room_of(work) == 0;
+        let full = |state: &mut State| *state.room_of(work) == 0 && state.most[work as usize] > 0;
         let (mut state, _) = (self.freed)
             .wait_timeout_while(lock(&self.state), PATIENCE, full)
             .unwrap_or_else(PoisonError::into_inner);
@@ -202,12 +219,13 @@ impl Later {
     }
 
     /// Has the spawner make a thread for this, and hears whether it could.
-    fn order(&self, work: Work, name: String, job: Job) -> io::Result<()> {
+    fn order(&self, work: Work, name: String, job: Job, tell: Tell) -> io::Result<()> {
         let (made, answer) = sync_channel(1);
         let order = Order {
             work,
             name,
             job,
+            tell,
             made,
         };
         let mut state = lock(&self.state);
@@ -233,15 +251,15 @@ impl Later {
                 work,
                 name,
                 job,
+                tell,
                 made,
             } = order;
-            let thread = threads.spawn(work.kind(), &name, || (), move |()| job());
+            let job = move |()| job();
+            let thread = threads.spawn_holding(work.kind(), &name, || (), job, tell);
             // Who ordered it waits for this.
             let _ = made.send(thread.map(drop));
             state = lock(&self.state);
         }
-        // Nobody is left waiting for what will not be made.
-        state.orders.clear();
     }
 }
 
@@ -323,8 +341,39 @@ mod tests {
         }
         let (thread, detail) = ("unlucky".to_owned(), "out of luck".to_owned());
         let expected = Request::ThreadPanicked { thread, detail };
+        // Both have been told: that work has ended is said last.
+        assert_eq!(receiver.try_next(), Some(expected.clone()));
         assert_eq!(receiver.try_next(), Some(expected));
         drop(spawner);
+    }
+
+    #[test]
+    fn what_was_ordered_of_a_spawner_that_ends_or_panics_is_refused() {
+        for panics in [false, true] {
+            let (requests, _receiver) = channel().unwrap();
+            let (go, gone) = mpsc::channel::<()>();
+            let gone = Mutex::new(gone);
+            let hook: ThreadHook = Arc::new(move |_| {
+                let _ = lock(&gone).recv();
+                assert!(!panics, "as it was told");
+            });
+            let threads = Threads::new(Some(hook), requests);
+            let spawner = threads.prepare(ROOM).unwrap();
+            threads.seal();
+            let other = threads.clone();
+            let ordered = std::thread::spawn(move || {
+                other.work(Work::Net, "late", || (), |()| ()).err().unwrap()
+            });
+            while lock(&threads.later().state).orders.is_empty() {
+                std::thread::yield_now();
+            }
+            match panics {
+                true => drop(go),
+                false => drop(spawner),
+            }
+            assert_eq!(ordered.join().unwrap().kind(), io::ErrorKind::BrokenPipe);
+            assert_eq!(lock(&threads.later().state).room, [1, 1]);
+        }
     }
 
     #[test]

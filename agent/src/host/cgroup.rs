@@ -118,8 +118,8 @@ fn set(group: &Path, file: &str, limit: u64) -> io::Result<()> {
     }
 }
 
-/// The most threads of a machine's group: its vCPUs, up to five a disk, one a pair of queues, those that
-/// are kept for devices that come later, and the process's own.
+/// The most threads of a machine's group: its vCPUs, up to five a disk, one a pair of queues, those of
+/// devices that come later, and the process's own.
 fn threads(spec: &MachineSpec) -> u64 {
     let vcpus = spec.max_vcpus.unwrap_or(0).max(spec.vcpus);
     let queues: u64 = spec.nics.iter().map(|nic| u64::from(nic.queues)).sum();

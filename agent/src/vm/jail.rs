@@ -135,10 +135,15 @@ pub fn empty_root() -> Result<(), JailError> {
     Ok(())
 }
 
+/// More than any machine has: 64 vCPUs, 16 disks of 5, 8 networks of some queues each.
+const THREADS: u64 = 1024;
+
 fn limit_resources(config: JailConfig) -> Result<(), JailError> {
     let limits = [
         (Resource::Core, 0, "RLIMIT_CORE"),
         (Resource::Nofile, 512, "RLIMIT_NOFILE"),
+        // Of its user, and each machine has one of its own.
+        (Resource::Nproc, THREADS, "RLIMIT_NPROC"),
         (Resource::Msgqueue, 0, "RLIMIT_MSGQUEUE"),
         (Resource::Fsize, config.file_size, "RLIMIT_FSIZE"),
     ];

@@ -1,7 +1,8 @@
 //! Tries from inside of a jail what a machine's process must not be able to do:
 //! `fractus-agent vm --jail-test ACT KIND`.
 //!
-//! KIND is `main`, `vcpu`, `block`, `net`, `console` or `spawner` for that thread's seccomp filter, or `none`, which
+//! KIND is `main`, `vcpu`, `block`, `net`, `console` or `spawner` for that thread's seccomp filter,
+//! `spawned-block` or `spawned-net` for a thread that a spawner made, or `none`, which
 //! shows that namespaces, user and Landlock refuse by themselves, or `no-landlock`, which shows the same
 //! of namespaces and user; `host-root` is a jail that was given the host's mounts, and must not be entered.
 //! The outcome is printed as `ACT KIND: refused ERRNO`, `ACT KIND: DONE`, or
@@ -97,6 +98,12 @@ const FOR_SECCOMP: &[Act] = &[
         let flags = i64::from(thread | libc::CLONE_NEWNET);
         call(libc::SYS_clone, [flags, 0, 0, 0])
     }),
+    ("clone3", || call(libc::SYS_clone3, [0, 0, 0, 0])),
+    ("filter-with-flags", || {
+        let add = i64::from(libc::SECCOMP_SET_MODE_FILTER);
+        let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as i64;
+        call(libc::SYS_seccomp, [add, flags, 0, 0])
+    }),
     ("make-dumpable", || {
         let command = i64::from(libc::PR_SET_DUMPABLE);
         call(libc::SYS_prctl, [command, 1, 0, 0])
@@ -121,6 +128,9 @@ const FOR_SECCOMP: &[Act] = &[
     }),
     ("create-a-vm", || call(libc::SYS_ioctl, [0, 0xae01, 0, 0])),
 ];
+
+/// What any thread may do: a jail in which nothing is done at all would refuse everything.
+const ALLOWED: Act = ("yield", || call(libc::SYS_sched_yield, [0, 0, 0, 0]));
 
 /// Names for tests: of all acts, and of those that the jail refuses without seccomp.
 pub fn names() -> (Vec<&'static str>, Vec<&'static str>) {
@@ -237,6 +247,7 @@ pub fn inside(arguments: &[OsString], socket: OwnedFd) -> Result<ExitCode, VmErr
     let (_, attempt) = ACTS
         .iter()
         .chain(FOR_SECCOMP)
+        .chain([&ALLOWED])
         .find(|(name, _)| act == name)
         .ok_or_else(wrong)?;
     let name = kind.to_str();
@@ -247,6 +258,8 @@ pub fn inside(arguments: &[OsString], socket: OwnedFd) -> Result<ExitCode, VmErr
         Some("net") => Some(Kind::Net),
         Some("console") => Some(Kind::Console),
         Some("spawner") => Some(Kind::Spawner),
+        Some("spawned-block") => Some(Kind::Block),
+        Some("spawned-net") => Some(Kind::Net),
         Some("none" | HOST_ROOT | NO_LANDLOCK) => None,
         _ => return Err(wrong()),
     };
@@ -270,8 +283,27 @@ pub fn inside(arguments: &[OsString], socket: OwnedFd) -> Result<ExitCode, VmErr
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(ring);
     }
+    let filters = Filters::compile()?;
+    if name.is_some_and(|name| name.starts_with("spawned-")) {
+        filters.apply(Kind::Spawner)?;
+        let spawned =
+            std::thread::Builder::new().spawn(move || lock_and_try(&filters, kind, *attempt));
+        let spawned = spawned.map_err(|source| VmError::System {
+            what: "a thread of the spawner",
+            source,
+        })?;
+        return spawned.join().unwrap_or(Ok(ExitCode::FAILURE));
+    }
+    lock_and_try(&filters, kind, *attempt)
+}
+
+fn lock_and_try(
+    filters: &Filters,
+    kind: Option<Kind>,
+    attempt: fn() -> i64,
+) -> Result<ExitCode, VmError> {
     if let Some(kind) = kind {
-        Filters::compile()?.apply(kind)?;
+        filters.apply(kind)?;
     }
     let result = attempt();
     let error = std::io::Error::last_os_error();

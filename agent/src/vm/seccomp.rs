@@ -3,7 +3,8 @@
 //! A list of what is allowed, never of what is forbidden. No thread may open, create, connect, run or
 //! trace anything; memory never becomes executable; `ioctl` is only for KVM's run-time requests;
 //! signals go only to the process itself. Filters are compiled before the first thread starts. One
-//! thread, the spawner, may make further threads (of this process, within its own filter).
+//! thread, the spawner, may make further threads (of this process, within its own filter) and add filters:
+//! whoever took it over could have the kernel compile filters of his, which take rights away only.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -137,7 +138,7 @@ const MAIN: &[i64] = &[
     libc::SYS_fsync,
     libc::SYS_io_uring_enter,
     libc::SYS_lseek,
-    // What a disk or network needs that comes while the machine runs; its threads were made before.
+    // What a disk or network needs that comes while the machine runs; the spawner makes its threads.
     libc::SYS_statx,
     libc::SYS_eventfd2,
     libc::SYS_epoll_create1,
@@ -229,25 +230,9 @@ const FIONBIO: u64 = 0x5421;
 
 fn program(kind: Kind) -> Result<BpfProgram, FilterError> {
     let failed = |detail: String| FilterError { kind, detail };
-    let more: &[i64] = match kind {
-        Kind::Main => MAIN,
-        // A driver that starts or resets its balloon or hot memory has memory given back on its vCPU.
-        Kind::Vcpu => &[libc::SYS_sendto, libc::SYS_fallocate],
-        Kind::Block => BLOCK,
-        // It reads and writes; what it asks of its tap is below.
-        Kind::Net => &[],
-        Kind::Console => CONSOLE,
-        Kind::Spawner => SPAWNER,
-    };
-    let inherited = match kind {
-        Kind::Spawner => BLOCK,
-        _ => &[],
-    };
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALL
-        .iter()
-        .chain(more)
-        .chain(inherited)
-        .map(|call| (*call, Vec::new()))
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls(kind)
+        .into_iter()
+        .map(|call| (call, Vec::new()))
         .collect();
     let mut conditional = conditional(kind).map_err(|e| failed(e.to_string()))?;
     rules.append(&mut conditional);
@@ -263,14 +248,38 @@ fn program(kind: Kind) -> Result<BpfProgram, FilterError> {
         .map_err(|e: seccompiler::BackendError| failed(e.to_string()))
 }
 
+/// Calls that are allowed with any argument.
+fn calls(kind: Kind) -> Vec<i64> {
+    let more = match kind {
+        Kind::Main => MAIN.to_vec(),
+        // A driver that starts or resets its balloon or hot memory has memory given back on its vCPU.
+        Kind::Vcpu => vec![libc::SYS_sendto, libc::SYS_fallocate],
+        Kind::Block => BLOCK.to_vec(),
+        // It reads and writes; what it asks of its tap is below.
+        Kind::Net => Vec::new(),
+        Kind::Console => CONSOLE.to_vec(),
+        Kind::Spawner => [SPAWNER, &calls(Kind::Block), &calls(Kind::Net)].concat(),
+    };
+    [ALL, &more].concat()
+}
+
+fn ioctls(kind: Kind) -> Vec<u64> {
+    match kind {
+        Kind::Block => Vec::new(),
+        Kind::Net => TUN_RUNTIME.to_vec(),
+        Kind::Main => [KVM_RUNTIME, TUN_ATTACH, &[FIONBIO]].concat(),
+        Kind::Vcpu | Kind::Console => [KVM_RUNTIME, &[FIONBIO]].concat(),
+        Kind::Spawner => [ioctls(Kind::Block), ioctls(Kind::Net)].concat(),
+    }
+}
+
 /// Calls that are allowed for some arguments only.
 fn conditional(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
-    let when = |argument, operator, value| {
-        let length = SeccompCmpArgLen::Dword;
-        SeccompRule::new(vec![SeccompCondition::new(
-            argument, length, operator, value,
-        )?])
+    let length = SeccompCmpArgLen::Dword;
+    let is = |argument, operator, value| {
+        SeccompCondition::new(argument, length.clone(), operator, value)
     };
+    let when = |argument, operator, value| SeccompRule::new(vec![is(argument, operator, value)?]);
     let not_executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
     let own = u64::from(std::process::id());
     let mut rules = BTreeMap::new();
@@ -290,12 +299,7 @@ fn conditional(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompile
         .map(|command| when(1, SeccompCmpOp::Eq, command as u64))
         .collect();
     rules.insert(libc::SYS_fcntl, commands?);
-    let ioctls = match kind {
-        Kind::Block => Vec::new(),
-        Kind::Net | Kind::Spawner => TUN_RUNTIME.to_vec(),
-        Kind::Main => [KVM_RUNTIME, TUN_ATTACH, &[FIONBIO]].concat(),
-        Kind::Vcpu | Kind::Console => [KVM_RUNTIME, &[FIONBIO]].concat(),
-    };
+    let ioctls = ioctls(kind);
     if !ioctls.is_empty() {
         let ioctls: Result<Vec<_>, _> = ioctls
             .iter()
@@ -309,15 +313,19 @@ fn conditional(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompile
         let flags = thread | NAMESPACES;
         let thread_only = SeccompCmpOp::MaskedEq(flags as u64);
         rules.insert(libc::SYS_clone, vec![when(0, thread_only, thread as u64)?]);
-        let commands = [libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS];
-        let commands = commands.map(|command| when(0, SeccompCmpOp::Eq, command as u64));
-        let commands: Result<Vec<_>, _> = commands.into_iter().collect();
-        rules.insert(libc::SYS_prctl, commands?);
-        let add_filter = u64::from(libc::SECCOMP_SET_MODE_FILTER);
-        rules.insert(
-            libc::SYS_seccomp,
-            vec![when(0, SeccompCmpOp::Eq, add_filter)?],
-        );
+        let both = |first: u64, second: u64| {
+            let (first, second) = (
+                is(0, SeccompCmpOp::Eq, first)?,
+                is(1, SeccompCmpOp::Eq, second)?,
+            );
+            SeccompRule::new(vec![first, second])
+        };
+        let name = when(0, SeccompCmpOp::Eq, libc::PR_SET_NAME as u64)?;
+        let no_new_privileges = both(libc::PR_SET_NO_NEW_PRIVS as u64, 1)?;
+        rules.insert(libc::SYS_prctl, vec![name, no_new_privileges]);
+        // To add a filter, which can only take more away; without any flag.
+        let add = both(u64::from(libc::SECCOMP_SET_MODE_FILTER), 0)?;
+        rules.insert(libc::SYS_seccomp, vec![add]);
     }
     Ok(rules)
 }
@@ -348,7 +356,16 @@ mod tests {
     #[test]
     fn every_kind_of_thread_has_a_program_and_none_may_open_a_file() {
         Filters::compile().unwrap();
-        for list in [ALL, MAIN, BLOCK, CONSOLE] {
+        let kinds = [
+            Kind::Main,
+            Kind::Vcpu,
+            Kind::Block,
+            Kind::Net,
+            Kind::Console,
+            Kind::Spawner,
+        ];
+        for kind in kinds {
+            let list = calls(kind);
             for forbidden in [
                 libc::SYS_open,
                 libc::SYS_openat,
@@ -360,7 +377,6 @@ mod tests {
                 libc::SYS_ptrace,
                 libc::SYS_mount,
                 libc::SYS_clone,
-                libc::SYS_clone3,
                 libc::SYS_io_uring_setup,
                 libc::SYS_io_uring_register,
                 libc::SYS_unshare,
@@ -369,6 +385,8 @@ mod tests {
             ] {
                 assert!(!list.contains(&forbidden), "{forbidden}");
             }
+            let is_spawner = kind == Kind::Spawner;
+            assert_eq!(list.contains(&libc::SYS_clone3), is_spawner);
         }
     }
 }

@@ -303,6 +303,7 @@ impl Supervisor {
             };
             if event != GuestEvent::Resized {
                 log::line(format_args!("{event:?}"));
+                self.lean.happened();
             }
             let event = match event {
                 GuestEvent::Machine(MachineEvent::Stopped { reason }) => return Some(reason),
@@ -459,6 +460,7 @@ impl Supervisor {
         let Some(connection) = others.new.take() else {
             return;
         };
+        self.lean.happened();
         match packet::receive::<ToMachine>(&connection) {
             Ok((
                 ToMachine::Hello {

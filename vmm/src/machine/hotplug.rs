@@ -29,8 +29,8 @@ impl Machine {
         Ok(id)
     }
 
-    /// Gives the guest another network; returns the id that [`Machine::detach`] takes. Its threads are
-    /// among those that [`crate::config::MachineConfig::hot_nets`] had made: one a pair of queues.
+    /// Gives the guest another network; returns the id that [`Machine::detach`] takes. Its threads,
+    /// one a pair of queues, are among those that [`crate::config::MachineConfig::hot_nets`] allows.
     pub fn attach_net(&mut self, net: NetConfig, files: NetFiles) -> Result<String, MachineError> {
         self.not_ended("given a network")?;
         let index = self.config.nets.len();
