@@ -131,8 +131,20 @@ impl Uring {
         IN_FLIGHT_MAX - self.free.len()
     }
 
-    /// Gives what waits to the ring, as far as it has room.
+    /// Gives what waits to the ring, as far as it has room, or writes it here.
     fn push_waiting(&mut self) {
+        loop {
+            self.push_all();
+            // Of those that were written here as one and failed, each by itself: no completion of the ring
+            // would bring us back to them.
+            let stuck = !self.waiting.is_empty() || self.free.is_empty();
+            if self.apart.is_empty() || stuck {
+                return;
+            }
+        }
+    }
+
+    fn push_all(&mut self) {
         while let Some(io) = self.apart.pop_front() {
             if let Err(io) = self.place(io, true, 0) {
                 self.apart.push_front(io);
@@ -429,6 +441,8 @@ impl DiskBackend for Uring {
         }
         if !(self.waiting.is_empty() && self.apart.is_empty()) {
             self.commit();
+            // What that wrote here: nothing else would tell of it.
+            done.append(&mut self.ready);
         }
     }
 

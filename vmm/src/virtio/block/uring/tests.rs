@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+
 use super::*;
 use crate::virtio::block::buffer::Buffer;
 
@@ -107,6 +109,34 @@ fn writes_to_the_cache_are_in_the_file_whichever_way_they_go() {
         assert!(written.iter().all(|&byte| byte == fill));
         assert!(after.iter().all(|&byte| byte == 6));
     }
+}
+
+/// As the worker does it: by one commit and one look, since no descriptor would tell of more.
+#[test]
+fn of_writes_to_the_cache_that_went_as_one_only_the_bad_one_fails_and_all_are_told_at_once() {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(memfd_create("disk", flags).unwrap());
+    file.set_len(8 * BLOCK).unwrap();
+    let disk = DiskFile::new(file.try_clone().unwrap(), false).unwrap();
+    let mut ring = Uring::new(disk).unwrap();
+    ring.cached_writes = CachedWrites::Here;
+    // The disk cannot have its last block back.
+    file.set_len(7 * BLOCK).unwrap();
+    fcntl_add_seals(&file, SealFlags::GROW).unwrap();
+    for tag in 0..3 {
+        let write = io(tag, Operation::Write, 5 + u64::from(tag), 0x40);
+        ring.submit(write).unwrap();
+    }
+    let mut done = Vec::new();
+    ring.commit();
+    ring.reap(&mut done);
+    done.sort_by_key(|completion| completion.io.tag);
+    let results: Vec<_> = done.iter().map(|completion| completion.result).collect();
+    assert_eq!(results, [Ok(()), Ok(()), Err(Errno::PERM)]);
+    assert_eq!(ring.in_flight(), 0);
+    let mut bytes = [0; 2 * BLOCK as usize];
+    file.read_exact_at(&mut bytes, 5 * BLOCK).unwrap();
+    assert!(bytes.iter().all(|&byte| byte == 0x40));
 }
 
 #[test]
