@@ -358,6 +358,7 @@ fn build(
             None => Vec::new(),
         },
         nets,
+        vsock: files.take(FileRole::Vsock),
     };
     let hook: ThreadHook = Arc::new(move |kind: ThreadKind| hook(kind.into()));
     let machine = Machine::build(launch.config.clone(), machine, Some(hook))

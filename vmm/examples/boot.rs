@@ -38,6 +38,7 @@ fn main() -> anyhow::Result<()> {
         },
         console_ports: Vec::new(),
         nets: Vec::new(),
+        vsock: None,
     };
     while let Some(option) = arguments.next() {
         let value = arguments

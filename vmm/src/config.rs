@@ -29,6 +29,8 @@ pub const MAX_HOT_NETS: u8 = 16;
 pub const HOT_BLOCK: u64 = 2 << 20;
 /// Least MTU of a network device (virtio 1.2 §5.1.4: at least 68; IPv6 wants 1280, which is up to the guest).
 pub const MIN_MTU: u16 = 68;
+/// Least context id of a guest: 0 to 2 are reserved (virtio 1.2 §5.10.4), as is the last one (any).
+pub const MIN_CID: u32 = 3;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MachineConfig {
@@ -66,6 +68,9 @@ pub struct MachineConfig {
     pub hot_memory: Option<HotMemoryConfig>,
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
+    /// Sockets between the guest and programs of the host, by `MachineFiles::vsock`.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
     #[serde(default)]
     pub watchdog: Option<WatchdogConfig>,
     /// The pvpanic port, by which a guest's kernel reports that it panicked.
@@ -270,6 +275,12 @@ pub struct BalloonConfig {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockConfig {
+    /// The guest's context id, from [`MIN_CID`]; nobody else on the host need know it.
+    pub cid: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WatchdogConfig {
     pub action: WatchdogAction,
 }
@@ -303,6 +314,9 @@ pub struct MachineFiles {
     pub console_ports: Vec<ConsoleFiles>,
     /// In the order of `MachineConfig::nets`.
     pub nets: Vec<NetFiles>,
+    /// With `MachineConfig::vsock`: a listening stream socket, to which programs of the host connect
+    /// that want to speak with the guest; it is made non-blocking.
+    pub vsock: Option<OwnedFd>,
 }
 
 /// A kernel that boots, from within the guest, disks that only Linux reads. They belong to the host, and
@@ -381,6 +395,8 @@ pub enum ConfigError {
     HotMemorySize { bytes: u64, max: u64 },
     #[error("hot memory of pages larger than {HOT_BLOCK} bytes is not possible")]
     HotMemoryPages,
+    #[error("context id {cid}: a guest's are from {MIN_CID} to {}", u32::MAX - 1)]
+    ContextId { cid: u32 },
     #[error("{given} descriptors for {what}, but {wanted} in the config")]
     FileCount {
         what: &'static str,
@@ -415,6 +431,7 @@ impl MachineConfig {
             rng: None,
             balloon: None,
             nets: Vec::new(),
+            vsock: None,
             watchdog: None,
             pvpanic: true,
         }
@@ -456,6 +473,11 @@ impl MachineConfig {
         if self.hot_nets > MAX_HOT_NETS {
             let count = self.hot_nets;
             return Err(ConfigError::HotNetCount { count });
+        }
+        if let Some(VsockConfig { cid }) = self.vsock
+            && !(MIN_CID..u32::MAX).contains(&cid)
+        {
+            return Err(ConfigError::ContextId { cid });
         }
         if self.console_ports.len() > MAX_CONSOLE_PORTS {
             return Err(ConfigError::ConsolePortCount {
@@ -499,6 +521,11 @@ impl MachineConfig {
                 self.console_ports.len(),
             ),
             ("network devices", files.nets.len(), self.nets.len()),
+            (
+                "vsock",
+                usize::from(files.vsock.is_some()),
+                usize::from(self.vsock.is_some()),
+            ),
         ];
         for (what, given, wanted) in counts {
             if given != wanted {
@@ -665,6 +692,10 @@ mod tests {
             config.validate(),
             Err(ConfigError::CommandLine { .. })
         ));
+
+        let mut config = good.clone();
+        config.vsock = Some(VsockConfig { cid: 2 });
+        assert_eq!(config.validate(), Err(ConfigError::ContextId { cid: 2 }));
 
         let disk = DiskConfig {
             read_only: false,

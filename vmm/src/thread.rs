@@ -19,6 +19,8 @@ pub enum ThreadKind {
     Block,
     /// Packets, one thread a pair of queues.
     Net,
+    /// Sockets between guest and host.
+    Vsock,
     /// The reactor: serial line, consoles, timers.
     Console,
     /// Makes threads of kinds `Block` and `Net` for devices that come later, and does nothing else.

@@ -7,11 +7,13 @@
 //!                "command_line": "tick_ms=0" },
 //!   "kernel": "/path/to/vmlinux", "initrd": null,
 //!   "disks": ["/path/to/disk.raw"], "taps": ["tap0"],
-//!   "user": 1899999 }
+//!   "vsock": "/path/to/socket", "user": 1899999 }
 //! ```
 //! `machine` is a [`MachineConfig`] (its `disks` and `nets` may be left out: one writable disk is
 //! assumed for each path, and a device of one queue for each tap); the file of a disk that is `direct`
-//! is opened so. `"fallback": "FOLDER"` is what `images/fallback/build` made. The serial line is standard input and output. The machine runs in a process of its own,
+//! is opened so. `"fallback": "FOLDER"` is what `images/fallback/build` made. The socket of `vsock` is
+//! made; the guest's context id is 3 unless `machine` says another. The serial line is standard input
+//! and output. The machine runs in a process of its own,
 //! started and jailed exactly as the agent does it, and ends when this one does; with `--no-jail` it runs in this very process,
 //! without jail and seccomp. A tap is made if it is not there; `--tap` adds one to those of FILE. With
 //! `--stamp` the first line on standard error is CLOCK_MONOTONIC, in nanoseconds, of the moment before the
@@ -22,11 +24,12 @@ use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use fractus_agent_api::machine::{ServerId, StopReason};
-use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig};
+use fractus_vmm::config::{DiskConfig, MIN_CID, MachineConfig, NetConfig, VsockConfig};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
@@ -55,6 +58,9 @@ struct ByHand {
     /// Names of interfaces.
     #[serde(default)]
     taps: Vec<String>,
+    /// Where programs come that want to speak with the guest.
+    #[serde(default)]
+    vsock: Option<PathBuf>,
     #[serde(default = "nobody")]
     user: u32,
 }
@@ -155,6 +161,7 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
         fallback,
         disks,
         taps,
+        vsock,
         user,
     } = by_hand;
     let (mut roles, mut files) = (Vec::new(), Vec::<OwnedFd>::new());
@@ -212,19 +219,15 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
         roles.extend(queues.iter().map(|_| FileRole::Tap));
         files.extend(queues);
     }
-    for (role, terminal) in [
-        (
-            FileRole::TerminalInput,
-            std::io::stdin().as_fd().try_clone_to_owned(),
-        ),
-        (
-            FileRole::TerminalOutput,
-            std::io::stdout().as_fd().try_clone_to_owned(),
-        ),
-    ] {
+    if let Some(path) = &vsock {
+        config.vsock.get_or_insert(VsockConfig { cid: MIN_CID });
+        let listener = UnixListener::bind(path).map_err(|e| named(path.display(), &e))?;
+        roles.push(FileRole::Vsock);
+        files.push(listener.into());
+    }
+    for (role, stream) in terminal()? {
         roles.push(role);
-        let what = "the terminal";
-        files.push(terminal.map_err(|source| VmError::System { what, source })?);
+        files.push(stream);
     }
     let jail = jailed.then_some(JailConfig {
         user,
@@ -243,6 +246,18 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
         },
         files,
     ))
+}
+
+fn terminal() -> Result<[(FileRole, OwnedFd); 2], VmError> {
+    let what = "the terminal";
+    let failed = |source| VmError::System { what, source };
+    let (input, output) = (std::io::stdin(), std::io::stdout());
+    let input = input.as_fd().try_clone_to_owned().map_err(failed)?;
+    let output = output.as_fd().try_clone_to_owned().map_err(failed)?;
+    Ok([
+        (FileRole::TerminalInput, input),
+        (FileRole::TerminalOutput, output),
+    ])
 }
 
 /// In a process of its own, as the agent would.

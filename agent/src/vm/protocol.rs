@@ -231,6 +231,8 @@ pub enum FileRole {
     Disk,
     /// A queue of a tap: those of `config.nets` one after the other.
     Tap,
+    /// With `config.vsock`: a listening stream socket.
+    Vsock,
     SerialLog,
     Log,
     LastWords,

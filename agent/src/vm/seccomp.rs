@@ -21,6 +21,7 @@ pub enum Kind {
     Vcpu,
     Block,
     Net,
+    Vsock,
     Console,
     Spawner,
 }
@@ -32,6 +33,7 @@ impl From<ThreadKind> for Kind {
             ThreadKind::Vcpu => Self::Vcpu,
             ThreadKind::Block => Self::Block,
             ThreadKind::Net => Self::Net,
+            ThreadKind::Vsock => Self::Vsock,
             ThreadKind::Console => Self::Console,
             ThreadKind::Spawner => Self::Spawner,
         }
@@ -50,7 +52,7 @@ pub struct FilterError {
 pub struct Filters(Arc<Programs>);
 
 struct Programs {
-    by_kind: [(Kind, BpfProgram); 6],
+    by_kind: [(Kind, BpfProgram); 7],
     no_clone3: BpfProgram,
 }
 
@@ -61,6 +63,7 @@ impl Filters {
             (Kind::Vcpu, program(Kind::Vcpu)?),
             (Kind::Block, program(Kind::Block)?),
             (Kind::Net, program(Kind::Net)?),
+            (Kind::Vsock, program(Kind::Vsock)?),
             (Kind::Console, program(Kind::Console)?),
             (Kind::Spawner, program(Kind::Spawner)?),
         ];
@@ -160,6 +163,14 @@ const BLOCK: &[i64] = &[
     libc::SYS_lseek,
 ];
 
+/// Programs of the host come to the machine's socket; it goes to none.
+const VSOCK: &[i64] = &[
+    libc::SYS_accept4,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+];
+
 const CONSOLE: &[i64] = &[
     libc::SYS_recvfrom,
     libc::SYS_sendto,
@@ -257,6 +268,7 @@ fn calls(kind: Kind) -> Vec<i64> {
         Kind::Block => BLOCK.to_vec(),
         // It reads and writes; what it asks of its tap is below.
         Kind::Net => Vec::new(),
+        Kind::Vsock => VSOCK.to_vec(),
         Kind::Console => CONSOLE.to_vec(),
         Kind::Spawner => [SPAWNER, &calls(Kind::Block), &calls(Kind::Net)].concat(),
     };
@@ -265,7 +277,7 @@ fn calls(kind: Kind) -> Vec<i64> {
 
 fn ioctls(kind: Kind) -> Vec<u64> {
     match kind {
-        Kind::Block => Vec::new(),
+        Kind::Block | Kind::Vsock => Vec::new(),
         Kind::Net => TUN_RUNTIME.to_vec(),
         Kind::Main => [KVM_RUNTIME, TUN_ATTACH, &[FIONBIO]].concat(),
         Kind::Vcpu | Kind::Console => [KVM_RUNTIME, &[FIONBIO]].concat(),
@@ -361,6 +373,7 @@ mod tests {
             Kind::Vcpu,
             Kind::Block,
             Kind::Net,
+            Kind::Vsock,
             Kind::Console,
             Kind::Spawner,
         ];

@@ -135,7 +135,8 @@ impl Probe {
                     self.acpi.power_off();
                 }
             }
-            let busy = self.stack.as_mut().is_some_and(|stack| stack.turn());
+            let mut busy = self.stack.as_mut().is_some_and(|stack| stack.turn());
+            busy |= (self.devices.vsock.as_mut()).is_some_and(|vsock| vsock.turn());
             if !self.listen() && !busy {
                 let due = (self.stack.as_mut()).map_or(clock::FOREVER, |stack| stack.due());
                 clock::doze(seen, due);
@@ -256,6 +257,7 @@ impl Probe {
                 }
                 (None, None) => Err(Refusal::NoDevice),
             },
+            "vsock" => self.vsock(words, out),
             "misuse" => misuse::act(self, words, out),
             "blk-bench" => self.load_disk(words, out),
             _ => self.disk(name, words, out),
@@ -311,6 +313,16 @@ impl Probe {
             "disk-zero" => range().and_then(|(o, l)| Ok(disk.clear(o, l, true)?))?,
             "disk-flush" => disk.flush()?,
             _ => return Err(Refusal::Unknown),
+        }
+        Ok(())
+    }
+
+    fn vsock(&mut self, words: &mut Words, out: &mut Line) -> Outcome {
+        let vsock = self.devices.vsock.as_mut().ok_or(Refusal::NoDevice)?;
+        match (words.word(), words.number()) {
+            (None, _) => vsock.tell(out),
+            (Some("connect"), Some(port)) => vsock.connect(port as u32)?,
+            _ => return Err(Refusal::Usage("[connect PORT]")),
         }
         Ok(())
     }

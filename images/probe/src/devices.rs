@@ -11,6 +11,7 @@ use crate::net::Net;
 use crate::pci::{Bus, Function};
 use crate::say;
 use crate::virtio::{self, PciTransport, Queue};
+use crate::vsock::Vsock;
 
 const MAX_DISKS: usize = 8;
 const PVPANIC_PORT: u16 = 0x505;
@@ -136,6 +137,7 @@ pub struct Devices {
     pub balloon: Option<Balloon>,
     pub hot_memory: Option<HotMemory>,
     pub net: Option<&'static mut Net>,
+    pub vsock: Option<&'static mut Vsock>,
     pvpanic: PvPanic,
 }
 
@@ -153,6 +155,7 @@ impl Devices {
             balloon: None,
             hot_memory: None,
             net: None,
+            vsock: None,
             pvpanic: PvPanic::Port,
         };
         let mut functions = [None; 64];
@@ -231,6 +234,9 @@ impl Devices {
             DeviceType::Network if self.net_slot == 0 => {
                 self.net = Some(Net::new(transport, offloads)?);
                 self.net_slot = slot;
+            }
+            DeviceType::Socket if self.vsock.is_none() => {
+                self.vsock = Some(Vsock::new(transport)?);
             }
             // No driver.
             _ => return Err(Error::Unsupported),

@@ -53,6 +53,8 @@
 //! | `stamp spin\|MS\|off` | how every CPU looks at its TSC, for `gaps` |
 //! | `gaps` | `ok gaps US US …`: the largest gap each CPU saw since the last `gaps` |
 //! | `net` | `ok net mac= features= in= out= ip= taken=`: packets, and bytes taken by port 9 |
+//! | `vsock` | `ok vsock cid= open= echoed= moves=`: echoes what comes to its port 7; moves: how often its connections were gone |
+//! | `vsock connect PORT` | `ok vsock`: asks for a connection to the host's port, and echoes what comes over it |
 //! | `echo TEXT` | `ok echo TEXT` |
 //! | `command-line` | `ok command-line TEXT`: the kernel's |
 //! | `interrupts` | `ok interrupts VECTOR=COUNT …` of the boot CPU |
@@ -85,6 +87,7 @@ mod smp;
 mod stack;
 mod start_info;
 mod virtio;
+mod vsock;
 
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicU64, Ordering};

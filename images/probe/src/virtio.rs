@@ -55,6 +55,7 @@ pub fn kind(function: &Function) -> Option<DeviceType> {
         0x1000 | 0x1041 => Some(DeviceType::Network),
         0x1002 | 0x1045 => Some(DeviceType::MemoryBalloon),
         0x1058 => Some(DeviceType::Memory),
+        0x1053 => Some(DeviceType::Socket),
         _ => None,
     }
 }

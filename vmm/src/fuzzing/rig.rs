@@ -137,6 +137,7 @@ fn files() -> Outcome<MachineFiles> {
         serial: line()?,
         console_ports: vec![line()?, ConsoleFiles::default()],
         nets: Vec::new(),
+        vsock: None,
     })
 }
 

@@ -12,6 +12,7 @@ use super::console::Console;
 use super::mem::{Mem, MemControl};
 use super::net::Net;
 use super::rng::Rng;
+use super::vsock::Vsock;
 use super::{VirtioDevice, VirtioPciDevice};
 use crate::config::{DiskConfig, MachineConfig, MachineFiles, NetConfig, NetFiles};
 use crate::device::{Board, Device, DeviceError, SavedDevice, SavedDevices};
@@ -110,8 +111,8 @@ pub struct Attached {
 
 /// Makes the root complex and all virtio devices of a machine. What it keeps of `files` it duplicates.
 ///
-/// Slots are given in a fixed order (disks, console, random numbers, balloon, hot memory, networks), so that
-/// a guest finds its devices in the same places after every start.
+/// Slots are given in a fixed order (disks, console, random numbers, balloon, hot memory, networks, vsock),
+/// so that a guest finds its devices in the same places after every start.
 pub fn attach(
     config: &MachineConfig,
     files: &MachineFiles,
@@ -182,6 +183,19 @@ pub fn attach(
         if places.placement.nets.len() <= index {
             places.placement.nets.push(id);
         }
+    }
+    if let (Some(config), Some(listener)) = (&config.vsock, &files.vsock) {
+        let id = "vsock0";
+        let listener = listener
+            .try_clone()
+            .map_err(|error| DeviceError::new(id, "duplicate its descriptor", error))?;
+        let make = |saved: Option<&SavedDevice>| {
+            Ok(Box::new(match saved {
+                Some(saved) => Vsock::restore(saved, config, listener, &board.threads)?,
+                None => Vsock::new(id, config, listener, &board.threads)?,
+            }) as Box<dyn VirtioDevice>)
+        };
+        devices.push(plug(id, make, &mut places, board, saved)?);
     }
     if let Some(state) = saved.take(bus.id())? {
         bus.load(&state)?;

@@ -14,6 +14,7 @@ pub enum DeviceType {
     Console = 3,
     Entropy = 4,
     Balloon = 5,
+    Vsock = 19,
     Memory = 24,
 }
 
@@ -23,7 +24,7 @@ impl DeviceType {
         match self {
             DeviceType::Net => [0x02, 0x00, 0],
             DeviceType::Block => [0x01, 0x80, 0],
-            DeviceType::Console => [0x07, 0x80, 0],
+            DeviceType::Console | DeviceType::Vsock => [0x07, 0x80, 0],
             DeviceType::Entropy | DeviceType::Balloon | DeviceType::Memory => [0xff, 0, 0],
         }
     }

@@ -12,10 +12,11 @@ use super::mem::Mem;
 use super::net::Net;
 use super::rng::Rng;
 use super::testing::{Driver, MEMORY, Rig, read_part, write_part};
+use super::vsock::Vsock;
 use super::{VirtioDevice, VirtioPciDevice};
 use crate::config::{
     BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, HOT_BLOCK, HotMemoryConfig,
-    NetConfig, NetFiles, RngConfig,
+    NetConfig, NetFiles, RngConfig, VsockConfig,
 };
 use crate::device::Device;
 use crate::request::Request;
@@ -270,6 +271,36 @@ proptest! {
             |rig| Box::new(Console::new("victim", &ports, &files, &rig.board.reactor).unwrap()),
             |driver| assert_eq!(driver.request(1, &[read_part(0x1000, 16)]), 0),
         );
+    }
+
+    #[test]
+    fn against_sockets(acts in acts()) {
+        let door = super::vsock::testing::Door::new();
+        // Programs of the host that want a port of the guest and say much, and that wait for it.
+        let visitors: Vec<_> = ["CONNECT 1\n", "ACCEPT 0\n", "CONNECT 0\n", "ACCEPT 256\n"]
+            .map(|line| door.visit(&format!("{line}{}", "x".repeat(4000))))
+            .into();
+        attack(
+            &acts,
+            |rig| {
+                let listener = door.listener.try_clone().unwrap().into();
+                let vsock = Vsock::new("victim", &VsockConfig { cid: 3 }, listener, &rig.board.threads);
+                Box::new(vsock.unwrap())
+            },
+            |driver| {
+                // A packet of no connection is answered by a reset.
+                let mut packet = [0; 44];
+                (packet[0], packet[8], packet[28], packet[30]) = (3, 2, 1, 5);
+                driver.put(0x1000, &packet);
+                assert_eq!(driver.request(1, &[read_part(0x1000, 44)]), 0);
+                let mut operation = 0;
+                while operation != 3 {
+                    assert!(driver.request(0, &[write_part(0x2000, 8192)]) >= 44);
+                    operation = driver.take(0x2000 + 30, 1)[0];
+                }
+            },
+        );
+        drop(visitors);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! virtio 1.2 devices over PCI, modern only.
 //!
-//! Owns the transport ([`transport`]), the virtqueues ([`queue`]) and the devices ([`block`], [`console`], [`net`], [`rng`]). A guest's memory is read as one reads a stranger's: every ring, descriptor and length is
-//! checked before use, work and memory for one request are bounded by the queue's size, and a queue
+//! Owns the transport ([`transport`]), the virtqueues ([`queue`]) and the devices ([`block`], [`console`], [`net`],
+//! [`rng`], [`balloon`], [`vsock`]). A guest's memory is read as one reads a stranger's: every ring,
+//! descriptor and length is checked before use, work and memory for one request are bounded by the queue's size, and a queue
 //! that lies takes its device to DEVICE_NEEDS_RESET with a reason (virtio 1.2 §2.1.1), nothing more.
 //!
 //! A device holds its queues between [`VirtioDevice::activate`] and [`VirtioDevice::deactivate`], which
@@ -24,6 +25,7 @@ pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod transport;
+pub mod vsock;
 
 pub use attach::{Attached, HotDevice, Placement, Places, attach, attach_disk, attach_net};
 pub use device::{Activation, DeviceType, VirtioDevice};

@@ -171,6 +171,7 @@ pub fn files(kernel: File) -> (MachineFiles, UnixStream) {
         },
         console_ports: Vec::new(),
         nets: Vec::new(),
+        vsock: None,
     };
     (files, ours)
 }

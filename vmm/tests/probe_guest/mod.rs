@@ -8,14 +8,14 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use fractus_vmm::config::{
     ConsoleFiles, ConsolePortConfig, DiskConfig, MachineConfig, MachineFiles, NetConfig, NetFiles,
-    RngConfig,
+    RngConfig, VsockConfig,
 };
 use fractus_vmm::machine::{Event, Machine, StopReason};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -68,6 +68,7 @@ impl Setup {
             serial: both_ways(&end),
             console_ports: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
         };
         Self {
             config,
@@ -115,6 +116,13 @@ impl Setup {
         self
     }
 
+    /// Sockets, to which programs come by `listener`.
+    pub fn vsock(mut self, cid: u32, listener: &UnixListener) -> Self {
+        self.config.vsock = Some(VsockConfig { cid });
+        self.files.vsock = Some(duplicate(listener).into());
+        self
+    }
+
     pub fn console_port(mut self, name: &str) -> Self {
         let (near, far) = UnixStream::pair().expect("a socket pair");
         self.config.console_ports.push(ConsolePortConfig {
@@ -152,6 +160,11 @@ impl Setup {
 
     pub fn start(self) -> Guest {
         let nets = self.files.nets.iter().map(duplicate_net).collect();
+        let vsock = self
+            .files
+            .vsock
+            .as_ref()
+            .map(|fd| fd.try_clone().expect("duplicate a socket"));
         let mut machine = Machine::build(self.config, self.files, None).expect("build the machine");
         machine.start().expect("start the machine");
         self.serial.set_nonblocking(true).expect("fcntl");
@@ -160,6 +173,7 @@ impl Setup {
             serial: self.serial,
             ports: self.ports,
             nets,
+            vsock: vsock.map(UnixListener::from),
             partial: Vec::new(),
             lines: VecDeque::new(),
             events: VecDeque::new(),
@@ -170,6 +184,10 @@ impl Setup {
 fn open_kvm() -> OwnedFd {
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     kvm.expect("open /dev/kvm: the probe tests need it").into()
+}
+
+fn duplicate(listener: &UnixListener) -> UnixListener {
+    listener.try_clone().expect("duplicate a socket")
 }
 
 fn duplicate_net(net: &NetFiles) -> NetFiles {
@@ -199,6 +217,7 @@ pub struct Guest {
     pub ports: Vec<UnixStream>,
     /// Of its network devices, for a restore.
     nets: Vec<NetFiles>,
+    vsock: Option<UnixListener>,
     partial: Vec<u8>,
     lines: VecDeque<String>,
     events: VecDeque<Event>,
@@ -307,6 +326,10 @@ impl Guest {
             serial: both_ways(&end),
             console_ports: Vec::new(),
             nets: self.nets.iter().map(duplicate_net).collect(),
+            vsock: self
+                .vsock
+                .as_ref()
+                .map(|listener| duplicate(listener).into()),
         };
         let mut machine = Machine::restore(saved, memory, files, None).expect("restore");
         machine.resume().expect("resume");
@@ -316,6 +339,7 @@ impl Guest {
             serial,
             ports: Vec::new(),
             nets: self.nets,
+            vsock: self.vsock,
             partial: Vec::new(),
             lines: VecDeque::new(),
             events: VecDeque::new(),

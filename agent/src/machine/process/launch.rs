@@ -332,6 +332,7 @@ fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, Pro
         },
         rng: Some(RngConfig::default()),
         nets: Vec::new(),
+        vsock: None,
         balloon: Some(BalloonConfig {
             bytes: 0,
             deflate_on_oom: true,
