@@ -275,7 +275,7 @@ proptest! {
 
     #[test]
     fn against_sockets(acts in acts()) {
-        let door = super::vsock::testing::Door::new();
+        let door = super::vsock::testing::Entrance::new();
         // Programs of the host that want a port of the guest and say much, and that wait for it.
         let visitors: Vec<_> = ["CONNECT 1\n", "ACCEPT 0\n", "CONNECT 0\n", "ACCEPT 256\n"]
             .map(|line| door.visit(&format!("{line}{}", "x".repeat(4000))))

@@ -3,12 +3,13 @@
 //! The host's end is one listening Unix socket, handed over as a descriptor. Who connects to it says
 //! whether he wants a port of the guest or waits for the guest to connect ([`visitor`]); the guest sees
 //! context id 2, and reaches nobody who has not come by himself. Owns the device's configuration and one
-//! thread ([`worker`]), which holds the connections ([`connection`]).
+//! thread ([`worker`]), which lets them in ([`door`]) and holds the connections ([`connection`]).
 //!
 //! Connections do not travel: a guest that is restored elsewhere is told that they are gone
 //! (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET). A pause leaves them as they are.
 
 mod connection;
+mod door;
 mod packet;
 mod visitor;
 mod worker;

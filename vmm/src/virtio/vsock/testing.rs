@@ -7,12 +7,12 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use crate::virtio::testing::DEADLINE;
 
 /// The machine's socket, as a name that no file system has.
-pub(crate) struct Door {
+pub(crate) struct Entrance {
     pub(crate) listener: UnixListener,
     address: SocketAddr,
 }
 
-impl Door {
+impl Entrance {
     pub(crate) fn new() -> Self {
         let name = format!("fractus-vsock-{}", uuid::Uuid::new_v4());
         let address = SocketAddr::from_abstract_name(name).unwrap();

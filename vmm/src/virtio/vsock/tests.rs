@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use super::connection::BUFFER;
 use super::packet::{HEADER, HOST, Header, NO_RECEIVE, NO_SEND, Operation, STREAM};
-use super::testing::Door;
+use super::testing::Entrance;
+use super::worker::SOCKETS_MAX;
 use super::*;
 use crate::device::Device;
 use crate::virtio::VirtioPciDevice;
@@ -57,7 +58,7 @@ struct Peer {
 }
 
 impl Peer {
-    fn new(rig: &Rig, door: &Door) -> Self {
+    fn new(rig: &Rig, door: &Entrance) -> Self {
         let listener = door.listener.try_clone().unwrap().into();
         let device = Vsock::new(
             "vsock0",
@@ -172,7 +173,7 @@ impl Peer {
 
 #[test]
 fn a_program_of_the_host_reaches_a_port_of_the_guest() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
     let mut stream = door.visit("CONNECT 1234\nearly");
     let (guest, host) = peer.accept();
@@ -191,7 +192,7 @@ fn a_program_of_the_host_reaches_a_port_of_the_guest() {
 
 #[test]
 fn a_guest_reaches_who_waits_for_it_and_nobody_else() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
     peer.send(peer.header(9, 80, Operation::Request), &[]);
     let refused = peer.expect(Operation::Reset);
@@ -209,7 +210,7 @@ fn a_guest_reaches_who_waits_for_it_and_nobody_else() {
 
 #[test]
 fn what_nobody_understands_is_sent_away() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let _peer = Peer::new(&rig, &door);
     for wish in [
         "HELLO 1\n",
@@ -224,15 +225,33 @@ fn what_nobody_understands_is_sent_away() {
 
 #[test]
 fn without_a_driver_nobody_is_connected() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let peer = Peer::new(&rig, &door);
     peer.driver.set(0x14, 0, 1);
     assert_eq!(rest(&mut door.visit("CONNECT 1\n")), b"");
 }
 
 #[test]
+fn who_waits_before_a_full_house_is_let_in_once_somebody_has_left() {
+    let (rig, door) = (Rig::new(), Entrance::new());
+    let mut peer = Peer::new(&rig, &door);
+    let mut first = door.visit("CONNECT 1\n");
+    let (guest, host) = peer.accept();
+    line(&mut first);
+    let _others: Vec<_> = (2..SOCKETS_MAX).map(|_| door.visit("ACCEPT 9\n")).collect();
+    let mut last = door.visit("ACCEPT 10\n");
+    // Whoever came before it is in, too.
+    peer.connect(5, 10);
+    assert_eq!(line(&mut last), "OK 5\n");
+    let _next = door.visit("CONNECT 2\n");
+    // The guest ends one, and nothing else happens.
+    peer.send(peer.header(guest, host, Operation::Reset), &[]);
+    assert_eq!(peer.expect(Operation::Request).destination_port, 2);
+}
+
+#[test]
 fn a_refused_request_ends_the_programs_stream_without_a_word() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
     let mut stream = door.visit("CONNECT 5\n");
     let request = peer.expect(Operation::Request);
@@ -242,7 +261,7 @@ fn a_refused_request_ends_the_programs_stream_without_a_word() {
 
 #[test]
 fn the_guest_gets_no_more_than_it_can_hold() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
     let mut stream = door.visit("CONNECT 1\n");
     let (guest, host) = peer.accept();
@@ -269,7 +288,7 @@ fn the_guest_gets_no_more_than_it_can_hold() {
 
 #[test]
 fn what_the_host_does_not_take_is_kept_and_no_more_than_was_promised() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
     let mut stream = door.visit("CONNECT 1\n");
     let (guest, host) = peer.accept();
@@ -295,7 +314,7 @@ fn what_the_host_does_not_take_is_kept_and_no_more_than_was_promised() {
 
 #[test]
 fn a_guest_that_sends_more_than_it_may_is_cut_off() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
     let mut stream = door.visit("CONNECT 1\n");
     let (guest, host) = peer.accept();
@@ -322,7 +341,7 @@ fn a_guest_that_sends_more_than_it_may_is_cut_off() {
 
 #[test]
 fn both_sides_may_end_first() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
 
     // The host says all and goes: the guest gets it, then the end, and confirms.
@@ -355,7 +374,7 @@ fn both_sides_may_end_first() {
 
 #[test]
 fn packets_of_no_connection_are_answered_by_resets() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
     for operation in [
         Operation::Response,
@@ -397,7 +416,7 @@ fn packets_of_no_connection_are_answered_by_resets() {
 
 #[test]
 fn a_guest_that_takes_no_answers_is_not_listened_to() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
     // More packets than it has buffers for the answers, and than the device keeps.
     let packet = peer.header(1, 2, Operation::Data).bytes();
@@ -416,7 +435,7 @@ fn a_guest_that_takes_no_answers_is_not_listened_to() {
 
 #[test]
 fn a_pause_leaves_connections_as_they_are() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
     let mut stream = door.visit("CONNECT 1\n");
     peer.accept();
@@ -429,7 +448,7 @@ fn a_pause_leaves_connections_as_they_are() {
 
 #[test]
 fn a_reset_of_the_device_ends_all_connections() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
     let mut stream = door.visit("CONNECT 1\n");
     peer.accept();
@@ -440,7 +459,7 @@ fn a_reset_of_the_device_ends_all_connections() {
 
 #[test]
 fn a_guest_that_was_moved_hears_that_its_connections_are_gone() {
-    let (rig, door) = (Rig::new(), Door::new());
+    let (rig, door) = (Rig::new(), Entrance::new());
     let mut peer = Peer::new(&rig, &door);
     peer.driver.submit(EVENT, &[write_part(0x2000, 8)]);
     peer.driver.device.pause().unwrap();

@@ -14,16 +14,16 @@ use std::time::{Duration, Instant};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
-use rustix::net::{SocketFlags, accept_with};
 
 use super::connection::{Connection, End};
+use super::door::Door;
 use super::packet::{HEADER, HOST, Header, Operation, Ports, STREAM};
 use super::visitor::{Heard, Visitor};
 use crate::eventfd::EventFd;
 use crate::virtio::queue::{Chain, QueueFault, Virtqueue, gather, scatter, total};
 
 /// Sockets of the host at a time, connected or not.
-const SOCKETS_MAX: usize = 256;
+pub(super) const SOCKETS_MAX: usize = 256;
 /// Answers that wait for the guest's buffers.
 const ANSWERS_MAX: usize = 64;
 /// Packets each way before the others have their turn.
@@ -60,7 +60,7 @@ enum Place {
 
 pub(super) struct Worker {
     cid: u64,
-    listener: OwnedFd,
+    door: Door,
     commands: Commands<Command>,
     bell: EventFd,
     epoll: OwnedFd,
@@ -77,8 +77,6 @@ pub(super) struct Worker {
     last: Ports,
     next_token: u64,
     next_port: u32,
-    /// Somebody may wait at the listener.
-    knocked: bool,
     /// The guest is to hear that its connections are gone.
     moved: bool,
     data: Box<[u8]>,
@@ -93,17 +91,17 @@ impl Worker {
         commands: Commands<Command>,
         bell: EventFd,
     ) -> Result<Self, Errno> {
-        rustix::io::ioctl_fionbio(&listener, true)?;
+        let door = Door::new(listener)?;
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         for (fd, token, flags) in [
             (bell.as_fd(), COMMANDS, EventFlags::IN),
-            (listener.as_fd(), LISTENER, EventFlags::IN | EventFlags::ET),
+            (door.as_fd(), LISTENER, EventFlags::IN | EventFlags::ET),
         ] {
             epoll::add(&epoll, fd, EventData::new_u64(token), flags)?;
         }
         Ok(Self {
             cid: cid.into(),
-            listener,
+            door,
             commands,
             bell,
             epoll,
@@ -116,7 +114,6 @@ impl Worker {
             last: Ports { host: 0, guest: 0 },
             next_token: FIRST_SOCKET,
             next_port: FIRST_PORT,
-            knocked: true,
             moved,
             data: vec![0; HEADER + DATA_MAX].into_boxed_slice(),
         })
@@ -223,20 +220,9 @@ impl Worker {
 
     /// Lets in who waits at the listener, as far as there is room.
     fn admit(&mut self, now: Instant) {
-        while self.knocked && self.sockets.len() < SOCKETS_MAX {
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = match accept_with(&self.listener, flags) {
-                Ok(socket) => socket,
-                Err(Errno::INTR | Errno::CONNABORTED) => continue,
-                Err(error) => {
-                    // Without a descriptor left, the next who knocks brings us back.
-                    if error != Errno::AGAIN {
-                        tracing::warn!(%error, "nobody can be let in to the guest's sockets");
-                    }
-                    self.knocked = false;
-                    return;
-                }
-            };
+        while self.sockets.len() < SOCKETS_MAX
+            && let Some(socket) = self.door.admit(now)
+        {
             let token = self.next_token;
             self.next_token += 1;
             let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP;
@@ -523,12 +509,15 @@ impl Worker {
             Place::Visitor(visitor) => visitor.deadline(),
             Place::Connection(_) => None,
         });
+        let now = Instant::now();
+        // Also where what this turn has ended makes room.
+        let room = self.sockets.len() < SOCKETS_MAX;
+        let admission = self.door.due(now).filter(|_| room);
         let timeout = match more {
             true => Some(Duration::ZERO),
-            false => connections
-                .chain(visitors)
+            false => (connections.chain(visitors).chain(admission))
                 .min()
-                .map(|until| until.saturating_duration_since(Instant::now())),
+                .map(|until| until.saturating_duration_since(now)),
         };
         let timeout = timeout.map(|wait| Timespec {
             tv_sec: wait.as_secs() as i64,
@@ -541,7 +530,7 @@ impl Worker {
         for event in events.iter() {
             match event.data.u64() {
                 COMMANDS => drop(self.bell.take()),
-                LISTENER => self.knocked = true,
+                LISTENER => self.door.knock(),
                 QUEUE => {}
                 token => self.hear(token, event.flags),
             }
