@@ -13,6 +13,7 @@ use fractus_agent::host::join::{Join, join};
 use fractus_agent::host::{check, credentials::Identity};
 use fractus_agent::paths::Paths;
 use fractus_agent_api::identity::{Fingerprint, JoinToken};
+use fractus_vmm::config::MIN_CID;
 
 #[derive(Parser)]
 #[command(
@@ -175,9 +176,11 @@ fn config(run: Run) -> anyhow::Result<daemon::Config> {
         .first_user
         .checked_add(run.users)
         .context("too many users")?;
+    // A machine's context id is its user's number.
     anyhow::ensure!(
-        run.first_user > 0,
-        "--first-user 0: no machine may run as root"
+        run.first_user >= MIN_CID,
+        "--first-user {}: machines run as users from {MIN_CID} on, none as root",
+        run.first_user
     );
     Ok(daemon::Config {
         state: run.folders.state_dir,

@@ -118,6 +118,11 @@ impl MachinePaths {
         self.folder.join(format!("{}.image", image.blake3))
     }
 
+    /// Where programs of the host come that want to speak with the guest (virtio-vsock).
+    pub fn vsock(&self) -> PathBuf {
+        self.folder.join("vsock.sock")
+    }
+
     /// Ring of the serial line's output.
     pub fn serial_log(&self) -> PathBuf {
         self.folder.join("serial.ring")

@@ -21,52 +21,6 @@ async fn with_probes() -> Result<Option<(Cloud, Agent, ImageRef)>> {
     Ok(Some(start(&probe, false).await?))
 }
 
-/// Boot nonces in the serial log, in order. A line may be read while it is written: only whole ones count.
-fn nonces(log: &str) -> Vec<String> {
-    let lines = log.split_inclusive('\n');
-    let whole = lines.filter_map(|line| line.strip_suffix('\n'));
-    let boots = whole.filter(|line| line.starts_with("boot nonce="));
-    boots
-        .filter_map(|line| line.split(['=', ' ']).nth(2).map(str::to_owned))
-        .collect()
-}
-
-async fn boots(agent: &Agent, id: ServerId, count: usize) -> Result<Vec<String>> {
-    let by = std::time::Instant::now() + PATIENCE;
-    loop {
-        let found = nonces(&agent.console_says(id, "boot nonce=").await?);
-        if found.len() >= count {
-            return Ok(found);
-        }
-        anyhow::ensure!(
-            std::time::Instant::now() < by,
-            "{found:?}\n{}",
-            agent.vm_log(id)
-        );
-        // sleeps because a console's log is read as often as it takes; a deadline ends it.
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
-}
-
-/// Until the guest has ticked since it booted last: it listens then.
-async fn ticks(agent: &Agent, id: ServerId) -> Result {
-    let by = std::time::Instant::now() + PATIENCE;
-    loop {
-        let log = agent.console_says(id, "boot nonce=").await?;
-        let since = log.rsplit("boot nonce=").next().unwrap_or_default();
-        if since.contains("tick 1 ") {
-            return Ok(());
-        }
-        anyhow::ensure!(
-            std::time::Instant::now() < by,
-            "{since}\n{}",
-            agent.vm_log(id)
-        );
-        // sleeps because a console's log is read as often as it takes; a deadline ends it.
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
-}
-
 #[test]
 fn a_guest_lives_through_the_death_of_its_agent() -> Result {
     block_on(async {

@@ -60,11 +60,12 @@ fn seccomp_ends_a_thread_of_any_kind_that_makes_a_forbidden_call() {
     }
 }
 
-const KINDS: [&str; 8] = [
+const KINDS: [&str; 9] = [
     "main",
     "vcpu",
     "block",
     "net",
+    "vsock",
     "console",
     "spawner",
     "spawned-block",
@@ -172,7 +173,7 @@ fn a_ring_opens_nothing_past_seccomp() {
         let said = try_in_jail("ring-openat", kind);
         assert!(is_refused(&said, "ring-openat", kind), "{said}");
     }
-    for kind in ["vcpu", "console"] {
+    for kind in ["vcpu", "vsock", "console"] {
         let said = try_in_jail("ring-openat", kind);
         assert!(said.contains("signal 31"), "{said}");
     }

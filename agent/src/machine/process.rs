@@ -10,6 +10,7 @@ mod devices;
 pub mod identity;
 pub mod launch;
 pub(crate) mod nest;
+pub(crate) mod sockets;
 pub(crate) mod spawn;
 
 use std::fs::File;

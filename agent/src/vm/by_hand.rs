@@ -13,9 +13,8 @@
 //! assumed for each path, and a device of one queue for each tap); the file of a disk that is `direct`
 //! is opened so. `"fallback": "FOLDER"` is what `images/fallback/build` made. The socket of `vsock` is
 //! made; the guest's context id is 3 unless `machine` says another. The serial line is standard input
-//! and output. The machine runs in a process of its own,
-//! started and jailed exactly as the agent does it, and ends when this one does; with `--no-jail` it runs in this very process,
-//! without jail and seccomp. A tap is made if it is not there; `--tap` adds one to those of FILE. With
+//! and output. The machine runs in a process of its own, started and jailed exactly as the agent does it,
+//! and ends when this one does; with `--no-jail` it runs in this very process, without jail and seccomp. A tap is made if it is not there; `--tap` adds one to those of FILE. With
 //! `--stamp` the first line on standard error is CLOCK_MONOTONIC, in nanoseconds, of the moment before the
 //! machine's process is cloned. The exit status is 0 when the guest powered off or was stopped, else 1
 //! with the reason on standard error.
@@ -24,7 +23,6 @@ use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -37,6 +35,7 @@ use serde::Deserialize;
 use super::protocol::{FileRole, FromMachine, JailConfig, Launch, MachineEvent, ToMachine};
 use super::{VmError, packet, system};
 use crate::machine::process::nest::{self, Making};
+use crate::machine::process::sockets;
 use crate::machine::process::spawn::{Inherited, spawn};
 use crate::network::tap;
 use crate::paths::FallbackPaths;
@@ -221,9 +220,9 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
     }
     if let Some(path) = &vsock {
         config.vsock.get_or_insert(VsockConfig { cid: MIN_CID });
-        let listener = UnixListener::bind(path).map_err(|e| named(path.display(), &e))?;
+        let listener = sockets::vsock(path).map_err(|e| named(path.display(), &e))?;
         roles.push(FileRole::Vsock);
-        files.push(listener.into());
+        files.push(listener);
     }
     for (role, stream) in terminal()? {
         roles.push(role);

@@ -135,13 +135,17 @@ pub fn empty_root() -> Result<(), JailError> {
     Ok(())
 }
 
+/// What a machine's devices need, and the sockets of as many programs as may speak with its guest: these
+/// leave the others none the fewer.
+const DESCRIPTORS: u64 = 512 + 256;
+
 /// More than any machine has: 64 vCPUs, 16 disks of 5, 8 networks of some queues each.
 const THREADS: u64 = 1024;
 
 fn limit_resources(config: JailConfig) -> Result<(), JailError> {
     let limits = [
         (Resource::Core, 0, "RLIMIT_CORE"),
-        (Resource::Nofile, 512, "RLIMIT_NOFILE"),
+        (Resource::Nofile, DESCRIPTORS, "RLIMIT_NOFILE"),
         // Of its user, and each machine has one of its own.
         (Resource::Nproc, THREADS, "RLIMIT_NPROC"),
         (Resource::Msgqueue, 0, "RLIMIT_MSGQUEUE"),

@@ -1,7 +1,7 @@
 //! Tries from inside of a jail what a machine's process must not be able to do:
 //! `fractus-agent vm --jail-test ACT KIND`.
 //!
-//! KIND is `main`, `vcpu`, `block`, `net`, `console` or `spawner` for that thread's seccomp filter,
+//! KIND is `main`, `vcpu`, `block`, `net`, `vsock`, `console` or `spawner` for that thread's seccomp filter,
 //! `spawned-block` or `spawned-net` for a thread that a spawner made, or `none`, which
 //! shows that namespaces, user and Landlock refuse by themselves, or `no-landlock`, which shows the same
 //! of namespaces and user; `host-root` is a jail that was given the host's mounts, and must not be entered.
@@ -256,6 +256,7 @@ pub fn inside(arguments: &[OsString], socket: OwnedFd) -> Result<ExitCode, VmErr
         Some("vcpu") => Some(Kind::Vcpu),
         Some("block") => Some(Kind::Block),
         Some("net") => Some(Kind::Net),
+        Some("vsock") => Some(Kind::Vsock),
         Some("console") => Some(Kind::Console),
         Some("spawner") => Some(Kind::Spawner),
         Some("spawned-block") => Some(Kind::Block),

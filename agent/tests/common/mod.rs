@@ -505,3 +505,41 @@ pub fn probe() -> Option<Vec<u8>> {
     assert!(built.status.success(), "the probe does not build");
     std::fs::read(String::from_utf8_lossy(&built.stdout).trim()).ok()
 }
+
+/// Boot nonces in the serial log, in order. A line may be read while it is written: only whole ones count.
+pub fn nonces(log: &str) -> Vec<String> {
+    let lines = log.split_inclusive('\n');
+    let whole = lines.filter_map(|line| line.strip_suffix('\n'));
+    let boots = whole.filter(|line| line.starts_with("boot nonce="));
+    boots
+        .filter_map(|line| line.split(['=', ' ']).nth(2).map(str::to_owned))
+        .collect()
+}
+
+pub async fn boots(agent: &Agent, id: ServerId, count: usize) -> Result<Vec<String>> {
+    let by = Instant::now() + PATIENCE;
+    loop {
+        let found = nonces(&agent.console_says(id, "boot nonce=").await?);
+        if found.len() >= count {
+            return Ok(found);
+        }
+        anyhow::ensure!(Instant::now() < by, "{found:?}\n{}", agent.vm_log(id));
+        // sleeps because a console's log is read as often as it takes; a deadline ends it.
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Until the guest has ticked since it booted last: it listens then.
+pub async fn ticks(agent: &Agent, id: ServerId) -> Result {
+    let by = Instant::now() + PATIENCE;
+    loop {
+        let log = agent.console_says(id, "boot nonce=").await?;
+        let since = log.rsplit("boot nonce=").next().unwrap_or_default();
+        if since.contains("tick 1 ") {
+            return Ok(());
+        }
+        anyhow::ensure!(Instant::now() < by, "{since}\n{}", agent.vm_log(id));
+        // sleeps because a console's log is read as often as it takes; a deadline ends it.
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

@@ -14,16 +14,17 @@ use fractus_agent_api::machine::{MachineSpec, Pages, ServerId};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{
     BalloonConfig, BootSource, ConsolePortConfig, CpuConfig, CpuProfile, HotMemoryConfig,
-    MachineConfig, MemoryConfig, PageSize, RngConfig, WatchdogAction, WatchdogConfig,
+    MachineConfig, MemoryConfig, PageSize, RngConfig, VsockConfig, WatchdogAction, WatchdogConfig,
 };
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socketpair};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use uuid::Uuid;
 
 use super::control::{Control, watched};
 use super::devices::{self, Files, HOT_DISKS, HOT_NETS};
 use super::nest::{self, Making};
 use super::spawn::{Inherited, spawn};
-use super::{Adoption, End, HostProcess, Launcher, Plan, ProcessError, identity, last_words};
+use super::{Adoption, End, HostProcess, Launcher, Plan, ProcessError};
+use super::{identity, last_words, sockets};
 use crate::host::cgroup::Cgroups;
 use crate::machine::guest_agent;
 use crate::machine::record::ProcessRecord;
@@ -221,6 +222,11 @@ impl HostLauncher {
                     files.push(role, File::open(&image).map_err(at(&image))?);
                 }
             }
+            let path = paths.vsock();
+            let socket = sockets::vsock(&path).map_err(failed(path.display().to_string()))?;
+            files.push(FileRole::Vsock, socket);
+            // No other machine of the host has it, and this one keeps it.
+            config.vsock = Some(VsockConfig { cid: plan.user });
         }
         devices::open(plan, paths, &mut config, &mut files)?;
         if let BootSource::Disk(_) = config.boot {
@@ -248,7 +254,7 @@ impl HostLauncher {
         );
         files.push(
             FileRole::Control,
-            listener(&paths.socket).map_err(at(&paths.socket))?,
+            sockets::control(&paths.socket).map_err(at(&paths.socket))?,
         );
         Ok((config, files))
     }
@@ -262,25 +268,6 @@ fn be_like_any(pid: i32) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         done => done,
     }
-}
-
-/// Bound, not listening: the process listens itself.
-fn listener(path: &Path) -> io::Result<OwnedFd> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let socket = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-        None,
-    )?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(socket)
 }
 
 /// A machine may write its disks and its rings, and no file beyond their size.
