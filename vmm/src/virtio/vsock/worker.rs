@@ -373,21 +373,21 @@ impl Worker {
                 self.end(ports, end);
             }
         } else if header.operation == Operation::Request as u16 {
-            self.accept(header);
+            self.accept(header, now);
         } else if !reset {
             self.answer(ports);
         }
     }
 
-    /// The guest wants a port of the host's.
-    fn accept(&mut self, request: &Header) {
+    /// The guest wants a port of the host's. Who came for it before the guest asked is found, also if
+    /// nobody has heard him yet.
+    fn accept(&mut self, request: &Header, now: Instant) {
         let ports = request.ports();
+        if self.who_waits_for(ports.host).is_none() {
+            self.hear_all(now);
+        }
         loop {
-            let waits = (self.sockets.iter()).find(|(_, place)| match place {
-                Place::Visitor(visitor) => visitor.accepts() == Some(ports.host),
-                Place::Connection(_) => false,
-            });
-            let Some(token) = waits.map(|(token, _)| *token) else {
+            let Some(token) = self.who_waits_for(ports.host) else {
                 return self.answer(ports);
             };
             let place = self.sockets.insert(token, Place::Connection(ports));
@@ -399,6 +399,34 @@ impl Worker {
                 return;
             }
             self.sockets.remove(&token);
+        }
+    }
+
+    fn who_waits_for(&self, port: u32) -> Option<u64> {
+        let waits = |place: &Place| match place {
+            Place::Visitor(visitor) => visitor.accepts() == Some(port),
+            Place::Connection(_) => false,
+        };
+        let mut sockets = self.sockets.iter();
+        sockets
+            .find(|(_, place)| waits(place))
+            .map(|(token, _)| *token)
+    }
+
+    /// Lets in who stands at the door, and hears all who have not said what they want.
+    fn hear_all(&mut self, now: Instant) {
+        self.door.knock();
+        self.admit(now);
+        let silent = |place: &Place| match place {
+            Place::Visitor(visitor) => visitor.accepts().is_none(),
+            Place::Connection(_) => false,
+        };
+        let sockets = self.sockets.iter();
+        let silent: Vec<u64> = (sockets.filter(|(_, place)| silent(place)))
+            .map(|(token, _)| *token)
+            .collect();
+        for token in silent {
+            self.hear(token, EventFlags::empty());
         }
     }
 
