@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
@@ -125,10 +126,14 @@ impl Connection {
     }
 
     /// What the socket is ready for, from now on.
-    pub fn ready(&mut self, readable: bool, writable: bool, hung_up: bool) {
+    pub fn ready(&mut self, readable: bool, writable: bool, hung_up: bool, now: Instant) {
         self.readable |= readable || hung_up;
         self.writable |= writable || hung_up;
         self.hung_up |= hung_up;
+        // It had ended one way already.
+        if self.hung_up && !self.host_sends && self.stage == Stage::Open {
+            self.host_ended(now);
+        }
     }
 
     /// Takes a packet of the guest, which belongs to this connection.
@@ -332,6 +337,8 @@ impl Connection {
     /// The host sends no more; if it is gone altogether, or the guest has nothing to say, that is all.
     fn host_ended(&mut self, now: Instant) {
         self.host_sends = false;
+        // The end of what it sends may be seen before its event is.
+        self.hung_up |= has_hung_up(&self.socket);
         self.owed.shutdown = NO_SEND;
         if self.hung_up || !self.guest_sends {
             self.owed.shutdown |= NO_RECEIVE;
@@ -350,6 +357,13 @@ impl Connection {
             ..Header::to_guest(cid, self.ports, operation)
         }
     }
+}
+
+fn has_hung_up(socket: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(socket, PollFlags::empty())];
+    let gone = PollFlags::HUP | PollFlags::ERR;
+    let now = Timespec::default();
+    poll(&mut polled, Some(&now)).is_ok() && polled[0].revents().intersects(gone)
 }
 
 impl AsFd for Connection {

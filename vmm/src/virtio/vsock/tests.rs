@@ -360,6 +360,17 @@ fn both_sides_may_end_first() {
     assert_eq!(end.flags, NO_RECEIVE | NO_SEND);
     peer.send(peer.header(guest, host, Operation::Reset), &[]);
 
+    // The host has said all, hears on for a while, and goes.
+    let mut stream = door.visit("CONNECT 1\n");
+    let (guest, host) = peer.accept();
+    line(&mut stream);
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(peer.expect(Operation::Shutdown).flags, NO_SEND);
+    drop(stream);
+    let end = peer.expect(Operation::Shutdown);
+    assert_eq!(end.flags, NO_RECEIVE | NO_SEND);
+    peer.send(peer.header(guest, host, Operation::Reset), &[]);
+
     // The host has said all, and hears on.
     let mut stream = door.visit("CONNECT 1\n");
     let (guest, host) = peer.accept();

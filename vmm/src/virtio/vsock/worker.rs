@@ -121,18 +121,29 @@ impl Worker {
 
     pub(super) fn run(mut self) {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(32);
-        loop {
-            while let Ok(command) = self.commands.try_recv() {
-                match command {
-                    Command::Activate(queues) => self.activate(queues),
-                    Command::GiveBack(reply) => drop(reply.send(self.give_back())),
-                    Command::Reset => self.forget(),
-                    Command::Stop => return,
-                }
-            }
+        // Commands before the programs that came after them: those find the driver that is there by now.
+        while self.obey(&events) {
+            events.iter().for_each(|event| self.heed(event));
             let more = self.turn();
             self.wait(&mut events, more);
         }
+    }
+
+    /// False if it is to end.
+    fn obey(&mut self, events: &[epoll::Event]) -> bool {
+        if (events.iter()).any(|event| event.data.u64() == COMMANDS) {
+            // Before the look at them: none is missed.
+            self.bell.take();
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Activate(queues) => self.activate(queues),
+                Command::GiveBack(reply) => drop(reply.send(self.give_back())),
+                Command::Reset => self.forget(),
+                Command::Stop => return false,
+            }
+        }
+        true
     }
 
     fn activate(&mut self, queues: Vec<Virtqueue>) {
@@ -252,7 +263,7 @@ impl Worker {
                 };
                 let hung_up = is(EventFlags::HUP | EventFlags::ERR);
                 let readable = is(EventFlags::IN | EventFlags::RDHUP);
-                connection.ready(readable, is(EventFlags::OUT), hung_up);
+                connection.ready(readable, is(EventFlags::OUT), hung_up, now);
                 if let Err(end) = connection.flush() {
                     self.end(ports, end);
                 }
@@ -528,7 +539,7 @@ impl Worker {
         Ok(())
     }
 
-    fn wait(&mut self, events: &mut Vec<epoll::Event>, more: bool) {
+    fn wait(&self, events: &mut Vec<epoll::Event>, more: bool) {
         let active = self.queues[usize::from(RECEIVE)].is_some();
         let connections = (self.connections.values())
             .filter(|_| active)
@@ -555,13 +566,13 @@ impl Worker {
         let buffer = rustix::buffer::spare_capacity(events);
         // A signal's EINTR is a turn for nothing.
         let _ = epoll::wait(&self.epoll, buffer, timeout.as_ref());
-        for event in events.iter() {
-            match event.data.u64() {
-                COMMANDS => drop(self.bell.take()),
-                LISTENER => self.door.knock(),
-                QUEUE => {}
-                token => self.hear(token, event.flags),
-            }
+    }
+
+    fn heed(&mut self, event: &epoll::Event) {
+        match event.data.u64() {
+            COMMANDS | QUEUE => {}
+            LISTENER => self.door.knock(),
+            token => self.hear(token, event.flags),
         }
     }
 }
