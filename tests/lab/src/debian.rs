@@ -106,19 +106,39 @@ impl Tree {
         }
     }
 
-    /// Runs a program of the tree by the tree's own libraries.
-    pub fn command(&self, program: &Path) -> Command {
-        let libraries = [
+    /// Where a tree's libraries are.
+    fn libraries(&self) -> [PathBuf; 3] {
+        let folders = [
             "lib/x86_64-linux-gnu",
             "usr/lib/x86_64-linux-gnu",
             "usr/lib/x86_64-linux-gnu/pulseaudio",
         ];
-        let libraries = libraries.map(|folder| self.path(folder).display().to_string());
-        let mut command = Command::new(self.path("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"));
+        folders.map(|folder| self.path(folder))
+    }
+
+    /// The program that starts the tree's programs. Debian 12 has it in `/lib`, those after it in `/usr/lib`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn loader(&self) -> Result<PathBuf> {
+        let loaders = self
+            .libraries()
+            .map(|folder| folder.join("ld-linux-x86-64.so.2"));
+        let found = loaders.into_iter().find(|loader| loader.exists());
+        found.with_context(|| format!("{}: no ld-linux-x86-64.so.2", self.folder.display()))
+    }
+
+    /// Runs a program of the tree by the tree's own libraries.
+    ///
+    /// # Errors
+    /// As [`Tree::loader`].
+    pub fn command(&self, program: &Path) -> Result<Command> {
+        let libraries = self.libraries().map(|folder| folder.display().to_string());
+        let mut command = Command::new(self.loader()?);
         command
             .arg("--library-path")
             .arg(libraries.join(":"))
             .arg(program);
-        command
+        Ok(command)
     }
 }

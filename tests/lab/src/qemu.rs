@@ -11,7 +11,9 @@ use crate::segment::Ports;
 
 /// Bytes of a host's memory, in MiB.
 pub const MEMORY_MIB: u32 = 2048;
-const CPUS: u32 = 2;
+/// With two, guests of more than one vCPU broke within minutes of load: QEMU's SVM in software (10.0 and
+/// 11.1) takes one processor's tables for the other's. ARCHITECTURE.md says what was seen.
+const CPUS: u32 = 1;
 
 /// A host's files in its folder.
 #[derive(Debug, Clone)]
@@ -45,9 +47,9 @@ impl Files {
     }
 }
 
-/// QEMU 10 from backports: Debian 12's own hangs with two processors under TCG.
+/// A newer QEMU than Debian 12 has: that one does not intercept XSETBV.
 pub fn package() -> Result<Tree> {
-    tree(&["--backports", "qemu-system-x86"])
+    tree(&["--suite", "trixie-backports", "qemu-system-x86"])
 }
 
 /// What has to be the same for a saved host to be restored.
@@ -90,7 +92,7 @@ pub fn shape(image: &HostImage) -> Result<Vec<String>> {
 /// Starts QEMU; the kernel kills it when this thread dies. `incoming`: it waits to be restored.
 pub fn start(image: &HostImage, files: &Files, ports: &Ports, incoming: bool) -> Result<Child> {
     let package = package()?;
-    let program = package.command(&package.path("usr/bin/qemu-system-x86_64"));
+    let program = package.command(&package.path("usr/bin/qemu-system-x86_64"))?;
     let log = std::fs::File::options()
         .create(true)
         .append(true)

@@ -89,7 +89,7 @@ fn add_tools(archive: &mut Archive<Vec<u8>>) {
     let mut libraries = vec![tools.path("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")];
     for program in TOOLS {
         let path = tools.path(program);
-        let mut list = tools.command(Path::new("--list"));
+        let mut list = tools.command(Path::new("--list")).unwrap();
         let output = list.arg(&path).output().unwrap();
         assert!(output.status.success(), "{program}");
         let text = String::from_utf8(output.stdout).unwrap();
