@@ -5,6 +5,7 @@
 
 mod cloud;
 mod debian;
+mod dmesg;
 mod host;
 mod scenario;
 mod soak;

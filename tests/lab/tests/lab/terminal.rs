@@ -12,6 +12,8 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 /// Longest wait for a command, in software.
 const ANSWERS: Duration = Duration::from_secs(300);
+/// Before a line is taken for lost.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A shell on the server's serial line.
 pub struct Terminal {
@@ -21,7 +23,7 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Where a shell waits already. An agent that has just started finds its machines one after the other.
+    /// An agent that has just started finds its machines one after the other.
     pub async fn open(client: &Client, server: &str) -> Self {
         let what = format!("the console of {server}");
         let opened = until(&what, ANSWERS, || async {
@@ -39,6 +41,18 @@ impl Terminal {
             socket,
             heard: String::new(),
         }
+    }
+
+    /// At a shell that answers. What is typed while a terminal changes hands, as at a login, is dropped.
+    pub async fn shell(client: &Client, server: &str) -> Self {
+        let mut terminal = Self::open(client, server).await;
+        for _ in 0..ANSWERS.as_secs() / PATIENCE.as_secs() {
+            terminal.send("echo a shell an''swers").await;
+            if terminal.hear("a shell answers", PATIENCE).await.is_some() {
+                return terminal;
+            }
+        }
+        panic!("no shell answers, only {:?}", terminal.heard);
     }
 
     pub async fn send(&mut self, line: &str) {
@@ -59,6 +73,14 @@ impl Terminal {
 
     /// What is heard up to `mark`.
     pub async fn until(&mut self, mark: &str) -> String {
+        match self.hear(mark, ANSWERS).await {
+            Some(before) => before,
+            None => panic!("{mark:?} was not heard, only {:?}", self.heard),
+        }
+    }
+
+    /// The same; nothing if it is not heard in that time.
+    async fn hear(&mut self, mark: &str, within: Duration) -> Option<String> {
         let listening = async {
             loop {
                 if let Some((before, after)) = self.heard.split_once(mark) {
@@ -75,7 +97,6 @@ impl Terminal {
                 }
             }
         };
-        let found = tokio::time::timeout(ANSWERS, listening).await;
-        found.unwrap_or_else(|_| panic!("{mark:?} was not heard"))
+        tokio::time::timeout(within, listening).await.ok()
     }
 }
