@@ -7,6 +7,7 @@ mod cloud;
 mod debian;
 mod dmesg;
 mod host;
+mod hotplug;
 mod scenario;
 mod soak;
 mod terminal;

@@ -1,4 +1,4 @@
-//! What CI runs of the lab: the tiny guest on two hosts.
+//! What CI runs of the lab: the tiny guest on two hosts, and one boot of a whole Debian.
 
 use std::time::Instant;
 
@@ -8,7 +8,9 @@ use fractus_lab::TinyGuest;
 use fractus_tests::harness::Client;
 use serde_json::json;
 
-use crate::cloud::{act, create, delete, flavor, lab, logged, said, settled, tiny_image};
+use crate::cloud::{
+    act, create, debian_disk, debian_image, delete, flavor, lab, logged, said, settled, tiny_image,
+};
 use crate::terminal::Terminal;
 
 /// At its third boot the guest powers itself off.
@@ -44,7 +46,7 @@ async fn scenario_servers_with_stock_kernels_live_on_two_hosts() {
     let host = &lab.hosts[1];
     host.kill_agent().unwrap();
     host.start_agent(&controller, "none").unwrap();
-    let mut terminal = Terminal::open(&admin, &servers[1]).await;
+    let mut terminal = Terminal::shell(&admin, &servers[1]).await;
     let heard = terminal.run("cat /run/nonce").await;
     assert!(heard.contains(&nonces[1]), "it is another boot: {heard}");
 
@@ -92,4 +94,31 @@ async fn stopped_and_started(admin: &Client, server: &str, nonce: &str) {
     let log = logged(admin, server, "boots=2").await;
     let second = said(&log, "tiny: boot", "nonce").unwrap();
     assert_ne!(second, nonce, "a boot, not a resume");
+}
+
+#[tokio::test]
+#[ignore = "takes a host in software: scripts/lab test"]
+async fn scenario_debian_boots_from_its_disk_image() {
+    let disk = debian_disk();
+    let lab = lab(1).await;
+    let admin = lab.controller.admin().await.unwrap();
+    let image = debian_image(&admin, disk).await;
+    let flavor = flavor(&admin, 2, 768, 4).await;
+    let began = Instant::now();
+    let server = json!({"name": "debian", "imageRef": image, "flavorRef": flavor});
+    let server = create(&admin, server).await;
+    logged(&admin, &server, "login:").await;
+    println!("login after {:.0} s", began.elapsed().as_secs_f64());
+    let log = logged(&admin, &server, "finished at").await;
+    println!("{log}");
+    println!("cloud-init after {:.0} s", began.elapsed().as_secs_f64());
+    println!("{}", lab.hosts[0].exits().unwrap());
+    assert!(!log.contains("Failed to start"), "a unit failed");
+    assert!(!log.contains("emergency mode"), "emergency mode");
+    assert!(log.contains("debian login:"), "it has its server's name");
+
+    act(&admin, &server, json!({"os-stop": null})).await;
+    let log = logged(&admin, &server, "reboot: Power down").await;
+    assert!(log.contains("Stopped"), "an orderly shutdown: {log}");
+    settled(&admin, &server, "SHUTOFF").await;
 }
