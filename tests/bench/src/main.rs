@@ -8,6 +8,7 @@ mod cloud;
 mod disk;
 mod figure;
 mod interrupt;
+mod lab;
 mod net;
 mod process;
 mod vmm;
@@ -67,6 +68,11 @@ const BENCHES: &[Bench] = &[
         name: "api-listing",
         about: "GET servers/detail with 10 servers",
         run: api::listing,
+    },
+    Bench {
+        name: "lab",
+        about: "a stock kernel to its init and the exits of that, in a host of the lab, beside QEMU microvm",
+        run: lab::boots,
     },
 ];
 
