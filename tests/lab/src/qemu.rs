@@ -11,8 +11,8 @@ use crate::segment::Ports;
 
 /// Bytes of a host's memory, in MiB.
 pub const MEMORY_MIB: u32 = 2048;
-/// With two, guests of more than one vCPU broke within minutes of load: QEMU's SVM in software (10.0 and
-/// 11.1) takes one processor's tables for the other's. ARCHITECTURE.md says what was seen.
+/// With two, guests of two vCPUs broke within minutes of load, on QEMU 10.0 and 11.1. ARCHITECTURE.md says
+/// what was seen.
 const CPUS: u32 = 1;
 
 /// A host's files in its folder.
