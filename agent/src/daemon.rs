@@ -150,6 +150,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         tracing::warn!(%error, "no control groups for machines");
         None
     });
+    if let Some(absent) = cgroups.as_ref().map(Cgroups::absent)
+        && !absent.is_empty()
+    {
+        tracing::warn!(
+            ?absent,
+            "machines' control groups lack controllers, so those limits do not hold"
+        );
+    }
     let launcher = HostLauncher::new(paths.clone(), lock.mark, cgroups.clone(), config.stand_ins)
         .context("preparing to start machines")?;
     let boot_id = launcher.boot_id;

@@ -1,8 +1,10 @@
-//! Control groups (v2) of machines: one a machine, below the agent's own.
+//! Control groups (v2) of machines: one a machine.
 //!
-//! Under systemd the agent's group is delegated to it (`Delegate=yes`); a leaf `agent` takes the agent
-//! itself, so that the controllers can be handed down. Where a host has no version 2 hierarchy the
-//! agent does without and says so in its inventory.
+//! Under systemd they are below those of a unit of their own, `fractus-machines.service`, which is delegated
+//! and whose own process does nothing: below the agent's unit they would keep it from starting again, since
+//! systemd puts a new process into its unit's own group, which the kernel refuses (EBUSY) while groups below
+//! it have controllers. Elsewhere they are below the agent's group, and have the controllers that its parents
+//! hand down, which is none as a rule. Where a host has no version 2 hierarchy the agent does without.
 
 use std::fs;
 use std::io;
@@ -16,6 +18,9 @@ pub struct Cgroups {
     /// Machines' groups are made in here.
     top: PathBuf,
 }
+
+/// systemd's unit for machines, in the same slice as the agent's.
+const MACHINES: &str = "fractus-machines.service";
 
 /// Controllers wanted for machines; the hierarchy works for holding and killing without them.
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "io", "pids"];
@@ -31,35 +36,34 @@ impl Cgroups {
         let Some(own) = own.lines().find_map(|line| line.strip_prefix("0::/")) else {
             return Ok(None);
         };
-        // After an agent's restart in the same unit it is in its leaf already.
-        let own = own.strip_suffix("/agent").unwrap_or(own);
         let group = mount.join(own);
-        let top = group.join(format!("fractus-{name}"));
+        let unit = unit_of_machines(&group);
+        let top = unit
+            .as_ref()
+            .unwrap_or(&group)
+            .join(format!("fractus-{name}"));
         match fs::create_dir_all(&top) {
             Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => return Ok(None),
             other => other?,
         }
-        if own.ends_with(".service") {
-            let leaf = group.join("agent");
-            fs::create_dir_all(&leaf)?;
-            fs::write(leaf.join("cgroup.procs"), std::process::id().to_string())?;
+        if let Some(unit) = &unit {
+            vacate(unit)?;
+            hand_down(unit);
         }
-        for folder in [&group, &top] {
-            for controller in CONTROLLERS {
-                // Some may be absent, or the group may hold processes of others: do without.
-                let _ = fs::write(
-                    folder.join("cgroup.subtree_control"),
-                    format!("+{controller}"),
-                );
-            }
-        }
+        // The agent's own group hands nothing down: with a process in it, threaded controllers would make
+        // the groups below invalid (EOPNOTSUPP), the others be refused.
+        hand_down(&top);
         Ok(Some(Self { top }))
     }
 
-    /// Controllers that machines' groups do have.
-    pub fn controllers(&self) -> Vec<String> {
-        let text = fs::read_to_string(self.top.join("cgroup.controllers")).unwrap_or_default();
-        text.split_whitespace().map(str::to_owned).collect()
+    /// Controllers that machines' groups do not have: those limits do not hold.
+    pub fn absent(&self) -> Vec<&'static str> {
+        let text = fs::read_to_string(self.top.join("cgroup.subtree_control")).unwrap_or_default();
+        let given: Vec<&str> = text.split_whitespace().collect();
+        CONTROLLERS
+            .into_iter()
+            .filter(|wanted| !given.contains(wanted))
+            .collect()
     }
 
     pub fn path(&self, id: ServerId) -> PathBuf {
@@ -106,6 +110,37 @@ impl Cgroups {
             let _ = fs::remove_dir(group.path());
         }
         fs::remove_dir(&self.top)
+    }
+}
+
+/// The group of systemd's unit for machines, beside that of the agent's own unit.
+fn unit_of_machines(own: &Path) -> Option<PathBuf> {
+    let unit = own.with_file_name(MACHINES);
+    (own.extension()? == "service" && unit.is_dir()).then_some(unit)
+}
+
+/// Moves the unit's process out of the unit's own group, which must be empty to hand controllers down.
+fn vacate(unit: &Path) -> io::Result<()> {
+    let keeper = unit.join("keeper");
+    fs::create_dir_all(&keeper)?;
+    for pid in fs::read_to_string(unit.join("cgroup.procs"))?.split_whitespace() {
+        match fs::write(keeper.join("cgroup.procs"), pid) {
+            // It has ended meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
+/// Gives the groups below this one the controllers that it has itself.
+fn hand_down(group: &Path) {
+    for controller in CONTROLLERS {
+        // Some may be absent: what is, is told.
+        let _ = fs::write(
+            group.join("cgroup.subtree_control"),
+            format!("+{controller}"),
+        );
     }
 }
 
@@ -159,6 +194,19 @@ mod tests {
             let given = super::memory(memory_mib);
             assert!((least..most).contains(&given), "{memory_mib} MiB: {given}");
         }
+    }
+
+    #[test]
+    fn machines_are_in_a_unit_of_their_own_where_there_is_one() {
+        let slice = tempfile::tempdir().unwrap();
+        let agent = slice.path().join("fractus-agent.service");
+        assert_eq!(unit_of_machines(&agent), None);
+        let machines = slice.path().join(MACHINES);
+        std::fs::create_dir(&machines).unwrap();
+        assert_eq!(unit_of_machines(&agent), Some(machines));
+        // Somebody's shell, in the slice by chance.
+        let session = slice.path().join("session-1.scope");
+        assert_eq!(unit_of_machines(&session), None);
     }
 
     #[test]

@@ -12,7 +12,16 @@ use crate::archive::Archive;
 use crate::debian::{cache, used};
 
 /// For hosts with systemd.
-const UNIT: &[u8] = include_bytes!("../../../agent/fractus-agent.service");
+const UNITS: [(&str, &[u8]); 2] = [
+    (
+        "opt/units/fractus-agent.service",
+        include_bytes!("../../../agent/fractus-agent.service"),
+    ),
+    (
+        "opt/units/fractus-machines.service",
+        include_bytes!("../../../agent/fractus-machines.service"),
+    ),
+];
 
 /// Makes the disk for this agent, if it was not made before.
 pub fn make(agent: &Path) -> Result<PathBuf> {
@@ -23,7 +32,10 @@ pub fn make(agent: &Path) -> Result<PathBuf> {
         )
     })?;
     let mut hasher = blake3::Hasher::new();
-    hasher.update(UNIT);
+    for (name, unit) in UNITS {
+        hasher.update(name.as_bytes());
+        hasher.update(unit);
+    }
     hasher.update(&bytes);
     let hash = hasher.finalize().to_hex();
     let disk = cache()?.join(format!("payload-{}", &hash[..16]));
@@ -32,7 +44,9 @@ pub fn make(agent: &Path) -> Result<PathBuf> {
         let mut archive = Archive::new(BufWriter::new(new));
         let stripped = stripped(agent)?;
         archive.copy("opt/fractus-agent", 0o755, &stripped)?;
-        archive.file("opt/fractus-agent.service", 0o644, UNIT)?;
+        for (name, unit) in UNITS {
+            archive.file(name, 0o644, unit)?;
+        }
         for library in libraries(agent)? {
             let name = library.display().to_string();
             archive.copy(name.trim_start_matches('/'), 0o755, &library)?;

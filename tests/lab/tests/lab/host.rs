@@ -73,6 +73,13 @@ fn machines(host: &Host) -> String {
     host.done(script).unwrap().trim().to_owned()
 }
 
+/// The most memory, bytes, that each machine's control group may use, in the unit that is for machines.
+fn limits(host: &Host) -> Vec<u64> {
+    let script = "cat /sys/fs/cgroup/system.slice/fractus-machines.service/fractus-*/*/memory.max";
+    let text = host.done(script).unwrap();
+    text.lines().map(|line| line.parse().unwrap()).collect()
+}
+
 /// What lives in the memory of each guest, asked of the guests themselves.
 async fn nonces(admin: &Client, servers: &[String], when: &str) -> Vec<String> {
     println!("asking the guests {when}");
@@ -116,6 +123,12 @@ async fn host_with_systemd_keeps_its_guests_through_all_that_happens_to_its_agen
     let host = &lab.hosts[0];
     let (guests, agent) = (machines(host), unit(host).await);
     assert_eq!(guests.split(' ').count(), 2, "{guests}");
+    let limited = limits(host);
+    assert_eq!(limited.len(), 2, "{limited:?}");
+    assert!(
+        limited.iter().all(|limit| *limit >= 256 << 20),
+        "{limited:?}"
+    );
 
     // The last release's agent gives its machines to the present one.
     let present = std::fs::read(stripped(&program("fractus-agent").unwrap()).unwrap()).unwrap();
@@ -142,6 +155,7 @@ async fn host_with_systemd_keeps_its_guests_through_all_that_happens_to_its_agen
     again.await.unwrap();
     assert_eq!(nonces(&admin, &servers, "after kill -9").await, first);
     assert_eq!(machines(host), guests, "the processes are the same");
+    assert_eq!(limits(host), limited, "and as limited as before");
 
     // An orderly reboot of the host: the guests boot again with it, and find what they had written.
     let began = Instant::now();
