@@ -176,7 +176,7 @@ pub async fn change(app: &App, id: Uuid, change: Change) -> Result<bool, Request
         spec,
     };
     match change::request(app, origin(), &id, wish).await {
-        Ok(()) => Ok(true),
+        Ok(_) => Ok(true),
         Err(RequestError::Overtaken) => Ok(false),
         Err(error) => Err(error),
     }

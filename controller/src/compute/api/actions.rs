@@ -144,7 +144,7 @@ async fn wish(
     change: Change,
     columns: server::ActiveModel,
     spec: Option<fractus_agent_api::machine::MachineSpec>,
-) -> Result<(), ApiError> {
+) -> Result<server::Model, ApiError> {
     let wish = Wish {
         change,
         from: row.state(),
@@ -304,8 +304,7 @@ async fn rebuild(call: &Call, id: &str, body: &Value) -> Result<Response, ApiErr
         data.admin_pass = call.app.compute().machines.seal_password(&password);
         spec.guest.instance = Some(Box::new(data));
     }
-    wish(call, &row, Change::Rebuild, columns, Some(spec)).await?;
-    let row = find(call, id).await?;
+    let row = wish(call, &row, Change::Rebuild, columns, Some(spec)).await?;
     let mut server = view::single(call, &row, Occasion::Rebuild).await?;
     server["adminPass"] = json!(password);
     let location = call.ctx.link(&format!("/v2.1/servers/{id}"));

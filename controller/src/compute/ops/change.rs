@@ -129,8 +129,14 @@ pub struct Wish {
     pub spec: Option<MachineSpec>,
 }
 
-/// Writes what is wanted, and the operation that brings it about.
-pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<(), RequestError> {
+/// Writes what is wanted, and the operation that brings it about. The server as it stands then: a moment
+/// later all may be done.
+pub async fn request(
+    app: &App,
+    origin: Origin,
+    id: &str,
+    wish: Wish,
+) -> Result<server::Model, RequestError> {
     let engine = &app.compute().engine;
     let standing = wish.from.standing().unwrap_or(Standing::Error);
     let transit = wish.change.transit(standing);
@@ -141,7 +147,8 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
     };
     let prepared = engine.prepare(wish.change.kind(), id, &state, origin)?;
     let (subject, now) = (id.to_owned(), app.now_us());
-    app.database()
+    let row = app
+        .database()
         .write(move |tx| {
             let (id, prepared, wish) = (subject.clone(), prepared.clone(), wish.clone());
             let request_id = request_id.clone();
@@ -181,12 +188,12 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
                 })
                 .await?;
                 prepared.insert(tx).await?;
-                Ok(())
+                server::find(tx, &id).await?.ok_or(RequestError::Overtaken)
             })
         })
         .await?;
     engine.wake(id);
-    Ok(())
+    Ok(row)
 }
 
 /// What the server holds of its host becomes what `spec` needs: without a size of its own in the
