@@ -90,7 +90,7 @@ async fn lock<W: Fn(&io::Error)>(paths: &Paths, handover: &Handover<W>) -> anyho
             .create(folder)
             .with_context(|| format!("making {}", folder.display()))?;
     }
-    let path = paths.state.join("lock");
+    let path = paths.lock();
     let mut options = std::fs::File::options();
     let mut file = options
         .read(true)

@@ -11,5 +11,6 @@ pub mod make;
 pub mod process;
 pub mod record;
 pub mod registry;
+pub mod take_down;
 
 pub use registry::{Machines, MachinesError};

@@ -11,6 +11,7 @@ use fractus_agent::daemon;
 use fractus_agent::host::inventory::Inventory;
 use fractus_agent::host::join::{Join, join};
 use fractus_agent::host::{check, credentials::Identity};
+use fractus_agent::machine::take_down::take_down;
 use fractus_agent::paths::Paths;
 use fractus_agent_api::identity::{Fingerprint, JoinToken};
 use fractus_vmm::config::MIN_CID;
@@ -34,6 +35,9 @@ enum Command {
     Join(JoinArguments),
     /// Say what this host lacks for machines, and how to get it
     Check,
+    /// Have the host's guests power off, and wait for it: for a host that is going down, once its agent
+    /// has ended
+    TakeDown(TakeDown),
     /// Say the version
     Version,
 }
@@ -85,6 +89,15 @@ struct Run {
 }
 
 #[derive(Args)]
+struct TakeDown {
+    #[command(flatten)]
+    folders: Folders,
+    /// Seconds to wait: machines that are there then stay
+    #[arg(long, env = "FRACTUS_TAKE_DOWN_SECONDS", default_value_t = 75)]
+    within: u64,
+}
+
+#[derive(Args)]
 struct JoinArguments {
     #[command(flatten)]
     folders: Folders,
@@ -130,6 +143,14 @@ fn start(cli: Cli) -> anyhow::Result<ExitCode> {
             runtime()?.block_on(daemon::run(config(arguments)?))?;
         }
         Command::Join(arguments) => runtime()?.block_on(join_cloud(arguments))?,
+        Command::TakeDown(TakeDown { folders, within }) => {
+            let paths = Paths::new(folders.state_dir, folders.runtime_dir);
+            let (all, left) = take_down(&paths, Duration::from_secs(within))?;
+            println!("{} of {all} machines ended", all - left);
+            if left > 0 {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         Command::Check => {
             if !check::print(std::io::stdout().lock())? {
                 return Ok(ExitCode::FAILURE);

@@ -29,6 +29,11 @@ impl Paths {
         self.state.join("identity")
     }
 
+    /// Held by the agent that runs; what it says tells this agent's processes from another's.
+    pub fn lock(&self) -> PathBuf {
+        self.state.join("lock")
+    }
+
     pub fn images(&self) -> PathBuf {
         self.state.join("images")
     }

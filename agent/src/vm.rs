@@ -12,6 +12,7 @@ pub mod guest;
 pub mod jail;
 pub mod jail_test;
 mod lean;
+mod leave;
 mod log;
 mod pace;
 pub mod packet;
@@ -35,6 +36,7 @@ use self::devices::Devices;
 use self::guest::{Guest, GuestError};
 use self::jail::Namespaces;
 use self::lean::Lean;
+use self::leave::Leave;
 use self::pace::Pace;
 use self::protocol::{FileRole, FromMachine, Launch, SERIAL_LOG, ToMachine, VERSION};
 use self::said::Said;
@@ -228,6 +230,12 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
             source,
         })?;
     let last_words = files.file(FileRole::LastWords);
+    // By hand it ends as any program does.
+    let leave = launch.jail.map(|_| Leave::prepare());
+    let leave = leave.transpose().map_err(|source| VmError::System {
+        what: "waiting for SIGTERM",
+        source,
+    })?;
     let (serial, theirs) = streams().map_err(system("the serial line"))?;
     let filters = launch
         .jail
@@ -260,6 +268,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         devices: Devices::new(&launch.disks, &launch.nets),
         pace: Pace::default(),
         lean: Lean::default(),
+        leave,
         listener,
         agent: None,
         serial,

@@ -504,3 +504,73 @@ fn the_agent_takes_as_many_descriptors_as_the_host_lets_it() -> Result {
         Ok(())
     })
 }
+
+#[test]
+fn a_machine_that_its_host_ends_powers_off_and_is_started_again() -> Result {
+    block_on(async {
+        let (_cloud, agent, kernel) = with_stand_ins().await?;
+        let id = running(&agent, &kernel).await?;
+        for process in agent.processes(id) {
+            let pid = rustix::process::Pid::from_raw(process).unwrap();
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        }
+        let again = |report: &MachineReport| is_running(report) && report.starts == 2;
+        agent.settled(id, 1, again).await?;
+        agent.console_says(id, "power button").await?;
+        Ok(())
+    })
+}
+
+/// What `fractus-agent take-down` says, and whether it succeeded.
+fn take_down(agent: &Agent, within: &str) -> Result<(String, bool)> {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_fractus-agent"))
+        .args(["take-down", "--within", within, "--state-dir"])
+        .arg(agent.folder.path().join("state"))
+        .arg("--runtime-dir")
+        .arg(agent.folder.path().join("run"))
+        .output()?;
+    Ok((String::from_utf8(output.stdout)?, output.status.success()))
+}
+
+#[test]
+fn a_host_that_goes_down_takes_its_machines_down_and_has_them_again_afterwards() -> Result {
+    block_on(async {
+        let (_cloud, mut agent, kernel) = with_stand_ins().await?;
+        let (runs, paused) = (
+            running(&agent, &kernel).await?,
+            running(&agent, &kernel).await?,
+        );
+        let pause = put(2, wanted(&kernel, Power::Paused));
+        agent.put(paused, &pause).await?;
+        let is_paused = |report: &MachineReport| report.observed == Observed::Paused;
+        agent.settled(paused, 2, is_paused).await?;
+        agent.kill();
+        let said = take_down(&agent, "60")?;
+        assert_eq!(said, ("2 of 2 machines ended\n".to_owned(), true));
+        let left = [agent.processes(runs), agent.processes(paused)].concat();
+        assert_eq!(left, Vec::<i32>::new());
+        assert_eq!(take_down(&agent, "60")?.0, "0 of 0 machines ended\n");
+        agent.run().await?;
+        let again = |report: &MachineReport| is_running(report) && report.starts == 2;
+        agent.settled(runs, 1, again).await?;
+        let report = agent.settled(paused, 2, is_paused).await?;
+        assert_eq!(report.starts, 2);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_guest_that_does_not_hear_the_button_goes_when_its_host_says_so_again() -> Result {
+    block_on(async {
+        let (_cloud, mut agent, kernel) = with_stand_ins().await?;
+        let id = running(&agent, &kernel).await?;
+        type_in(&agent, id, b"deaf\n");
+        agent.console_says(id, "heard deaf").await?;
+        agent.kill();
+        let said = take_down(&agent, "0")?;
+        assert_eq!(said, ("0 of 1 machines ended\n".to_owned(), false));
+        assert_eq!(agent.processes(id).len(), 1);
+        assert_eq!(take_down(&agent, "60")?.0, "1 of 1 machines ended\n");
+        Ok(())
+    })
+}

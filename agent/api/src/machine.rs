@@ -258,7 +258,7 @@ pub enum StopReason {
     NotBootable { detail: String },
     /// The VMM failed or was killed.
     VmmFault { detail: String },
-    /// The host was rebooted.
+    /// The host ended it (SIGTERM): it is started again.
     HostReboot,
 }
 

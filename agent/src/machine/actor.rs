@@ -483,12 +483,15 @@ impl<L: Launcher> Actor<L> {
         let going = matches!(power, Power::Stopped | Power::Absent);
         let rebooted = boot.is_some_and(|boot| Some(boot) != self.surroundings.makings.boot_id());
         self.record.stop = match end {
-            End::Silent { .. } | End::Said(StopReason::Requested) if going => {
+            End::Silent { .. } | End::Said(StopReason::Requested | StopReason::HostReboot)
+                if going =>
+            {
                 Some(StopReason::Requested)
             }
             End::Said(StopReason::GuestPowerOff) if asked && going => Some(StopReason::Requested),
             // After a host's reboot what should run is started again.
             End::Silent { .. } if rebooted => None,
+            End::Said(StopReason::HostReboot) => None,
             // Cut off before its guest ran: as if it had never been started.
             End::Silent { .. } if !ran => None,
             // The first half of a soft reboot.

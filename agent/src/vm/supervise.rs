@@ -16,6 +16,7 @@ use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 use super::devices::Devices;
 use super::guest::{Guest, GuestError, GuestEvent};
 use super::lean::Lean;
+use super::leave::Leave;
 use super::pace::Pace;
 use super::protocol::{
     self, FromMachine, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
@@ -34,6 +35,8 @@ pub struct Supervisor {
     pub pace: Pace,
     /// What of the program itself is in memory.
     pub lean: Lean,
+    /// How it hears that its host is going down; `None` only when run by hand.
+    pub leave: Option<Leave>,
     /// Listening; `None` only when run by hand.
     pub listener: Option<OwnedFd>,
     /// The agent, if it is there.
@@ -99,10 +102,20 @@ impl Supervisor {
             if self.abandoned {
                 return self.end(StopReason::Requested);
             }
+            if ready.leave {
+                self.make_ready_to_leave();
+            }
+            if self.leave.as_ref().and_then(Leave::left) == Some(Duration::ZERO) {
+                return self.end(StopReason::HostReboot);
+            }
             // A command may have made events that no descriptor tells of.
             if (ready.guest || ready.agent || self.unheard)
                 && let Some(reason) = self.hear_guest()
             {
+                let reason = match &self.leave {
+                    Some(leave) => leave.reason(reason),
+                    None => reason,
+                };
                 // What the guest said last is in the socket still; nobody writes there any more.
                 self.carry_output(&mut others, usize::MAX);
                 if let StopReason::NotBootable { detail } = &reason {
@@ -135,12 +148,16 @@ impl Supervisor {
 
     fn wait(&self, others: &Guests) -> Result<Ready, Errno> {
         let terminal = self.terminal.as_ref().and_then(|t| t.input.as_ref());
-        let sources: [(Option<BorrowedFd<'_>>, Source); 9] = [
+        let sources: [(Option<BorrowedFd<'_>>, Source); 10] = [
             (Some(self.serial.as_fd()), |ready| &mut ready.serial),
             (Some(self.guest.event_fd()), |ready| &mut ready.guest),
             (self.agent.as_ref().map(AsFd::as_fd), |ready| {
                 &mut ready.agent
             }),
+            (
+                self.leave.as_ref().map(|leave| leave.signals.as_fd()),
+                |ready| &mut ready.leave,
+            ),
             (others.console.as_ref().map(AsFd::as_fd), |ready| {
                 &mut ready.console
             }),
@@ -165,10 +182,11 @@ impl Supervisor {
         // What was left over is gone on with at once; no descriptor need tell of it.
         let left = match self.unheard {
             true => Some(Duration::ZERO),
-            false => [self.pace.left(), self.lean.left()]
-                .into_iter()
-                .flatten()
-                .min(),
+            false => {
+                let leave = self.leave.as_ref().and_then(Leave::left);
+                let all = [self.pace.left(), self.lean.left(), leave];
+                all.into_iter().flatten().min()
+            }
         };
         let left = left.and_then(|left| Timespec::try_from(left).ok());
         match poll(&mut polled, left.as_ref()) {
@@ -291,6 +309,18 @@ impl Supervisor {
 
     fn type_in(&self, bytes: &[u8]) {
         let _ = send(&self.serial, bytes, SEND);
+    }
+
+    /// The guest may power off first, if it can hear that.
+    fn make_ready_to_leave(&mut self) {
+        let hears = self.guest.state() == State::Running;
+        let Some(leave) = &mut self.leave else { return };
+        let asks = leave.is_first(hears);
+        log::line(format_args!("SIGTERM: the host ends this machine"));
+        self.lean.happened();
+        if asks && let Err(error) = self.guest.press_power_button() {
+            log::line(format_args!("the power button: {error}"));
+        }
     }
 
     /// What the machine has to say; a reason when it has ended.
@@ -523,6 +553,7 @@ struct Ready {
     serial: bool,
     guest: bool,
     agent: bool,
+    leave: bool,
     console: bool,
     port: bool,
     speaker: bool,
