@@ -114,7 +114,12 @@ async fn soak_reboots_of_one_guest() {
 /// The reboot of this number, from 0.
 async fn reboot_tiny(admin: &Client, server: &str, number: usize) {
     match number % 3 {
-        0 => Terminal::shell(admin, server).await.send("reboot").await,
+        0 => {
+            let mut terminal = Terminal::shell(admin, server).await;
+            terminal.send("reboot").await;
+            // Hung up with something unread, the line would be lost on its way.
+            terminal.until("reboot").await;
+        }
         1 => act(admin, server, json!({"reboot": {"type": "SOFT"}})).await,
         _ => act(admin, server, json!({"reboot": {"type": "HARD"}})).await,
     }
