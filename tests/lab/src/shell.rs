@@ -32,13 +32,16 @@ pub fn post(host: SocketAddr, program: &str, bytes: &[u8], limit: Duration) -> R
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).with_context(what)?;
     let answer = String::from_utf8_lossy(&answer);
-    let body = answer
-        .split_once("\r\n\r\n")
-        .or_else(|| answer.split_once("\n\n"));
-    match body.and_then(|(_, body)| parse(body)) {
+    match body(&answer).and_then(parse) {
         Some(output) => Ok(output),
         None => bail!("{}: no end in the answer: {answer}", what()),
     }
+}
+
+/// What comes after the first empty line, however that is written: the body may have the other kind.
+fn body(answer: &str) -> Option<&str> {
+    let bodies = ["\r\n\r\n", "\n\n"].map(|end| Some(answer.split_once(end)?.1));
+    bodies.into_iter().flatten().max_by_key(|body| body.len())
 }
 
 /// The last line is `exit STATUS`, after a line break that is not the script's.
@@ -53,6 +56,14 @@ fn parse(body: &str) -> Option<Output> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_body_begins_at_the_first_empty_line_and_keeps_its_own() {
+        let text = "HTTP/1.0 200 OK\r\nContent-Type: text/plain\n\nfirst\r\n\r\nsecond";
+        assert_eq!(body(text), Some("first\r\n\r\nsecond"));
+        assert_eq!(body("A: b\r\n\r\nfirst\n\nsecond"), Some("first\n\nsecond"));
+        assert_eq!(body("A: b\r\n"), None);
+    }
 
     #[test]
     fn an_answer_without_its_last_line_is_none() {
