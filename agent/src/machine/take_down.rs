@@ -1,4 +1,5 @@
-//! Ends the machines of a host that is going down: each guest is asked to power off, and waited for.
+//! Ends the machines of a host that is going down: each guest is asked to power off, and waited for; what is
+//! there still then has its plug pulled, as it would have a moment later.
 //!
 //! Done by a process of its own, after the agent has ended: an agent would start them again.
 
@@ -13,12 +14,17 @@ use uuid::Uuid;
 use super::process::identity;
 use crate::paths::Paths;
 
-/// How many machines there were, and how many of them are left after `within`.
+/// For a process that has been told twice.
+const LAST: Duration = Duration::from_secs(2);
+/// For the kernel to take a killed process apart, however large its guest.
+const KILLED: Duration = Duration::from_secs(10);
+
+/// How many machines ended by themselves within that time, and how many had to be killed.
 ///
 /// # Errors
-/// /proc or the state folder cannot be read. A host on which no agent ever ran has no machines.
+/// /proc or the state folder cannot be read, or a process cannot be killed. A host on which no agent ever
+/// ran has no machines.
 pub fn take_down(paths: &Paths, within: Duration) -> anyhow::Result<(usize, usize)> {
-    let by = Instant::now() + within;
     let lock = paths.lock();
     let mark = match std::fs::read_to_string(&lock) {
         Ok(text) => text,
@@ -30,15 +36,31 @@ pub fn take_down(paths: &Paths, within: Duration) -> anyhow::Result<(usize, usiz
     let marked = identity::marked(mark).context("looking through /proc")?;
     let mut alive: Vec<OwnedFd> = marked.into_iter().map(|process| process.pidfd).collect();
     let all = alive.len();
-    for process in &alive {
-        // One that has ended meanwhile is what is wanted.
-        let _ = pidfd_send_signal(process, Signal::TERM);
+    // A second signal is a process's last: it ends, and can still say why.
+    for time in [within, LAST] {
+        for process in &alive {
+            // One that has ended meanwhile is what is wanted.
+            let _ = pidfd_send_signal(process, Signal::TERM);
+        }
+        wait(&mut alive, time)?;
     }
+    let killed = alive.len();
+    for process in &alive {
+        identity::kill(process).context("killing a machine's process")?;
+    }
+    wait(&mut alive, KILLED)?;
+    anyhow::ensure!(alive.is_empty(), "{} machines outlive SIGKILL", alive.len());
+    Ok((all - killed, killed))
+}
+
+/// Until all have ended, or for that long; leaves those that have not.
+fn wait(alive: &mut Vec<OwnedFd>, within: Duration) -> anyhow::Result<()> {
+    let by = Instant::now() + within;
     loop {
         alive.retain(|process| !identity::ended(process));
         let left = by.saturating_duration_since(Instant::now());
         if alive.is_empty() || left.is_zero() {
-            return Ok((all, alive.len()));
+            return Ok(());
         }
         let mut polled: Vec<PollFd<'_>> = (alive.iter())
             .map(|process| PollFd::new(process, PollFlags::IN))
