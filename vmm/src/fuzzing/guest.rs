@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::rig::{HOT_MEMORY, MEMORY, Rig};
+use super::rig::{Devices, HOT_MEMORY, MEMORY, Rig};
 use crate::cpu::EndOfInterrupt;
 use crate::layout;
 use crate::pci::MSIX_CAPABILITY;
@@ -15,15 +15,13 @@ use crate::request::Request;
 const STEP: usize = 12;
 /// More steps teach nothing that fewer do not.
 const STEPS_MAX: usize = 400;
-/// Disk, console, random numbers, balloon, hot memory: PCI slots 1 to 5.
-const DEVICES: u8 = 5;
+/// The most devices behind PCI.
+const DEVICES: usize = 5;
 const QUEUES: u64 = 8;
 /// Where a driver that knows its work has its rings; what is below is for buffers.
 const RINGS: u64 = 8 << 20;
 const RING: u64 = 0x4000;
 const DEADLINE: Duration = Duration::from_secs(20);
-const RNG: u8 = 2;
-const MEM: u8 = 4;
 
 /// Ports that something answers at, and a neighbour that nothing does.
 const PORTS: [(u16, u16); 9] = [
@@ -44,7 +42,19 @@ const PORTS: [(u16, u16); 9] = [
 /// If a device does, loses count of its interrupts, does not come to rest, cannot be saved, or does not
 /// serve after a reset: a bug.
 pub fn board(input: &[u8]) {
-    let rig = match Rig::new() {
+    devices(Devices::Local, input);
+}
+
+/// The same of a machine's network and sockets, to which others speak from outside meanwhile.
+///
+/// # Panics
+/// As [`board`] does.
+pub fn network(input: &[u8]) {
+    devices(Devices::Network, input);
+}
+
+fn devices(kind: Devices, input: &[u8]) {
+    let rig = match Rig::new(kind) {
         Ok(rig) => rig,
         // A host that is out of something teaches the fuzzer nothing; a test would pass by it.
         Err(error) if cfg!(test) => panic!("there is no board: {error}"),
@@ -52,7 +62,8 @@ pub fn board(input: &[u8]) {
     };
     let mut guest = Guest {
         rig,
-        available: [0; (DEVICES as usize) * QUEUES as usize],
+        kind,
+        available: [0; DEVICES * QUEUES as usize],
     };
     for step in input.chunks_exact(STEP).take(STEPS_MAX) {
         if let Ok(step) = <&[u8; STEP]>::try_from(step) {
@@ -71,16 +82,16 @@ pub fn board(input: &[u8]) {
 
 struct Guest {
     rig: Rig,
+    kind: Devices,
     /// The available index of each ring, as our driver counts it.
-    available: [u16; (DEVICES as usize) * QUEUES as usize],
+    available: [u16; DEVICES * QUEUES as usize],
 }
 
 impl Guest {
     fn step(&mut self, step: &[u8; STEP]) {
         let [kind, what, low, high, value @ ..] = *step;
         let place = u16::from_le_bytes([low, high]);
-        // The device that came last has a mark of its own, so that older seeds mean what they meant.
-        let device = if kind >> 4 == 0xe { MEM } else { what % MEM };
+        let device = self.kind.meant(kind, what);
         let width = 1usize << (what / 4 % 4);
         let number = u64::from_le_bytes(value);
         let queue = u64::from(what / 4) % QUEUES;
@@ -123,7 +134,10 @@ impl Guest {
             }
             1 => self.rig.ioapic.end_of_interrupt(place as u8),
             2 => self.check_requests(),
-            _ => std::thread::yield_now(),
+            _ => {
+                self.rig.outside.act(what / 4, place);
+                std::thread::yield_now();
+            }
         }
     }
 
@@ -282,7 +296,7 @@ impl Guest {
 
     /// Makes a chain available, counted once or as often as the guest pleases.
     fn offer(&mut self, device: u8, queue: u64, head: u16, jump: u64) {
-        let size = [256, 64, 64, 128, 64][usize::from(device)];
+        let size = self.kind.queue_sizes()[usize::from(device)];
         let count = &mut self.available[index(device, queue)];
         let driver = ring(device, queue) + 0x1000;
         let slot = driver + 4 + 2 * u64::from(*count % size);
@@ -304,20 +318,21 @@ impl Guest {
 
     /// After a reset all is as if nothing had been: the device gives random numbers.
     fn expect_service(&mut self) {
-        self.initialise(RNG, 0);
-        let size = self.bar_read(RNG, 0x18, 2) as u16;
+        let rng = self.kind.rng();
+        self.initialise(rng, 0);
+        let size = self.bar_read(rng, 0x18, 2) as u16;
         assert!(size.is_power_of_two(), "a queue of {size} after a reset");
         // 16 bytes, writable, at address 0.
-        self.descriptor(RNG, 0, 0, 16 << 24 | 2 << 40);
-        let driver = ring(RNG, 0) + 0x1000;
+        self.descriptor(rng, 0, 0, 16 << 24 | 2 << 40);
+        let driver = ring(rng, 0) + 0x1000;
         let _ = (self.rig.memory).write_slice(&[0, 0, 1, 0, 0, 0], GuestAddress(driver));
-        self.kick(RNG, 0);
+        self.kick(rng, 0);
         let begin = Instant::now();
         let mut used = [0; 2];
         while used == [0, 0] {
             assert!(begin.elapsed() < DEADLINE, "no service after a reset");
             std::thread::yield_now();
-            let place = GuestAddress(ring(RNG, 0) + 0x2000 + 2);
+            let place = GuestAddress(ring(rng, 0) + 0x2000 + 2);
             let _ = self.rig.memory.read_slice(&mut used, place);
         }
     }

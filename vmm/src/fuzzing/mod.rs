@@ -6,6 +6,7 @@
 //! longer holds is seen without a fuzzer.
 
 mod guest;
+mod outside;
 mod rig;
 #[cfg(test)]
 mod tests;
@@ -13,4 +14,4 @@ mod tests;
 pub use crate::boot::fuzz_load as kernel_loader;
 pub use crate::pci::fuzz_config_space as pci_config;
 pub use crate::virtio::fuzz_queue as virtqueue;
-pub use guest::board;
+pub use guest::{board, network};

@@ -12,7 +12,8 @@ use crate::board::{self, IoApic};
 use crate::bus::Bus;
 use crate::config::{
     BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, HotMemoryConfig, MachineConfig,
-    MachineFiles, PageSize, RngConfig, WatchdogAction, WatchdogConfig,
+    MachineFiles, NetConfig, NetFiles, PageSize, RngConfig, VsockConfig, WatchdogAction,
+    WatchdogConfig,
 };
 use crate::device::{Board, Device, SavedDevices};
 use crate::eventfd::EventFd;
@@ -24,12 +25,52 @@ use crate::request::{RequestReceiver, channel};
 use crate::thread::Threads;
 use crate::virtio::{self, Placement};
 
+use super::outside::Outside;
+
 pub(super) const MEMORY: u64 = 16 << 20;
 pub(super) const HOT_MEMORY: u64 = 32 << 20;
 const DISK: u64 = 64 << 10;
+/// The guest's context id.
+pub(super) const CID: u32 = 3;
 
-/// A board with a disk of two queues, a console of two ports, random numbers, a balloon and hot memory, in that
-/// order from PCI slot 1 on, and every fixed device.
+/// Which devices stand behind PCI, from slot 1 on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Devices {
+    /// A disk of two queues, a console of two ports, random numbers, a balloon, hot memory.
+    Local,
+    /// Random numbers, a network of two pairs of queues, vsock: what others can speak to from outside.
+    Network,
+}
+
+impl Devices {
+    /// The greatest size of a queue of each.
+    pub(super) fn queue_sizes(self) -> &'static [u16] {
+        match self {
+            Devices::Local => &[256, 64, 64, 128, 64],
+            Devices::Network => &[64, 256, 128],
+        }
+    }
+
+    /// Which of them a step means. Hot memory came last and has a mark of its own, so that older seeds mean
+    /// what they meant.
+    pub(super) fn meant(self, kind: u8, what: u8) -> u8 {
+        match self {
+            Devices::Local if kind >> 4 == 0xe => 4,
+            Devices::Local => what % 4,
+            Devices::Network => what % 3,
+        }
+    }
+
+    /// Which of them gives random numbers.
+    pub(super) fn rng(self) -> u8 {
+        match self {
+            Devices::Local => 2,
+            Devices::Network => 0,
+        }
+    }
+}
+
+/// A board with devices behind PCI and every fixed device.
 pub(super) struct Rig {
     pub(super) memory: GuestMemory,
     pub(super) pio: Arc<Bus>,
@@ -38,14 +79,18 @@ pub(super) struct Rig {
     pub(super) doorbells: Arc<Doorbells>,
     pub(super) requests: RequestReceiver,
     pub(super) devices: Vec<Arc<dyn Device>>,
+    pub(super) outside: Outside,
     _reactor: ReactorThread,
 }
 
 impl Rig {
     /// An error is the host's (no descriptors left), not the target's.
-    pub(super) fn new() -> Outcome<Self> {
-        let config = config();
-        let files = files()?;
+    pub(super) fn new(kind: Devices) -> Outcome<Self> {
+        let config = config(kind);
+        let (files, outside) = match kind {
+            Devices::Local => (files()?, Outside::default()),
+            Devices::Network => network_files()?,
+        };
         let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
         let (requests, receiver) = channel()?;
         let reactor = Reactor::new()?;
@@ -82,6 +127,7 @@ impl Rig {
             doorbells,
             requests: receiver,
             devices,
+            outside,
             _reactor: reactor,
         })
     }
@@ -90,9 +136,25 @@ impl Rig {
 /// Any error of the set-up.
 pub(super) type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
-fn config() -> MachineConfig {
+fn config(kind: Devices) -> MachineConfig {
     let mut config = MachineConfig::minimal(MEMORY);
     config.memory.pages = PageSize::Small;
+    config.rng = Some(RngConfig {
+        bytes_per_second: Some(1 << 30),
+    });
+    config.watchdog = Some(WatchdogConfig {
+        action: WatchdogAction::None,
+    });
+    if kind == Devices::Network {
+        config.nets = vec![NetConfig {
+            mac: [2, 0, 0, 0, 0, 1],
+            queues: 2,
+            mtu: Some(1500),
+            limit: None,
+        }];
+        config.vsock = Some(VsockConfig { cid: CID });
+        return config;
+    }
     config.disks = vec![DiskConfig {
         read_only: false,
         serial_number: "victim".to_owned(),
@@ -106,9 +168,6 @@ fn config() -> MachineConfig {
             console,
         })
         .into();
-    config.rng = Some(RngConfig {
-        bytes_per_second: Some(1 << 30),
-    });
     config.balloon = Some(BalloonConfig {
         bytes: 1 << 20,
         deflate_on_oom: true,
@@ -118,9 +177,6 @@ fn config() -> MachineConfig {
         bytes: 16 << 20,
     });
     config.cpus.max = Some(8);
-    config.watchdog = Some(WatchdogConfig {
-        action: WatchdogAction::None,
-    });
     config
 }
 
@@ -139,6 +195,18 @@ fn files() -> Outcome<MachineFiles> {
         nets: Vec::new(),
         vsock: None,
     })
+}
+
+fn network_files() -> Outcome<(MachineFiles, Outside)> {
+    let (outside, taps, vsock) = Outside::new()?;
+    let files = MachineFiles {
+        disks: Vec::new(),
+        console_ports: Vec::new(),
+        nets: vec![NetFiles { taps }],
+        vsock: Some(vsock),
+        ..files()?
+    };
+    Ok((files, outside))
 }
 
 /// A line that takes all output and has input from the start.

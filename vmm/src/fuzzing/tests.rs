@@ -29,3 +29,8 @@ fn whatever_a_kernel_file_holds_is_an_answer() {
 fn whatever_a_guest_does_to_its_devices_is_an_answer() {
     replay("board", 300, super::board);
 }
+
+#[test]
+fn whatever_a_guest_does_to_its_network_and_sockets_is_an_answer() {
+    replay("network", 300, super::network);
+}
