@@ -1,6 +1,7 @@
 //! The host's networks, as far as one machine needs them: taps, and a bridge to put them on.
 
 pub mod tap;
+pub mod vhost;
 
 use std::os::fd::OwnedFd;
 

@@ -338,10 +338,13 @@ fn build(
         disks.push(disk);
     }
     let nets: Vec<NetFiles> = (launch.config.nets.iter())
-        .map(|net| NetFiles {
-            taps: (0..net.queues)
-                .map_while(|_| files.file(FileRole::Tap))
-                .collect(),
+        .map(|net| {
+            let mut take = |role, count| (0..count).map_while(|_| files.file(role)).collect();
+            let in_kernel = if net.limit.is_none() { net.queues } else { 0 };
+            NetFiles {
+                taps: take(FileRole::Tap, net.queues),
+                vhost: take(FileRole::Vhost, in_kernel),
+            }
         })
         .collect();
     let Some(kvm) = files.take(FileRole::Kvm) else {

@@ -334,6 +334,10 @@ pub struct NetFiles {
     /// IFF_MULTI_QUEUE if there are several), or sockets that keep the bounds of packets, each of which
     /// begins with the 12 bytes of virtio_net_hdr.
     pub taps: Vec<File>,
+    /// Open /dev/vhost-net, one a pair of queues, each opened for itself and used by nobody yet: the host's
+    /// kernel moves the packets of a tap. None at all: this process does, as it does where there is a rate
+    /// limit. A network that comes while the machine runs has none: a locked-down process may own no more.
+    pub vhost: Vec<File>,
 }
 
 /// The host's end of a serial line or console port. Pipes and sockets are made non-blocking; what the
@@ -609,14 +613,18 @@ impl NetConfig {
 
     /// Checks that `files` are for this network.
     pub fn validate_files(&self, files: &NetFiles) -> Result<(), ConfigError> {
-        let (given, wanted) = (files.taps.len(), usize::from(self.queues));
-        match given == wanted {
-            true => Ok(()),
-            false => Err(ConfigError::FileCount {
-                what: "queues of a network device",
-                given,
-                wanted,
-            }),
+        let wanted = usize::from(self.queues);
+        let wrong = |what, given| ConfigError::FileCount {
+            what,
+            given,
+            wanted,
+        };
+        match (files.taps.len(), files.vhost.len()) {
+            (taps, _) if taps != wanted => Err(wrong("queues of a network device", taps)),
+            (_, vhost) if vhost != 0 && vhost != wanted => {
+                Err(wrong("vhost-net of a network device", vhost))
+            }
+            _ => Ok(()),
         }
     }
 

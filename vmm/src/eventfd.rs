@@ -43,6 +43,14 @@ impl AsFd for EventFd {
     }
 }
 
+/// A descriptor that is one.
+#[cfg(test)]
+impl From<OwnedFd> for EventFd {
+    fn from(fd: OwnedFd) -> EventFd {
+        EventFd(fd)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -366,6 +366,7 @@ pub fn controllers(vm: &Arc<Vm>) -> (Arc<dyn MsiController>, Arc<dyn IoEvents>) 
 mod tests {
     use super::*;
     use crate::config::MachineConfig;
+    use crate::pci::Msix;
 
     fn vm() -> Vm {
         let device = std::fs::File::options()
@@ -400,5 +401,29 @@ mod tests {
         );
         vm.route(&[(first, refused)])
             .expect_err("what was refused is not taken for done");
+    }
+
+    #[test]
+    fn kvm_takes_what_a_lent_vector_is_signalled_only_while_the_guest_has_it_unmasked() {
+        let (msi, _) = controllers(&Arc::new(vm()));
+        let msix = Arc::new(Msix::new(1, msi).unwrap());
+        let lent = msix.lend(0).unwrap();
+        msix.set_control(1 << 15);
+        msix.write_table(0, &0xfee0_0000u64.to_le_bytes());
+        msix.write_table(8, &0x41u32.to_le_bytes());
+        let signal = || rustix::io::write(&lent, &1u64.to_ne_bytes()).unwrap();
+        let pending = || {
+            let mut bits = [0];
+            msix.read_pending(0, &mut bits);
+            bits[0]
+        };
+        for _ in 0..3 {
+            msix.write_table(12, &[0]);
+            signal();
+            msix.write_table(12, &[1]);
+            assert_eq!(pending(), 0, "it has come");
+            signal();
+            assert_eq!(pending(), 1, "it waits");
+        }
     }
 }

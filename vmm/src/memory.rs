@@ -172,15 +172,7 @@ impl GuestMemory {
 
     /// The ranges to be given to KVM.
     pub fn slots(&self) -> Vec<Slot> {
-        let slot = |region: &GuestRegionMmap<AtomicBitmap>| match &self.hot {
-            Some(hot) if hot.window().base == region.start_addr().0 => hot.slot(),
-            _ => Slot {
-                guest: region.start_addr().0,
-                size: region.len(),
-                host: region.as_ptr() as u64,
-            },
-        };
-        self.map.iter().map(slot).collect()
+        slots(&self.map, self.hot.as_deref())
     }
 
     /// Without hot memory.
@@ -321,6 +313,20 @@ impl AsFd for GuestMemory {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Memory as the guest has it, for the host's kernel: hot memory in the view in which what is not plugged
+/// cannot be written to. The mappings live as long as both.
+pub fn slots(map: &GuestMap, hot: Option<&HotMemory>) -> Vec<Slot> {
+    let slot = |region: &GuestRegionMmap<AtomicBitmap>| match hot {
+        Some(hot) if hot.window().base == region.start_addr().0 => hot.slot(),
+        _ => Slot {
+            guest: region.start_addr().0,
+            size: region.len(),
+            host: region.as_ptr() as u64,
+        },
+    };
+    map.iter().map(slot).collect()
 }
 
 /// Where hot memory begins in the file.

@@ -38,7 +38,8 @@ fn guest_with(config: NetConfig, options: &str) -> Guest {
     let address = tap::GUEST;
     let line = format!("tick_ms=0 net_ip={address}/24 {options}");
     let setup = Setup::new().command_line(&line);
-    setup.net(config, NetFiles { taps }).boot()
+    let vhost = Vec::new();
+    setup.net(config, NetFiles { taps, vhost }).boot()
 }
 
 fn guest(options: &str) -> Guest {
@@ -230,6 +231,7 @@ fn guest_to_be() -> Guest {
 fn one_tap() -> NetFiles {
     NetFiles {
         taps: tap::tap("guest", 1),
+        vhost: Vec::new(),
     }
 }
 
@@ -262,6 +264,7 @@ fn a_network_is_attached_used_detached_and_its_place_taken_by_another() {
     take(&mut connect(19), 1 << 20);
     let second = NetFiles {
         taps: tap::tap("second", 1),
+        vhost: Vec::new(),
     };
     let refused = guest.machine.attach_net(config(1), second).unwrap_err();
     let refused = format!("{:#}", anyhow::Error::from(refused));

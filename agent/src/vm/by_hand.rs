@@ -7,16 +7,17 @@
 //!                "command_line": "tick_ms=0" },
 //!   "kernel": "/path/to/vmlinux", "initrd": null,
 //!   "disks": ["/path/to/disk.raw"], "taps": ["tap0"],
-//!   "vsock": "/path/to/socket", "user": 1899999 }
+//!   "vhost": false, "vsock": "/path/to/socket", "user": 1899999 }
 //! ```
 //! `machine` is a [`MachineConfig`] (its `disks` and `nets` may be left out: one writable disk is
 //! assumed for each path, and a device of one queue for each tap); the file of a disk that is `direct`
-//! is opened so. `"fallback": "FOLDER"` is what `images/fallback/build` made. The socket of `vsock` is
-//! made; the guest's context id is 3 unless `machine` says another. The serial line is standard input
-//! and output. The machine runs in a process of its own, started and jailed exactly as the agent does it,
-//! and ends when this one does; with `--no-jail` it runs in this very process, without jail and seccomp. A tap is made if it is not there; `--tap` adds one to those of FILE. With
-//! `--stamp` the first line on standard error is CLOCK_MONOTONIC, in nanoseconds, of the moment before the
-//! machine's process is cloned. The exit status is 0 when the guest powered off or was stopped, else 1
+//! is opened so. `"fallback": "FOLDER"` is what `images/fallback/build` made. With `vhost` the host's kernel
+//! moves the packets of the taps. The socket of `vsock` is made; the guest's context id is 3 unless `machine`
+//! says another. The serial line is standard input and output. The machine runs in a process of its own,
+//! started and jailed exactly as the agent does it, and ends when this one does; with `--no-jail` it runs in
+//! this very process, without jail and seccomp. A tap is made if it is not there; `--tap` adds one to those of
+//! FILE. With `--stamp` the first line on standard error is CLOCK_MONOTONIC, in nanoseconds, of the moment
+//! before the machine's process is cloned. The exit status is 0 when the guest powered off or was stopped, else 1
 //! with the reason on standard error.
 
 use std::ffi::{CString, OsString};
@@ -37,7 +38,7 @@ use super::{VmError, packet, system};
 use crate::machine::process::nest::{self, Making};
 use crate::machine::process::sockets;
 use crate::machine::process::spawn::{Inherited, spawn};
-use crate::network::tap;
+use crate::network::{tap, vhost};
 use crate::paths::FallbackPaths;
 
 #[derive(Debug, Deserialize)]
@@ -57,6 +58,8 @@ struct ByHand {
     /// Names of interfaces.
     #[serde(default)]
     taps: Vec<String>,
+    #[serde(default)]
+    vhost: bool,
     /// Where programs come that want to speak with the guest.
     #[serde(default)]
     vsock: Option<PathBuf>,
@@ -160,6 +163,7 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
         fallback,
         disks,
         taps,
+        vhost: in_kernel,
         vsock,
         user,
     } = by_hand;
@@ -213,10 +217,10 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
                 limit: None,
             });
         }
-        let queues = config.nets.get(index).map_or(1, |net| net.queues);
-        let queues = tap::open(name, queues).map_err(|e| named(name, &e))?;
-        roles.extend(queues.iter().map(|_| FileRole::Tap));
-        files.extend(queues);
+        for (role, file) in open_tap(name, config.nets.get(index), in_kernel)? {
+            roles.push(role);
+            files.push(file);
+        }
     }
     if let Some(path) = &vsock {
         config.vsock.get_or_insert(VsockConfig { cid: MIN_CID });
@@ -257,6 +261,24 @@ fn terminal() -> Result<[(FileRole, OwnedFd); 2], VmError> {
         (FileRole::TerminalInput, input),
         (FileRole::TerminalOutput, output),
     ])
+}
+
+/// The queues of a tap, and vhost-net for each if wanted and there is no rate to keep.
+fn open_tap(
+    name: &str,
+    net: Option<&NetConfig>,
+    in_kernel: bool,
+) -> Result<Vec<(FileRole, OwnedFd)>, VmError> {
+    let queues = tap::open(name, net.map_or(1, |net| net.queues)).map_err(|e| named(name, &e))?;
+    let mut files = Vec::new();
+    for queue in queues {
+        files.push((FileRole::Tap, queue));
+        if in_kernel && net.is_none_or(|net| net.limit.is_none()) {
+            let device = vhost::open().map_err(|e| named(vhost::DEVICE, &e))?;
+            files.push((FileRole::Vhost, device.into()));
+        }
+    }
+    Ok(files)
 }
 
 /// In a process of its own, as the agent would.

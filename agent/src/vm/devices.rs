@@ -108,8 +108,12 @@ impl Supervisor {
         if self.devices.has(id) {
             return self.tell(&self.status());
         }
-        let taps = files.into_iter().map(File::from).collect();
-        let attached = self.guest.attach_net(config, NetFiles { taps });
+        // A locked-down process takes no vhost-net: it moves the packets until its next start.
+        let net = NetFiles {
+            taps: files.into_iter().map(File::from).collect(),
+            vhost: Vec::new(),
+        };
+        let attached = self.guest.attach_net(config, net);
         self.attached(DeviceKind::Nic, id, attached);
     }
 

@@ -15,14 +15,16 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::protocol::MOST;
+use crate::network::vhost;
 
 /// Descriptors that one packet may carry: the kernel's own limit (SCM_MAX_FD).
 pub const MOST_FILES: usize = 253;
 
 /// What the largest machine that `MachineConfig::validate` allows is launched with: an input and an
 /// output a console port, a tap a pair of queues, and what every launch carries (see
-/// [`FileRole`](super::protocol::FileRole)).
-const LARGEST: usize = MAX_DISKS + 2 * MAX_CONSOLE_PORTS + MAX_NETS * MAX_QUEUES as usize + 16;
+/// [`FileRole`](super::protocol::FileRole)), and as many /dev/vhost-net as the agent opens.
+const LARGEST: usize =
+    MAX_DISKS + 2 * MAX_CONSOLE_PORTS + MAX_NETS * MAX_QUEUES as usize + vhost::MOST + 16;
 const _: () = assert!(LARGEST <= MOST_FILES, "it could not be launched");
 
 #[derive(Debug, thiserror::Error)]

@@ -231,6 +231,8 @@ pub enum FileRole {
     Disk,
     /// A queue of a tap: those of `config.nets` one after the other.
     Tap,
+    /// An open /dev/vhost-net for each `Tap` of a network without a rate limit, or none at all.
+    Vhost,
     /// With `config.vsock`: a listening stream socket.
     Vsock,
     SerialLog,

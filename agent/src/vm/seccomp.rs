@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fractus_vmm::thread::ThreadKind;
+use fractus_vmm::virtio::net::vhost;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch, apply_filter,
@@ -223,7 +224,8 @@ const KVM_RUNTIME: &[u64] = &[
     0xc018_aec0, // KVM_CLEAR_DIRTY_LOG
 ];
 
-/// What a network device's thread asks of its tap: no new interface, no other name or address.
+/// What a network device's thread asks of its tap, besides what it asks of vhost-net: no new interface, no
+/// other name or address.
 const TUN_RUNTIME: &[u64] = &[
     0x4004_54d0, // TUNSETOFFLOAD
     0x4004_54d9, // TUNSETQUEUE
@@ -278,7 +280,7 @@ fn calls(kind: Kind) -> Vec<i64> {
 fn ioctls(kind: Kind) -> Vec<u64> {
     match kind {
         Kind::Block | Kind::Vsock => Vec::new(),
-        Kind::Net => TUN_RUNTIME.to_vec(),
+        Kind::Net => [TUN_RUNTIME, &vhost::RUNTIME].concat(),
         Kind::Main => [KVM_RUNTIME, TUN_ATTACH, &[FIONBIO]].concat(),
         Kind::Vcpu | Kind::Console => [KVM_RUNTIME, &[FIONBIO]].concat(),
         Kind::Spawner => [ioctls(Kind::Block), ioctls(Kind::Net)].concat(),

@@ -37,6 +37,7 @@ pub const UNSAFE: &[(&str, &str)] = &[
         "packets read and written in guest memory",
     ),
     ("vmm/src/virtio/net/tap.rs", "ioctls of tun"),
+    ("vmm/src/virtio/net/vhost.rs", "ioctls of vhost"),
     ("vmm/tests/tap", "a tap in a namespace of its own"),
     (
         "agent/src/vm",

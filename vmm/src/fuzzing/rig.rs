@@ -202,7 +202,10 @@ fn network_files() -> Outcome<(MachineFiles, Outside)> {
     let files = MachineFiles {
         disks: Vec::new(),
         console_ports: Vec::new(),
-        nets: vec![NetFiles { taps }],
+        nets: vec![NetFiles {
+            taps,
+            vhost: Vec::new(),
+        }],
         vsock: Some(vsock),
         ..files()?
     };

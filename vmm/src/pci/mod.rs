@@ -20,7 +20,7 @@ pub use config::{BarSpec, BarWidth, ConfigSpace, ConfigState, Identity};
 pub use fuzz::fuzz_config_space;
 #[cfg(test)]
 pub(crate) use msix::tests as msix_recorder;
-pub use msix::{MSIX_CAPABILITY, MSIX_ENTRY_SIZE, Msix, MsixError, MsixLayout, MsixState};
+pub use msix::{Lent, MSIX_CAPABILITY, MSIX_ENTRY_SIZE, Msix, MsixError, MsixLayout, MsixState};
 pub use ports::{BarWindow, ConfigPorts, Ecam, PciBus};
 pub use root::{PciFunction, RootComplex, RootState, SharedFunction, SlotError};
 

@@ -4,7 +4,13 @@
 //! device interrupts by one `write`. The route is told only when the guest has unmasked a vector whose
 //! message changed; an interrupt that is raised while masked waits in the pending bit and is delivered
 //! on unmasking (PCI 3.0 §6.8.2.9).
+//!
+//! Who interrupts without us (vhost) is lent a vector's eventfd. It is bound to the message only while
+//! the guest has the vector unmasked; what is signalled meanwhile waits in the eventfd's count. Only what the
+//! guest writes, and the lending itself, route, bind and unbind, never who interrupts or gives back: a device's
+//! thread may ask KVM for nothing.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -71,9 +77,32 @@ struct Vector {
     entry: Entry,
     pending: bool,
     gsi: Gsi,
-    fd: EventFd,
-    /// What the route was last told, to tell it only what changed; the eventfd is bound from then on.
+    fd: Arc<EventFd>,
+    /// What the route was last told, to tell it only what changed.
     routed: Option<MsiMessage>,
+    /// A signal becomes the message.
+    bound: bool,
+    /// How many others signal the eventfd: queues may share a vector.
+    lent: usize,
+}
+
+/// A vector's eventfd in the hands of somebody who signals it without asking; given back on drop.
+pub struct Lent {
+    msix: Arc<Msix>,
+    vector: u16,
+    fd: Arc<EventFd>,
+}
+
+impl AsFd for Lent {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.msix.take_back(self.vector);
+    }
 }
 
 struct Table {
@@ -112,8 +141,10 @@ impl Msix {
                 entry: Entry::RESET,
                 pending: false,
                 gsi,
-                fd,
+                fd: Arc::new(fd),
                 routed: None,
+                bound: false,
+                lent: 0,
             });
         }
         Ok(Self {
@@ -154,7 +185,8 @@ impl Msix {
     }
 
     pub fn save(&self) -> MsixState {
-        let table = self.lock();
+        let mut table = self.lock();
+        table.vectors.iter_mut().for_each(Vector::collect);
         MsixState {
             entries: table.vectors.iter().map(|vector| vector.entry).collect(),
             pending: table.vectors.iter().map(|vector| vector.pending).collect(),
@@ -170,6 +202,33 @@ impl Msix {
         body[2..6].copy_from_slice(&(layout.table | u32::from(layout.bar)).to_le_bytes());
         body[6..10].copy_from_slice(&(layout.pending | u32::from(layout.bar)).to_le_bytes());
         (body, (CONTROL_ENABLE | CONTROL_MASK).to_le_bytes())
+    }
+
+    /// Lends a vector; none of that number: none.
+    pub fn lend(self: &Arc<Self>, vector: u16) -> Option<Lent> {
+        let mut table = self.lock();
+        let open = table.open();
+        let Table {
+            controller,
+            vectors,
+            ..
+        } = &mut *table;
+        let entry = vectors.get_mut(usize::from(vector))?;
+        entry.lent += 1;
+        entry.settle(controller.as_ref(), open);
+        Some(Lent {
+            msix: Arc::clone(self),
+            vector,
+            fd: Arc::clone(&entry.fd),
+        })
+    }
+
+    fn take_back(&self, vector: u16) {
+        let mut table = self.lock();
+        if let Some(vector) = table.vectors.get_mut(usize::from(vector)) {
+            vector.collect();
+            vector.lent = vector.lent.saturating_sub(1);
+        }
     }
 
     pub fn vectors(&self) -> u16 {
@@ -202,18 +261,16 @@ impl Msix {
     /// Interrupts, or remembers it while masked. `false` if MSI-X is off or there is no such vector.
     pub fn trigger(&self, vector: u16) -> bool {
         let mut table = self.lock();
+        let open = table.open();
         let Table {
-            controller,
-            vectors,
-            enabled,
-            masked,
+            vectors, enabled, ..
         } = &mut *table;
         let Some(vector) = vectors.get_mut(usize::from(vector)).filter(|_| *enabled) else {
             return false;
         };
         vector.pending = true;
-        if !*masked {
-            vector.settle(controller.as_ref());
+        if open {
+            vector.raise();
         }
         true
     }
@@ -246,7 +303,8 @@ impl Msix {
 
     /// The pending bits, read-only to the guest.
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
-        let table = self.lock();
+        let mut table = self.lock();
+        table.vectors.iter_mut().for_each(Vector::collect);
         for (step, byte) in data.iter_mut().enumerate() {
             let first = offset.saturating_add(step as u64).saturating_mul(8);
             *byte = (0..8).fold(0, |bits, bit| {
@@ -262,11 +320,15 @@ impl Msix {
 }
 
 impl Table {
+    /// Whether the function's vectors interrupt at all.
+    fn open(&self) -> bool {
+        self.enabled && !self.masked
+    }
+
     fn settle(&mut self) {
-        if self.enabled && !self.masked {
-            for vector in &mut self.vectors {
-                vector.settle(self.controller.as_ref());
-            }
+        let open = self.open();
+        for vector in &mut self.vectors {
+            vector.settle(self.controller.as_ref(), open);
         }
     }
 }
@@ -274,7 +336,7 @@ impl Table {
 impl Drop for Table {
     fn drop(&mut self) {
         for vector in &self.vectors {
-            if vector.routed.is_some()
+            if vector.bound
                 && let Err(error) = self.controller.unbind(vector.gsi, &vector.fd)
             {
                 tracing::warn!(%error, "an interrupt route could not be given back");
@@ -286,31 +348,51 @@ impl Drop for Table {
 }
 
 impl Vector {
-    /// Brings the route up to date and delivers what waited, if the vector is not masked.
-    fn settle(&mut self, controller: &dyn MsiController) {
-        if self.entry.masked {
-            return;
+    /// After the guest has masked or unmasked it, or the function; `open`: the function is not masked.
+    fn settle(&mut self, controller: &dyn MsiController, open: bool) {
+        if open && !self.entry.masked {
+            self.deliver(controller);
+        } else if self.lent > 0 && self.bound {
+            match controller.unbind(self.gsi, &self.fd) {
+                Ok(()) => self.bound = false,
+                Err(error) => tracing::warn!(%error, "a masked interrupt will come"),
+            }
         }
+    }
+
+    /// Brings the route up to date and delivers what waited. The vector is not masked.
+    fn deliver(&mut self, controller: &dyn MsiController) {
         if self.routed != Some(self.entry.message) {
-            let bound = self.routed.is_some();
-            let routed = controller
-                .route(&[(self.gsi, Some(self.entry.message))])
-                .and_then(|()| {
-                    if bound {
-                        Ok(())
-                    } else {
-                        controller.bind(self.gsi, &self.fd)
-                    }
-                });
-            if let Err(error) = routed {
+            if let Err(error) = controller.route(&[(self.gsi, Some(self.entry.message))]) {
                 tracing::warn!(%error, message = ?self.entry.message, "an MSI-X message was refused");
                 return;
             }
             self.routed = Some(self.entry.message);
         }
-        if self.pending {
-            self.pending = false;
+        if !self.bound {
+            // What is signalled from here on KVM finds when it binds.
+            self.collect();
+            if let Err(error) = controller.bind(self.gsi, &self.fd) {
+                tracing::warn!(%error, "an interrupt vector was refused");
+                return;
+            }
+            self.bound = true;
+        }
+        self.raise();
+    }
+
+    /// Delivers what waits, unless the vector is masked or its message was refused. Asks nothing of KVM.
+    fn raise(&mut self) {
+        let routed = self.bound && self.routed == Some(self.entry.message);
+        if routed && !self.entry.masked && std::mem::take(&mut self.pending) {
             self.fd.signal();
+        }
+    }
+
+    /// Takes note of what others signalled while masked.
+    fn collect(&mut self) {
+        if self.lent > 0 && !self.bound {
+            self.pending |= self.fd.take() > 0;
         }
     }
 }
@@ -469,6 +551,84 @@ pub(crate) mod tests {
         assert_eq!((recorder.triggers(0), recorder.programmed(0)), (1, 1));
         msix.trigger(0);
         assert_eq!((recorder.triggers(0), recorder.programmed(0)), (2, 1));
+    }
+
+    fn signal(lent: &Lent) {
+        lent.fd.signal();
+    }
+
+    #[test]
+    fn a_lent_vector_interrupts_by_itself_but_never_while_masked() {
+        let recorder = Arc::new(Recorder::default());
+        let msix = Arc::new(Msix::new(2, recorder.clone()).unwrap());
+        let lent = msix.lend(1).unwrap();
+        assert!(msix.lend(2).is_none(), "no such vector");
+        signal(&lent);
+        let mut pending = [0; 8];
+        msix.read_pending(0, &mut pending);
+        assert_eq!(pending[0], 2, "it waits");
+        msix.set_control(1 << 15);
+        unmask(&msix, 1, 0x41);
+        assert_eq!(recorder.triggers(1), 1);
+        signal(&lent);
+        assert_eq!(recorder.triggers(1), 2);
+        // Masked, by itself and as one of all: it is not lost, and seen in what is saved.
+        for (mask, unmasked) in [
+            (
+                &(|| msix.write_table(28, &[1])) as &dyn Fn(),
+                &(|| msix.write_table(28, &[0])) as &dyn Fn(),
+            ),
+            (&|| msix.set_control(3 << 14), &|| msix.set_control(1 << 15)),
+        ] {
+            let before = recorder.triggers(1);
+            mask();
+            signal(&lent);
+            assert_eq!(recorder.triggers(1), before);
+            assert_eq!(msix.save().pending, [false, true]);
+            unmasked();
+            assert_eq!(recorder.triggers(1), before + 1);
+        }
+        // Ours again: what was signalled while masked is not lost either.
+        let before = recorder.triggers(1);
+        msix.write_table(28, &[1]);
+        signal(&lent);
+        drop(lent);
+        msix.write_table(28, &[0]);
+        assert_eq!(recorder.triggers(1), before + 1);
+        drop(msix);
+        assert!(recorder.all_free());
+    }
+
+    #[test]
+    fn a_vector_that_two_share_is_lent_until_both_have_given_it_back() {
+        let recorder = Arc::new(Recorder::default());
+        let msix = Arc::new(Msix::new(1, recorder.clone()).unwrap());
+        msix.set_control(1 << 15);
+        unmask(&msix, 0, 0x41);
+        let [one, other] = [0, 0].map(|vector| msix.lend(vector).unwrap());
+        drop(one);
+        msix.write_table(12, &[1]);
+        signal(&other);
+        assert_eq!(recorder.triggers(0), 0, "masked");
+        drop(other);
+        assert_eq!(msix.save().pending, [true]);
+        msix.write_table(12, &[0]);
+        assert_eq!(recorder.triggers(0), 1);
+    }
+
+    #[test]
+    fn a_vector_that_was_masked_before_it_is_lent_holds_back() {
+        let recorder = Arc::new(Recorder::default());
+        let msix = Arc::new(Msix::new(1, recorder.clone()).unwrap());
+        msix.set_control(1 << 15);
+        // Bound, then masked: by the driver before, or a reset.
+        unmask(&msix, 0, 0x41);
+        msix.write_table(12, &[1]);
+        let lent = msix.lend(0).unwrap();
+        signal(&lent);
+        assert_eq!(recorder.triggers(0), 0);
+        msix.write_table(12, &[0]);
+        assert_eq!(recorder.triggers(0), 1);
     }
 
     #[test]

@@ -53,6 +53,12 @@ pub trait VirtioDevice: Send {
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
+    /// Whether the host's kernel works on the queues and interrupts in the device's place: their vectors are
+    /// lent then ([`Virtqueue::lent_interrupt`]).
+    fn lends_interrupts(&self) -> bool {
+        false
+    }
+
     /// Starts to work. Whatever waits in the queues is looked at once, kicked or not.
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
 

@@ -10,6 +10,7 @@ use super::block::Block;
 use super::console::Console;
 use super::mem::Mem;
 use super::net::Net;
+use super::net::vhost::tests::{self as in_kernel, Fake};
 use super::rng::Rng;
 use super::testing::{Driver, MEMORY, Rig, read_part, write_part};
 use super::vsock::Vsock;
@@ -307,7 +308,7 @@ proptest! {
     fn against_a_network(acts in acts(), queues in 1u16..3) {
         let config = NetConfig { mac: [2, 0, 0, 0, 0, 1], queues, mtu: Some(1500), limit: None };
         let wires = super::net::testing::wires(queues);
-        let files = NetFiles { taps: wires.files };
+        let files = NetFiles { taps: wires.files, vhost: Vec::new() };
         // Packets wait for whatever buffers the driver posts.
         for far in &wires.far {
             (0..64).for_each(|_| { let _ = far.send(&[7; 1600]); });
@@ -321,5 +322,17 @@ proptest! {
                 wires.far[0].expect(|packet| packet == [9; 80]);
             },
         );
+    }
+
+    /// Which kernel it is matters little: what it is told must make sense whatever the driver does.
+    #[test]
+    fn against_a_network_in_the_kernel(acts in acts()) {
+        let kernel = Fake::default();
+        attack(
+            &acts,
+            |rig| Box::new(in_kernel::net(rig, std::slice::from_ref(&kernel)).0),
+            |_| kernel.wait_for_running(true),
+        );
+        kernel.wait_for_running(false);
     }
 }

@@ -16,7 +16,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use super::feature;
 use super::transport::Interrupt;
 use crate::eventfd::EventFd;
-use crate::memory::{GuestMap, GuestMemory, HotMemory};
+use crate::memory::{self, GuestMap, GuestMemory, HotMemory, Slot};
+use crate::pci::Lent;
 
 const DESCRIPTOR_SIZE: u64 = 16;
 /// The whole chain may hold this many bytes (virtio 1.2 §2.7.5.2).
@@ -55,6 +56,8 @@ pub enum QueueFault {
     Malformed { head: u16, what: &'static str },
     #[error("a ring could not be accessed")]
     Ring,
+    #[error("the host's kernel found a ring that it cannot use")]
+    Kernel,
 }
 
 /// Registers and position of a queue: what the driver programmed and how far the device came.
@@ -174,6 +177,8 @@ pub struct Virtqueue {
     unsure: bool,
     /// How many chains were pushed since the last [`Virtqueue::notify`].
     pushed: u16,
+    /// The vector that the host's kernel may signal by itself.
+    lent: Option<Lent>,
 }
 
 impl Virtqueue {
@@ -222,6 +227,7 @@ impl Virtqueue {
             indirect,
             unsure,
             pushed: 0,
+            lent: None,
         })
     }
 
@@ -338,6 +344,53 @@ impl Virtqueue {
         if std::mem::take(&mut self.unsure) || wanted {
             self.interrupt.queue(self.index);
         }
+        Ok(())
+    }
+
+    /// Memory for somebody who follows the driver's descriptors without us; valid as long as the queue.
+    pub fn slots(&self) -> Vec<Slot> {
+        memory::slots(&self.memory, self.hot.as_deref())
+    }
+
+    /// Where descriptors, available and used ring are, and their bytes.
+    pub fn parts(&self) -> [(u64, usize); 3] {
+        let size = usize::from(self.queue.size());
+        [
+            (self.queue.desc_table(), 16 * size),
+            (self.queue.avail_ring(), 6 + 2 * size),
+            (self.queue.used_ring(), 6 + 8 * size),
+        ]
+    }
+
+    /// From now on the host's kernel may interrupt the driver itself, until the queue is dropped.
+    pub(super) fn lend_interrupt(&mut self) {
+        self.lent = self.interrupt.lend(self.index);
+    }
+
+    /// What it signals to do so; none if the queue has no interrupt of its own.
+    pub fn lent_interrupt(&self) -> Option<BorrowedFd<'_>> {
+        self.lent.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Interrupts the driver if nobody knows whether it was told of all that was used.
+    pub fn settle_doubt(&mut self) {
+        if std::mem::take(&mut self.unsure) {
+            self.interrupt();
+        }
+    }
+
+    /// Interrupts the driver, whether it wants that or not.
+    pub fn interrupt(&self) {
+        self.interrupt.queue(self.index);
+    }
+
+    /// Takes over from the kernel, which came as far as `next_available`, and has used all of that which
+    /// the ring says.
+    pub fn moved_on(&mut self, next_available: u16) -> Result<(), QueueFault> {
+        let used = self.word(self.queue.used_ring().checked_add(2))?;
+        self.queue.set_next_avail(next_available);
+        self.queue.set_next_used(used);
+        self.unsure = true;
         Ok(())
     }
 

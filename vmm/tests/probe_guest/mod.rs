@@ -193,7 +193,10 @@ fn duplicate(listener: &UnixListener) -> UnixListener {
 fn duplicate_net(net: &NetFiles) -> NetFiles {
     let duplicate = |tap: &File| tap.try_clone().expect("duplicate a tap");
     let taps = net.taps.iter().map(duplicate).collect();
-    NetFiles { taps }
+    NetFiles {
+        taps,
+        vhost: Vec::new(),
+    }
 }
 
 fn both_ways(end: &UnixStream) -> ConsoleFiles {

@@ -9,6 +9,7 @@ use fractus_vmm::config::{BootSource, DiskConfig, DiskLimit, MachineConfig, NetC
 use super::launch::failed;
 use super::{Plan, ProcessError};
 use crate::machine::make::OpenDevice;
+use crate::network::vhost;
 use crate::paths::MachinePaths;
 use crate::vm::protocol::FileRole;
 use crate::volume::OpenDisk;
@@ -106,6 +107,12 @@ pub(super) fn open(
                 files.push_net(nic.id, taps);
             }
         }
+    }
+    // The kernel keeps no rate of ours.
+    let free = config.nets.iter().filter(|net| net.limit.is_none());
+    let pairs = free.map(|net| usize::from(net.queues)).sum();
+    for device in vhost::open_all(pairs) {
+        files.push(FileRole::Vhost, device);
     }
     Ok(())
 }

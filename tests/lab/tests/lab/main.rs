@@ -11,3 +11,4 @@ mod hotplug;
 mod scenario;
 mod soak;
 mod terminal;
+mod vhost;

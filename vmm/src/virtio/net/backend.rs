@@ -42,6 +42,11 @@ pub trait NetBackend: Send {
     /// For the whole device: asked of the first pair only.
     fn set_offloads(&mut self, offloads: Offloads) -> Result<(), Errno>;
 
+    /// Whether the host's kernel can move the packets by itself (vhost-net).
+    fn suits_vhost(&self) -> bool {
+        false
+    }
+
     /// Whether packets come to this pair at all.
     fn set_enabled(&mut self, enabled: bool) -> Result<(), Errno>;
 }

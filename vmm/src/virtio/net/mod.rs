@@ -1,9 +1,10 @@
 //! virtio-net (virtio 1.2 §5.1): a network device on a tap.
 //!
 //! Owns the device's configuration and a thread for each pair of queues ([`worker`]): packets go
-//! straight between guest memory and the tap ([`receive`], [`transmit`], [`frame`]); what the driver
-//! wants to receive it says on the control queue ([`control`]). The kernel does checksums and
-//! segmentation for both sides, as far as was negotiated. Who may send what from which address is not
+//! straight between guest memory and the tap ([`receive`], [`transmit`], [`frame`]), or the host's kernel
+//! moves them without us ([`vhost`]); what the driver wants to receive it says on the control queue
+//! ([`control`]), which the kernel does not heed: a filter is a wish (§5.1.6.5.1). The kernel does checksums
+//! and segmentation for both sides, as far as was negotiated. Who may send what from which address is not
 //! decided here, but by whoever made the tap.
 
 pub mod backend;
@@ -13,8 +14,11 @@ mod limit;
 mod receive;
 mod tap;
 mod transmit;
+pub mod vhost;
 mod worker;
 
+use std::error::Error;
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc::{channel, sync_channel};
 use std::time::{Duration, Instant};
@@ -29,6 +33,7 @@ use self::control::{
     RECEIVE_OFFLOADS,
 };
 use self::limit::Limiter;
+use self::vhost::{Vhost, VhostError};
 use self::worker::{Command, Link, Shared, Worker};
 use super::queue::Virtqueue;
 use super::{Activation, DeviceType, VirtioDevice};
@@ -52,6 +57,8 @@ pub struct Net {
     shared: Arc<Shared>,
     links: Vec<Link>,
     threads: Vec<Running>,
+    /// The host's kernel moves the packets.
+    in_kernel: bool,
 }
 
 impl Net {
@@ -71,7 +78,14 @@ impl Net {
                 .map_err(|error| DeviceError::new(id, "use its tap", error))?;
             backends.push(backend);
         }
-        Self::new(id, config, backends, threads)
+        // The kernel keeps no rate of ours.
+        let fits = config.limit.is_none() && backends.iter().all(|one| one.suits_vhost());
+        let kernels = if fits {
+            own(id, &files.vhost)
+        } else {
+            Vec::new()
+        };
+        Self::with_kernels(id, config, backends, kernels, threads)
     }
 
     /// A device on any backends, one a pair of queues.
@@ -79,6 +93,17 @@ impl Net {
         id: &str,
         config: &NetConfig,
         backends: Vec<Box<dyn NetBackend>>,
+        threads: &Threads,
+    ) -> Result<Self, DeviceError> {
+        Self::with_kernels(id, config, backends, Vec::new(), threads)
+    }
+
+    /// The same, whose packets the host's kernel moves: one `Vhost` a pair, or none.
+    pub fn with_kernels(
+        id: &str,
+        config: &NetConfig,
+        backends: Vec<Box<dyn NetBackend>>,
+        kernels: Vec<Vhost>,
         threads: &Threads,
     ) -> Result<Self, DeviceError> {
         if backends.is_empty() || backends.len() != usize::from(config.queues) {
@@ -94,15 +119,24 @@ impl Net {
             shared: Arc::new(shared),
             links: Vec::new(),
             threads: Vec::new(),
+            in_kernel: !kernels.is_empty(),
         };
         let mut workers = Vec::new();
+        let mut kernels = kernels.into_iter();
         for (index, backend) in backends.into_iter().enumerate() {
             let (commands, receiver) = channel();
             let bell = EventFd::new().map_err(failed)?;
             let heard = bell.try_clone().map_err(failed)?;
             let shared = Arc::clone(&net.shared);
-            let worker = Worker::new(index as u16, backend, shared, receiver, heard)
-                .map_err(|error| failed(error.into()))?;
+            let worker = Worker::new(
+                index as u16,
+                backend,
+                kernels.next(),
+                shared,
+                receiver,
+                heard,
+            )
+            .map_err(|error| failed(error.into()))?;
             workers.push(worker);
             net.links.push(Link { commands, bell });
         }
@@ -156,6 +190,17 @@ impl Net {
     }
 }
 
+/// Owns each /dev/vhost-net; none at all if one is refused: then this process moves the packets.
+fn own(id: &str, devices: &[File]) -> Vec<Vhost> {
+    let open = |device: &File| Vhost::open(device.try_clone().map_err(VhostError::Descriptor)?);
+    let owned: Result<Vec<_>, _> = devices.iter().map(open).collect();
+    owned.unwrap_or_else(|error: VhostError| {
+        let cause = error.source().map(ToString::to_string).unwrap_or_default();
+        tracing::warn!(device = id, %error, cause, "this process moves the packets");
+        Vec::new()
+    })
+}
+
 impl VirtioDevice for Net {
     fn device_type(&self) -> DeviceType {
         DeviceType::Net
@@ -182,6 +227,10 @@ impl VirtioDevice for Net {
             let at = offset.saturating_add(step as u64) as usize;
             *byte = space.get(at).copied().unwrap_or(0);
         }
+    }
+
+    fn lends_interrupts(&self) -> bool {
+        self.in_kernel
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {

@@ -86,6 +86,10 @@ impl NetBackend for Tap {
         result(unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, flags) })
     }
 
+    fn suits_vhost(&self) -> bool {
+        true
+    }
+
     fn set_enabled(&mut self, enabled: bool) -> Result<(), Errno> {
         if enabled == self.attached {
             return Ok(());

@@ -41,7 +41,10 @@ fn start_with(config: &NetConfig, features: u64) -> Bench {
     let rig = Rig::new();
     let (board, recorder) = rig.with_recorder();
     let wires = wires(config.queues);
-    let files = NetFiles { taps: wires.files };
+    let files = NetFiles {
+        taps: wires.files,
+        vhost: Vec::new(),
+    };
     let net = Net::open("net0", config, &files, &rig.board.threads).unwrap();
     let device = VirtioPciDevice::new("net0", Box::new(net), &board).unwrap();
     let driver = Driver::start_with(&rig, device, recorder, features);
@@ -295,7 +298,10 @@ fn a_restored_device_goes_on_where_the_saved_one_stopped() {
 
     let (board, recorder) = bench.rig.with_recorder();
     let wires = wires(2);
-    let files = NetFiles { taps: wires.files };
+    let files = NetFiles {
+        taps: wires.files,
+        vhost: Vec::new(),
+    };
     let restored = VirtioPciDevice::restore(&saved, &board, |saved| {
         let net = Net::open("net0", &config(2), &files, &board.threads)?;
         Ok(Box::new(Net::restore(saved, net)?))

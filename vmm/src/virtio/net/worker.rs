@@ -3,6 +3,7 @@
 //! It waits in one place only, for kicks, packets, commands and the rate limits. Nothing is ever in
 //! flight between two turns, so a command finds it at rest.
 
+use std::error::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver as Commands, Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,6 +19,7 @@ use super::frame::Frame;
 use super::limit::Limiter;
 use super::receive::{Receiver, Turn};
 use super::transmit::Transmitter;
+use super::vhost::{Vhost, VhostError};
 use crate::eventfd::EventFd;
 use crate::virtio::bucket::TokenBucket;
 use crate::virtio::queue::{Chain, QueueFault, Virtqueue, gather, scatter, total};
@@ -34,6 +36,7 @@ const COMMANDS: u64 = 0;
 const BACKEND: u64 = 1;
 const QUEUE: u64 = 2;
 const CONTROL: u64 = 3;
+const KERNEL: u64 = 4;
 
 /// What the device, or the first pair's thread, asks of a pair's thread.
 #[expect(
@@ -100,6 +103,11 @@ impl Shared {
 pub(super) struct Worker {
     index: u16,
     backend: Box<dyn NetBackend>,
+    /// Moves the packets in our place.
+    kernel: Option<Vhost>,
+    /// How often it would not. A guest can bring that about as often as it likes: every power of two is
+    /// logged.
+    refusals: u32,
     shared: Arc<Shared>,
     commands: Commands<Command>,
     bell: EventFd,
@@ -133,23 +141,26 @@ impl Worker {
     pub(super) fn new(
         index: u16,
         backend: Box<dyn NetBackend>,
+        kernel: Option<Vhost>,
         shared: Arc<Shared>,
         commands: Commands<Command>,
         bell: EventFd,
     ) -> Result<Self, Errno> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        let edge = EventFlags::IN | EventFlags::ET;
         epoll::add(
             &epoll,
             bell.as_fd(),
             EventData::new_u64(COMMANDS),
             EventFlags::IN,
         )?;
-        let (data, flags) = (EventData::new_u64(BACKEND), edge | EventFlags::OUT);
-        epoll::add(&epoll, backend.as_fd(), data, flags)?;
-        Ok(Self {
+        for signal in kernel.iter().flat_map(Vhost::signals) {
+            epoll::add(&epoll, signal, EventData::new_u64(KERNEL), EventFlags::IN)?;
+        }
+        let worker = Self {
             index,
             backend,
+            kernel,
+            refusals: 0,
             shared,
             commands,
             bell,
@@ -165,7 +176,15 @@ impl Worker {
             kicked: false,
             settings: TokenBucket::new(SETTINGS_A_SECOND, SETTINGS_BURST, Instant::now()),
             limited: Limited::default(),
-        })
+        };
+        worker.listen_to_backend()?;
+        Ok(worker)
+    }
+
+    fn listen_to_backend(&self) -> Result<(), Errno> {
+        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
+        let data = EventData::new_u64(BACKEND);
+        epoll::add(&self.epoll, self.backend.as_fd(), data, flags)
     }
 
     /// Makes it the first pair's: it speaks to the others.
@@ -197,17 +216,12 @@ impl Worker {
             } => {
                 self.features = features;
                 self.failed = false;
-                let queues = [(&receive, QUEUE), (&transmit, QUEUE), (&control, CONTROL)];
-                for (queue, source) in queues {
-                    if let Some(queue) = queue {
-                        self.listen(queue.kick(), source);
-                    }
-                }
                 self.kicked = true;
-                let mergeable = features & F_MRG_RXBUF != 0;
-                self.receiver = receive.map(|queue| Receiver::new(queue, mergeable));
-                self.transmitter = transmit.map(Transmitter::new);
+                if let Some(control) = &control {
+                    self.listen(control.kick(), CONTROL);
+                }
                 self.control = control;
+                self.take_rings(receive, transmit);
                 self.apply_offloads();
                 let enabled = self.index < self.shared.control().pairs;
                 self.enable(enabled);
@@ -224,6 +238,70 @@ impl Worker {
         }
     }
 
+    /// Gives the rings to the kernel, or serves them here.
+    fn take_rings(&mut self, receive: Option<Virtqueue>, transmit: Option<Virtqueue>) {
+        match (&mut self.kernel, receive, transmit) {
+            (Some(kernel), Some(receive), Some(transmit)) => {
+                match kernel.start([receive, transmit], self.features) {
+                    Ok(()) => {
+                        // It would wake us for each packet, of which we see none.
+                        let _ = epoll::delete(&self.epoll, self.backend.as_fd());
+                    }
+                    Err((rings, error)) => {
+                        self.refused(&error);
+                        self.serve_rings(rings.map(Some));
+                    }
+                }
+            }
+            (_, receive, transmit) => self.serve_rings([receive, transmit]),
+        }
+    }
+
+    fn serve_rings(&mut self, [receive, transmit]: [Option<Virtqueue>; 2]) {
+        for queue in [&receive, &transmit].into_iter().flatten() {
+            self.listen(queue.kick(), QUEUE);
+        }
+        let mergeable = self.features & F_MRG_RXBUF != 0;
+        self.receiver = receive.map(|queue| Receiver::new(queue, mergeable));
+        self.transmitter = transmit.map(Transmitter::new);
+        let offloads = self.shared.control().offloads(self.features);
+        if let Some(receiver) = &mut self.receiver {
+            receiver.expect_segments(offloads.tso4 || offloads.tso6);
+        }
+    }
+
+    /// Takes the rings back from the kernel, if it has them.
+    fn rings_of_kernel(&mut self) -> Option<[Virtqueue; 2]> {
+        let rings = self.kernel.as_mut()?.stop()?;
+        if let Err(error) = self.listen_to_backend() {
+            tracing::error!(%error, "a network device cannot hear its tap");
+        }
+        Some(rings)
+    }
+
+    /// Has the kernel move packets, or no more. If it does not want to, this thread does.
+    fn join(&mut self, joined: bool) {
+        let Some(kernel) = &mut self.kernel else {
+            return;
+        };
+        let tap = joined.then(|| self.backend.as_fd());
+        if let Err(error) = kernel.join(tap) {
+            self.refused(&error);
+            if let Some(rings) = self.rings_of_kernel() {
+                self.serve_rings(rings.map(Some));
+            }
+        }
+    }
+
+    fn refused(&mut self, error: &VhostError) {
+        self.refusals = self.refusals.wrapping_add(1);
+        if self.refusals.is_power_of_two() {
+            let cause = error.source().map(ToString::to_string).unwrap_or_default();
+            let times = self.refusals;
+            tracing::warn!(%error, cause, times, "this process moves the packets");
+        }
+    }
+
     /// Edge-triggered: each kick wakes once, and the count need not be read.
     fn listen(&self, kick: BorrowedFd<'_>, source: u64) {
         let flags = EventFlags::IN | EventFlags::ET;
@@ -234,8 +312,15 @@ impl Worker {
 
     fn enable(&mut self, enabled: bool) {
         self.enabled = enabled;
+        // The kernel lets go of the tap before its queue is off, and takes it once that is on.
+        if !enabled {
+            self.join(false);
+        }
         if let Err(error) = self.backend.set_enabled(enabled) {
             tracing::warn!(%error, enabled, "a queue of a tap could not be switched");
+        }
+        if enabled {
+            self.join(true);
         }
         if let Some(receiver) = &mut self.receiver {
             receiver.readable = true;
@@ -260,13 +345,14 @@ impl Worker {
     fn give_back(&mut self) -> Vec<Virtqueue> {
         let receive = self.receiver.take().map(Receiver::give_back);
         let transmit = self.transmitter.take().map(Transmitter::give_back);
-        let queues: Vec<_> = [receive, transmit, self.control.take()]
+        let mut queues: Vec<_> = [receive, transmit, self.control.take()]
             .into_iter()
             .flatten()
             .collect();
         for queue in &queues {
             let _ = epoll::delete(&self.epoll, queue.kick());
         }
+        queues.extend(self.rings_of_kernel().into_iter().flatten());
         queues
     }
 
@@ -449,6 +535,11 @@ impl Worker {
                     }
                 }
                 CONTROL => self.kicked = true,
+                KERNEL => {
+                    if let Some(kernel) = &mut self.kernel {
+                        kernel.serve();
+                    }
+                }
                 _ => {}
             }
         }

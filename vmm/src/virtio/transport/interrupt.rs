@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::pci::Msix;
+use crate::pci::{Lent, Msix};
 
 /// "No vector" (virtio 1.2 §4.1.5.1.2).
 pub const NO_VECTOR: u16 = 0xffff;
@@ -55,6 +55,11 @@ impl Interrupt {
         if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
             self.raise(vector.load(Ordering::Acquire), ISR_QUEUE);
         }
+    }
+
+    /// A queue's vector, for the host's kernel to signal; none if the queue has no vector.
+    pub(in crate::virtio) fn lend(&self, index: u16) -> Option<Lent> {
+        self.msix.lend(self.vector_of_queue(index.into()))
     }
 
     /// Tells the driver that the device's configuration changed.

@@ -327,7 +327,12 @@ impl VirtioPci {
                 Arc::clone(&self.interrupt),
             );
             match queue {
-                Ok(queue) => queues.push(queue),
+                Ok(mut queue) => {
+                    if self.device.lends_interrupts() {
+                        queue.lend_interrupt();
+                    }
+                    queues.push(queue);
+                }
                 Err(fault) => {
                     self.phase = Phase::Idle;
                     self.interrupt
@@ -349,6 +354,16 @@ impl VirtioPci {
                 let source = std::error::Error::source(&error).map(ToString::to_string);
                 self.interrupt
                     .needs_reset(format_args!("{error}: {}", source.unwrap_or_default()));
+            }
+        }
+    }
+
+    /// The driver gave a queue another vector: the kernel is to signal that one.
+    fn lend_again(&mut self) {
+        if self.phase == Phase::Active && self.device.lends_interrupts() {
+            match self.pause(RESET_WAIT) {
+                Ok(()) => self.resume(),
+                Err(error) => tracing::warn!(%error, "a queue keeps its interrupt vector"),
             }
         }
     }
@@ -442,6 +457,7 @@ impl VirtioPci {
                 Effect::None => {}
                 Effect::Reset => self.begin_reset(RESET_WAIT),
                 Effect::Start => self.start(),
+                Effect::Vector => self.lend_again(),
             }
         } else if DEVICE.contains(&offset) {
             self.device.write_config(offset - DEVICE.start, data);

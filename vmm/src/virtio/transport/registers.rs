@@ -18,6 +18,8 @@ pub(super) enum Effect {
     Reset,
     /// The driver set DRIVER_OK.
     Start,
+    /// A queue has another interrupt vector.
+    Vector,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,7 +135,13 @@ impl Registers {
             (0x10, 2) => interrupt.set_config_vector(value as u16),
             (0x14, 1) => return self.write_status(value as u8, interrupt),
             (0x16, 2) => self.queue_select = value as u16,
-            (0x1a, 2) => interrupt.set_queue_vector(selected, value as u16),
+            (0x1a, 2) => {
+                let before = interrupt.vector_of_queue(selected);
+                interrupt.set_queue_vector(selected, value as u16);
+                if interrupt.vector_of_queue(selected) != before {
+                    return Effect::Vector;
+                }
+            }
             _ => self.write_queue(offset, data.len(), value, interrupt),
         }
         Effect::None
