@@ -92,7 +92,8 @@ struct Run {
 struct TakeDown {
     #[command(flatten)]
     folders: Folders,
-    /// Seconds to wait before those that are left are killed
+    /// Seconds to wait before those that are left are killed; less than TimeoutStopSec of
+    /// fractus-machines.service by some
     #[arg(long, env = "FRACTUS_TAKE_DOWN_SECONDS", default_value_t = 75)]
     within: u64,
 }

@@ -545,6 +545,8 @@ fn a_host_that_goes_down_takes_its_machines_down_and_has_them_again_afterwards()
         agent.put(paused, &pause).await?;
         let is_paused = |report: &MachineReport| report.observed == Observed::Paused;
         agent.settled(paused, 2, is_paused).await?;
+        let refused = take_down(&agent, "60").unwrap_err().to_string();
+        assert!(refused.contains("an agent runs"), "{refused}");
         agent.kill();
         let said = take_down(&agent, "60")?;
         assert_eq!(said, "2 machines ended, 0 were killed\n");

@@ -17,6 +17,8 @@ use fractus_agent_api::machine::{MachineSpec, ServerId};
 pub struct Cgroups {
     /// Machines' groups are made in here.
     top: PathBuf,
+    /// Of systemd's unit for machines.
+    unit: Option<PathBuf>,
 }
 
 /// systemd's unit for machines, in the same slice as the agent's.
@@ -42,18 +44,23 @@ impl Cgroups {
             .as_ref()
             .unwrap_or(&group)
             .join(format!("fractus-{name}"));
-        match fs::create_dir_all(&top) {
-            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => return Ok(None),
-            other => other?,
+        let groups = Self { top, unit };
+        match groups.make() {
+            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok(None),
+            made => made.map(|()| Some(groups)),
         }
-        if let Some(unit) = &unit {
+    }
+
+    fn make(&self) -> io::Result<()> {
+        fs::create_dir_all(&self.top)?;
+        if let Some(unit) = &self.unit {
             vacate(unit)?;
             hand_down(unit);
         }
         // The agent's own group hands nothing down: with a process in it, threaded controllers would make
         // the groups below invalid (EOPNOTSUPP), the others be refused.
-        hand_down(&top);
-        Ok(Some(Self { top }))
+        hand_down(&self.top);
+        Ok(())
     }
 
     /// Controllers that machines' groups do not have: those limits do not hold.
@@ -72,6 +79,10 @@ impl Cgroups {
 
     /// Makes the machine's group and puts the process in. Limits hold where the controller is.
     pub fn enter(&self, id: ServerId, pid: i32, spec: &MachineSpec) -> io::Result<()> {
+        if !self.top.is_dir() {
+            // systemd removes the group of a unit that ended, once nothing is in it.
+            self.make()?;
+        }
         let group = self.path(id);
         fs::create_dir_all(&group)?;
         set(&group, "pids.max", threads(spec))?;

@@ -10,7 +10,7 @@ use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 /// Ctrl-].
 const LEAVE: u8 = 0x1d;
 
-/// Joins this terminal to the line until Ctrl-] or until the host ends.
+/// Joins this terminal to the line until Ctrl-], or a key after the host has ended.
 pub fn attach(socket: &Path) -> Result<()> {
     let line = UnixStream::connect(socket)
         .with_context(|| format!("{}: does the host run?", socket.display()))?;

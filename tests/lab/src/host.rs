@@ -308,7 +308,10 @@ impl Host {
     }
 
     pub fn agent_log(&self) -> Result<String> {
-        self.done("cat /var/lib/fractus-agent/agent.log")
+        self.done(
+            "cat /var/lib/fractus-agent/agent.log 2>/dev/null ||
+             journalctl --no-pager --output cat --unit fractus-agent",
+        )
     }
 
     /// What its KVM counted of the machines that run now: exits by kind, as `NAME COUNT` lines.

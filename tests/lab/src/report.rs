@@ -41,6 +41,10 @@ impl Count {
         self.took.len() + self.failures.len()
     }
 
+    pub fn has_failed(&self) -> bool {
+        !self.failures.is_empty()
+    }
+
     pub fn succeeded(&mut self, took: Duration) {
         self.took.push(took);
         println!("{}: {} done", self.title, self.attempted());

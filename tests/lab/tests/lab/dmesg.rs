@@ -156,7 +156,7 @@ async fn dmesg_of_the_tiny_guest_complains_of_nothing_that_qemu_is_not_blamed_fo
     let flavor = flavor(&admin, 2, 256, 1).await;
     let server = json!({"name": "tiny", "imageRef": image, "flavorRef": flavor});
     let server = create(&admin, server).await;
-    let ours = logged(&admin, &server, "tiny: command ended").await;
+    let ours = logged(&admin, &server, "tiny: command ended with 0").await;
 
     for (name, file) in [("kernel", &tiny.kernel), ("initrd", &tiny.initrd)] {
         host.put(
@@ -171,7 +171,10 @@ async fn dmesg_of_the_tiny_guest_complains_of_nothing_that_qemu_is_not_blamed_fo
         "-smp 2 -m 256 -kernel kernel -initrd initrd -append '{command}' \
          -drive if=none,id=disk,format=raw,file=disk -device virtio-blk-pci,drive=disk"
     );
-    let theirs = under_qemu(host, &arguments, "tiny: command ended");
+    let theirs = under_qemu(host, &arguments, "tiny: command ended with 0");
+    for log in [&ours, &theirs] {
+        assert!(log.contains("<6>["), "no message at all: {log}");
+    }
     let title = format!("the tiny guest ({})", tiny.release);
     let (ours, theirs) = (Complaints::from_raw(&ours), Complaints::from_raw(&theirs));
     compare(&title, &ours, &theirs);
@@ -228,6 +231,10 @@ async fn dmesg_of_debian_complains_of_nothing_that_qemu_is_not_blamed_for() {
     );
     let theirs = under_qemu(host, &arguments, "login:");
     println!("ours:\n{ours}\nQEMU's:\n{theirs}");
+    for log in [&ours, &theirs] {
+        // Both boot from their first message on, and so say what is said in any case.
+        assert!(log.contains("Loading, please wait"), "{log}");
+    }
     let (ours, theirs) = (
         Complaints::from_console(&ours),
         Complaints::from_console(&theirs),

@@ -1,4 +1,5 @@
-//! What CI runs of the lab: the tiny guest on two hosts, and one boot of a whole Debian.
+//! What CI runs of the lab, but for the devices of `hotplug`: the tiny guest on two hosts, and one boot of a
+//! whole Debian.
 
 use std::time::Instant;
 
@@ -119,6 +120,7 @@ async fn scenario_debian_boots_from_its_disk_image() {
 
     act(&admin, &server, json!({"os-stop": null})).await;
     let log = logged(&admin, &server, "reboot: Power down").await;
-    assert!(log.contains("Stopped"), "an orderly shutdown: {log}");
+    let (_, shutdown) = log.split_once("finished at").unwrap();
+    assert!(shutdown.contains("Stopped"), "an orderly shutdown: {log}");
     settled(&admin, &server, "SHUTOFF").await;
 }

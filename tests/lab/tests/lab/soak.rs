@@ -43,7 +43,7 @@ fn record(count: &mut Count, host: &Host, ended: Result<Duration, String>) {
             // Nothing of it answers then.
             match host.broken() {
                 Some(_) => println!("{}", host.serial_log()),
-                None => println!("{}\n{}", host.traced().unwrap(), host.agent_log().unwrap()),
+                None => println!("{:?}\n{:?}", host.traced(), host.agent_log()),
             }
         }
     }
@@ -65,7 +65,8 @@ async fn soak_boots_of_the_tiny_guest_four_at_once() {
     let flavor = flavor(&admin, 1, 256, 1).await;
     let kernel = &tiny.release;
     let mut count = Count::new(&format!("Boots of the tiny guest, four at once ({kernel})"));
-    while count.attempted() < times(4, 100) {
+    // What a failed attempt leaves would be in the others' way.
+    while count.attempted() < times(4, 100) && !count.has_failed() {
         let boots = (1..=4).map(|number| {
             let name = format!("soak-{}", count.attempted() + number);
             attempt(boot_tiny(&admin, name, &image, &flavor))
@@ -189,7 +190,7 @@ async fn soak_boots_of_debian() {
     let image = debian_image(&admin, disk).await;
     let flavor = flavor(&admin, 2, 768, 4).await;
     let mut count = Count::new("Boots of the whole Debian image, 2 vCPUs, with its shutdown");
-    while count.attempted() < times(1, 10) {
+    while count.attempted() < times(1, 10) && !count.has_failed() {
         let name = format!("debian-{}", count.attempted() + 1);
         let ended = attempt(boot_debian(&admin, &name, &image, &flavor)).await;
         record(&mut count, &lab.hosts[0], ended);

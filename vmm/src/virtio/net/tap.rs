@@ -41,6 +41,8 @@ pub struct Tap {
     file: File,
     /// Whether the kernel gives it packets.
     attached: bool,
+    /// What was asked for last: asking takes a lock that all networks of the host share.
+    offloads: Option<libc::c_ulong>,
 }
 
 impl Tap {
@@ -64,6 +66,7 @@ impl Tap {
         Ok(Self {
             file,
             attached: true,
+            offloads: None,
         })
     }
 }
@@ -82,8 +85,14 @@ impl NetBackend for Tap {
                 flags |= on(offloads.ecn, TUN_F_TSO_ECN);
             }
         }
+        if self.offloads == Some(flags) {
+            return Ok(());
+        }
+        self.offloads = None;
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
-        result(unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, flags) })
+        result(unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, flags) })?;
+        self.offloads = Some(flags);
+        Ok(())
     }
 
     fn suits_vhost(&self) -> bool {
