@@ -71,8 +71,8 @@ pub fn boots(rounds: usize) -> Result<Vec<Figure>> {
     let host = lab.hosts.first().context("the host")?;
     let peer = Peer::bring(host)?;
     let ours = "fractus-agent vm --config machine";
-    // As fast as it gets: without a clock or ACPI the kernel waits for what does not come (10 s and more), and
-    // without PIT and PIC it takes as long and may never get a tick.
+    // The fastest of those tried. Without a clock the kernel waits for one (9 s in all); without ACPI it took 4 s
+    // once and 15 s in another run; without PIT and PIC it is no faster, and without ACPI besides no tick comes.
     let theirs = format!(
         "{} -M microvm,rtc=on -bios qboot.rom -cpu host -smp 1 -m 256 \
          -serial stdio -kernel kernel -initrd initrd -append '{COMMAND_LINE}'",
