@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use crate::api::routes::{Api, router};
 use crate::console::live::Consoles;
 use crate::host::cgroup::Cgroups;
 use crate::host::credentials::Identity;
+use crate::host::huge_pages;
 use crate::host::inventory::Inventory;
 use crate::host::makings::HostMakings;
 use crate::host::push::{Cloud, Push};
@@ -42,6 +43,8 @@ pub struct Config {
     /// Of this host; machines' network devices are put on it. None: they are up, and connected to
     /// nothing.
     pub bridge: Option<String>,
+    /// Nothing of the host is set to what machines are best off with.
+    pub leave_host_settings: bool,
     /// No KVM: guests are stand-ins, for trying out everything else.
     pub stand_ins: bool,
 }
@@ -144,6 +147,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let identity = Identity::load(&paths.identity())?;
     let listening = listen(config.listen, &handover).await?;
     let cloud = Cloud::new(paths.clone(), identity)?;
+    if !config.leave_host_settings {
+        match huge_pages::advise(Path::new(huge_pages::SHMEM_ENABLED)) {
+            Ok(true) => tracing::info!("shmem_enabled was never, and is advise now"),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "no huge pages for guests' memory"),
+        }
+    }
     let inventory = Inventory::new(&config.state).context("reading what the host has")?;
     let name = lock.mark.simple().to_string();
     let cgroups = Cgroups::of_this_process(&name).unwrap_or_else(|error| {

@@ -3,6 +3,7 @@
 pub mod cgroup;
 pub mod check;
 pub mod credentials;
+pub mod huge_pages;
 pub mod inventory;
 pub mod join;
 pub mod makings;

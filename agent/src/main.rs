@@ -83,6 +83,10 @@ struct Run {
     /// connected to nothing
     #[arg(long, env = "FRACTUS_BRIDGE")]
     bridge: Option<String>,
+    /// Change no setting of the host's kernel; without this, shared memory may have huge pages where it asks
+    /// for them (transparent_hugepage/shmem_enabled becomes advise where it is never)
+    #[arg(long, env = "FRACTUS_LEAVE_HOST_SETTINGS")]
+    leave_host_settings: bool,
     /// Run stand-ins instead of guests, where there is no KVM
     #[arg(long, env = "FRACTUS_STAND_INS", hide = true)]
     stand_ins: bool,
@@ -209,6 +213,7 @@ fn config(run: Run) -> anyhow::Result<daemon::Config> {
         image_cache: run.image_cache_gib << 30,
         shutdown: Duration::from_secs(run.shutdown_seconds),
         bridge: run.bridge,
+        leave_host_settings: run.leave_host_settings,
         stand_ins: run.stand_ins,
     })
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::path::Path;
 
+use super::huge_pages;
 use crate::machine::process::nest;
 use crate::paths::FallbackPaths;
 
@@ -115,6 +116,12 @@ const CHECKS: &[Check] = &[
             Ok(text) if text.trim() != "0" => Ok(()),
             _ => Err("none reserved".to_owned()),
         },
+    },
+    Check {
+        name: "huge pages for shared memory",
+        weight: Weight::Wanted,
+        remedy: "`echo advise >/sys/kernel/mm/transparent_hugepage/shmem_enabled`, which the agent does when it starts unless it is told --leave-host-settings; without it guests have pages of 4 KiB, and boot in twice the time",
+        look: || huge_pages::look(Path::new(huge_pages::SHMEM_ENABLED)),
     },
     Check {
         name: "a kernel for disks that only Linux reads",

@@ -146,6 +146,7 @@ impl Agent {
             .arg(self.folder.path().join("state"))
             .arg("--runtime-dir")
             .arg(self.folder.path().join("run"))
+            .env("FRACTUS_LEAVE_HOST_SETTINGS", "true")
             .env(
                 "FRACTUS_LOG",
                 "debug,h2=info,hyper_util=info,rustls=info,reqwest=info",

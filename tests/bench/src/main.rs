@@ -7,6 +7,7 @@ mod api;
 mod cloud;
 mod disk;
 mod figure;
+mod host;
 mod interrupt;
 mod lab;
 mod net;
@@ -117,6 +118,7 @@ fn run() -> anyhow::Result<bool> {
         return Ok(true);
     };
     interrupt::listen()?;
+    let _set = host::HugePages::advised()?;
     let mut within = true;
     if !arguments.json {
         println!("{}", Figure::header());

@@ -229,7 +229,8 @@ impl Cloud {
         }
         let log = self.folder.join(format!("{}.log", agent.name));
         let program = self.agent_program()?;
-        let process = Process::start(&agent.name, &program, &arguments, &[], &log)?;
+        let environment = [("FRACTUS_LEAVE_HOST_SETTINGS", "true".to_owned())];
+        let process = Process::start(&agent.name, &program, &arguments, &environment, &log)?;
         self.agents[index].process = Some(process);
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use fractus_lab::TinyGuest;
+use fractus_lab::{Host, TinyGuest};
 use fractus_tests::harness::Client;
 use serde_json::json;
 
@@ -41,6 +41,10 @@ async fn scenario_servers_with_stock_kernels_live_on_two_hosts() {
     for (server, host) in servers.iter().zip(&lab.hosts) {
         nonces.push(first_boot(&admin, server, &host.name, &tiny.release).await);
     }
+    for host in &lab.hosts {
+        let huge = huge_pages(host);
+        assert!(huge >= 32 << 10, "{huge} KiB on {}", host.name);
+    }
 
     stopped_and_started(&admin, &servers[0], &nonces[0]).await;
     let controller = lab.controller.for_agents();
@@ -65,6 +69,14 @@ async fn scenario_servers_with_stock_kernels_live_on_two_hosts() {
         assert_eq!(left.unwrap(), "", "processes are left on {}", host.name);
     }
     println!("all of it: {:.1} s", began.elapsed().as_secs_f64());
+}
+
+/// KiB of the guest's memory on the host that are huge pages; there is one machine.
+fn huge_pages(host: &Host) -> u64 {
+    let script = "pid=$(ps -o pid,args | grep '[f]ractus-agent vm' | awk '{print $1}' | tail -n 1); \
+        awk '/^ShmemPmdMapped:/ {print $2}' /proc/$pid/smaps_rollup";
+    let text = host.done(script).unwrap();
+    text.trim().parse().unwrap_or_else(|_| panic!("{text}"))
 }
 
 /// What the machine is to the guest; gives what lives in its memory only.
