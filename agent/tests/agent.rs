@@ -6,6 +6,7 @@ mod common;
 
 use std::time::Instant;
 
+use anyhow::Context;
 use common::*;
 use fractus_agent_api::client::CallError;
 use fractus_agent_api::client::agent::AgentClient;
@@ -577,6 +578,32 @@ fn a_guest_that_does_not_hear_the_button_does_not_hold_its_host_up() -> Result {
         agent.run().await?;
         let again = |report: &MachineReport| is_running(report) && report.starts == 2;
         agent.settled(id, 1, again).await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_process_that_hangs_is_killed_when_its_host_goes_down_and_its_machine_comes_back() -> Result {
+    use rustix::process::{Pid, Signal, kill_process};
+    block_on(async {
+        let (_cloud, mut agent, kernel) = with_stand_ins().await?;
+        let (hangs, ends) = (
+            running(&agent, &kernel).await?,
+            running(&agent, &kernel).await?,
+        );
+        agent.kill();
+        for pid in agent.processes(hangs) {
+            kill_process(Pid::from_raw(pid).context("a pid")?, Signal::STOP)?;
+        }
+        let said = take_down(&agent, "2")?;
+        assert_eq!(said, "1 machines ended, 1 were killed\n");
+        let left = [agent.processes(hangs), agent.processes(ends)].concat();
+        assert_eq!(left, Vec::<i32>::new());
+        // As after a host that went down: a process that was killed otherwise is a fault, and stays down.
+        agent.run().await?;
+        let again = |report: &MachineReport| is_running(report) && report.starts == 2;
+        agent.settled(hangs, 1, again).await?;
+        agent.settled(ends, 1, again).await?;
         Ok(())
     })
 }

@@ -230,4 +230,36 @@ mod tests {
             None
         );
     }
+
+    /// A process that waits, ended with the test.
+    struct Waits(std::process::Child);
+
+    impl Drop for Waits {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[tokio::test]
+    async fn groups_that_systemd_removed_are_made_again() {
+        let id = ServerId(uuid::Uuid::new_v4());
+        let Some(groups) = Cgroups::of_this_process(&format!("test-{id}")).unwrap() else {
+            println!("no control groups of version 2 here: not tested");
+            return;
+        };
+        fs::remove_dir(&groups.top).unwrap();
+        let spec = serde_json::json!({"vcpus": 2, "memory_mib": 64, "boot": {"command_line": ""}});
+        let spec: MachineSpec = serde_json::from_value(spec).unwrap();
+        let mut waits = std::process::Command::new("sleep");
+        let waits = Waits(waits.arg("600").spawn().unwrap());
+        groups.enter(id, waits.0.id().cast_signed(), &spec).unwrap();
+        let group = fs::read_to_string(format!("/proc/{}/cgroup", waits.0.id())).unwrap();
+        let ours = format!("/fractus-test-{id}/{id}");
+        assert!(group.lines().any(|line| line.ends_with(&ours)), "{group}");
+        drop(waits);
+        groups.remove(id).await.unwrap();
+        groups.close().unwrap();
+        assert!(!groups.top.exists());
+    }
 }
