@@ -147,7 +147,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let identity = Identity::load(&paths.identity())?;
     let listening = listen(config.listen, &handover).await?;
     let cloud = Cloud::new(paths.clone(), identity)?;
-    if !config.leave_host_settings {
+    if !(config.leave_host_settings || config.stand_ins) {
         match huge_pages::advise(Path::new(huge_pages::SHMEM_ENABLED)) {
             Ok(true) => tracing::info!("shmem_enabled was never, and is advise now"),
             Ok(false) => {}

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
+use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand};
 use fractus_agent::daemon;
 use fractus_agent::host::inventory::Inventory;
@@ -85,7 +86,7 @@ struct Run {
     bridge: Option<String>,
     /// Change no setting of the host's kernel; without this, shared memory may have huge pages where it asks
     /// for them (transparent_hugepage/shmem_enabled becomes advise where it is never)
-    #[arg(long, env = "FRACTUS_LEAVE_HOST_SETTINGS")]
+    #[arg(long, env = "FRACTUS_LEAVE_HOST_SETTINGS", value_parser = BoolishValueParser::new())]
     leave_host_settings: bool,
     /// Run stand-ins instead of guests, where there is no KVM
     #[arg(long, env = "FRACTUS_STAND_INS", hide = true)]

@@ -120,7 +120,7 @@ const CHECKS: &[Check] = &[
     Check {
         name: "huge pages for shared memory",
         weight: Weight::Wanted,
-        remedy: "`echo advise >/sys/kernel/mm/transparent_hugepage/shmem_enabled`, which the agent does when it starts unless it is told --leave-host-settings; without it guests have pages of 4 KiB, and boot in twice the time",
+        remedy: "`echo advise >/sys/kernel/mm/transparent_hugepage/shmem_enabled`, which the agent does when it starts unless it is told --leave-host-settings; without it guests have pages of 4 KiB and many more page faults",
         look: || huge_pages::look(Path::new(huge_pages::SHMEM_ENABLED)),
     },
     Check {

@@ -118,7 +118,7 @@ fn run() -> anyhow::Result<bool> {
         return Ok(true);
     };
     interrupt::listen()?;
-    let _set = host::HugePages::advised()?;
+    let _set = host::HugePages::advised();
     let mut within = true;
     if !arguments.json {
         println!("{}", Figure::header());
