@@ -352,6 +352,36 @@ impl Host {
     }
 }
 
+/// A test that fails says what its hosts and their machines did then: a guest that hung has told nobody why.
+impl Drop for Host {
+    fn drop(&mut self) {
+        if !std::thread::panicking() || self.running.is_none() {
+            return;
+        }
+        let said = self.trace().and_then(|()| self.run(LAST_LOOK));
+        match said {
+            Ok(output) => println!("--- {} at the end\n{}", self.name, output.text),
+            Err(error) => println!(
+                "--- {} does not answer: {error:#}\n{}",
+                self.name,
+                self.serial_log()
+            ),
+        }
+    }
+}
+
+/// What the host is short of and complains of; of each thread of a machine its state, what it has used of the
+/// processor and where in the kernel it waits; what KVM did in the last two seconds, and the agent's log.
+const LAST_LOOK: &str = "sleep 2
+uptime; free -m; dmesg | tail -n 20
+for pid in $(ps -o pid,args | grep '[f]ractus-agent vm' | awk '{print $1}'); do
+  for task in /proc/$pid/task/*; do
+    echo \"$task $(cut -d' ' -f2,3,14,15 $task/stat)\"; cat $task/stack
+  done
+done 2>&1
+grep -v '^#' /sys/kernel/tracing/trace | tail -n 300
+tail -n 60 /var/lib/fractus-agent/agent.log";
+
 /// The first line by which a kernel says that it broke.
 fn broken(log: &str) -> Option<String> {
     const MARKS: [&str; 4] = [
