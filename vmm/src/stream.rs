@@ -1,19 +1,32 @@
 //! The host's end of a serial line or console port: output that never holds the guest up.
 //!
 //! Owns a duplicate of the descriptor and a bounded backlog. What the reader does not take in time is
-//! dropped, oldest first, and counted.
+//! dropped, oldest first, and counted. A serial port says one byte at a time: those of a burst go on
+//! together, because each that went alone would wake its reader.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
 
 use crate::reactor::{Interest, Reactor, Ready, Registration, Subscriber};
 
 /// Bytes kept for a reader that is behind.
 const BACKLOG: usize = 64 << 10;
+/// The bytes of a burst go on when there are so many,
+const BURST: usize = 1024;
+/// or when the first of them has waited so long.
+const PATIENCE: Duration = Duration::from_millis(4);
+/// What the reactor calls for.
+const ROOM: u32 = 0;
+const TIMER: u32 = 1;
 
 /// Pipes and sockets are made non-blocking (that is a property of the open file, shared with whoever
 /// has it too); terminals and files stay as they are.
@@ -31,8 +44,11 @@ pub fn make_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
 pub struct Output(Arc<Sink>);
 
 struct Sink {
+    /// For the reactor, which must own whom it calls.
+    me: Weak<Sink>,
     fd: OwnedFd,
     reactor: Reactor,
+    timer: OwnedFd,
     state: Mutex<State>,
 }
 
@@ -45,6 +61,12 @@ struct State {
     closed: bool,
     /// There while the backlog waits to be written.
     waiting: Option<Registration>,
+    /// Bytes of a burst, at most `BURST`.
+    burst: Vec<u8>,
+    /// The timer runs: what comes until then is of one burst.
+    in_burst: bool,
+    /// Of the timer; there from the first burst on.
+    watch: Option<Registration>,
 }
 
 impl Output {
@@ -52,23 +74,62 @@ impl Output {
     pub fn open(fd: BorrowedFd<'_>, reactor: &Reactor) -> io::Result<Output> {
         let fd = fd.try_clone_to_owned()?;
         make_nonblocking(fd.as_fd())?;
-        Ok(Output(Arc::new(Sink {
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        Ok(Output(Arc::new_cyclic(|me| Sink {
+            me: Weak::clone(me),
             fd,
             reactor: reactor.clone(),
+            timer,
             state: Mutex::default(),
         })))
     }
 
     /// Never blocks on a pipe or socket, never fails.
     pub fn write(&self, bytes: &[u8]) {
-        let sink = &self.0;
-        let mut state = sink.lock();
+        let mut state = self.0.lock();
+        self.0.flush(&mut state);
+        self.0.write(&mut state, bytes);
+    }
+
+    /// As `write`, for who says one byte at a time: a byte after silence goes on at once, one of a burst
+    /// within 4 ms or at the next `flush`.
+    pub fn put(&self, byte: u8) {
+        let mut state = self.0.lock();
+        if state.in_burst {
+            state.burst.push(byte);
+            if state.burst.len() >= BURST {
+                self.0.flush(&mut state);
+            }
+        } else {
+            self.0.write(&mut state, &[byte]);
+            state.in_burst = self.0.begin_burst(&mut state);
+        }
+    }
+
+    /// Writes what waits of a burst; nothing else would, once the reactor has ended.
+    pub fn flush(&self) {
+        self.0.flush(&mut self.0.lock());
+    }
+
+    /// Bytes that no reader took in time.
+    pub fn lost(&self) -> u64 {
+        self.0.lock().lost
+    }
+}
+
+impl Sink {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, state: &mut State, bytes: &[u8]) {
         if state.closed {
             state.lost += bytes.len() as u64;
             return;
         }
         let written = if state.backlog.is_empty() {
-            sink.push(&mut state, bytes)
+            self.push(state, bytes)
         } else {
             0
         };
@@ -81,26 +142,50 @@ impl Output {
         state.backlog.drain(..over);
         state.lost += over as u64;
         if state.waiting.is_none() {
-            let subscriber = Arc::clone(sink) as Arc<dyn Subscriber>;
-            match sink
-                .reactor
-                .register(sink.fd.as_fd(), Interest::WRITE, subscriber, 0)
-            {
+            match self.register(self.fd.as_fd(), Interest::WRITE, ROOM) {
                 Ok(registration) => state.waiting = Some(registration),
                 Err(error) => tracing::warn!(%error, "a console's output cannot be waited for"),
             }
         }
     }
 
-    /// Bytes that no reader took in time.
-    pub fn lost(&self) -> u64 {
-        self.0.lock().lost
+    fn register(
+        &self,
+        fd: BorrowedFd<'_>,
+        interest: Interest,
+        tag: u32,
+    ) -> io::Result<Registration> {
+        let subscriber = self.me.upgrade().ok_or(io::ErrorKind::NotConnected)?;
+        self.reactor.register(fd, interest, subscriber, tag)
     }
-}
 
-impl Sink {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// False: there is no timer, each byte goes alone.
+    fn begin_burst(&self, state: &mut State) -> bool {
+        if state.watch.is_none() {
+            let watch = self.register(self.timer.as_fd(), Interest::READ, TIMER);
+            state.watch = watch.ok();
+        }
+        state.watch.is_some() && self.start_timer()
+    }
+
+    fn start_timer(&self) -> bool {
+        let once = Itimerspec {
+            it_interval: Timespec::default(),
+            it_value: Timespec {
+                tv_sec: 0,
+                tv_nsec: PATIENCE.subsec_nanos().into(),
+            },
+        };
+        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once).is_ok()
+    }
+
+    fn flush(&self, state: &mut State) {
+        if !state.burst.is_empty() {
+            let mut burst = std::mem::take(&mut state.burst);
+            self.write(state, &burst);
+            burst.clear();
+            state.burst = burst;
+        }
     }
 
     /// Writes what the descriptor takes now.
@@ -120,10 +205,18 @@ impl Sink {
         }
         done
     }
-}
 
-impl Subscriber for Sink {
-    fn ready(&self, _tag: u32, ready: Ready) {
+    fn burst_over(&self) {
+        let mut state = self.lock();
+        if rustix::io::read(&self.timer, &mut [0; 8]).is_err() {
+            return;
+        }
+        // As long as bytes come, the next of them need not go alone.
+        state.in_burst = !state.burst.is_empty() && self.start_timer();
+        self.flush(&mut state);
+    }
+
+    fn has_room(&self, ready: Ready) {
         let mut state = self.lock();
         let mut backlog = std::mem::take(&mut state.backlog);
         let written = self.push(&mut state, backlog.make_contiguous());
@@ -139,13 +232,86 @@ impl Subscriber for Sink {
     }
 }
 
+impl Subscriber for Sink {
+    fn ready(&self, tag: u32, ready: Ready) {
+        match tag {
+            TIMER => self.burst_over(),
+            _ => self.has_room(ready),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Read;
 
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
     use super::*;
+    use crate::reactor::ReactorThread;
     use crate::request::channel;
     use crate::thread::Threads;
+
+    /// A reactor that runs, and the two ends of a socket that keeps apart what was written apart.
+    fn rig() -> (Reactor, ReactorThread, OwnedFd, OwnedFd) {
+        let (requests, _receiver) = channel().unwrap();
+        let reactor = Reactor::new().unwrap();
+        let thread = reactor.run(&Threads::new(None, requests)).unwrap();
+        let flags = SocketFlags::CLOEXEC;
+        let (one, other) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        (reactor, thread, one, other)
+    }
+
+    fn next(socket: &OwnedFd) -> Vec<u8> {
+        let mut buffer = [0; 4096];
+        let read = rustix::io::read(socket, &mut buffer).unwrap();
+        buffer[..read].to_vec()
+    }
+
+    #[test]
+    fn bytes_of_a_burst_go_on_together_and_without_more_to_come() {
+        let (reactor, _thread, reader, writer) = rig();
+        let output = Output::open(writer.as_fd(), &reactor).unwrap();
+        let text: Vec<u8> = (0..20_000).map(|n| n as u8).collect();
+        for byte in &text {
+            output.put(*byte);
+        }
+        assert_eq!(next(&reader), text[..1], "the first does not wait");
+        let mut seen = text[..1].to_vec();
+        let mut packets = 1;
+        while seen.len() < text.len() {
+            seen.extend(next(&reader));
+            packets += 1;
+        }
+        assert_eq!(seen, text);
+        assert!(packets < text.len() / 10, "{packets} packets");
+        // Silence ends the burst: the next byte is the first of another.
+        while output.0.lock().in_burst {
+            std::thread::yield_now();
+        }
+        output.put(b'a');
+        assert_eq!(next(&reader), b"a");
+    }
+
+    #[test]
+    fn a_flush_brings_what_waits_and_nothing_overtakes_it() {
+        let (requests, _receiver) = channel().unwrap();
+        let (_reactor, thread, reader, writer) = rig();
+        drop((thread, requests));
+        // This one never runs: no timer is heard.
+        let still = Reactor::new().unwrap();
+        let output = Output::open(writer.as_fd(), &still).unwrap();
+        for byte in *b"abc" {
+            output.put(byte);
+        }
+        output.flush();
+        output.put(b'd');
+        output.write(b"ef");
+        output.flush();
+        let packets: Vec<_> = (0..4).map(|_| next(&reader)).collect();
+        assert_eq!(packets, [&b"a"[..], b"bc", b"d", b"ef"]);
+    }
 
     #[test]
     fn a_slow_reader_gets_the_newest_output_and_the_writer_never_waits() {

@@ -86,7 +86,7 @@ struct Transmitter(Option<Output>);
 impl Write for Transmitter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Some(output) = &self.0 {
-            output.write(bytes);
+            bytes.iter().for_each(|byte| output.put(*byte));
         }
         Ok(bytes.len())
     }
@@ -248,6 +248,9 @@ impl Device for SerialPort {
         let mut state = self.lock();
         state.paused = true;
         self.update_interest(&mut state);
+        if let Some(output) = &self.output {
+            output.flush();
+        }
         Ok(())
     }
 
