@@ -22,7 +22,7 @@ use crate::reactor::{Interest, Reactor, Ready, Registration, Subscriber};
 const BACKLOG: usize = 64 << 10;
 /// The bytes of a burst go on when there are so many,
 const BURST: usize = 1024;
-/// or when the first of them has waited so long.
+/// or after so long at the latest.
 const PATIENCE: Duration = Duration::from_millis(4);
 /// What the reactor calls for.
 const ROOM: u32 = 0;
@@ -107,7 +107,7 @@ impl Output {
         }
     }
 
-    /// Writes what waits of a burst; nothing else would, once the reactor has ended.
+    /// Writes what waits of a burst now: who has come to rest is read at once.
     pub fn flush(&self) {
         self.0.flush(&mut self.0.lock());
     }
@@ -162,19 +162,21 @@ impl Sink {
     /// False: there is no timer, each byte goes alone.
     fn begin_burst(&self, state: &mut State) -> bool {
         if state.watch.is_none() {
-            let watch = self.register(self.timer.as_fd(), Interest::READ, TIMER);
-            state.watch = watch.ok();
+            match self.register(self.timer.as_fd(), Interest::READ, TIMER) {
+                Ok(watch) => state.watch = Some(watch),
+                Err(error) => tracing::warn!(%error, "a console's timer cannot be waited for"),
+            }
         }
         state.watch.is_some() && self.start_timer()
     }
 
     fn start_timer(&self) -> bool {
+        let Ok(it_value) = Timespec::try_from(PATIENCE) else {
+            return false;
+        };
         let once = Itimerspec {
             it_interval: Timespec::default(),
-            it_value: Timespec {
-                tv_sec: 0,
-                tv_nsec: PATIENCE.subsec_nanos().into(),
-            },
+            it_value,
         };
         timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once).is_ok()
     }
@@ -252,15 +254,10 @@ mod tests {
     use crate::request::channel;
     use crate::thread::Threads;
 
-    /// A reactor that runs, and the two ends of a socket that keeps apart what was written apart.
-    fn rig() -> (Reactor, ReactorThread, OwnedFd, OwnedFd) {
-        let (requests, _receiver) = channel().unwrap();
-        let reactor = Reactor::new().unwrap();
-        let thread = reactor.run(&Threads::new(None, requests)).unwrap();
+    /// The two ends of a socket that keeps apart what was written apart.
+    fn packets() -> (OwnedFd, OwnedFd) {
         let flags = SocketFlags::CLOEXEC;
-        let (one, other) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-        (reactor, thread, one, other)
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
     }
 
     fn next(socket: &OwnedFd) -> Vec<u8> {
@@ -271,35 +268,37 @@ mod tests {
 
     #[test]
     fn bytes_of_a_burst_go_on_together_and_without_more_to_come() {
-        let (reactor, _thread, reader, writer) = rig();
+        let (requests, _receiver) = channel().unwrap();
+        let reactor = Reactor::new().unwrap();
+        let _thread = reactor.run(&Threads::new(None, requests)).unwrap();
+        let (reader, writer) = packets();
         let output = Output::open(writer.as_fd(), &reactor).unwrap();
-        let text: Vec<u8> = (0..20_000).map(|n| n as u8).collect();
+        // So few that each would find room, if it went alone.
+        let text: Vec<u8> = (0..200).collect();
         for byte in &text {
             output.put(*byte);
         }
         assert_eq!(next(&reader), text[..1], "the first does not wait");
-        let mut seen = text[..1].to_vec();
-        let mut packets = 1;
+        let (mut seen, mut count) = (text[..1].to_vec(), 1);
         while seen.len() < text.len() {
             seen.extend(next(&reader));
-            packets += 1;
+            count += 1;
         }
         assert_eq!(seen, text);
-        assert!(packets < text.len() / 10, "{packets} packets");
+        assert!(count < 100, "{count} packets");
         // Silence ends the burst: the next byte is the first of another.
         while output.0.lock().in_burst {
             std::thread::yield_now();
         }
         output.put(b'a');
+        assert!(output.0.lock().burst.is_empty());
         assert_eq!(next(&reader), b"a");
     }
 
     #[test]
-    fn a_flush_brings_what_waits_and_nothing_overtakes_it() {
-        let (requests, _receiver) = channel().unwrap();
-        let (_reactor, thread, reader, writer) = rig();
-        drop((thread, requests));
-        // This one never runs: no timer is heard.
+    fn a_flush_or_many_bring_what_waits_and_nothing_overtakes_it() {
+        let (reader, writer) = packets();
+        // It never runs: no timer is heard.
         let still = Reactor::new().unwrap();
         let output = Output::open(writer.as_fd(), &still).unwrap();
         for byte in *b"abc" {
@@ -309,8 +308,13 @@ mod tests {
         output.put(b'd');
         output.write(b"ef");
         output.flush();
-        let packets: Vec<_> = (0..4).map(|_| next(&reader)).collect();
-        assert_eq!(packets, [&b"a"[..], b"bc", b"d", b"ef"]);
+        for _ in 0..=BURST {
+            output.put(b'g');
+        }
+        let found: Vec<_> = (0..5).map(|_| next(&reader)).collect();
+        let many = [b'g'; BURST];
+        assert_eq!(found, [&b"a"[..], b"bc", b"d", b"ef", &many]);
+        assert_eq!(output.0.lock().burst, b"g");
     }
 
     #[test]

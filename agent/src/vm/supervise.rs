@@ -106,6 +106,9 @@ impl Supervisor {
                 self.make_ready_to_leave();
             }
             if self.leave.as_ref().and_then(Leave::left) == Some(Duration::ZERO) {
+                // What a guest said last that does not shut down is what somebody will want to read.
+                let _ = self.guest.stop();
+                self.carry_output(&mut others, usize::MAX);
                 return self.end(StopReason::HostReboot);
             }
             // A command may have made events that no descriptor tells of.
