@@ -6,7 +6,11 @@ mod common;
 #[path = "../../vmm/loader/tests/image/mod.rs"]
 mod image;
 
+use std::io::Write;
+use std::path::Path;
+
 use common::*;
+use fractus_agent::host::huge_pages::SHMEM_ENABLED;
 use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{ImageRef, MachineReport, Observed, Power, ServerId, StopReason};
 use futures::SinkExt;
@@ -94,6 +98,33 @@ fn pause_reboot_rebuild_and_power_off_reach_the_guest() -> Result {
         agent.put(id, &put(6, wanted)).await?;
         agent.settled(id, 6, is_absent).await?;
         assert_eq!(agent.leftovers(id), Vec::<String>::new());
+        Ok(())
+    })
+}
+
+/// The switch is a file of the test's own, mounted over the host's, which every agent of a test leaves alone.
+#[test]
+fn huge_pages_are_let_be_asked_for_unless_the_agent_is_told_to_leave_its_host_alone() -> Result {
+    const WORDS: &str = "always within_size advise [never] deny force\n";
+    block_on(async {
+        if probe().is_none() || !Path::new(SHMEM_ENABLED).exists() {
+            println!("no /dev/kvm, or a kernel without huge pages: nothing was tested");
+            return Ok(());
+        }
+        let cloud = Cloud::start().await;
+        for (leave, wanted) in [("true", WORDS), ("false", "advise")] {
+            let mut file = tempfile::NamedTempFile::new()?;
+            file.write_all(WORDS.as_bytes())?;
+            let mount = format!("mount --bind {} {SHMEM_ENABLED}", file.path().display());
+            let run = format!("{mount} && exec \"$0\" \"$@\"");
+            let prelude = format!(
+                "export FRACTUS_LEAVE_HOST_SETTINGS={leave}; \
+                 exec unshare --mount sh -c '{run}' \"$0\" \"$@\";"
+            );
+            let agent = Agent::start_after(&prelude, &cloud, false).await?;
+            let found = std::fs::read_to_string(file.path())?;
+            assert_eq!(found, wanted, "{leave}: {}", agent.log());
+        }
         Ok(())
     })
 }
