@@ -374,13 +374,14 @@ impl Drop for Host {
 /// processor and where in the kernel it waits; what KVM did in the last two seconds, and the agent's log.
 const LAST_LOOK: &str = "sleep 2
 uptime; free -m; dmesg | tail -n 20
-for pid in $(ps -o pid,args | grep '[f]ractus-agent vm' | awk '{print $1}'); do
+for pid in $( (ps -eo pid,args 2>/dev/null || ps -o pid,args) | awk '/[f]ractus-agent vm/ { print $1 }'); do
   for task in /proc/$pid/task/*; do
     echo \"$task $(cut -d' ' -f2,3,14,15 $task/stat)\"; cat $task/stack
   done
 done 2>&1
 grep -v '^#' /sys/kernel/tracing/trace | tail -n 300
-tail -n 60 /var/lib/fractus-agent/agent.log";
+tail -n 60 /var/lib/fractus-agent/agent.log 2>/dev/null ||
+  journalctl --no-pager --output cat --unit fractus-agent --lines 60";
 
 /// The first line by which a kernel says that it broke.
 fn broken(log: &str) -> Option<String> {
