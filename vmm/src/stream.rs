@@ -250,7 +250,6 @@ mod tests {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
     use super::*;
-    use crate::reactor::ReactorThread;
     use crate::request::channel;
     use crate::thread::Threads;
 
