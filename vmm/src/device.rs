@@ -36,6 +36,12 @@ pub trait Device: Send + Sync {
         Ok(())
     }
 
+    /// Whether somebody besides KVM and this process writes to the guest's memory in its place while the
+    /// guest runs: no log of writes has that.
+    fn writes_unseen(&self) -> bool {
+        false
+    }
+
     /// Back to the state after power-on; host resources (descriptors, threads, rings) stay.
     fn reset(&self) -> Result<(), DeviceError>;
 

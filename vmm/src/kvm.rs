@@ -11,16 +11,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI,
-    KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
-    KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
-    kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting, kvm_clock_data, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 
 use crate::eventfd::EventFd;
 use crate::interrupt::{Gsi, InterruptError, IoAddress, IoEvents, MsiController, MsiMessage};
 use crate::layout::{IOAPIC_PINS, KVM_IDENTITY_MAP, KVM_TSS};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, PageSet};
 
 /// Most routes KVM takes (KVM_MAX_IRQ_ROUTES).
 const ROUTES: u32 = 4096;
@@ -137,19 +137,7 @@ impl Hypervisor {
             ))?;
         fd.set_tss_address(KVM_TSS as usize)
             .map_err(refused("place its task state segment (KVM_SET_TSS_ADDR)"))?;
-        for (index, slot) in memory.slots().into_iter().enumerate() {
-            let region = kvm_userspace_memory_region {
-                slot: index as u32,
-                flags: 0,
-                guest_phys_addr: slot.guest,
-                memory_size: slot.size,
-                userspace_addr: slot.host,
-            };
-            // SAFETY: the range is a mapping that `Vm::memory` keeps alive as long as the VM, and
-            // slots do not overlap: they come from one collection of regions.
-            unsafe { fd.set_user_memory_region(region) }
-                .map_err(refused("take guest memory (KVM_SET_USER_MEMORY_REGION)"))?;
-        }
+        give_memory(&fd, memory, 0)?;
         let mut split = kvm_enable_cap {
             cap: KVM_CAP_SPLIT_IRQCHIP,
             ..Default::default()
@@ -169,9 +157,27 @@ impl Hypervisor {
         Ok(Vm {
             fd,
             routes,
-            _memory: memory.clone(),
+            memory: memory.clone(),
         })
     }
+}
+
+/// Sets the slots of `memory`, which the [`Vm`] keeps alive, for the first time or with other flags.
+fn give_memory(fd: &VmFd, memory: &GuestMemory, flags: u32) -> Result<(), KvmError> {
+    for (index, slot) in memory.slots().into_iter().enumerate() {
+        let region = kvm_userspace_memory_region {
+            slot: index as u32,
+            flags,
+            guest_phys_addr: slot.guest,
+            memory_size: slot.size,
+            userspace_addr: slot.host,
+        };
+        // SAFETY: the range is a mapping that `Vm::memory` keeps alive as long as the VM, and
+        // slots do not overlap: they come from one collection of regions.
+        unsafe { fd.set_user_memory_region(region) }
+            .map_err(refused("take guest memory (KVM_SET_USER_MEMORY_REGION)"))?;
+    }
+    Ok(())
 }
 
 /// A VM. Shared by the machine, its interrupt controllers and devices.
@@ -179,7 +185,7 @@ pub struct Vm {
     fd: VmFd,
     /// By GSI. The first 24 belong to the IOAPIC's pins.
     routes: Mutex<Vec<Route>>,
-    _memory: GuestMemory,
+    memory: GuestMemory,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -211,6 +217,26 @@ impl Vm {
         self.fd
             .set_clock(&clock)
             .map_err(refused("set the guest's clock (KVM_SET_CLOCK)"))
+    }
+
+    /// Has KVM note what the guest writes to, or no longer. While it does, the guest's huge pages are cut up
+    /// as they are written to.
+    pub fn log_writes(&self, on: bool) -> Result<(), KvmError> {
+        let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        give_memory(&self.fd, &self.memory, flags)
+    }
+
+    /// Adds what the guest has written to, since the log was begun or last taken, to `pages`.
+    pub fn take_written(&self, pages: &mut PageSet) -> Result<(), KvmError> {
+        let slots = self.memory.slots().into_iter().zip(self.memory.offsets());
+        for (index, (slot, offset)) in slots.enumerate() {
+            let log = self
+                .fd
+                .get_dirty_log(index as u32, slot.size as usize)
+                .map_err(refused("tell what the guest wrote to (KVM_GET_DIRTY_LOG)"))?;
+            pages.add(offset, &log);
+        }
+        Ok(())
     }
 
     fn routes(&self) -> MutexGuard<'_, Vec<Route>> {

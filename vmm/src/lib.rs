@@ -28,6 +28,7 @@ pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod output;
 pub mod pci;
 pub mod reactor;
 pub mod request;

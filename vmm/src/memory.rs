@@ -5,6 +5,7 @@
 //! can never be made to fault by a truncation. What is not touched is not there: a page that was given
 //! back reads as zero.
 
+mod dirty;
 mod hot;
 
 use std::fs::File;
@@ -24,6 +25,7 @@ use vm_memory::{
 use crate::config::{HOT_BLOCK, HotMemoryConfig, MemoryConfig, PageSize};
 use crate::layout::{Layout, Window};
 
+pub use dirty::PageSet;
 pub use hot::{BlockState, Blocks, HotMemory};
 
 /// What the rust-vmm crates work on.
@@ -173,6 +175,27 @@ impl GuestMemory {
     /// The ranges to be given to KVM.
     pub fn slots(&self) -> Vec<Slot> {
         slots(&self.map, self.hot.as_deref())
+    }
+
+    /// Where each of the [`GuestMemory::slots`] begins in the memfd.
+    pub fn offsets(&self) -> impl Iterator<Item = u64> {
+        let start = |region: &GuestRegionMmap<AtomicBitmap>| {
+            region.file_offset().map_or(0, FileOffset::start)
+        };
+        self.map.iter().map(start)
+    }
+
+    /// The memfd.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Adds what this process has written to since this was last asked to `pages`.
+    pub fn take_own_writes(&self, pages: &mut PageSet) {
+        for (region, offset) in self.map.iter().zip(self.offsets()) {
+            let written = region.get_mmap().bitmap().get_and_reset();
+            pages.add(offset, &written);
+        }
     }
 
     /// Without hot memory.

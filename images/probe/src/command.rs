@@ -184,7 +184,14 @@ impl Probe {
 
     fn carry_out(&mut self, command: &str, from_console: bool) {
         let mut words = Words(command.split_ascii_whitespace());
-        let Some(name) = words.word() else { return };
+        let Some(mut name) = words.word() else { return };
+        if name == "loudly" {
+            let Some(what) = words.word() else { return };
+            name = what;
+            let mut begun = Line::new();
+            let _ = writeln!(begun, "begun {name}");
+            serial::write(begun.as_bytes());
+        }
         // A pause may lie between the last look at the clock and this command, which may ask for it.
         clock::pulse(nonce());
         let mut answer = Line::new();
@@ -207,6 +214,7 @@ impl Probe {
             "random" => self.random(words, out),
             "touch" => self.touch(words, out),
             "dirty" => self.dirty(words, out),
+            "weave" => self.weave(words, out),
             "balloon" => self.balloon(words, out),
             "memory" => self.hot_memory(words, out),
             "slots" => self.slots(out),
@@ -305,8 +313,14 @@ impl Probe {
             "disk-check" => {
                 let (offset, length) = range()?;
                 let seed = words.number().ok_or(Refusal::Usage("DEV OFF LEN SEED"))?;
-                if let Some(place) = disk.check(offset, length, seed)? {
-                    return Err(Refusal::At(place));
+                let again = words.word() == Some("again");
+                loop {
+                    if let Some(place) = disk.check(offset, length, seed)? {
+                        return Err(Refusal::At(place));
+                    }
+                    if !again || serial::has_input() {
+                        break;
+                    }
                 }
             }
             "disk-discard" => range().and_then(|(o, l)| Ok(disk.clear(o, l, false)?))?,
@@ -563,6 +577,48 @@ impl Probe {
             done += 1;
         }
         let _ = write!(out, " mib={done} us={}", clock::us(cpu::tsc() - begin));
+        Ok(())
+    }
+
+    /// Numbers its writes, a page each in turn and the last word of it too, until something is typed; afterwards every
+    /// page must hold the number of the last write to it, so one that was lost or came from another moment shows.
+    fn weave(&self, words: &mut Words, out: &mut Line) -> Outcome {
+        let pages = words.number().ok_or(Refusal::Usage("MIB"))? * PAGES_PER_MIB;
+        let stretch = memory::free(&self.info)
+            .find(|stretch| stretch.length >= pages * PAGE && pages > 0)
+            .ok_or(Refusal::Failed("no so much free memory in a row"))?;
+        // The place of a number: neighbours lie apart, and each page has its turn (641 is a prime).
+        let place = |number: u64| stretch.start + (number * 641 % pages) * PAGE;
+        let look = |number: u64, out: &mut Line| {
+            let at = place(number);
+            let (first, last) = (memory::read_u64(at), memory::read_u64(at + PAGE - 8));
+            if first == number && last == !number {
+                return Ok(());
+            }
+            let _ = write!(
+                out,
+                " at={at:#x} number={number} found={first} {:#x}",
+                !last
+            );
+            Err(Refusal::Failed("a write is not there"))
+        };
+        let mut number = 0;
+        while number < pages || number % 4096 != 0 || !serial::has_input() {
+            // What is written over is looked at first.
+            if let Some(before) = number.checked_sub(pages) {
+                look(before, out)?;
+            }
+            memory::write_u64(place(number), number);
+            memory::write_u64(place(number) + PAGE - 8, !number);
+            number += 1;
+            if number % 64 == 0 {
+                clock::pulse(nonce());
+            }
+        }
+        for written in number - pages..number {
+            look(written, out)?;
+        }
+        let _ = write!(out, " writes={number}");
         Ok(())
     }
 }

@@ -25,12 +25,13 @@
 //!
 //! | command | answer |
 //! |---|---|
+//! | `loudly COMMAND …` | `begun COMMAND` when it begins, on COM1, then its own |
 //! | `info` | `ok info` nonce, vcpus, memory, ticks |
 //! | `time` | `ok time uptime_us= tsc= tsc_ring0= tsc_khz= ticks=` |
 //! | `disk-info DEV` | `ok disk-info bytes= ro= serial=` |
 //! | `disk-hash DEV OFF LEN` | `ok disk-hash HEX` (FNV-1a 64) |
 //! | `disk-write DEV OFF LEN SEED` | `ok disk-write us=` (pattern of SEED, then a flush) |
-//! | `disk-check DEV OFF LEN SEED` | `ok disk-check`, or `err disk-check at=` |
+//! | `disk-check DEV OFF LEN SEED [again]` | `ok disk-check`, or `err disk-check at=`; again and again until something is typed |
 //! | `disk-discard DEV OFF LEN`, `disk-zero DEV OFF LEN`, `disk-flush DEV` | `ok …` |
 //! | `blk-bench DEV read\|write seq\|random DEPTH COUNT [SIZE [poll]]` | `ok blk-bench ops= us= interrupts= kicks=`: so many requests (of 4096 bytes), DEPTH in flight |
 //! | `random N` | `ok random HEX…` from virtio-rng |
@@ -49,6 +50,8 @@
 //! | `cpu-start APIC_ID [MS]` | `ok cpu-start`, or `err` if it does not begin within that time |
 //! | `cpu-eject APIC_ID [force]` | `ok cpu-eject`: lets go of a vCPU |
 //! | `dirty RATE_MIB SECONDS` | `ok dirty mib= us=`: that rate, over and over |
+//! | `weave MIB` | `ok weave writes=`: numbered writes all over that much memory until something is typed, then a look
+//! | | whether each page holds the last of its own |
 //! | `spin MS [CPU]` | `ok spin`; on another CPU at once, it goes on there |
 //! | `stamp spin\|MS\|off` | how every CPU looks at its TSC, for `gaps` |
 //! | `gaps` | `ok gaps US US …`: the largest gap each CPU saw since the last `gaps` |

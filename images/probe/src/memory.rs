@@ -77,6 +77,12 @@ pub fn write_u8(address: u64, value: u8) {
     unsafe { (address as *mut u8).write_volatile(value) }
 }
 
+/// As `write_u8`.
+pub fn write_u64(address: u64, value: u64) {
+    // SAFETY: as in `read_u8`; the address is a multiple of 8.
+    unsafe { (address as *mut u64).write_volatile(value) }
+}
+
 /// Maps what of `address..address + length` lies above 4 GiB. False when there are no tables left.
 pub fn map(address: u64, length: u64) -> bool {
     let mut page = (address & !(LARGE - 1)).max(4 * GIB);

@@ -49,10 +49,15 @@ pub fn listen() {
     cpu::outb(PORT + 4, 0x0b);
 }
 
-pub fn read() -> Option<u8> {
+/// Something was typed and not read.
+pub fn has_input() -> bool {
     let status = cpu::inb(LINE_STATUS);
     // All ones: nobody answers at that port.
-    (status != 0xff && status & DATA_READY != 0).then(|| cpu::inb(PORT))
+    status != 0xff && status & DATA_READY != 0
+}
+
+pub fn read() -> Option<u8> {
+    has_input().then(|| cpu::inb(PORT))
 }
 
 /// One line of output, built without a heap; what does not fit is cut.

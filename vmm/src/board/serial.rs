@@ -12,8 +12,8 @@ use vm_superio::serial::{NoEvents, Serial, SerialState as Registers};
 use crate::config::ConsoleFiles;
 use crate::device::{Board, BusDevice, Device, DeviceError, Restore, SavedDevice};
 use crate::interrupt::InterruptLine;
+use crate::output::{Output, make_nonblocking};
 use crate::reactor::{Interest, Reactor, Ready, Registration, Subscriber};
-use crate::stream::{Output, make_nonblocking};
 
 const STATE_VERSION: u32 = 1;
 

@@ -213,6 +213,7 @@ fn assemble(
         config,
         files,
         kernel,
+        told_running: false,
         loaded: false,
         memory,
         layout,

@@ -11,6 +11,7 @@
 mod build;
 mod event;
 mod hotplug;
+mod snapshot;
 mod state;
 mod vcpus;
 
@@ -45,6 +46,7 @@ use vcpus::UsedVcpus;
 
 pub use build::BuildError;
 pub use event::{Event, Registers, RunState, StopReason};
+pub use snapshot::{Round, SnapshotError, SnapshotReport};
 pub use state::MachineState;
 
 /// One virtual machine of this process. Dropping it ends it.
@@ -67,6 +69,8 @@ pub struct Machine {
     config: MachineConfig,
     files: MachineFiles,
     kernel: Kernel,
+    /// That it runs was said, and nothing else since.
+    told_running: bool,
     /// Memory holds what the first vCPU begins with.
     loaded: bool,
     memory: GuestMemory,
@@ -205,6 +209,7 @@ impl Machine {
             return Err(error);
         }
         self.state = RunState::Paused;
+        self.told_running = false;
         self.announce(Event::Paused);
         Ok(())
     }
@@ -383,7 +388,12 @@ impl Machine {
             return;
         }
         match request {
-            Request::AllEntered => self.announce(Event::Running),
+            // Once for each time that somebody could think it did not run.
+            Request::AllEntered if self.told_running => {}
+            Request::AllEntered => {
+                self.told_running = true;
+                self.announce(Event::Running);
+            }
             Request::PowerOff => self.guest_ends(StopReason::GuestPowerOff),
             Request::Reset if self.is_searching() => self.search_failed("it reset itself"),
             Request::Reset => self.reset(),
@@ -475,6 +485,7 @@ impl Machine {
         if running {
             self.rest()?;
         }
+        self.told_running = false;
         // What the guest asked in the life that ends here is not for the next one; what failed is.
         self.keep(|request| {
             matches!(

@@ -22,3 +22,10 @@ pub struct MachineState {
     pub(super) vcpus: Vec<VcpuState>,
     pub(super) devices: Vec<SavedDevice>,
 }
+
+impl MachineState {
+    /// Of the machine that was saved.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+}

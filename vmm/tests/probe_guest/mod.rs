@@ -18,6 +18,7 @@ use fractus_vmm::config::{
     RngConfig, VsockConfig,
 };
 use fractus_vmm::machine::{Event, Machine, StopReason};
+use fractus_vmm::stream::snapshot::Snapshot;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// For anything that a healthy guest does at once, on a machine that is busy with other tests.
@@ -213,6 +214,29 @@ fn both_ways(end: &UnixStream) -> ConsoleFiles {
     }
 }
 
+/// What a machine that goes on where another was needs of its host.
+fn files_again(
+    nets: &[NetFiles],
+    vsock: Option<&UnixListener>,
+    disks: &[&File],
+    end: &UnixStream,
+) -> MachineFiles {
+    MachineFiles {
+        kvm: open_kvm(),
+        kernel: Some(File::open(image()).expect("the probe image")),
+        initrd: None,
+        fallback: None,
+        disks: disks
+            .iter()
+            .map(|disk| disk.try_clone().expect("duplicate a disk"))
+            .collect(),
+        serial: both_ways(end),
+        console_ports: Vec::new(),
+        nets: nets.iter().map(duplicate_net).collect(),
+        vsock: vsock.map(|listener| duplicate(listener).into()),
+    }
+}
+
 /// A running probe.
 pub struct Guest {
     pub machine: Machine,
@@ -317,32 +341,36 @@ impl Guest {
         let memory = File::from(memory.expect("duplicate the memory"));
         drop(self.machine);
         let (serial, end) = UnixStream::pair().expect("a socket pair");
-        let files = MachineFiles {
-            kvm: open_kvm(),
-            kernel: Some(File::open(image()).expect("the probe image")),
-            initrd: None,
-            fallback: None,
-            disks: disks
-                .iter()
-                .map(|disk| disk.try_clone().expect("duplicate a disk"))
-                .collect(),
-            serial: both_ways(&end),
-            console_ports: Vec::new(),
-            nets: self.nets.iter().map(duplicate_net).collect(),
-            vsock: self
-                .vsock
-                .as_ref()
-                .map(|listener| duplicate(listener).into()),
-        };
-        let mut machine = Machine::restore(saved, memory, files, None).expect("restore");
+        let files = files_again(&self.nets, self.vsock.as_ref(), disks, &end);
+        let machine = Machine::restore(saved, memory, files, None).expect("restore");
+        Guest::going_on(machine, serial, self.nets, self.vsock)
+    }
+
+    /// Another machine from a snapshot of this one, which may run on; the other runs, too, on the disks that are
+    /// given.
+    pub fn cloned_from(&self, file: File, disks: &[&File]) -> Guest {
+        let (serial, end) = UnixStream::pair().expect("a socket pair");
+        let nets: Vec<_> = self.nets.iter().map(duplicate_net).collect();
+        let files = files_again(&nets, None, disks, &end);
+        let snapshot = Snapshot::open(file).expect("a snapshot");
+        let machine = Machine::from_snapshot(&snapshot, files, None).expect("restore");
+        Guest::going_on(machine, serial, nets, None)
+    }
+
+    fn going_on(
+        mut machine: Machine,
+        serial: UnixStream,
+        nets: Vec<NetFiles>,
+        vsock: Option<UnixListener>,
+    ) -> Guest {
         machine.resume().expect("resume");
         serial.set_nonblocking(true).expect("fcntl");
         Guest {
             machine,
             serial,
             ports: Vec::new(),
-            nets: self.nets,
-            vsock: self.vsock,
+            nets,
+            vsock,
             partial: Vec::new(),
             lines: VecDeque::new(),
             events: VecDeque::new(),

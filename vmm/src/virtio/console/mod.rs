@@ -3,7 +3,7 @@
 //!
 //! Lives on the machine's reactor. It buffers nothing of its own: input is read when the guest has room
 //! for it, and what a guest writes waits in its queue until the host's end takes it, except on ports
-//! that are consoles, where it is dropped rather than hold the guest up ([`crate::stream`]).
+//! that are consoles, where it is dropped rather than hold the guest up ([`crate::output`]).
 
 mod control;
 mod port;

@@ -7,8 +7,8 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConsoleFiles, ConsolePortConfig};
+use crate::output::{Output, make_nonblocking};
 use crate::reactor::{Interest, Registration};
-use crate::stream::{Output, make_nonblocking};
 use crate::virtio::queue::{QueueFault, Segment, Virtqueue, gather, scatter, slice, total};
 
 /// Bytes moved by one system call.

@@ -181,6 +181,10 @@ impl Device for VirtioPciDevice {
         Ok(())
     }
 
+    fn writes_unseen(&self) -> bool {
+        self.lock().device.lends_interrupts()
+    }
+
     fn reset(&self) -> Result<(), DeviceError> {
         let mut function = self.lock();
         function.pause(PAUSE_WAIT)?;

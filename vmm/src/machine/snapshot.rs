@@ -1,0 +1,381 @@
+//! A machine written to a file while its guest runs, and one made from such a file.
+//!
+//! Memory is copied under the log of writes; what was written meanwhile is copied again, until little is left. Then the
+//! guest stands still: its state is saved and the pages that are left are copied to a buffer, which goes to the file
+//! when the guest runs again. So neither the size of memory nor a slow file is in the pause; but they are where the
+//! guest writes faster than is copied, and where vhost-net writes to its memory.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{SeekFrom, seek};
+use uuid::Uuid;
+
+use super::state::STATE_VERSION;
+use super::{BuildError, Machine, MachineError, MachineState, RunState};
+use crate::config::MachineFiles;
+use crate::kvm::{KvmError, Vm};
+use crate::memory::{GuestMemory, MemoryError, PageSet};
+use crate::stream::snapshot::{Snapshot, SnapshotWriter};
+use crate::stream::{BLOCK, Mask, Opening, PAGE, StreamError, Totals};
+use crate::thread::ThreadHook;
+
+/// With so few pages left the guest is stopped for them: 4 MiB, a millisecond's copy.
+const FEW: u64 = 1024;
+/// After so many rounds it is stopped, however many are left.
+const ROUNDS: usize = 4;
+/// So many pages are copied to a buffer at most; more go to the file while the guest stands still.
+const MOST_KEPT: u64 = (64 << 20) / PAGE as u64;
+
+/// Why a machine could not be written, or made from what was. A guest that ran runs on.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error("the guest has reset, ended or broken itself meanwhile")]
+    Over,
+    #[error("it is laid over the snapshot {base}, which was not loaded before it")]
+    Base { base: Uuid },
+    #[error("read the guest's memory")]
+    Read(#[source] std::io::Error),
+    #[error("the machine's state cannot be {action}")]
+    State {
+        action: &'static str,
+        source: postcard::Error,
+    },
+}
+
+/// What a snapshot took.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotReport {
+    pub id: Uuid,
+    pub totals: Totals,
+    /// While the guest ran, the first of all memory.
+    pub rounds: Vec<Round>,
+    /// Pages that were left for the pause.
+    pub last: u64,
+    /// How long the guest stood still; nothing, if it did anyway.
+    pub pause: Duration,
+    pub whole: Duration,
+}
+
+/// One copy of what had been written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Round {
+    pub pages: u64,
+    pub took: Duration,
+}
+
+impl Machine {
+    /// Writes the machine to `file`, as it is at one moment; a guest that runs stands still for that moment only. The
+    /// file is on its disk when this returns. Of the disks nothing is in it.
+    ///
+    /// # Errors
+    /// The machine neither runs nor is paused, the guest ends or resets itself meanwhile, or something cannot be read
+    /// or written; what is in the file then is taken for a snapshot by nobody.
+    pub fn snapshot(&mut self, file: File) -> Result<SnapshotReport, SnapshotError> {
+        let began = Instant::now();
+        if self.state != RunState::Paused {
+            self.expect(RunState::Running, "written to a snapshot")?;
+        }
+        let memory = self.memory.clone();
+        let bytes = memory.file().metadata().map_err(SnapshotError::Read)?.len();
+        let opening = Opening {
+            id: Uuid::new_v4(),
+            base: None,
+            memory: bytes,
+            made_by: concat!("fractus-vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
+        };
+        let mut report = SnapshotReport {
+            id: opening.id,
+            totals: Totals::default(),
+            rounds: Vec::new(),
+            last: 0,
+            pause: Duration::ZERO,
+            whole: Duration::ZERO,
+        };
+        let mut copy = Copy {
+            memory,
+            writer: SnapshotWriter::new(file, opening)?,
+        };
+        let state = match self.state {
+            RunState::Paused => {
+                report.last = copy.all()?;
+                self.packed()?
+            }
+            _ => self.copy_running(&mut copy, &mut report)?,
+        };
+        report.totals = copy.writer.finish(&state)?;
+        report.whole = began.elapsed();
+        Ok(report)
+    }
+
+    /// A paused machine from a snapshot, on memory of its own.
+    ///
+    /// # Errors
+    /// The snapshot is damaged or of another build, or this host cannot run it. Nothing of it is left.
+    pub fn from_snapshot(
+        snapshot: &Snapshot,
+        files: MachineFiles,
+        hook: Option<ThreadHook>,
+    ) -> Result<Machine, SnapshotError> {
+        if let Some(base) = snapshot.opening().base {
+            return Err(SnapshotError::Base { base });
+        }
+        let state = unpacked(snapshot.state())?;
+        let config = state.config();
+        config.validate().map_err(BuildError::from)?;
+        let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
+        snapshot.load(memory.file())?;
+        let file = memory.file().try_clone().map_err(SnapshotError::Read)?;
+        drop(memory);
+        Ok(Machine::restore(state, file, files, hook)?)
+    }
+
+    /// The form's version, then the state, for who knows no other form.
+    fn packed(&self) -> Result<Vec<u8>, SnapshotError> {
+        // What the guest has asked for and nobody has carried out is not in its state.
+        if self.board.requests.halting() {
+            return Err(SnapshotError::Over);
+        }
+        let action = "packed";
+        let mut bytes = STATE_VERSION.to_le_bytes().to_vec();
+        let state = postcard::to_stdvec(&self.save()?)
+            .map_err(|source| SnapshotError::State { action, source })?;
+        bytes.extend(state);
+        Ok(bytes)
+    }
+
+    /// Returns the state that goes with what `copy` has.
+    fn copy_running(
+        &mut self,
+        copy: &mut Copy,
+        report: &mut SnapshotReport,
+    ) -> Result<Vec<u8>, SnapshotError> {
+        // What nobody logs is copied when nobody writes any more.
+        let unseen = self.devices.iter().any(|device| device.writes_unseen());
+        let log = match unseen {
+            true => None,
+            false => Some(WriteLog::begin(&self.vm, &self.memory)?),
+        };
+        if let Some(log) = &log {
+            let mut round = || -> Result<u64, SnapshotError> {
+                let (began, first) = (Instant::now(), report.rounds.is_empty());
+                let pages = match first {
+                    true => copy.all()?,
+                    false => copy.again(&log.take()?)?,
+                };
+                let took = began.elapsed();
+                report.rounds.push(Round { pages, took });
+                Ok(pages)
+            };
+            for _ in 0..ROUNDS {
+                if round()? <= FEW || self.board.requests.halting() {
+                    break;
+                }
+            }
+        }
+
+        let began = Instant::now();
+        if let Err(error) = self.rest() {
+            self.run_on(&error);
+            return Err(error.into());
+        }
+        self.state = RunState::Paused;
+        let kept = self.at_rest(copy, log.as_ref());
+        if let Err(error) = self.run() {
+            self.run_on(&error);
+            return Err(error.into());
+        }
+        report.pause = began.elapsed();
+        drop(log);
+        let (state, kept) = kept?;
+        report.last = kept.pages;
+        for (number, mask, pages) in &kept.blocks {
+            copy.writer.amend(*number, *mask, pages)?;
+        }
+        Ok(state)
+    }
+
+    /// What only a guest that stands still shows.
+    fn at_rest(
+        &self,
+        copy: &mut Copy,
+        log: Option<&WriteLog>,
+    ) -> Result<(Vec<u8>, Kept), SnapshotError> {
+        let state = self.packed()?;
+        let mut kept = Kept::default();
+        let Some(log) = log else {
+            kept.pages = copy.all()?;
+            return Ok((state, kept));
+        };
+        let written = log.take()?;
+        kept.pages = written.count();
+        if kept.pages > MOST_KEPT {
+            copy.again(&written)?;
+            return Ok((state, kept));
+        }
+        for (number, mask) in written.blocks() {
+            kept.blocks.push((number, mask, copy.pages(number, mask)?));
+        }
+        Ok((state, kept))
+    }
+}
+
+fn unpacked(bytes: &[u8]) -> Result<MachineState, SnapshotError> {
+    let action = "read";
+    let failed = |source| SnapshotError::State { action, source };
+    let (version, state) = bytes
+        .split_first_chunk()
+        .ok_or_else(|| failed(postcard::Error::DeserializeUnexpectedEnd))?;
+    let version = u32::from_le_bytes(*version);
+    if version != STATE_VERSION {
+        return Err(BuildError::StateVersion { version }.into());
+    }
+    match postcard::take_from_bytes(state).map_err(failed)? {
+        (state, []) => Ok(state),
+        _ => Err(failed(postcard::Error::DeserializeBadEncoding)),
+    }
+}
+
+/// Pages as they were in the pause.
+#[derive(Default)]
+struct Kept {
+    pages: u64,
+    /// Number, which pages, and they.
+    blocks: Vec<(u64, Mask, Vec<u8>)>,
+}
+
+/// Copies memory to a snapshot.
+struct Copy {
+    memory: GuestMemory,
+    writer: SnapshotWriter,
+}
+
+impl Copy {
+    /// All that there is; how many pages that may be.
+    fn all(&mut self) -> Result<u64, SnapshotError> {
+        let memory = self.memory.clone();
+        let (file, mut at, mut pages) = (memory.file(), 0, 0);
+        let end = file.metadata().map_err(SnapshotError::Read)?.len();
+        while let Some(data) = next(file, SeekFrom::Data(at))? {
+            // No hole behind it: to the end.
+            at = next(file, SeekFrom::Hole(data))?.unwrap_or(end);
+            for number in data / BLOCK as u64..at.div_ceil(BLOCK as u64) {
+                self.block(number)?;
+            }
+            pages += (at - data).div_ceil(PAGE as u64);
+            // Blocks that begin in this stretch are done.
+            at = at.next_multiple_of(BLOCK as u64);
+            if at >= end {
+                break;
+            }
+        }
+        Ok(pages)
+    }
+
+    /// What has been written to; how many pages.
+    fn again(&mut self, written: &PageSet) -> Result<u64, SnapshotError> {
+        for (number, _) in written.blocks() {
+            self.block(number)?;
+        }
+        Ok(written.count())
+    }
+
+    fn block(&mut self, number: u64) -> Result<(), SnapshotError> {
+        let mut content = [0; BLOCK];
+        let file = self.memory.file();
+        let read = read(file, &mut content, number * BLOCK as u64)?;
+        let content = content.get(..read).unwrap_or_default();
+        Ok(self.writer.put(number, content)?)
+    }
+
+    /// Some pages of a block, each whole.
+    fn pages(&self, number: u64, mask: Mask) -> Result<Vec<u8>, SnapshotError> {
+        let mut pages = vec![0; mask.count() as usize * PAGE];
+        let mut rest = pages.as_mut_slice();
+        for run in mask.runs() {
+            let Some((target, more)) = rest.split_at_mut_checked(run.len()) else {
+                break;
+            };
+            read(
+                self.memory.file(),
+                target,
+                number * BLOCK as u64 + run.start as u64,
+            )?;
+            rest = more;
+        }
+        Ok(pages)
+    }
+}
+
+/// As much as there is.
+fn read(file: &File, buffer: &mut [u8], at: u64) -> Result<usize, SnapshotError> {
+    let mut done = 0;
+    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, at + done as u64) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(SnapshotError::Read(error)),
+        }
+    }
+    Ok(done)
+}
+
+/// The next data or hole; `None`: there is no more.
+fn next(file: &File, what: SeekFrom) -> Result<Option<u64>, SnapshotError> {
+    match seek(file, what) {
+        Ok(at) => Ok(Some(at)),
+        Err(rustix::io::Errno::NXIO) => Ok(None),
+        Err(errno) => Err(SnapshotError::Read(errno.into())),
+    }
+}
+
+/// What guest and process write to, for as long as it lives. There is one at a time.
+struct WriteLog {
+    vm: Arc<Vm>,
+    memory: GuestMemory,
+    bytes: u64,
+}
+
+impl WriteLog {
+    fn begin(vm: &Arc<Vm>, memory: &GuestMemory) -> Result<Self, SnapshotError> {
+        let bytes = memory.file().metadata().map_err(SnapshotError::Read)?.len();
+        let log = WriteLog {
+            vm: Arc::clone(vm),
+            memory: memory.clone(),
+            bytes,
+        };
+        // What this process wrote before is in the first copy.
+        memory.take_own_writes(&mut PageSet::new(bytes));
+        vm.log_writes(true)?;
+        Ok(log)
+    }
+
+    /// Since it was begun or last taken.
+    fn take(&self) -> Result<PageSet, SnapshotError> {
+        let mut pages = PageSet::new(self.bytes);
+        self.vm.take_written(&mut pages)?;
+        self.memory.take_own_writes(&mut pages);
+        Ok(pages)
+    }
+}
+
+impl Drop for WriteLog {
+    fn drop(&mut self) {
+        if let Err(error) = self.vm.log_writes(false) {
+            tracing::warn!(%error, "the guest's writes are logged on, and slower");
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! Sets of pages of a machine's memory, as logs of writes are.
+
+use crate::stream::{Mask, PAGE};
+
+/// Pages of 4 KiB, by their number in the memfd.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PageSet {
+    words: Vec<u64>,
+}
+
+impl PageSet {
+    /// None of so many bytes of memory.
+    pub fn new(bytes: u64) -> Self {
+        let words = bytes.div_ceil(PAGE as u64 * 64) as usize;
+        PageSet {
+            words: vec![0; words],
+        }
+    }
+
+    /// Adds the pages of a log that begins at `offset` in the memfd, which is one of 64 whole pages; what lies
+    /// beyond the memory is left out.
+    pub fn add(&mut self, offset: u64, log: &[u64]) {
+        let first = (offset / (PAGE as u64 * 64)) as usize;
+        let words = self.words.get_mut(first..).unwrap_or_default();
+        for (word, more) in words.iter_mut().zip(log) {
+            *word |= more;
+        }
+    }
+
+    /// How many pages.
+    pub fn count(&self) -> u64 {
+        self.words
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
+    /// By number of their block, in ascending order.
+    pub fn blocks(&self) -> impl Iterator<Item = (u64, Mask)> {
+        let words = (0u64..).zip(&self.words);
+        words.flat_map(|(index, word)| {
+            let blocks =
+                (0..4).map(move |part| (index * 4 + part, Mask((word >> (part * 16)) as u16)));
+            blocks.filter(|(_, mask)| !mask.is_empty())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_set_has_just_the_pages_of_its_logs(
+            logs in prop::collection::vec((0..6u64, prop::collection::vec(any::<u64>(), 0..4)), 0..5),
+        ) {
+            const PAGES: u64 = 5 * 64;
+            let mut set = PageSet::new(PAGES * PAGE as u64);
+            let mut wanted = BTreeSet::new();
+            for (first, log) in &logs {
+                set.add(first * 64 * PAGE as u64, log);
+                let bits = (0..log.len() as u64 * 64).filter(|bit| log[(bit / 64) as usize] >> (bit % 64) & 1 == 1);
+                wanted.extend(bits.map(|bit| first * 64 + bit).filter(|page| *page < PAGES));
+            }
+            prop_assert_eq!(set.count(), wanted.len() as u64);
+            let found: Vec<u64> = set
+                .blocks()
+                .flat_map(|(block, mask)| {
+                    (0..16).filter(move |bit| mask.0 >> bit & 1 == 1).map(move |bit| block * 16 + bit)
+                })
+                .collect();
+            prop_assert!(found.iter().eq(&wanted));
+        }
+    }
+}

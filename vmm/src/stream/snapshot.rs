@@ -1,0 +1,472 @@
+//! A snapshot's file, written and read.
+//!
+//! ```text
+//! 0            head: 4096 bytes, written last
+//! 2 MiB        memory: page n of the machine lies at 2 MiB + n * 4096, or is a hole
+//! behind it    frames: opening, placed pages, state, end
+//! ```
+//!
+//! The head, little-endian: magic (8), form (4), nothing yet (4), where memory begins (8), its bytes (8), where the
+//! frames begin (8), their bytes (8), CRC-32 of all that (4). Memory begins on 2 MiB so that it can be mapped with
+//! huge pages. A file without its head is one that was not finished, whatever else is in it.
+
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{FallocateFlags, fallocate};
+
+use super::frame::{FrameReader, FrameWriter, Kind};
+use super::pages::{BLOCK, Mask, PAGE};
+use super::{FORMAT, Opening, StreamError, Totals, io, malformed};
+
+const MAGIC: [u8; 8] = *b"FRACTUSM";
+/// Bytes of the head that mean something, with their checksum.
+const HEAD: usize = 52;
+/// Where memory begins.
+const MEMORY: u64 = 2 << 20;
+/// Bytes of an entry of a placed frame: number of the block (4), pages that lie in the file (2), pages that are zero
+/// and perhaps not in the base (2), CRC-32 of the former (4).
+const ENTRY: usize = 12;
+/// Bytes of entries in a frame, and of state.
+const PIECE: usize = ENTRY << 15;
+/// Bytes of memory at most: what 32 bits of blocks can number.
+const MOST_MEMORY: u64 = (BLOCK as u64) << 32;
+/// Bytes of state at most: what a hostile file can make us allocate.
+const MOST_STATE: usize = 64 << 20;
+
+/// What is known of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Entry {
+    placed: Mask,
+    zero: Mask,
+    checksum: u32,
+}
+
+/// Writes a snapshot. Dropped before `finish` it leaves a file that nobody takes for one.
+pub struct SnapshotWriter {
+    file: File,
+    opening: Opening,
+    /// By number.
+    blocks: Vec<Entry>,
+}
+
+impl SnapshotWriter {
+    /// `file` is open for reading and writing; what it had is gone.
+    ///
+    /// # Errors
+    /// The file cannot be written to, or `opening` tells of more memory than there can be.
+    pub fn new(file: File, opening: Opening) -> Result<Self, StreamError> {
+        if opening.memory > MOST_MEMORY {
+            return Err(malformed("more memory than any machine has"));
+        }
+        let made = file
+            .set_len(0)
+            .and_then(|()| file.set_len(MEMORY + opening.memory));
+        made.map_err(io("make room for"))?;
+        let blocks = opening.memory.div_ceil(BLOCK as u64) as usize;
+        Ok(SnapshotWriter {
+            file,
+            opening,
+            blocks: vec![Entry::default(); blocks],
+        })
+    }
+
+    /// The content of block `number`, whole; it may come again, and the last time counts.
+    pub fn put(&mut self, number: u64, content: &[u8]) -> Result<(), StreamError> {
+        let start = number.saturating_mul(BLOCK as u64);
+        let size = self.opening.memory.saturating_sub(start).min(BLOCK as u64);
+        let block = usize::try_from(number)
+            .ok()
+            .and_then(|at| self.blocks.get_mut(at));
+        let Some(block) = block.filter(|_| content.len() as u64 == size) else {
+            return Err(malformed("a block that the machine does not have"));
+        };
+        let there = Mask::with_content(content);
+        let before = std::mem::take(block);
+        let mut hasher = crc32fast::Hasher::new();
+        for run in there.runs() {
+            let bytes = content
+                .get(run.start..run.end.min(content.len()))
+                .unwrap_or_default();
+            hasher.update(bytes);
+            let at = MEMORY + start + run.start as u64;
+            self.file.write_all_at(bytes, at).map_err(io("write"))?;
+        }
+        let whole = Mask(u16::MAX >> (16 - content.len().div_ceil(PAGE)));
+        *block = Entry {
+            placed: there,
+            zero: match self.opening.base {
+                Some(_) => whole.without(there),
+                None => Mask::default(),
+            },
+            checksum: hasher.finalize(),
+        };
+        for run in before.placed.without(there).runs() {
+            let at = MEMORY + start + run.start as u64;
+            let end = (run.start + run.len()).min(content.len());
+            make_zero(&self.file, at, (end - run.start) as u64).map_err(io("make a hole in"))?;
+        }
+        Ok(())
+    }
+
+    /// Puts the pages of `mask`, of block `number`, which are all that has changed since the block was put;
+    /// `content` has them behind each other, each whole.
+    pub fn amend(&mut self, number: u64, mask: Mask, content: &[u8]) -> Result<(), StreamError> {
+        let start = number.saturating_mul(BLOCK as u64);
+        let size = self.opening.memory.saturating_sub(start).min(BLOCK as u64) as usize;
+        let before = usize::try_from(number)
+            .ok()
+            .and_then(|at| self.blocks.get(at));
+        if self.opening.base.is_some() && before == Some(&Entry::default()) {
+            return Err(malformed("a part of a block that only the base has"));
+        }
+        let mut block = vec![0; size];
+        let at = MEMORY.saturating_add(start);
+        self.file
+            .read_exact_at(&mut block, at)
+            .map_err(io("read back"))?;
+        let mut rest = content;
+        for run in mask.runs() {
+            let target = block
+                .get_mut(run.start..run.end.min(size))
+                .unwrap_or_default();
+            let Some((pages, more)) = rest.split_at_checked(run.len()) else {
+                return Err(malformed("fewer pages than were told of"));
+            };
+            target.copy_from_slice(pages.get(..target.len()).unwrap_or_default());
+            rest = more;
+        }
+        self.put(number, &block)
+    }
+
+    /// Writes what is to be known of all that, then the head; the file is on its disk when this returns.
+    pub fn finish(self, state: &[u8]) -> Result<Totals, StreamError> {
+        if state.len() > MOST_STATE {
+            return Err(malformed("more state than any machine has"));
+        }
+        let begin = MEMORY + self.opening.memory.next_multiple_of(PAGE as u64);
+        let tail = Tail {
+            file: &self.file,
+            at: begin,
+        };
+        let mut frames = FrameWriter::new(BufWriter::with_capacity(1 << 16, tail));
+        frames.write(Kind::Opening, &packed(&self.opening)?)?;
+        let mut totals = Totals::default();
+        let mut entries = Vec::new();
+        for (number, entry) in (0u32..).zip(&self.blocks) {
+            if entry.placed.is_empty() && entry.zero.is_empty() {
+                continue;
+            }
+            totals.pages += entry.placed.count();
+            totals.zeros += entry.zero.count();
+            entries.extend_from_slice(&number.to_le_bytes());
+            entries.extend_from_slice(&entry.placed.0.to_le_bytes());
+            entries.extend_from_slice(&entry.zero.0.to_le_bytes());
+            entries.extend_from_slice(&entry.checksum.to_le_bytes());
+            if entries.len() == PIECE {
+                frames.write(Kind::Placed, &entries)?;
+                entries.clear();
+            }
+        }
+        if !entries.is_empty() {
+            frames.write(Kind::Placed, &entries)?;
+        }
+        for piece in state.chunks(PIECE) {
+            frames.write(Kind::State, piece)?;
+        }
+        frames.write(Kind::End, &packed(&totals)?)?;
+        let tail =
+            (frames.finish().into_inner()).map_err(|error| io("write")(error.into_error()))?;
+        let length = tail.at - begin;
+        // All of it, before the head says that it is there.
+        self.file.sync_data().map_err(io("sync"))?;
+        let head = head(self.opening.memory, begin, length);
+        let written = self.file.write_all_at(&head, 0);
+        written
+            .and_then(|()| self.file.sync_all())
+            .map_err(io("write"))?;
+        Ok(totals)
+    }
+}
+
+/// A hole, where the file system has such.
+fn make_zero(file: &File, at: u64, bytes: u64) -> std::io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match fallocate(file, flags, at, bytes) {
+        Err(rustix::io::Errno::OPNOTSUPP) => file.write_all_at(&vec![0; bytes as usize], at),
+        other => Ok(other?),
+    }
+}
+
+fn packed<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, StreamError> {
+    postcard::to_stdvec(value).map_err(|_| malformed("it cannot be packed"))
+}
+
+fn unpacked<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, StreamError> {
+    match postcard::take_from_bytes(bytes) {
+        Ok((value, [])) => Ok(value),
+        _ => Err(malformed("a frame that is not what its kind says")),
+    }
+}
+
+fn head(memory: u64, frames: u64, length: u64) -> [u8; HEAD] {
+    let mut head = [0; HEAD];
+    head[..8].copy_from_slice(&MAGIC);
+    head[8..12].copy_from_slice(&FORMAT.to_le_bytes());
+    for (at, number) in [(16, MEMORY), (24, memory), (32, frames), (40, length)] {
+        head[at..at + 8].copy_from_slice(&number.to_le_bytes());
+    }
+    let checksum = crc32fast::hash(&head[..HEAD - 4]);
+    head[HEAD - 4..].copy_from_slice(&checksum.to_le_bytes());
+    head
+}
+
+/// A part of a file, written and read in order.
+struct Tail<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Write for Tail<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.file.write_at(bytes, self.at)?;
+        self.at += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for Tail<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read_at(bytes, self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+/// A snapshot that is whole: its frames have been read and fit each other. Its pages are checked as they are read.
+pub struct Snapshot {
+    file: File,
+    opening: Opening,
+    /// Where memory begins.
+    memory: u64,
+    /// In ascending order.
+    blocks: Vec<(u32, Entry)>,
+    state: Vec<u8>,
+    totals: Totals,
+}
+
+impl Snapshot {
+    /// # Errors
+    /// The file is no snapshot, not finished, damaged, or of a form that this build does not know.
+    pub fn open(file: File) -> Result<Self, StreamError> {
+        let head = read_head(&file)?;
+        let tail = Tail {
+            file: &file,
+            at: head.frames,
+        };
+        let mut frames = FrameReader::new(std::io::BufReader::new(tail.take(head.length)));
+        let opening: Opening = match frames.next_frame()? {
+            (Kind::Opening, payload) => unpacked(payload)?,
+            _ => return Err(malformed("it does not begin with its opening")),
+        };
+        if opening.memory != head.bytes {
+            return Err(malformed(
+                "its head and its opening tell of different memory",
+            ));
+        }
+        let (mut blocks, mut state) = (Vec::new(), Vec::new());
+        let totals: Totals = loop {
+            match frames.next_frame()? {
+                (Kind::Placed, payload) => read_entries(payload, &opening, &mut blocks)?,
+                (Kind::State, payload) if state.len() + payload.len() > MOST_STATE => {
+                    return Err(malformed("more state than any machine has"));
+                }
+                (Kind::State, payload) => state.extend_from_slice(payload),
+                (Kind::End, payload) => break unpacked(payload)?,
+                (Kind::Opening, _) => return Err(malformed("a second opening")),
+            }
+        };
+        if !frames.is_at_end()? {
+            return Err(malformed("something behind its end"));
+        }
+        let sum = |of: fn(&Entry) -> Mask| blocks.iter().map(|(_, entry)| of(entry).count()).sum();
+        let found = Totals {
+            pages: sum(|entry| entry.placed),
+            zeros: sum(|entry| entry.zero),
+        };
+        if found != totals {
+            return Err(malformed("its end counts other pages than it has"));
+        }
+        Ok(Snapshot {
+            file,
+            opening,
+            memory: head.memory,
+            blocks,
+            state,
+            totals,
+        })
+    }
+
+    pub fn opening(&self) -> &Opening {
+        &self.opening
+    }
+
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// As it was given to [`SnapshotWriter::finish`].
+    pub fn state(&self) -> &[u8] {
+        &self.state
+    }
+
+    /// Copies its pages to `memory`, a machine's memfd, and makes holes of those that are zero and in the base.
+    ///
+    /// # Errors
+    /// `memory` is of another size, or a page is not what it was; then `memory` is in no state to be used.
+    pub fn load(&self, memory: &File) -> Result<(), StreamError> {
+        let found = memory
+            .metadata()
+            .map_err(io("look at the memory for"))?
+            .len();
+        if found != self.opening.memory {
+            return Err(StreamError::Shape {
+                expected: found,
+                found: self.opening.memory,
+            });
+        }
+        let mut content = vec![0; BLOCK];
+        for (number, entry) in &self.blocks {
+            let start = u64::from(*number) * BLOCK as u64;
+            let size = (self.opening.memory - start).min(BLOCK as u64) as usize;
+            let mut hasher = crc32fast::Hasher::new();
+            for run in entry.placed.runs() {
+                let range = run.start..run.end.min(size);
+                let bytes = content.get_mut(range).unwrap_or_default();
+                let at = self.memory + start + run.start as u64;
+                self.file.read_exact_at(bytes, at).map_err(io("read"))?;
+                hasher.update(bytes);
+            }
+            if hasher.finalize() != entry.checksum {
+                return Err(StreamError::Checksum {
+                    what: format!("memory at offset {start:#x}"),
+                });
+            }
+            for run in entry.placed.runs() {
+                let bytes = content
+                    .get(run.start..run.end.min(size))
+                    .unwrap_or_default();
+                let at = start + run.start as u64;
+                memory.write_all_at(bytes, at).map_err(io("load"))?;
+            }
+            for run in entry.zero.runs() {
+                let end = run.end.min(size);
+                make_zero(memory, start + run.start as u64, (end - run.start) as u64)
+                    .map_err(io("load"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the head says, as far as it can be.
+struct Head {
+    memory: u64,
+    bytes: u64,
+    frames: u64,
+    length: u64,
+}
+
+fn read_head(file: &File) -> Result<Head, StreamError> {
+    let size = file.metadata().map_err(io("look at"))?.len();
+    let mut head = [0; HEAD];
+    match file.read_exact_at(&mut head, 0) {
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            return Err(StreamError::Magic);
+        }
+        other => other.map_err(io("read"))?,
+    }
+    let (magic, checksum) = (&head[..8], &head[HEAD - 4..]);
+    if head == [0; HEAD] {
+        return Err(StreamError::Unfinished);
+    }
+    if magic != MAGIC {
+        return Err(StreamError::Magic);
+    }
+    if checksum != crc32fast::hash(&head[..HEAD - 4]).to_le_bytes() {
+        return Err(StreamError::Checksum {
+            what: "its head".to_owned(),
+        });
+    }
+    let number = |at: usize| {
+        let bytes = head.get(at..).and_then(|bytes| bytes.first_chunk());
+        u64::from_le_bytes(bytes.copied().unwrap_or_default())
+    };
+    let form = number(8) as u32;
+    if !(1..=FORMAT).contains(&form) {
+        return Err(StreamError::Format { found: form });
+    }
+    let read = Head {
+        memory: number(16),
+        bytes: number(24),
+        frames: number(32),
+        length: number(40),
+    };
+    if read.memory != MEMORY || head[12..16] != [0; 4] {
+        return Err(malformed("a head that this build does not know"));
+    }
+    let memory_end = read.memory.checked_add(read.bytes);
+    let frames_end = read.frames.checked_add(read.length);
+    if read.bytes > MOST_MEMORY || memory_end.is_none_or(|end| end > read.frames) {
+        return Err(malformed("its memory and its frames overlap"));
+    }
+    if frames_end.is_none_or(|end| end > size) {
+        return Err(StreamError::Truncated { what: "its frames" });
+    }
+    Ok(read)
+}
+
+fn read_entries(
+    payload: &[u8],
+    opening: &Opening,
+    blocks: &mut Vec<(u32, Entry)>,
+) -> Result<(), StreamError> {
+    let (entries, []) = payload.as_chunks::<ENTRY>() else {
+        return Err(malformed("a part of an entry"));
+    };
+    for entry in entries {
+        let [a, b, c, d, e, f, g, h, i, j, k, l] = *entry;
+        let number = u32::from_le_bytes([a, b, c, d]);
+        let entry = Entry {
+            placed: Mask(u16::from_le_bytes([e, f])),
+            zero: Mask(u16::from_le_bytes([g, h])),
+            checksum: u32::from_le_bytes([i, j, k, l]),
+        };
+        let start = u64::from(number) * BLOCK as u64;
+        let pages = opening
+            .memory
+            .saturating_sub(start)
+            .div_ceil(PAGE as u64)
+            .min(16) as u32;
+        let all = u16::MAX.checked_shr(16 - pages).unwrap_or(0);
+        let (either, both) = (entry.placed.0 | entry.zero.0, entry.placed.0 & entry.zero.0);
+        if either == 0 || either & !all != 0 || both != 0 {
+            return Err(malformed(
+                "no pages, twice, or pages that the machine does not have",
+            ));
+        }
+        if blocks.last().is_some_and(|(last, _)| *last >= number) {
+            return Err(malformed("its blocks are not in order"));
+        }
+        blocks.push((number, entry));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
