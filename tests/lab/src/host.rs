@@ -85,17 +85,39 @@ impl Running {
         self.identity.until("ready", limit, ready)
     }
 
-    /// Waits until the host has powered off or reset itself, which ends its QEMU.
+    /// Waits until the host has powered off or reset itself.
     fn until_ended(&mut self, limit: Duration) -> Result<()> {
         let end = Instant::now() + limit;
-        while self.qemu.try_wait()?.is_none() {
+        while !self.monitor.has_shut_down()? {
             if Instant::now() >= end {
                 bail!("it still runs after {limit:?}");
             }
-            // sleeps because a child's end comes with no time limit
+            // sleeps because the monitor's event may have come before
             std::thread::sleep(Duration::from_millis(50));
         }
         Ok(())
+    }
+
+    /// Of the emulator, when its machine does not answer: whether it lives, what it said, where its processor
+    /// stands twice, a second apart, and where its threads do.
+    fn emulator(&mut self) -> String {
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let mut text = match self.qemu.try_wait() {
+            Ok(None) => format!("QEMU lives; its log:\n{log}\n"),
+            ended => return format!("QEMU has ended: {ended:?}; its log:\n{log}"),
+        };
+        for command in ["info status", "info registers", "info lapic", "info pic"] {
+            let said = self.monitor.ask(command);
+            text += &format!("{command}: {}\n", said.unwrap_or_else(|e| format!("{e:#}")));
+        }
+        text += &format!("events: {:?}\n", self.monitor.events());
+        for _ in 0..2 {
+            text += &threads(self.qemu.id());
+            // sleeps because two looks with time between tell what moves
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        let registers = self.monitor.ask("info registers");
+        text + &registers.unwrap_or_else(|error| format!("{error:#}"))
     }
 
     /// Tells it which host it is, and waits until it is that.
@@ -213,8 +235,8 @@ impl Host {
     }
 
     pub fn is_running(&mut self) -> bool {
-        let ended = |running: &mut Running| running.qemu.try_wait().ok().flatten();
-        self.running.as_mut().is_some_and(|it| ended(it).is_none())
+        let running = self.running.as_mut();
+        running.is_some_and(|running| matches!(running.monitor.has_shut_down(), Ok(false)))
     }
 
     /// Stops its processors, as a hypervisor below it would; nothing of it answers.
@@ -340,6 +362,13 @@ impl Host {
         self.done("tail -n 120 /sys/kernel/tracing/trace")
     }
 
+    /// What its emulator says of it: for a host that does not answer. Takes two seconds.
+    pub fn emulator(&mut self) -> String {
+        self.running
+            .as_mut()
+            .map_or_else(|| "off".to_owned(), Running::emulator)
+    }
+
     /// All that it ever wrote to its serial line.
     pub fn serial_log(&self) -> String {
         let bytes = std::fs::read(self.files.serial_log()).unwrap_or_default();
@@ -361,13 +390,42 @@ impl Drop for Host {
         let said = self.trace().and_then(|()| self.run(LAST_LOOK));
         match said {
             Ok(output) => println!("--- {} at the end\n{}", self.name, output.text),
-            Err(error) => println!(
-                "--- {} does not answer: {error:#}\n{}",
-                self.name,
-                self.serial_log()
-            ),
+            Err(error) => {
+                let emulator = self.emulator();
+                println!("--- {} does not answer: {error:#}", self.name);
+                println!("{}\n{emulator}", self.serial_log());
+            }
         }
     }
+}
+
+/// Of each thread of a process its name, state, processor time (ticks) and where in the kernel it waits.
+fn threads(process: u32) -> String {
+    let mut text = String::new();
+    for thread in std::fs::read_dir(format!("/proc/{process}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let read = |name| std::fs::read_to_string(thread.path().join(name)).unwrap_or_default();
+        let stat = read("stat");
+        let fields: Vec<&str> = stat
+            .rsplit(") ")
+            .next()
+            .unwrap_or_default()
+            .split(' ')
+            .collect();
+        let field = |number: usize| fields.get(number).copied().unwrap_or_default();
+        let (name, stack) = (read("comm"), read("stack"));
+        text += &format!(
+            "{} {} {} {}\n{stack}",
+            name.trim(),
+            field(0),
+            field(11),
+            field(12)
+        );
+    }
+    text
 }
 
 /// What the host is short of and complains of; of each thread of a machine its state, what it has used of the

@@ -48,6 +48,24 @@ impl Monitor {
         Ok(answer["return"].clone())
     }
 
+    /// Whether the machine has reset or powered itself off, and stands still since.
+    pub fn has_shut_down(&mut self) -> Result<bool> {
+        let status = self.execute("query-status", json!({}))?;
+        Ok(status["status"] == "shutdown")
+    }
+
+    /// What it says to a command of the human monitor, as text.
+    pub fn ask(&mut self, command: &str) -> Result<String> {
+        let arguments = json!({"command-line": command});
+        let answer = self.execute("human-monitor-command", arguments)?;
+        Ok(answer.as_str().unwrap_or_default().replace("\r\n", "\n"))
+    }
+
+    /// What was said since the last migration and nobody asked for.
+    pub fn events(&self) -> &[Value] {
+        &self.events
+    }
+
     /// Waits for a migration, out or in, to end.
     pub fn migration_ends(&mut self, limit: Duration) -> Result<()> {
         let ends = |event: &Value| {

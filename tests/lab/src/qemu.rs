@@ -109,7 +109,10 @@ pub fn start(image: &HostImage, files: &Files, ports: &Ports, incoming: bool) ->
         .arg("-L")
         .arg(package.path("usr/share/seabios"))
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
-        .args(["-no-reboot"])
+        // A host that resets or powers off stands still and can be asked why.
+        .args(["-action", "reboot=shutdown,shutdown=pause"])
+        // Of a triple fault of the host itself nothing else tells.
+        .args(["-d", "cpu_reset"])
         .args(shape(image)?)
         .arg("-drive")
         .arg(format!(

@@ -181,3 +181,22 @@ async fn host_with_systemd_keeps_its_guests_through_all_that_happens_to_its_agen
         "{last:?} after {first:?}"
     );
 }
+
+#[tokio::test]
+#[ignore = "takes a host in software: scripts/lab test"]
+async fn host_that_breaks_can_be_asked_where_it_stands() {
+    let mut lab = lab(1).await;
+    let host = &mut lab.hosts[0];
+    assert!(host.is_running());
+    let alive = host.emulator();
+    assert!(alive.contains("VM status: running"), "{alive}");
+    // No answer: its kernel panics and, told to by `panic=-1`, resets.
+    let _ = host.run_within("echo c >/proc/sysrq-trigger", Duration::from_secs(5));
+    assert!(!host.is_running());
+    let said = host.emulator();
+    assert!(said.contains("VM status: paused (shutdown)"), "{said}");
+    assert!(said.contains("CR3="), "{said}");
+    assert!(host.broken().is_some(), "{}", host.serial_log());
+    host.restart().unwrap();
+    assert_eq!(host.done("cat /proc/sys/kernel/tainted").unwrap(), "0\n");
+}
