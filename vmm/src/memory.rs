@@ -12,18 +12,20 @@ use std::fs::File;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MemoryRegionAddress,
 };
 
 use crate::config::{HOT_BLOCK, HotMemoryConfig, MemoryConfig, PageSize};
 use crate::layout::{Layout, Window};
+use crate::stream::Target;
 
 pub use dirty::PageSet;
 pub use hot::{BlockState, Blocks, HotMemory};
@@ -324,6 +326,41 @@ impl GuestMemory {
     }
 }
 
+/// As a stream finds it: also what is not plugged of hot memory, which is zero.
+impl Target for GuestMemory {
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn put(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if !matches!(self.pages, PageSize::Huge2MiB | PageSize::Huge1GiB) {
+            return self.file.write_all_at(bytes, offset);
+        }
+        // hugetlbfs takes no write; and a page of it that is not there when it is touched is a SIGBUS.
+        let page = self.pages.bytes();
+        let first = offset / page * page;
+        let length = (offset + bytes.len() as u64).next_multiple_of(page) - first;
+        rustix::fs::fallocate(&*self.file, FallocateFlags::KEEP_SIZE, first, length)?;
+        let nowhere = || io::Error::from(io::ErrorKind::AddrNotAvailable);
+        let region = |region: &&GuestRegionMmap<AtomicBitmap>| {
+            let start = region.file_offset().map_or(0, FileOffset::start);
+            (start..start + region.len()).contains(&offset)
+        };
+        let region = self.map.iter().find(region).ok_or_else(nowhere)?;
+        let start = region.file_offset().map_or(0, FileOffset::start);
+        let at = MemoryRegionAddress(offset - start);
+        (region.write_slice(bytes, at)).map_err(|error| io::Error::other(error.to_string()))
+    }
+
+    fn clear(&self, offset: u64, length: u64) -> io::Result<()> {
+        if matches!(self.pages, PageSize::Huge2MiB | PageSize::Huge1GiB) {
+            return self.put(&vec![0; length as usize], offset);
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(&*self.file, flags, offset, length)?)
+    }
+}
+
 impl Deref for GuestMemory {
     type Target = GuestMap;
 
@@ -426,8 +463,6 @@ fn prepare(
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::Bytes;
-
     use super::*;
     use crate::layout::{HOLE_END, HOLE_START};
 

@@ -95,7 +95,7 @@ fn a_guest_runs_on_huge_pages_through_a_reset_and_is_refused_where_there_are_non
     assert!(matches!(refused, MemoryError::Reserve { .. }), "{refused}");
     assert!(refused.to_string().contains("huge pages"), "{refused}");
 
-    let Some(_pages) = HugePages::more(40) else {
+    let Some(_pages) = HugePages::more(76) else {
         println!("this host gives no huge pages: no guest was tried");
         return;
     };
@@ -131,6 +131,23 @@ fn a_guest_runs_on_huge_pages_through_a_reset_and_is_refused_where_there_are_non
     assert_ne!(guest.booted()["nonce"], nonce);
     assert!(guest.ok("touch 16").starts_with("mib=16 "));
     assert_eq!(taken(&guest), 64 << 20);
+
+    // It goes on in such pages from a file, with what is plugged.
+    assert_eq!(guest.ok("memory plug 1 3"), "answer=0");
+    guest.ok("memory fill 1 2 7");
+    let file = tempfile::tempfile().unwrap();
+    guest
+        .machine
+        .snapshot(file.try_clone().unwrap(), b"")
+        .unwrap();
+    let mut other = guest.cloned_from(file, &[]);
+    // Also the one that nobody has touched.
+    assert_eq!(taken(&other), 70 << 20);
+    other.ok("memory check 1 2 7");
+    other.ok("memory check 3 1 0");
+    assert_eq!(other.ok("memory unplug 1 3"), "answer=0");
+    assert_eq!(taken(&other), 64 << 20);
+    guest.ok("memory check 1 2 7");
 }
 
 #[test]

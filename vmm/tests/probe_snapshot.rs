@@ -32,7 +32,10 @@ fn no_page_is_lost_while_the_guest_writes(#[case] mib: u64) {
         guest.send(&format!("loudly weave {mib}"));
         guest.line("begun weave");
         let file = tempfile::tempfile().unwrap();
-        let report = guest.machine.snapshot(file.try_clone().unwrap()).unwrap();
+        let report = guest
+            .machine
+            .snapshot(file.try_clone().unwrap(), b"")
+            .unwrap();
         println!("{report:?}");
         written += report.last;
         assert!(report.rounds.len() > 1);
@@ -55,7 +58,10 @@ fn a_paused_guest_stays_paused_and_goes_on_from_its_file_with_disk_and_vcpus() {
     guest.ok("disk-write 0 0 1048576 11");
     guest.machine.pause().unwrap();
     let file = tempfile::tempfile().unwrap();
-    let report = guest.machine.snapshot(file.try_clone().unwrap()).unwrap();
+    let report = guest
+        .machine
+        .snapshot(file.try_clone().unwrap(), b"")
+        .unwrap();
     assert_eq!(guest.machine.state(), RunState::Paused);
     assert_eq!(report.pause, Duration::ZERO);
     assert!(report.totals.pages >= 20 * 256, "{report:?}");
@@ -78,7 +84,10 @@ fn what_a_disk_reads_meanwhile_is_there() {
         guest.send("loudly disk-check 0 0 4194304 11 again");
         guest.line("begun disk-check");
         let file = tempfile::tempfile().unwrap();
-        guest.machine.snapshot(file.try_clone().unwrap()).unwrap();
+        guest
+            .machine
+            .snapshot(file.try_clone().unwrap(), b"")
+            .unwrap();
         let mut other = guest.cloned_from(file, &[&disk]);
         for each in [&mut other, &mut guest] {
             each.send("");
@@ -91,12 +100,20 @@ fn what_a_disk_reads_meanwhile_is_there() {
 fn a_machine_that_has_ended_is_not_written() {
     let mut guest = Setup::new().boot();
     let file: File = tempfile::tempfile().unwrap();
-    guest.machine.snapshot(file.try_clone().unwrap()).unwrap();
+    guest
+        .machine
+        .snapshot(file.try_clone().unwrap(), b"")
+        .unwrap();
     let snapshot = Snapshot::open(file.try_clone().unwrap()).unwrap();
     assert_eq!(snapshot.opening().memory, guest.machine.memory().bytes());
     guest.machine.stop();
     // What was there before stays.
-    assert!(guest.machine.snapshot(file.try_clone().unwrap()).is_err());
+    assert!(
+        guest
+            .machine
+            .snapshot(file.try_clone().unwrap(), b"")
+            .is_err()
+    );
     Snapshot::open(file).unwrap();
 }
 
@@ -109,7 +126,7 @@ fn a_guest_that_resets_itself_meanwhile_is_not_written_and_comes_back() {
     let by = Instant::now() + Duration::from_secs(30);
     let file: File = tempfile::tempfile().unwrap();
     loop {
-        match guest.machine.snapshot(file.try_clone().unwrap()) {
+        match guest.machine.snapshot(file.try_clone().unwrap(), b"") {
             Ok(_) => assert!(Instant::now() < by, "it never resets"),
             Err(error) => {
                 assert!(matches!(error, SnapshotError::Over), "{error}");
@@ -147,13 +164,21 @@ fn a_full_disk_costs_the_guest_nothing() {
     guest.booted();
     guest.ok("touch 20");
     let full = on_a_small_disk("8m");
-    assert!(guest.machine.snapshot(full.try_clone().unwrap()).is_err());
+    assert!(
+        guest
+            .machine
+            .snapshot(full.try_clone().unwrap(), b"")
+            .is_err()
+    );
     assert!(Snapshot::open(full).is_err());
     assert_eq!(guest.machine.state(), RunState::Running);
     guest.line("tick ");
     assert_eq!(guest.ok("echo alive"), "alive");
     // And the next one is whole.
     let file: File = tempfile::tempfile().unwrap();
-    guest.machine.snapshot(file.try_clone().unwrap()).unwrap();
+    guest
+        .machine
+        .snapshot(file.try_clone().unwrap(), b"")
+        .unwrap();
     assert_eq!(guest.cloned_from(file, &[]).ok("echo here"), "here");
 }

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::state::STATE_VERSION;
 use super::{BuildError, Machine, MachineError, MachineState, RunState};
-use crate::config::MachineFiles;
+use crate::config::{MachineConfig, MachineFiles};
 use crate::kvm::{KvmError, Vm};
 use crate::memory::{GuestMemory, MemoryError, PageSet};
 use crate::stream::snapshot::{Snapshot, SnapshotWriter};
@@ -78,12 +78,13 @@ pub struct Round {
 
 impl Machine {
     /// Writes the machine to `file`, as it is at one moment; a guest that runs stands still for that moment only. The
-    /// file is on its disk when this returns. Of the disks nothing is in it.
+    /// file is on its disk when this returns. Of the disks nothing is in it; `owner` is for who opens it
+    /// ([`Snapshot::owner`]).
     ///
     /// # Errors
     /// The machine neither runs nor is paused, the guest ends or resets itself meanwhile, or something cannot be read
     /// or written; what is in the file then is taken for a snapshot by nobody.
-    pub fn snapshot(&mut self, file: File) -> Result<SnapshotReport, SnapshotError> {
+    pub fn snapshot(&mut self, file: File, owner: &[u8]) -> Result<SnapshotReport, SnapshotError> {
         let began = Instant::now();
         if self.state != RunState::Paused {
             self.expect(RunState::Running, "written to a snapshot")?;
@@ -110,36 +111,52 @@ impl Machine {
         };
         let state = match self.state {
             RunState::Paused => {
+                // First, since disks are written to the end for it: what is copied may go to theirs.
+                let state = self.packed()?;
                 report.last = copy.all()?;
-                self.packed()?
+                state
             }
             _ => self.copy_running(&mut copy, &mut report)?,
         };
-        report.totals = copy.writer.finish(&state)?;
+        report.totals = copy.writer.finish(&state, owner)?;
         report.whole = began.elapsed();
         Ok(report)
     }
 
-    /// A paused machine from a snapshot, on memory of its own.
+    /// A paused machine from a snapshot, on memory of its own. `here` says which of the host's CPUs and NUMA nodes
+    /// it may use; what it had elsewhere, or a file that somebody made up, says nothing of that.
     ///
     /// # Errors
     /// The snapshot is damaged or of another build, or this host cannot run it. Nothing of it is left.
     pub fn from_snapshot(
         snapshot: &Snapshot,
+        here: &MachineConfig,
         files: MachineFiles,
         hook: Option<ThreadHook>,
     ) -> Result<Machine, SnapshotError> {
         if let Some(base) = snapshot.opening().base {
             return Err(SnapshotError::Base { base });
         }
-        let state = unpacked(snapshot.state())?;
+        let mut state = unpacked(snapshot.state())?;
+        state.take_place(here);
         let config = state.config();
         config.validate().map_err(BuildError::from)?;
         let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
-        snapshot.load(memory.file())?;
+        snapshot.load(&memory)?;
         let file = memory.file().try_clone().map_err(SnapshotError::Read)?;
         drop(memory);
         Ok(Machine::restore(state, file, files, hook)?)
+    }
+
+    /// Names of the disks, in the order of the configuration, as [`Machine::detach`] takes them. One that was made
+    /// from a snapshot has the same.
+    pub fn disks(&self) -> &[String] {
+        self.places.placement().disks()
+    }
+
+    /// The same of its networks.
+    pub fn nets(&self) -> &[String] {
+        self.places.placement().nets()
     }
 
     /// The form's version, then the state, for who knows no other form.

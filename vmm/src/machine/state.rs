@@ -24,6 +24,12 @@ pub struct MachineState {
 }
 
 impl MachineState {
+    /// Where on the host it may be is as there.
+    pub(super) fn take_place(&mut self, here: &MachineConfig) {
+        (self.config.cpus.host_cpus).clone_from(&here.cpus.host_cpus);
+        (self.config.memory.host_nodes).clone_from(&here.memory.host_nodes);
+    }
+
     /// Of the machine that was saved.
     pub fn config(&self) -> &MachineConfig {
         &self.config

@@ -157,16 +157,7 @@ impl HotMemory {
         let mut plugged = self.write();
         // What a device wrote late, when the guest had let go of it.
         self.punch(blocks)?;
-        if self.pages == PageSize::Huge2MiB {
-            // The first touch of one that is not there would be a SIGBUS.
-            let (offset, bytes) = (self.offset + blocks.offset(), blocks.bytes());
-            rustix::fs::fallocate(&*self.file, FallocateFlags::KEEP_SIZE, offset, bytes).map_err(
-                |source| MemoryError::Reserve {
-                    bytes,
-                    source: source.into(),
-                },
-            )?;
-        }
+        self.reserve(blocks)?;
         if let Err(error) = self.show(blocks) {
             self.punch(blocks)?;
             return Err(error);
@@ -175,10 +166,24 @@ impl HotMemory {
         Ok(())
     }
 
+    /// The first touch of a huge page that is not there would be a SIGBUS. What is there stays.
+    fn reserve(&self, blocks: Blocks) -> Result<(), MemoryError> {
+        if self.pages != PageSize::Huge2MiB {
+            return Ok(());
+        }
+        let (offset, bytes) = (self.offset + blocks.offset(), blocks.bytes());
+        let taken = rustix::fs::fallocate(&*self.file, FallocateFlags::KEEP_SIZE, offset, bytes);
+        taken.map_err(|source| MemoryError::Reserve {
+            bytes,
+            source: source.into(),
+        })
+    }
+
     /// Gives the guest blocks that it has had in the process before: with what is in them.
     pub fn plug_again(&self, runs: &[Blocks]) -> Result<(), MemoryError> {
         let mut plugged = self.write();
         for blocks in runs {
+            self.reserve(*blocks)?;
             self.show(*blocks)?;
             blocks.of_mut(&mut plugged).fill(true);
         }

@@ -24,6 +24,8 @@ pub enum Kind {
     State,
     /// [`super::Totals`] in postcard.
     End,
+    /// What the machine's owner keeps with it; at most one, which this library does not read.
+    Owner,
 }
 
 impl Kind {
@@ -33,11 +35,18 @@ impl Kind {
             Kind::Placed => 2,
             Kind::State => 3,
             Kind::End => 4,
+            Kind::Owner => 5,
         }
     }
 
     fn of(number: u16) -> Option<Kind> {
-        let all = [Kind::Opening, Kind::Placed, Kind::State, Kind::End];
+        let all = [
+            Kind::Opening,
+            Kind::Placed,
+            Kind::State,
+            Kind::End,
+            Kind::Owner,
+        ];
         all.into_iter().find(|kind| kind.number() == number)
     }
 }

@@ -37,6 +37,15 @@ pub struct Opening {
     pub made_by: String,
 }
 
+/// A machine's memory, numbered as in its memfd, that a stream is loaded into.
+pub trait Target {
+    /// Bytes.
+    fn length(&self) -> io::Result<u64>;
+    fn put(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// So many bytes read as zero from now on.
+    fn clear(&self, offset: u64, length: u64) -> io::Result<()>;
+}
+
 /// The last frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Totals {

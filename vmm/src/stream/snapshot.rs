@@ -3,7 +3,7 @@
 //! ```text
 //! 0            head: 4096 bytes, written last
 //! 2 MiB        memory: page n of the machine lies at 2 MiB + n * 4096, or is a hole
-//! behind it    frames: opening, placed pages, state, end
+//! behind it    frames: opening, placed pages, state, what the owner keeps with it, end
 //! ```
 //!
 //! The head, little-endian: magic (8), form (4), nothing yet (4), where memory begins (8), its bytes (8), where the
@@ -18,7 +18,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 use super::frame::{FrameReader, FrameWriter, Kind};
 use super::pages::{BLOCK, Mask, PAGE};
-use super::{FORMAT, Opening, StreamError, Totals, io, malformed};
+use super::{FORMAT, Opening, StreamError, Target, Totals, io, malformed};
 
 const MAGIC: [u8; 8] = *b"FRACTUSM";
 /// Bytes of the head that mean something, with their checksum.
@@ -34,6 +34,16 @@ const PIECE: usize = ENTRY << 15;
 const MOST_MEMORY: u64 = (BLOCK as u64) << 32;
 /// Bytes of state at most: what a hostile file can make us allocate.
 const MOST_STATE: usize = 64 << 20;
+/// Bytes that an owner may keep with it, at most.
+pub const MOST_OWNER: usize = 64 << 10;
+
+/// The largest file that a machine with so many bytes of memory can become.
+pub fn most_bytes(memory: u64) -> u64 {
+    let entries = memory.div_ceil(BLOCK as u64) * ENTRY as u64;
+    let most = MEMORY + MOST_STATE as u64 + (1 << 20);
+    // Each frame has a head, which is less than what it holds.
+    memory.saturating_add(2 * entries).saturating_add(most)
+}
 
 /// What is known of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -141,9 +151,13 @@ impl SnapshotWriter {
     }
 
     /// Writes what is to be known of all that, then the head; the file is on its disk when this returns.
-    pub fn finish(self, state: &[u8]) -> Result<Totals, StreamError> {
+    /// `owner` is for who opens it, at most [`MOST_OWNER`] bytes.
+    pub fn finish(self, state: &[u8], owner: &[u8]) -> Result<Totals, StreamError> {
         if state.len() > MOST_STATE {
             return Err(malformed("more state than any machine has"));
+        }
+        if owner.len() > MOST_OWNER {
+            return Err(malformed("more of its owner's than there can be"));
         }
         let begin = MEMORY + self.opening.memory.next_multiple_of(PAGE as u64);
         let tail = Tail {
@@ -174,6 +188,9 @@ impl SnapshotWriter {
         }
         for piece in state.chunks(PIECE) {
             frames.write(Kind::State, piece)?;
+        }
+        if !owner.is_empty() {
+            frames.write(Kind::Owner, owner)?;
         }
         frames.write(Kind::End, &packed(&totals)?)?;
         let tail =
@@ -257,6 +274,7 @@ pub struct Snapshot {
     /// In ascending order.
     blocks: Vec<(u32, Entry)>,
     state: Vec<u8>,
+    owner: Vec<u8>,
     totals: Totals,
 }
 
@@ -279,7 +297,7 @@ impl Snapshot {
                 "its head and its opening tell of different memory",
             ));
         }
-        let (mut blocks, mut state) = (Vec::new(), Vec::new());
+        let (mut blocks, mut state, mut owner) = (Vec::new(), Vec::new(), Vec::new());
         let totals: Totals = loop {
             match frames.next_frame()? {
                 (Kind::Placed, payload) => read_entries(payload, &opening, &mut blocks)?,
@@ -287,6 +305,10 @@ impl Snapshot {
                     return Err(malformed("more state than any machine has"));
                 }
                 (Kind::State, payload) => state.extend_from_slice(payload),
+                (Kind::Owner, payload) if !owner.is_empty() || payload.len() > MOST_OWNER => {
+                    return Err(malformed("more of its owner's than there can be"));
+                }
+                (Kind::Owner, payload) => owner.extend_from_slice(payload),
                 (Kind::End, payload) => break unpacked(payload)?,
                 (Kind::Opening, _) => return Err(malformed("a second opening")),
             }
@@ -308,6 +330,7 @@ impl Snapshot {
             memory: head.memory,
             blocks,
             state,
+            owner,
             totals,
         })
     }
@@ -325,15 +348,17 @@ impl Snapshot {
         &self.state
     }
 
-    /// Copies its pages to `memory`, a machine's memfd, and makes holes of those that are zero and in the base.
+    /// What its owner keeps with it, likewise; empty, if that was.
+    pub fn owner(&self) -> &[u8] {
+        &self.owner
+    }
+
+    /// Copies its pages to `memory`, and clears those that are zero and in the base.
     ///
     /// # Errors
     /// `memory` is of another size, or a page is not what it was; then `memory` is in no state to be used.
-    pub fn load(&self, memory: &File) -> Result<(), StreamError> {
-        let found = memory
-            .metadata()
-            .map_err(io("look at the memory for"))?
-            .len();
+    pub fn load(&self, memory: &impl Target) -> Result<(), StreamError> {
+        let found = memory.length().map_err(io("look at the memory for"))?;
         if found != self.opening.memory {
             return Err(StreamError::Shape {
                 expected: found,
@@ -362,11 +387,13 @@ impl Snapshot {
                     .get(run.start..run.end.min(size))
                     .unwrap_or_default();
                 let at = start + run.start as u64;
-                memory.write_all_at(bytes, at).map_err(io("load"))?;
+                memory.put(bytes, at).map_err(io("load"))?;
             }
             for run in entry.zero.runs() {
                 let end = run.end.min(size);
-                make_zero(memory, start + run.start as u64, (end - run.start) as u64)
+                let length = (end - run.start) as u64;
+                memory
+                    .clear(start + run.start as u64, length)
                     .map_err(io("load"))?;
             }
         }

@@ -30,6 +30,16 @@ pub struct Placement {
     slots: BTreeMap<String, u8>,
 }
 
+impl Placement {
+    pub fn disks(&self) -> &[String] {
+        &self.disks
+    }
+
+    pub fn nets(&self) -> &[String] {
+        &self.nets
+    }
+}
+
 /// A device that can come and go, by its index among its kind in the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HotDevice {

@@ -353,7 +353,8 @@ impl Guest {
         let nets: Vec<_> = self.nets.iter().map(duplicate_net).collect();
         let files = files_again(&nets, None, disks, &end);
         let snapshot = Snapshot::open(file).expect("a snapshot");
-        let machine = Machine::from_snapshot(&snapshot, files, None).expect("restore");
+        let here = self.machine.config();
+        let machine = Machine::from_snapshot(&snapshot, here, files, None).expect("restore");
         Guest::going_on(machine, serial, nets, None)
     }
 

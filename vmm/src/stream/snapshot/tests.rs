@@ -21,6 +21,20 @@ fn file() -> File {
     tempfile::tempfile().unwrap()
 }
 
+impl Target for File {
+    fn length(&self) -> std::io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn put(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+        self.write_all_at(bytes, offset)
+    }
+
+    fn clear(&self, offset: u64, length: u64) -> std::io::Result<()> {
+        make_zero(self, offset, length)
+    }
+}
+
 /// A memory with this content.
 fn memory(content: &[u8]) -> File {
     let memory = file();
@@ -46,7 +60,7 @@ fn written(base: Option<uuid::Uuid>, contents: &[&[u8]], state: &[u8]) -> (File,
             writer.put(number, block).unwrap();
         }
     }
-    let totals = writer.finish(state).unwrap();
+    let totals = writer.finish(state, b"owner's").unwrap();
     (file, totals)
 }
 
@@ -71,6 +85,7 @@ proptest! {
         prop_assert_eq!(totals, Totals { pages: with_content.count() as u64, zeros: 0 });
         let snapshot = Snapshot::open(file.try_clone().unwrap()).unwrap();
         prop_assert_eq!(snapshot.state(), &state);
+        prop_assert_eq!(snapshot.owner(), b"owner's");
         prop_assert_eq!(snapshot.totals(), totals);
         let memory = memory(&vec![0; BYTES]);
         snapshot.load(&memory).unwrap();
@@ -91,7 +106,7 @@ proptest! {
                 writer.put(number, new).unwrap();
             }
         }
-        writer.finish(b"").unwrap();
+        writer.finish(b"", b"").unwrap();
         let memory = memory(&before);
         let snapshot = Snapshot::open(file).unwrap();
         prop_assert_eq!(snapshot.opening().base, Some(base));
@@ -152,7 +167,7 @@ fn pages_that_changed_since_are_laid_over_their_block_also_the_short_last_one() 
     let last = change(&mut wanted, 5, 3, 8);
     writer.amend(5, Mask(1 << 3), &last).unwrap();
     assert!(writer.amend(1, Mask(3), &last).is_err(), "one page for two");
-    writer.finish(b"").unwrap();
+    writer.finish(b"", b"").unwrap();
     let memory = memory(&vec![0; BYTES]);
     Snapshot::open(file).unwrap().load(&memory).unwrap();
     assert_eq!(content(&memory), wanted);
