@@ -70,8 +70,14 @@ pub fn render(
     text
 }
 
-const STATES: [&str; 6] = [
-    "starting", "running", "paused", "stopped", "failed", "absent",
+const STATES: [&str; 7] = [
+    "starting",
+    "running",
+    "paused",
+    "suspended",
+    "stopped",
+    "failed",
+    "absent",
 ];
 
 pub fn state(observed: &Observed) -> &'static str {
@@ -79,6 +85,7 @@ pub fn state(observed: &Observed) -> &'static str {
         Observed::Starting { .. } => "starting",
         Observed::Running => "running",
         Observed::Paused => "paused",
+        Observed::Suspended => "suspended",
         Observed::Stopped { .. } => "stopped",
         Observed::Failed { .. } => "failed",
         Observed::Absent => "absent",

@@ -112,6 +112,16 @@ impl MachinePaths {
         self.folder.join(format!("disk-{id}.raw"))
     }
 
+    /// Memory and state of a guest that was suspended.
+    pub fn memory(&self) -> PathBuf {
+        self.folder.join("memory")
+    }
+
+    /// The same while it is being written: not to be believed.
+    pub fn new_memory(&self) -> PathBuf {
+        self.folder.join("memory.new")
+    }
+
     /// ISO 9660, made anew at each start.
     pub fn config_drive(&self) -> PathBuf {
         self.folder.join("config.iso")

@@ -11,6 +11,7 @@ mod devices;
 pub mod guest;
 pub mod jail;
 pub mod jail_test;
+mod kept;
 mod lean;
 mod leave;
 mod log;
@@ -35,6 +36,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
 use self::devices::Devices;
 use self::guest::{Guest, GuestError};
 use self::jail::Namespaces;
+use self::kept::{Kept, Note};
 use self::lean::Lean;
 use self::leave::Leave;
 use self::pace::Pace;
@@ -258,14 +260,22 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         serial: theirs,
         port: guests_port,
     };
-    let guest = build(&launch, &mut files, lines, filters.clone())?;
+    let (guest, note) = build(&launch, &mut files, lines, filters.clone())?;
     if let Some(filters) = filters {
         filters.apply(seccomp::Kind::Main)?;
     }
+    let to_tell = note.is_some();
+    let (devices, said) = match note {
+        Some(note) => (
+            note.devices(&guest.names()),
+            Said::going_on(pauses, note.said()),
+        ),
+        None => (Devices::new(&launch.disks, &launch.nets), Said::new(pauses)),
+    };
     Ok(Supervisor {
         id: launch.id,
         guest,
-        devices: Devices::new(&launch.disks, &launch.nets),
+        devices,
         pace: Pace::default(),
         lean: Lean::default(),
         leave,
@@ -276,8 +286,10 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         serial_log,
         terminal,
         last_words,
-        said: Said::new(pauses),
+        said,
         unheard: false,
+        to_tell,
+        suspend: None,
         abandoned: false,
     })
 }
@@ -318,12 +330,13 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// With what is known of one that goes on.
 fn build(
     launch: &Launch,
     files: &mut Files,
     lines: Lines,
     filters: Option<seccomp::Filters>,
-) -> Result<Box<dyn Guest>, VmError> {
+) -> Result<(Box<dyn Guest>, Option<Note>), VmError> {
     let hook = move |kind| {
         if let Some(filters) = &filters
             && let Err(error) = filters.apply(kind)
@@ -347,14 +360,27 @@ fn build(
             }
         })
         .collect();
-    let Some(kvm) = files.take(FileRole::Kvm) else {
+    let kvm = files.take(FileRole::Kvm);
+    let kept = files.file(FileRole::Kept);
+    let kept = kept
+        .map(|file| Kept::open(file, kvm.is_some()))
+        .transpose()?;
+    let note = kept.as_ref().map(Kept::note).cloned();
+    let (disks, nets) = match &note {
+        Some(note) => note.order(launch, disks, nets)?,
+        None => (disks, nets),
+    };
+    let Some(kvm) = kvm else {
         let hook = move || hook(seccomp::Kind::Console);
         let guest = stand_in::StandIn::new(lines.serial, &launch.config, disks, nets, hook)
             .map_err(|source| VmError::System {
                 what: "the stand-in",
                 source,
             })?;
-        return Ok(Box::new(guest));
+        return Ok(match kept {
+            Some(Kept::StandIn(kept, _)) => (Box::new(guest.going_on(kept)), note),
+            _ => (Box::new(guest), note),
+        });
     };
     let fallback = files.file(FileRole::FallbackKernel);
     let fallback = fallback.zip(files.file(FileRole::FallbackInitrd));
@@ -373,7 +399,13 @@ fn build(
         vsock: files.take(FileRole::Vsock),
     };
     let hook: ThreadHook = Arc::new(move |kind: ThreadKind| hook(kind.into()));
-    let machine = Machine::build(launch.config.clone(), machine, Some(hook))
-        .map_err(|e| VmError::Build(chain(&e)))?;
-    Ok(Box::new(machine))
+    let machine = match kept {
+        Some(Kept::Machine(snapshot, _)) => {
+            Machine::from_snapshot(&snapshot, &launch.config, machine, Some(hook))
+                .map_err(|e| VmError::Build(chain(&e)))?
+        }
+        _ => Machine::build(launch.config.clone(), machine, Some(hook))
+            .map_err(|e| VmError::Build(chain(&e)))?,
+    };
+    Ok((Box::new(machine), note))
 }

@@ -36,13 +36,14 @@ fn number(name: &str, default: u64) -> u64 {
 
 /// A change of what is wanted; the first is a creation.
 fn change(dice: &mut Dice, wanted: &mut Wanted) {
-    match dice.roll(9) {
+    match dice.roll(11) {
         0 => wanted.soft_reboots += 1,
         1 => wanted.hard_reboots += 1,
         2 => wanted.rebuilds += 1,
         3 => wanted.power = Power::Paused,
         4 => wanted.power = Power::Stopped,
         5 => wanted.power = Power::Running,
+        6 | 7 => wanted.power = Power::Suspended,
         _ => change_disks(dice, wanted),
     }
 }
@@ -141,6 +142,10 @@ fn kills_at_random_moments_leave_one_process_or_none_and_nothing_behind() -> Res
             assert_eq!(report.hard_reboots, wanted.hard_reboots, "round {round}");
             assert_eq!(report.soft_reboots, wanted.soft_reboots, "round {round}");
             assert_eq!(agent.processes(id).len(), 1, "round {round}");
+            for left in ["memory", "memory.new"] {
+                let path = agent.machine_folder(id).join(left);
+                assert!(!path.exists(), "round {round}: {left}");
+            }
             assert!(
                 has_its_disks(&agent, &report, &wanted),
                 "round {round}: {report:?}"

@@ -51,9 +51,11 @@ async fn cloud_a_server_lives_its_life_as_openstack_tells_it() {
                 .unwrap();
         }
     }
-    let steps: [(Value, u16, &str); 6] = [
+    let steps: [(Value, u16, &str); 8] = [
         (json!({"pause": null}), 202, "PAUSED"),
         (json!({"unpause": null}), 202, "ACTIVE"),
+        (json!({"suspend": null}), 202, "SUSPENDED"),
+        (json!({"resume": null}), 202, "ACTIVE"),
         (json!({"os-stop": null}), 202, "SHUTOFF"),
         (json!({"os-start": null}), 202, "ACTIVE"),
         (json!({"reboot": {"type": "HARD"}}), 202, "ACTIVE"),

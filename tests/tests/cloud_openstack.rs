@@ -180,6 +180,8 @@ async fn cloud_servers_by_the_openstack_client() {
     for (command, status) in [
         ("server pause one", "PAUSED"),
         ("server unpause one", "ACTIVE"),
+        ("server suspend one", "SUSPENDED"),
+        ("server resume one", "ACTIVE"),
         ("server stop one", "SHUTOFF"),
         ("server start one", "ACTIVE"),
         ("server reboot --hard one", "ACTIVE"),

@@ -199,6 +199,9 @@ pub struct Seen<'a> {
     pub disk: bool,
     /// The guest was paused by its own watchdog: it stays so until a new intent.
     pub held: bool,
+    /// The guest's memory is in a file, and no guest has run since it was written: a process that is there all
+    /// the same stands still, and is of no use any more.
+    pub kept: bool,
     /// Process, disks, logs, control group and socket: is anything of them left?
     pub remains: bool,
 }
@@ -213,10 +216,15 @@ pub enum Step {
     MakeDisk,
     /// Make the root disk anew, then count the rebuilds as done, and the reboots with them.
     RemakeDisk,
-    /// Start a process, and count the reboots as done with it.
+    /// Start a process, and count the reboots as done with it. Where memory is kept the guest goes on from
+    /// it, and it is kept no more from just before that.
     Start,
     Pause,
     Resume,
+    /// Stop the guest where it is and write its memory to a file, which is kept from then on.
+    Suspend,
+    /// Memory that is kept is for nothing any more: remove it.
+    Forget,
     /// Press the power button, wait for the guest to go, end the process after a deadline.
     Shutdown,
     /// End the process now.
@@ -238,11 +246,21 @@ pub fn next(wanted: &Wanted, done: &Done, seen: &Seen<'_>) -> Step {
     if seen.failed && !alive {
         return Step::Settled;
     }
-    if wanted.rebuilds > done.rebuilds {
-        return if alive { Step::Kill } else { Step::RemakeDisk };
-    }
+    let rebuild = wanted.rebuilds > done.rebuilds;
     let hard = wanted.hard_reboots > done.hard_reboots;
     let soft = wanted.soft_reboots > done.soft_reboots;
+    if seen.kept {
+        let void = rebuild || hard || soft || wanted.power == Power::Stopped;
+        return match wanted.power {
+            _ if alive => Step::Kill,
+            _ if void => Step::Forget,
+            Power::Suspended => Step::Settled,
+            _ => Step::Start,
+        };
+    }
+    if rebuild {
+        return if alive { Step::Kill } else { Step::RemakeDisk };
+    }
     match (wanted.power, seen.process) {
         (Power::Absent, _) => Step::Settled,
         (Power::Stopped, Process::Running) => Step::Shutdown,
@@ -256,11 +274,14 @@ pub fn next(wanted: &Wanted, done: &Done, seen: &Seen<'_>) -> Step {
         (_, Process::Running) if soft => Step::Shutdown,
         (_, Process::Paused) if soft => Step::Kill,
         (_, Process::None) if seen.stop.is_some() && !hard && !soft => Step::Settled,
+        // Nobody is started only to be suspended: the guest that was to be is gone.
+        (Power::Suspended, Process::None) if !hard && !soft => Step::Settled,
         (_, Process::None) if !seen.disk => Step::MakeDisk,
         (_, Process::None) => Step::Start,
         (Power::Running, Process::Paused) if seen.held => Step::Settled,
         (Power::Running, Process::Paused) => Step::Resume,
         (Power::Paused, Process::Running) => Step::Pause,
+        (Power::Suspended, Process::Running | Process::Paused) => Step::Suspend,
         (Power::Running, Process::Running) | (Power::Paused, Process::Paused) => Step::Settled,
     }
 }
@@ -328,6 +349,10 @@ mod tests {
         disk: bool,
         /// The disk that the running guest was started on: raised by every new one.
         disks: u64,
+        /// Which guest runs, by the start that it began with.
+        guest: u64,
+        /// The guest whose memory is kept.
+        kept: Option<u64>,
     }
 
     impl Model {
@@ -355,7 +380,8 @@ mod tests {
                 failed: false,
                 disk: self.disk,
                 held: false,
-                remains: self.disk || self.process.is_some(),
+                kept: self.kept.is_some(),
+                remains: self.disk || self.process.is_some() || self.kept.is_some(),
             };
             let step = next(&wanted, &self.done, &seen);
             let reboots = |done: &mut Done| {
@@ -366,7 +392,8 @@ mod tests {
                 Step::Settled => {}
                 Step::SkipReboots => reboots(&mut self.done),
                 Step::MakeDisk | Step::RemakeDisk => {
-                    assert_eq!(self.process, None, "no disk is made under a guest");
+                    let guest = (self.process, self.kept);
+                    assert_eq!(guest, (None, None), "no disk is made under a guest");
                     (self.disk, self.disks) = (true, self.disks + 1);
                     if step == Step::RemakeDisk {
                         self.done.rebuilds = wanted.rebuilds;
@@ -379,12 +406,21 @@ mod tests {
                     self.process = Some(Process::Running);
                     self.done.starts += 1;
                     self.stop = None;
+                    self.guest = self.kept.take().unwrap_or(self.done.starts);
                     reboots(&mut self.done);
                 }
                 Step::Pause => self.process = Some(Process::Paused),
-                Step::Resume => self.process = Some(Process::Running),
+                Step::Resume => {
+                    assert_eq!(self.kept, None, "what runs on is not what was kept");
+                    self.process = Some(Process::Running);
+                }
+                Step::Suspend => {
+                    self.process = Some(Process::Paused);
+                    self.kept = Some(self.guest);
+                }
+                Step::Forget => self.kept = None,
                 Step::Shutdown | Step::Kill => self.process = None,
-                Step::Remove => self.disk = false,
+                Step::Remove => (self.disk, self.kept) = (false, None),
             }
             step
         }
@@ -460,6 +496,32 @@ mod tests {
     }
 
     #[test]
+    fn a_suspended_guest_goes_on_and_one_that_is_rebooted_begins_anew() {
+        let mut model = Model::default();
+        let mut revision = 0;
+        let mut settle = |model: &mut Model, power, hard| {
+            revision += 1;
+            model
+                .put(&put(1, revision, wanted(power, 0, hard, 0)))
+                .unwrap();
+            model.settle();
+            (model.process, model.guest, model.kept)
+        };
+        let running = Some(Process::Running);
+        assert_eq!(settle(&mut model, Power::Running, 0), (running, 1, None));
+        assert_eq!(settle(&mut model, Power::Suspended, 0), (None, 1, Some(1)));
+        assert_eq!(settle(&mut model, Power::Running, 0), (running, 1, None));
+        assert_eq!(model.done.starts, 2);
+        assert_eq!(settle(&mut model, Power::Suspended, 0), (None, 1, Some(1)));
+        assert_eq!(settle(&mut model, Power::Running, 1), (running, 3, None));
+        assert_eq!(settle(&mut model, Power::Suspended, 1), (None, 3, Some(3)));
+        assert_eq!(settle(&mut model, Power::Stopped, 1), (None, 3, None));
+        // Of one that does not run there is nothing to keep, unless it is rebooted first.
+        assert_eq!(settle(&mut model, Power::Suspended, 1), (None, 3, None));
+        assert_eq!(settle(&mut model, Power::Suspended, 2), (None, 4, Some(4)));
+    }
+
+    #[test]
     fn what_no_agent_can_do_is_invalid_and_leaves_the_intent_alone() {
         let mut model = Model::default();
         let mut wrong = put(1, 1, wanted(Power::Running, 0, 0, 0));
@@ -475,6 +537,7 @@ mod tests {
         prop_oneof![
             3 => Just(Power::Running),
             1 => Just(Power::Paused),
+            1 => Just(Power::Suspended),
             1 => Just(Power::Stopped),
             1 => Just(Power::Absent)
         ]
@@ -520,11 +583,17 @@ mod tests {
             let expected = match last.wanted.power {
                 Power::Running => Some(Process::Running),
                 Power::Paused => Some(Process::Paused),
-                Power::Stopped | Power::Absent => None,
+                Power::Suspended | Power::Stopped | Power::Absent => None,
             };
             prop_assert_eq!(model.process, expected);
-            prop_assert_eq!(model.disk, last.wanted.power != Power::Absent);
-            if last.wanted.power != Power::Absent {
+            prop_assert!(model.kept.is_none() || last.wanted.power == Power::Suspended);
+            match last.wanted.power {
+                Power::Absent => prop_assert!(!model.disk),
+                // One that never ran may have none yet.
+                Power::Suspended => {}
+                _ => prop_assert!(model.disk),
+            }
+            if !matches!(last.wanted.power, Power::Absent | Power::Suspended) {
                 prop_assert_eq!(model.done.rebuilds, rebuilds);
                 prop_assert_eq!(model.done.hard_reboots, hard);
                 prop_assert_eq!(model.done.soft_reboots, soft);

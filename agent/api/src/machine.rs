@@ -80,6 +80,8 @@ impl Wanted {
 pub enum Power {
     Running,
     Paused,
+    /// The guest's memory is in a file of the host, from which it goes on later; no process is there.
+    Suspended,
     Stopped,
     /// The machine and its disks are to be gone. The agent keeps a tombstone of the two counters, so
     /// that a late message cannot bring it back.
@@ -225,6 +227,7 @@ pub enum Observed {
     /// Every vCPU has entered KVM_RUN.
     Running,
     Paused,
+    Suspended,
     Stopped {
         reason: StopReason,
     },

@@ -15,6 +15,7 @@ mod guest;
 mod report;
 mod size;
 mod steps;
+mod suspend;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
@@ -27,6 +28,7 @@ use tokio::runtime::RuntimeFlavor;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::unconstrained;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use self::devices::Devices;
 use self::guest::Guest;
@@ -102,6 +104,16 @@ pub struct Actor<L: Launcher> {
     guest: Guest,
     devices: Devices,
     sizes: Sizes,
+    /// What the process said of which attempt to suspend its guest.
+    suspended: Option<(Uuid, Result<(), String>)>,
+    /// The process is built, and waits for its `Go`.
+    ready: bool,
+    /// The guest ran when it was first to be suspended under this intent.
+    interrupted: bool,
+    /// How often the process was met on a new connection: what it said on an older one may be lost.
+    meetings: u64,
+    /// Its guest goes on from what was kept of it, and does not know what time it is.
+    late: bool,
     /// Until when the guest must have begun.
     start_by: Option<Instant>,
     mailbox: mpsc::Receiver<Message>,
@@ -134,6 +146,7 @@ impl<L: Launcher> Actor<L> {
     ) -> (Self, watch::Receiver<MachineReport>, Arc<AtomicI32>) {
         let observed = match (&record.stop, record.is_tombstone(), &record.process) {
             (_, true, _) => Observed::Absent,
+            (_, _, None) if record.kept.is_some() => Observed::Suspended,
             (Some(reason), ..) => Observed::Stopped {
                 reason: reason.clone(),
             },
@@ -156,6 +169,11 @@ impl<L: Launcher> Actor<L> {
             guest: Guest::default(),
             devices: Devices::default(),
             sizes: Sizes::default(),
+            suspended: None,
+            ready: false,
+            interrupted: false,
+            meetings: 0,
+            late: false,
             start_by: None,
             mailbox,
             reports,
@@ -177,6 +195,7 @@ impl<L: Launcher> Actor<L> {
     /// While that cannot be told, nothing is done.
     async fn take_up(&mut self) -> Result<(), Over> {
         let Some(recorded) = self.record.process else {
+            self.remove_memory();
             return Ok(());
         };
         let adoption = loop {
@@ -201,6 +220,8 @@ impl<L: Launcher> Actor<L> {
                     Phase::Starting
                 };
                 self.start_by = (!recorded.ran).then(|| Instant::now() + START);
+                // Perhaps one that goes on, and does not know the time.
+                self.late = !recorded.ran;
                 tracing::info!(machine = %self.record.id, pid = recorded.pid, "found its process");
                 // Decisions are made on what it says it is; one that is busy is heard later.
                 if let Some(process) = &mut self.process
@@ -211,6 +232,8 @@ impl<L: Launcher> Actor<L> {
             }
             Adoption::Gone(end) => self.ended(end),
         }
+        // Written by a process of an earlier agent, and never believed.
+        self.remove_memory();
         Ok(())
     }
 
@@ -235,11 +258,18 @@ impl<L: Launcher> Actor<L> {
             }
             Step::MakeDisk | Step::RemakeDisk => self.make_disk(step).await,
             Step::Start => self.start().await,
-            Step::Pause | Step::Resume | Step::Shutdown if self.phase == Phase::Starting => {
+            Step::Pause | Step::Resume | Step::Suspend | Step::Shutdown
+                if self.phase == Phase::Starting =>
+            {
                 self.rest().await
             }
             Step::Pause => self.command(Command::Pause, Phase::Paused).await,
             Step::Resume => self.command(Command::Resume, Phase::Running).await,
+            Step::Suspend => self.suspend().await,
+            Step::Forget => {
+                self.forget_kept();
+                Ok(())
+            }
             Step::Shutdown => self.shut_down().await,
             Step::Kill => {
                 self.kill().await;
@@ -263,6 +293,7 @@ impl<L: Launcher> Actor<L> {
             failed: self.failed.is_some(),
             disk: disk_stands,
             held: self.record.process.is_some_and(|process| process.held),
+            kept: self.record.kept.is_some(),
             remains: !self.record.is_tombstone(),
         };
         if self.failed.is_some() && self.phase == Phase::None && wanted.power == Power::Absent {
@@ -391,6 +422,7 @@ impl<L: Launcher> Actor<L> {
                 "intent"
             );
             self.failed = None;
+            self.interrupted = false;
             self.devices.try_anew();
             self.sizes.try_anew();
             self.shutdown_by = None;
@@ -402,11 +434,13 @@ impl<L: Launcher> Actor<L> {
     fn heard(&mut self, heard: Heard) {
         tracing::debug!(machine = %self.record.id, ?heard, "heard");
         match heard {
-            Heard::Ready => {}
+            Heard::Ready => self.ready = true,
+            Heard::Suspended(attempt, what) => self.suspended = Some((attempt, what)),
             Heard::Status(status) => {
                 if let Some(said) = status.guest {
                     self.guest_has_said(&said);
                 }
+                self.meetings += u64::from(status.fresh);
                 self.devices.told(status.devices, status.fresh);
                 self.sized(status.size, status.fresh);
                 match status.state {
@@ -441,7 +475,8 @@ impl<L: Launcher> Actor<L> {
 
     /// Running or paused. Its guest has run: an end from now on is an end.
     fn is(&mut self, phase: Phase) {
-        let resumed = (self.phase, phase) == (Phase::Paused, Phase::Running);
+        let late = phase == Phase::Running && std::mem::take(&mut self.late);
+        let resumed = late || (self.phase, phase) == (Phase::Paused, Phase::Running);
         self.phase = phase;
         self.start_by = None;
         if let Some(process) = &mut self.record.process
@@ -483,12 +518,21 @@ impl<L: Launcher> Actor<L> {
         let going = matches!(power, Power::Stopped | Power::Absent);
         let rebooted = boot.is_some_and(|boot| Some(boot) != self.surroundings.makings.boot_id());
         self.record.stop = match end {
+            // It was of no use any more.
+            _ if self.record.kept.is_some() => None,
             End::Silent { .. } | End::Said(StopReason::Requested | StopReason::HostReboot)
                 if going =>
             {
                 Some(StopReason::Requested)
             }
             End::Said(StopReason::GuestPowerOff) if asked && going => Some(StopReason::Requested),
+            // Nobody is started only to be suspended.
+            End::Silent { .. } if rebooted && power == Power::Suspended => {
+                Some(StopReason::HostReboot)
+            }
+            End::Said(StopReason::HostReboot) if power == Power::Suspended => {
+                Some(StopReason::HostReboot)
+            }
             // After a host's reboot what should run is started again.
             End::Silent { .. } if rebooted => None,
             End::Said(StopReason::HostReboot) => None,
@@ -499,6 +543,10 @@ impl<L: Launcher> Actor<L> {
             End::Said(StopReason::Requested) => None,
             end => Some(end.reason()),
         };
+        if ran && power == Power::Suspended {
+            // That it was not suspended is no news of one that is gone.
+            self.failed = None;
+        }
         tracing::info!(machine = %self.record.id, stop = ?self.record.stop, ran, "its process ended");
         if !ran
             && self.failed.is_none()
@@ -532,5 +580,7 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
 mod devices_tests;
 #[cfg(test)]
 mod size_tests;
+#[cfg(test)]
+mod suspend_tests;
 #[cfg(test)]
 mod tests;

@@ -45,6 +45,10 @@ pub struct Plan {
     /// Those of `spec` that it begins with, besides root disk and config drive.
     pub devices: Vec<OpenDevice>,
     pub user: u32,
+    /// Its guest goes on from what was kept of it; `devices` are those that it had then.
+    pub goes_on: bool,
+    /// Memory that it may have at most, MiB.
+    pub most_mib: u64,
     pub request_id: Option<String>,
 }
 
@@ -138,6 +142,8 @@ pub enum Heard {
     Event(MachineEvent),
     DeviceRefused(DeviceId, String),
     ResizeRefused(String),
+    /// What became of this attempt to suspend its guest.
+    Suspended(Uuid, Result<(), String>),
     /// The last command was not carried out.
     Refused(String),
     /// The machine could not be made; the end follows.
@@ -180,6 +186,16 @@ pub trait Process: Send + 'static {
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
 
+    /// Has it stop its guest and write it to `file`, which may have `most` bytes then; what it says of this
+    /// attempt answers.
+    async fn suspend(
+        &mut self,
+        attempt: Uuid,
+        file: File,
+        most: u64,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError>;
+
     /// The next thing that it says or does. May be dropped and called again. After
     /// [`Heard::Ended`] it is not called any more.
     async fn hear(&mut self) -> Heard;
@@ -203,6 +219,8 @@ pub struct HostProcess {
     failure: Option<String>,
     /// What it answered when it was adopted.
     greeting: Option<Heard>,
+    /// Whether it can suspend its guest: one of an older agent cannot. None: it has not said.
+    suspends: Option<bool>,
 }
 
 /// A process that was adopted while it was busy is asked again after this time.
@@ -222,9 +240,11 @@ impl HostProcess {
                 guest,
                 devices,
                 size,
+                suspends,
                 ..
             } if version <= VERSION => {
                 self.control = Some(control);
+                self.suspends = Some(suspends);
                 let status = Status {
                     state,
                     guest,
@@ -310,6 +330,9 @@ impl HostProcess {
                 fresh: false,
             })),
             FromMachine::ResizeRefused { detail } => Some(Heard::ResizeRefused(detail)),
+            FromMachine::Suspended { attempt, error } => {
+                Some(Heard::Suspended(attempt, error.map_or(Ok(()), Err)))
+            }
             FromMachine::DeviceRefused { id, detail } => Some(Heard::DeviceRefused(id, detail)),
             // The end of the process says so too, and once is enough.
             FromMachine::Event {
@@ -393,6 +416,26 @@ impl Process for HostProcess {
             id: device,
         };
         self.send(&message, &[]).await
+    }
+
+    async fn suspend(
+        &mut self,
+        attempt: Uuid,
+        file: File,
+        most: u64,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        if !self.suspends.ok_or(ProcessError::Mute)? {
+            let text = "the machine's process was started by an agent that could not suspend it; it can be \
+                        suspended once it has been stopped and started";
+            return Err(ProcessError::NotNow(text.to_owned()));
+        }
+        self.let_write(most)?;
+        let message = ToMachine::Suspend {
+            request_id: request_id.map(str::to_owned),
+            attempt,
+        };
+        self.send(&message, &[file.as_fd()]).await
     }
 
     async fn hear(&mut self) -> Heard {

@@ -10,13 +10,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use fractus_agent_api::decision::{Done, Intent};
+use fractus_agent_api::device::{Disk, Nic};
 use fractus_agent_api::guest::GuestReport;
-use fractus_agent_api::machine::{Power, ServerId, StopReason};
+use fractus_agent_api::machine::{Generation, Power, ServerId, StopReason};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 /// Of the file. Raised when the meaning of a field changes; older ones are read for ever.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+/// Of one that an older agent can take over: it knows of no suspended guests, and would start such anew.
+const WITHOUT_KEPT: u32 = 1;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -35,12 +38,28 @@ pub struct Record {
     /// Why the last process ended by itself, under the intent above.
     #[serde(default)]
     pub stop: Option<StopReason>,
+    /// The guest was suspended: its memory is in a file, and it has not run since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<Kept>,
     /// Nothing is left of the machine since then (microseconds since the epoch): a tombstone.
     #[serde(default)]
     pub gone_at_us: Option<i64>,
     /// When what was observed last changed.
     #[serde(default)]
     pub changed_at_us: i64,
+}
+
+/// What a suspended guest is to find again. What is wanted may be something else by then.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Kept {
+    pub at_us: i64,
+    /// Of the owner then. Whoever runs it again must know that nobody else has meanwhile.
+    pub generation: Generation,
+    /// Memory that it can have at most, and needs room for.
+    pub most_mib: u64,
+    /// Disks besides those that every machine has, and networks: all that it had.
+    pub disks: Vec<Disk>,
+    pub nics: Vec<Nic>,
 }
 
 /// A process, so that no other is taken for it.
@@ -135,7 +154,10 @@ impl Record {
             path: path.to_owned(),
             source,
         };
-        let bytes = serde_json::to_vec(self).map_err(|e| failed(e.into()))?;
+        let mut value = serde_json::to_value(self).map_err(|e| failed(e.into()))?;
+        let suspends = self.kept.is_some() || self.intent.wanted.power == Power::Suspended;
+        value["version"] = if suspends { VERSION } else { WITHOUT_KEPT }.into();
+        let bytes = serde_json::to_vec(&value).map_err(|e| failed(e.into()))?;
         let folder = path
             .parent()
             .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
@@ -240,13 +262,14 @@ pub fn scan(machines: &Path) -> Result<Found, RecordError> {
 mod tests {
     use super::*;
 
-    fn golden() -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/record-v1.json")
+    fn golden(version: u32) -> PathBuf {
+        let name = format!("tests/golden/record-v{version}.json");
+        Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
     }
 
     #[test]
     fn a_record_of_version_1_is_still_read_and_written_back_whole() {
-        let record = Record::read(&golden()).unwrap();
+        let record = Record::read(&golden(1)).unwrap();
         assert_eq!(record.done.starts, 5);
         assert_eq!(record.process.map(|process| process.pid), Some(4711));
         // Of a version that did not say more.
@@ -259,11 +282,32 @@ mod tests {
     }
 
     #[test]
+    fn a_suspended_machines_record_says_so_to_who_can_read_it() {
+        let mut record = Record::read(&golden(2)).unwrap();
+        assert_eq!(record.kept.as_ref().map(|kept| kept.disks.len()), Some(1));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("machine/record.json");
+        record.write(&path).unwrap();
+        assert_eq!(Record::read(&path).unwrap(), record);
+        // An older agent may have it again once there is nothing that it would not know of.
+        record.kept = None;
+        record.write(&path).unwrap();
+        assert_eq!(
+            Record::read(&path).unwrap().version,
+            2,
+            "nor what is wanted"
+        );
+        record.intent.wanted.power = Power::Running;
+        record.write(&path).unwrap();
+        assert_eq!(Record::read(&path).unwrap().version, 1);
+    }
+
+    #[test]
     fn a_record_of_a_newer_agent_is_not_guessed_at() {
-        let text = std::fs::read_to_string(golden()).unwrap();
-        let newer = text.replacen("\"version\": 1", "\"version\": 2", 1);
+        let text = std::fs::read_to_string(golden(1)).unwrap();
+        let newer = text.replacen("\"version\": 1", "\"version\": 3", 1);
         let error = Record::parse(newer.as_bytes(), Path::new("x")).unwrap_err();
-        assert!(matches!(error, RecordError::Newer { version: 2, .. }));
+        assert!(matches!(error, RecordError::Newer { version: 3, .. }));
     }
 
     #[test]

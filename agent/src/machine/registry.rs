@@ -263,6 +263,7 @@ impl<L: Launcher> Machines<L> {
             user,
             process: None,
             stop: None,
+            kept: None,
             gone_at_us: absent.then(now_us),
             changed_at_us: now_us(),
         };

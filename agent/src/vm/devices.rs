@@ -37,6 +37,29 @@ impl Devices {
         )
     }
 
+    /// Of a machine that has these already: its names for them, and the agent's.
+    pub fn going_on(
+        disks: (&[String], &[Option<DeviceId>]),
+        nets: (&[String], &[Option<DeviceId>]),
+    ) -> Self {
+        let named = |kind, (names, ids): (&[String], &[Option<DeviceId>])| {
+            let pairs = names
+                .iter()
+                .zip(ids)
+                .filter_map(|(name, id)| Some((name.clone(), (*id)?)));
+            let named = pairs.map(|(name, id)| Named {
+                id,
+                kind,
+                name,
+                asked: false,
+            });
+            named.collect::<Vec<_>>()
+        };
+        let mut all = named(DeviceKind::Disk, disks);
+        all.extend(named(DeviceKind::Nic, nets));
+        Self(all)
+    }
+
     pub fn all(&self) -> Vec<Has> {
         let has = |named: &Named| Has {
             id: named.id,
@@ -54,6 +77,12 @@ impl Devices {
     pub fn name(&self, id: DeviceId) -> Option<&str> {
         let named = self.0.iter().find(|named| named.id == id)?;
         Some(&named.name)
+    }
+
+    /// What the agent calls what the machine calls so, if it has a name for it.
+    pub fn id(&self, name: &str) -> Option<DeviceId> {
+        let named = self.0.iter().find(|named| named.name == name)?;
+        Some(named.id)
     }
 
     pub fn came(&mut self, kind: DeviceKind, id: DeviceId, name: String) {

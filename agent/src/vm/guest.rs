@@ -13,6 +13,7 @@ use super::protocol::{MachineEvent, State};
 
 /// Owned by value by the process's one loop; nobody else can reach it.
 pub trait Guest {
+    /// For the first time in this process.
     fn start(&mut self) -> Result<(), GuestError>;
     fn pause(&mut self) -> Result<(), GuestError>;
     fn resume(&mut self) -> Result<(), GuestError>;
@@ -27,6 +28,10 @@ pub trait Guest {
     fn size(&self) -> Size;
     /// Offers vCPUs, and bytes of memory besides what it began with. May be repeated.
     fn resize(&mut self, vcpus: u8, hot_memory: u64) -> Result<(), GuestError>;
+    /// Names of its disks, and of its networks, each in the order of its configuration.
+    fn names(&self) -> (Vec<String>, Vec<String>);
+    /// Writes all that a paused guest is to a file, which is on its disk then, and `note` with it.
+    fn write(&mut self, file: File, note: &[u8]) -> Result<(), GuestError>;
     fn state(&self) -> State;
     /// Readable while there are events.
     fn event_fd(&self) -> BorrowedFd<'_>;
@@ -67,6 +72,10 @@ impl From<machine::MachineError> for GuestError {
 
 impl Guest for machine::Machine {
     fn start(&mut self) -> Result<(), GuestError> {
+        // One that goes on from a file.
+        if Self::state(self) == machine::RunState::Paused {
+            return Ok(Self::resume(self)?);
+        }
         Ok(Self::start(self)?)
     }
 
@@ -123,6 +132,17 @@ impl Guest for machine::Machine {
         if hot_memory != hot.map_or(0, |hot| hot.bytes) {
             Self::set_hot_memory(self, hot_memory)?;
         }
+        Ok(())
+    }
+
+    fn names(&self) -> (Vec<String>, Vec<String>) {
+        (self.disks().to_vec(), self.nets().to_vec())
+    }
+
+    fn write(&mut self, file: File, note: &[u8]) -> Result<(), GuestError> {
+        let written = self.snapshot(file, note);
+        let report = written.map_err(|error| GuestError::Machine(super::chain(&error)))?;
+        super::log::line(format_args!("{report:?}"));
         Ok(())
     }
 

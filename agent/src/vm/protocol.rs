@@ -11,6 +11,7 @@ use fractus_agent_api::machine::{ServerId, StopReason};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 /// Raised when the meaning of a message changes.
 pub const VERSION: u32 = 1;
@@ -87,6 +88,13 @@ pub enum ToMachine {
         vcpus: u8,
         hot_memory: u64,
     },
+    /// Stop the guest where it is and write all that it is to the file that comes with this packet. Answered
+    /// by `Suspended`; the guest stands still then, and may be told anything. Only to processes that say in
+    /// their `Status` that they can.
+    Suspend {
+        request_id: Option<String>,
+        attempt: Uuid,
+    },
     /// Ask the guest to let a device go, again if it was asked before. Answered likewise; another
     /// `Status` follows when it has gone.
     Detach {
@@ -115,6 +123,16 @@ pub enum FromMachine {
         devices: Option<Vec<Has>>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         size: Option<Size>,
+        /// Whether it knows `Suspend`.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        suspends: bool,
+    },
+    /// The guest's memory is in the file that came with this attempt, and on its disk; or it is not, and the
+    /// machine is as before.
+    Suspended {
+        attempt: Uuid,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
     },
     /// The machine may have taken a part of it.
     ResizeRefused {
@@ -243,6 +261,9 @@ pub enum FileRole {
     /// Only when run by hand: where the serial line also comes from and goes to.
     TerminalInput,
     TerminalOutput,
+    /// What another process wrote when it was told to suspend its guest: that guest goes on in this one, whose
+    /// `config` says no more than what files come.
+    Kept,
     /// With a jail: what its root is copied from.
     MountNamespace,
     /// With a jail: this machine's own.
@@ -311,7 +332,7 @@ mod tests {
                 hot_memory: 1 << 30,
             },
             ToMachine::AttachNet {
-                request_id,
+                request_id: request_id.clone(),
                 id: DEVICE,
                 config: NetConfig {
                     mac: [2, 0, 0, 0, 0, 1],
@@ -319,6 +340,10 @@ mod tests {
                     mtu: Some(1400),
                     limit: None,
                 },
+            },
+            ToMachine::Suspend {
+                request_id,
+                attempt: DEVICE.0,
             },
         ]
     }
@@ -338,6 +363,7 @@ mod tests {
                 guest: None,
                 devices: None,
                 size: None,
+                suspends: false,
             },
             FromMachine::Status {
                 version: 1,
@@ -350,6 +376,7 @@ mod tests {
                 }),
                 devices: None,
                 size: None,
+                suspends: false,
             },
             FromMachine::Status {
                 version: 1,
@@ -377,6 +404,7 @@ mod tests {
                     hot_plugged_mib: 256,
                     max_hot_memory_mib: Some(1024),
                 }),
+                suspends: false,
             },
             FromMachine::DeviceRefused {
                 id: DEVICE,
@@ -394,6 +422,23 @@ mod tests {
             },
             FromMachine::Failed {
                 detail: "no memory".into(),
+            },
+            FromMachine::Status {
+                version: 1,
+                id: ID,
+                state: State::Paused,
+                guest: None,
+                devices: None,
+                size: None,
+                suspends: true,
+            },
+            FromMachine::Suspended {
+                attempt: DEVICE.0,
+                error: None,
+            },
+            FromMachine::Suspended {
+                attempt: DEVICE.0,
+                error: Some("disk full".into()),
             },
         ]
     }

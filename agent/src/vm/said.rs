@@ -20,6 +20,14 @@ impl Said {
         }
     }
 
+    /// Of a guest that has said so much in another process.
+    pub fn going_on(pauses: bool, words: GuestSaid) -> Self {
+        Self {
+            words,
+            ..Self::new(pauses)
+        }
+    }
+
     pub fn words(&self) -> GuestSaid {
         self.words
     }

@@ -5,7 +5,7 @@
 //! (a triple fault), `panic` (a fault of the VMM), `deaf` (does not hear the button any more), `oops` (its
 //! kernel panics), `reset` and `bite` (its watchdog runs out, and pauses it). It lets go of a device when
 //! it is asked to, and takes the size that it is offered, until it reads `cling`: then only a `reset`
-//! does either.
+//! does either. One that is suspended goes on in another process with the same nonce.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -17,12 +17,14 @@ use fractus_agent_api::machine::StopReason;
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig, NetFiles};
 use rustix::event::{EventfdFlags, eventfd};
+use serde::{Deserialize, Serialize};
 
 use super::guest::{Guest, GuestError, GuestEvent};
 use super::protocol::{MachineEvent, State};
 
 pub struct StandIn {
     state: State,
+    nonce: String,
     serial: File,
     deaf: bool,
     clings: bool,
@@ -32,6 +34,28 @@ pub struct StandIn {
     bell: OwnedFd,
     /// Lines that the reading thread heard.
     lines: Receiver<String>,
+}
+
+/// What one becomes that is suspended; whole with its last byte.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Kept {
+    nonce: String,
+    deaf: bool,
+    clings: bool,
+    size: Size,
+    disks: Vec<String>,
+    nets: Vec<String>,
+    note: Vec<u8>,
+}
+
+impl Kept {
+    pub fn read(file: File) -> serde_json::Result<Self> {
+        serde_json::from_reader(file)
+    }
+
+    pub fn note(&self) -> &[u8] {
+        &self.note
+    }
 }
 
 /// A device as a machine has it, and names it.
@@ -79,6 +103,7 @@ impl StandIn {
             })?;
         Ok(Self {
             state: State::Ready,
+            nonce: uuid::Uuid::new_v4().simple().to_string().split_off(16),
             serial,
             deaf: false,
             clings: false,
@@ -96,6 +121,19 @@ impl StandIn {
             bell,
             lines,
         })
+    }
+
+    /// Goes on where another was; it has as many devices.
+    #[must_use]
+    pub fn going_on(mut self, kept: Kept) -> Self {
+        let names = kept.disks.into_iter().chain(kept.nets);
+        for (held, name) in self.devices.iter_mut().zip(names) {
+            held.name = name;
+        }
+        self.state = State::Paused;
+        (self.nonce, self.size) = (kept.nonce, kept.size);
+        (self.deaf, self.clings) = (kept.deaf, kept.clings);
+        self
     }
 
     fn push(&mut self, event: MachineEvent) -> Result<(), GuestError> {
@@ -202,13 +240,10 @@ fn listen(mut ears: File, bell: &OwnedFd, lines: &Sender<String>) {
 
 impl Guest for StandIn {
     fn start(&mut self) -> Result<(), GuestError> {
-        let mut nonce = [0; 8];
-        nonce.copy_from_slice(uuid::Uuid::new_v4().as_bytes().get(..8).unwrap_or_default());
-        writeln!(
-            self.serial,
-            "stand-in boot {:016x}",
-            u64::from_ne_bytes(nonce)
-        )?;
+        match self.state {
+            State::Paused => writeln!(self.serial, "stand-in goes on {}", self.nonce)?,
+            _ => writeln!(self.serial, "stand-in boot {}", self.nonce)?,
+        }
         self.push(MachineEvent::Running)
     }
 
@@ -269,6 +304,27 @@ impl Guest for StandIn {
             ring(&self.bell)?;
         }
         Ok(())
+    }
+
+    fn names(&self) -> (Vec<String>, Vec<String>) {
+        let names = self.devices.iter().map(|held| held.name.clone());
+        names.partition(|name| name.starts_with("disk"))
+    }
+
+    fn write(&mut self, mut file: File, note: &[u8]) -> Result<(), GuestError> {
+        let (disks, nets) = self.names();
+        let kept = Kept {
+            nonce: self.nonce.clone(),
+            deaf: self.deaf,
+            clings: self.clings,
+            size: self.size,
+            disks,
+            nets,
+            note: note.to_vec(),
+        };
+        let bytes = serde_json::to_vec(&kept).map_err(io::Error::from)?;
+        file.write_all(&bytes)?;
+        Ok(file.sync_all()?)
     }
 
     fn state(&self) -> State {

@@ -53,6 +53,10 @@ pub struct Supervisor {
     pub said: Said,
     /// There may be events of the guest that no turn of the loop has taken yet.
     pub unheard: bool,
+    /// Of a guest that goes on here the agent does not know what it has: it is told once that runs.
+    pub to_tell: bool,
+    /// The guest is to be suspended, to this file.
+    pub suspend: Option<(uuid::Uuid, OwnedFd)>,
     /// The agent is gone, and nothing listens for another: nobody could ever end this machine.
     pub abandoned: bool,
 }
@@ -98,6 +102,12 @@ impl Supervisor {
             }
             if ready.agent {
                 self.hear_agent();
+            }
+            if let Some((attempt, file)) = self.suspend.take() {
+                self.carry_output(&mut others, usize::MAX);
+                self.suspend(attempt, file);
+                // What the guest said last is kept nowhere else.
+                self.carry_output(&mut others, usize::MAX);
             }
             if self.abandoned {
                 return self.end(StopReason::Requested);
@@ -351,7 +361,11 @@ impl Supervisor {
                 }
             };
             self.said.take_down(&event);
+            let runs = event == MachineEvent::Running;
             self.tell(&FromMachine::Event { event });
+            if runs && std::mem::take(&mut self.to_tell) {
+                self.tell(&self.status());
+            }
         }
         None
     }
@@ -431,6 +445,20 @@ impl Supervisor {
                 self.resize(vcpus, hot_memory);
                 Ok(())
             }
+            ToMachine::Suspend {
+                request_id,
+                attempt,
+            } => {
+                log::request(request_id);
+                // The loop does it, which has the serial line at hand.
+                self.suspend = files.into_iter().next().map(|file| (attempt, file));
+                match self.suspend {
+                    Some(_) => Ok(()),
+                    None => Err(GuestError::Machine(
+                        "no file came for its memory".to_owned(),
+                    )),
+                }
+            }
             ToMachine::Detach { request_id, id } => {
                 log::request(request_id);
                 self.detach(id);
@@ -460,6 +488,7 @@ impl Supervisor {
             guest: Some(self.said.words()),
             devices: Some(self.devices.all()),
             size: Some(self.guest.size()),
+            suspends: true,
         }
     }
 

@@ -67,13 +67,21 @@ impl Agent {
 
     /// With a state folder that has no room for more than `size` (as mount(8) has it).
     pub async fn start_on_a_small_disk(size: &str, cloud: &Cloud) -> Result<Self> {
+        Self::start_on_a_small_disk_with(size, cloud, true).await
+    }
+
+    pub async fn start_on_a_small_disk_with(
+        size: &str,
+        cloud: &Cloud,
+        stand_ins: bool,
+    ) -> Result<Self> {
         use rustix::mount::{MountFlags, mount};
         let folder = tempfile::tempdir()?;
         let state = folder.path().join("state");
         std::fs::create_dir(&state)?;
         let size = std::ffi::CString::new(format!("size={size},mode=700"))?;
         mount(c"test", &state, c"tmpfs", MountFlags::empty(), &*size)?;
-        Self::begin(folder, true, "", cloud, true).await
+        Self::begin(folder, true, "", cloud, stand_ins).await
     }
 
     async fn begin(

@@ -12,7 +12,7 @@ use fractus_agent_api::decision::{self, Done, Intake, Intent, Process, Seen, Ste
 use fractus_agent_api::guest::GuestReport;
 use fractus_agent_api::host::{Changes, CpuReport, FullReport, HostId, HostReport};
 use fractus_agent_api::machine::{
-    MachineReport, Observed, PutMachine, Refusal, ServerId, StopReason, Wanted,
+    MachineReport, Observed, Power, PutMachine, Refusal, ServerId, StopReason, Wanted,
 };
 use futures::{SinkExt, StreamExt};
 use uuid::Uuid;
@@ -52,7 +52,11 @@ struct Record {
     /// Which guest is on the disk: raised by each rebuild.
     disks: u64,
     process: Process,
-    /// What the guest's devices have said.
+    /// Which guest runs or ran last, by the start that it began with.
+    began_with: u64,
+    /// The guest whose memory is kept.
+    kept: Option<u64>,
+    /// What the guest's devices have said to the process that is there.
     guest: GuestReport,
     /// Its watchdog has paused it.
     held: bool,
@@ -138,6 +142,8 @@ impl SimulatedHost {
                 disk: false,
                 disks: 0,
                 process: Process::None,
+                began_with: 0,
+                kept: None,
                 guest: GuestReport::default(),
                 held: false,
                 changed_at_us: now,
@@ -252,7 +258,8 @@ impl SimulatedHost {
         self.host().down
     }
 
-    /// The host itself reboots: no process is left; what should run is started by the agent.
+    /// The host itself reboots: no process is left; what should run is started by the agent. Memory that
+    /// is kept is on disk.
     pub fn reboot(&self, instance: Uuid) {
         let mut host = self.host();
         host.boot_id = instance;
@@ -271,7 +278,8 @@ impl SimulatedHost {
             match host.machines.get_mut(&id) {
                 Some(record) if record.process != Process::None => {
                     record.process = Process::None;
-                    record.stop = Some(reason);
+                    // Of a guest whose memory is kept, only a process that was of no use has ended.
+                    record.stop = record.kept.is_none().then_some(reason);
                     record.changed_at_us = now;
                     true
                 }
@@ -300,7 +308,8 @@ impl SimulatedHost {
 
     fn say(&self, id: ServerId, what: impl FnOnce(&mut Record)) -> bool {
         let said = match self.host().machines.get_mut(&id) {
-            Some(record) if record.process != Process::None => {
+            // A guest whose memory is kept stands still.
+            Some(record) if record.process != Process::None && record.kept.is_none() => {
                 what(record);
                 true
             }
@@ -312,7 +321,7 @@ impl SimulatedHost {
         said
     }
 
-    /// What it is asked next fails on this host.
+    /// What it was asked last fails on this host.
     pub fn fail(&self, id: ServerId, reason: &str) {
         if let Some(record) = self.host().machines.get_mut(&id) {
             record.failed = Some(reason.to_owned());
@@ -347,10 +356,9 @@ impl SimulatedHost {
     /// Servers of which anything is left here but a tombstone.
     pub fn remains(&self) -> Vec<ServerId> {
         let host = self.host();
-        let left = |record: &Record| record.disk || record.process != Process::None;
         host.machines
             .iter()
-            .filter(|(_, record)| left(record))
+            .filter(|(_, record)| record.remains())
             .map(|(id, _)| *id)
             .collect()
     }
@@ -373,6 +381,18 @@ impl SimulatedHost {
             .machines
             .get(&id)
             .map_or(0, |record| record.disks)
+    }
+
+    /// Which guest is the machine's, by the start that it began with; one whose memory is kept goes on
+    /// as the same.
+    pub fn guest(&self, id: ServerId) -> Option<u64> {
+        let host = self.host();
+        host.machines.get(&id).map(|record| record.began_with)
+    }
+
+    /// The guest whose memory is kept here, likewise.
+    pub fn kept(&self, id: ServerId) -> Option<u64> {
+        self.host().machines.get(&id)?.kept
     }
 
     fn host(&self) -> MutexGuard<'_, Host> {
@@ -414,6 +434,10 @@ impl Host {
 }
 
 impl Record {
+    fn remains(&self) -> bool {
+        self.disk || self.process != Process::None || self.kept.is_some()
+    }
+
     fn next(&self) -> Step {
         let seen = Seen {
             process: self.process,
@@ -421,9 +445,14 @@ impl Record {
             failed: self.failed.is_some(),
             disk: self.disk || self.intent.wanted.spec.root_disk.is_none(),
             held: self.held,
-            remains: self.disk || self.process != Process::None,
+            kept: self.kept.is_some(),
+            remains: self.remains(),
         };
-        decision::next(&self.intent.wanted, &self.done, &seen)
+        match decision::next(&self.intent.wanted, &self.done, &seen) {
+            // Its process was told, and does not do it.
+            Step::Pause | Step::Resume | Step::Suspend if self.failed.is_some() => Step::Settled,
+            step => step,
+        }
     }
 
     fn step(&mut self, now_us: i64) -> bool {
@@ -444,13 +473,23 @@ impl Record {
             Step::Start => {
                 self.process = Process::Running;
                 self.done.starts += 1;
+                self.began_with = self.kept.take().unwrap_or(self.done.starts);
                 self.guest = GuestReport::default();
                 self.stop = None;
             }
             Step::Pause => self.process = Process::Paused,
             Step::Resume => self.process = Process::Running,
+            // The process is ended in a step of its own.
+            Step::Suspend => {
+                self.process = Process::Paused;
+                self.kept = Some(self.began_with);
+            }
+            Step::Forget => self.kept = None,
             Step::Shutdown | Step::Kill => self.process = Process::None,
-            Step::Remove => self.disk = false,
+            Step::Remove => {
+                self.disk = false;
+                self.kept = None;
+            }
         }
         if matches!(step, Step::SkipReboots | Step::RemakeDisk | Step::Start) {
             self.done.soft_reboots = wanted.soft_reboots;
@@ -461,24 +500,25 @@ impl Record {
     }
 
     fn observed(&self) -> Observed {
-        use fractus_agent_api::machine::Power;
-        match self.process {
-            Process::Running => Observed::Running,
-            Process::Paused => Observed::Paused,
-            Process::None => match (&self.failed, &self.stop) {
-                (Some(reason), _) => Observed::Failed {
-                    reason: reason.clone(),
-                },
-                (None, Some(reason)) => Observed::Stopped {
-                    reason: reason.clone(),
-                },
-                (None, None) if self.next() != Step::Settled => Observed::Starting {
-                    step: format!("{:?}", self.next()),
-                },
-                (None, None) if self.intent.wanted.power == Power::Absent => Observed::Absent,
-                (None, None) => Observed::Stopped {
-                    reason: StopReason::Requested,
-                },
+        if let Some(reason) = self.failed.clone() {
+            return Observed::Failed { reason };
+        }
+        let wanted = self.intent.wanted.power;
+        match (self.process, &self.stop) {
+            (Process::Running, _) => Observed::Running,
+            (Process::Paused, _) => Observed::Paused,
+            (Process::None, _) if self.kept.is_some() => Observed::Suspended,
+            // However the process ended that it still had when it was to go.
+            (Process::None, _) if wanted == Power::Absent && !self.remains() => Observed::Absent,
+            (Process::None, Some(reason)) => Observed::Stopped {
+                reason: reason.clone(),
+            },
+            (Process::None, None) if self.next() != Step::Settled => Observed::Starting {
+                step: format!("{:?}", self.next()),
+            },
+            // As wanted; or it was to be suspended, and was gone before.
+            (Process::None, None) => Observed::Stopped {
+                reason: StopReason::Requested,
             },
         }
     }

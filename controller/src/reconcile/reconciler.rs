@@ -53,6 +53,9 @@ pub trait Observer: Send + Sync + 'static {
         life: Life,
     ) -> Result<(), DbErr>;
 
+    /// The guest's memory is kept, as is wanted of it, and was not when its owner was last heard.
+    async fn suspended(&self, tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr>;
+
     /// The machine could not be made, or kept, what is wanted; what there is of it is left alone.
     async fn failed(
         &self,
@@ -308,7 +311,9 @@ impl Reconciler {
         let power = machine.wanted.power;
         let event = self.event(machine, now);
         let said = said(machine, &report);
-        let life = Life::of(&report, machine.report.as_ref());
+        let last = machine.report.as_ref();
+        let life = Life::of(&report, last);
+        let was_suspended = last.is_some_and(|last| last.observed == Observed::Suspended);
         database
             .write(move |tx| {
                 let (report, observer) = (report.clone(), Arc::clone(&observer));
@@ -329,7 +334,10 @@ impl Reconciler {
                             observer.failed(tx, server, reason).await?;
                         }
                         Observed::Stopped { reason }
-                            if matches!(power, Power::Running | Power::Paused) =>
+                            if matches!(
+                                power,
+                                Power::Running | Power::Paused | Power::Suspended
+                            ) =>
                         {
                             machine::change(tx, server, None, now, |wanted| {
                                 wanted.power = Power::Stopped;
@@ -358,6 +366,9 @@ impl Reconciler {
                         }
                         Observed::Paused if power == Power::Paused => {
                             observer.lives(tx, server, life).await?;
+                        }
+                        Observed::Suspended if power == Power::Suspended && !was_suspended => {
+                            observer.suspended(tx, server).await?;
                         }
                         _ => {}
                     }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fractus_agent_api::host::HostId;
-use fractus_agent_api::machine::{Observed, ServerId};
+use fractus_agent_api::machine::{Observed, Power, ServerId};
 use sea_orm::EntityTrait;
 
 use super::world::World;
@@ -116,20 +116,28 @@ impl World {
             machine.age(),
             "seed {seed}: {server}"
         );
-        let fits = match state {
-            ServerState::Active => report.observed == Observed::Running,
-            ServerState::Paused => report.observed == Observed::Paused,
-            ServerState::Stopped => matches!(report.observed, Observed::Stopped { .. }),
-            ServerState::Error => true,
+        let wanted = &machine.wanted;
+        let fits = match (state, wanted.power) {
+            (ServerState::Active, Power::Running) => report.observed == Observed::Running,
+            (ServerState::Paused, Power::Paused) => report.observed == Observed::Paused,
+            (ServerState::Suspended, Power::Suspended) => report.observed == Observed::Suspended,
+            (ServerState::Stopped, Power::Stopped) => {
+                matches!(report.observed, Observed::Stopped { .. })
+            }
+            (ServerState::Error, _) => true,
             _ => false,
         };
         assert!(
             fits,
-            "seed {seed}: {server} is {state:?} and {:?}",
-            report.observed
+            "seed {seed}: {server} is {state:?}, wanted {:?}, and {:?}",
+            wanted.power, report.observed
+        );
+        let kept = host.kept(server).is_some();
+        assert!(
+            state == ServerState::Error || kept == (state == ServerState::Suspended),
+            "seed {seed}: {server} is {state:?}; memory is kept: {kept}"
         );
         let done = (report.soft_reboots, report.hard_reboots, report.rebuilds);
-        let wanted = &machine.wanted;
         let asked = (wanted.soft_reboots, wanted.hard_reboots, wanted.rebuilds);
         assert_eq!(
             done, asked,

@@ -132,6 +132,7 @@ pub(super) async fn scenario(kind: &str) -> (World, Uuid) {
         "server_create" => return (world, id),
         "server_start" => &[Change::Stop],
         "server_unpause" => &[Change::Pause],
+        "server_resume" => &[Change::Suspend],
         _ => &[],
     };
     ask(&world.app(), "server_create", id).await;
@@ -155,6 +156,8 @@ pub(super) async fn ask(app: &App, kind: &str, id: Uuid) {
         "server_hard_reboot" => Change::HardReboot,
         "server_pause" => Change::Pause,
         "server_unpause" => Change::Unpause,
+        "server_suspend" => Change::Suspend,
+        "server_resume" => Change::Resume,
         "server_rebuild" => Change::Rebuild,
         other => panic!("no scenario for operations of kind {other}: add one"),
     };

@@ -156,6 +156,8 @@ pub async fn change(app: &App, id: Uuid, change: Change) -> Result<bool, Request
         Change::HardReboot => Action::HardReboot,
         Change::Pause => Action::Pause,
         Change::Unpause => Action::Unpause,
+        Change::Suspend => Action::Suspend,
+        Change::Resume => Action::Resume,
         Change::Rebuild => Action::Rebuild,
     };
     let situation = Situation {

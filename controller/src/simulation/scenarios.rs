@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use fractus_agent_api::machine::{ServerId, StopReason};
+use fractus_agent_api::machine::{Power, ServerId, StopReason};
 use sea_orm::DatabaseTransaction;
 use uuid::Uuid;
 
@@ -15,6 +15,7 @@ use crate::compute::model::state::ServerState;
 use crate::compute::ops::change::Change;
 use crate::compute::store::server;
 use crate::database::Database;
+use crate::event;
 use crate::operation::{Advance, Kind, Kinds, Operation, Outcome, Step, StepError};
 use crate::reconcile::machine;
 
@@ -132,6 +133,118 @@ async fn what_should_run_is_started_again_after_a_reboot_of_its_host() {
     world.heal().await;
     assert_eq!(holder(&world, ONE).unwrap().id(), host.id());
     assert_eq!(state(&world, ONE).await, ServerState::Active);
+    world.check_rest().await;
+}
+
+async fn suspended(world: &mut World, id: Uuid) {
+    let asked = requests::change(&world.app(), id, Change::Suspend).await;
+    assert!(asked.unwrap());
+    world.heal().await;
+    assert_eq!(state(world, id).await, ServerState::Suspended);
+}
+
+async fn resumed(world: &mut World, id: Uuid) {
+    let asked = requests::change(&world.app(), id, Change::Resume).await;
+    assert!(asked.unwrap());
+    world.heal().await;
+    assert_eq!(state(world, id).await, ServerState::Active);
+    world.check_rest().await;
+}
+
+#[tokio::test]
+async fn a_suspended_guest_goes_on_after_a_reboot_of_its_host() {
+    let mut world = active(2, &[ONE]).await;
+    let host = holder(&world, ONE).unwrap();
+    suspended(&mut world, ONE).await;
+    host.reboot(Uuid::from_u128(5));
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Suspended);
+    assert!(holder(&world, ONE).is_none());
+    world.check_rest().await;
+    resumed(&mut world, ONE).await;
+    assert_eq!(host.guest(ServerId(ONE)), Some(1));
+}
+
+/// The server's operation has told its host, which then cannot do it.
+async fn fails_on_its_host(world: &mut World, id: Uuid, change: Change) {
+    let (app, engine) = {
+        let controller = world.controller.as_ref().unwrap();
+        (controller.app.clone(), Arc::clone(&controller.engine))
+    };
+    assert!(requests::change(&app, id, change).await.unwrap());
+    while engine.advance(&id.to_string()).await == Advance::Advanced {}
+    world.hosts[0].fail(ServerId(id), "no space is left");
+    world.heal().await;
+    let events = event::of_subject(world.database().reader(), &id.to_string()).await;
+    let failed = events
+        .unwrap()
+        .into_iter()
+        .rfind(|event| event.phase == "failed");
+    let message = failed.and_then(|event| event.message);
+    assert_eq!(message.as_deref(), Some("no space is left"));
+}
+
+#[tokio::test]
+async fn a_guest_that_its_host_cannot_suspend_runs_on() {
+    let mut world = active(1, &[ONE]).await;
+    fails_on_its_host(&mut world, ONE, Change::Suspend).await;
+    assert_eq!(state(&world, ONE).await, ServerState::Active);
+    world.check_rest().await;
+    suspended(&mut world, ONE).await;
+    assert_eq!(world.hosts[0].kept(ServerId(ONE)), Some(1));
+}
+
+#[tokio::test]
+async fn a_guest_that_its_host_cannot_resume_is_suspended_still() {
+    let mut world = active(1, &[ONE]).await;
+    suspended(&mut world, ONE).await;
+    fails_on_its_host(&mut world, ONE, Change::Resume).await;
+    assert_eq!(state(&world, ONE).await, ServerState::Suspended);
+    world.check_rest().await;
+    resumed(&mut world, ONE).await;
+    assert_eq!(world.hosts[0].guest(ServerId(ONE)), Some(1));
+}
+
+/// As when an operation has failed after its request, or not seen its own end: the intent stands, and
+/// the host is told by the reconciler.
+async fn want(world: &World, id: Uuid, power: Power) {
+    let change = world.database().write(move |tx| {
+        Box::pin(async move {
+            machine::change(tx, ServerId(id), None, 1, |wanted| wanted.power = power).await
+        })
+    });
+    assert!(change.await.unwrap().is_some());
+    world.controller.as_ref().unwrap().reconciler.sweep().await;
+}
+
+#[tokio::test]
+async fn a_server_that_no_operation_looks_after_is_suspended_and_resumed_as_its_host_says() {
+    let mut world = active(1, &[ONE]).await;
+    want(&world, ONE, Power::Suspended).await;
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Suspended);
+    world.hosts[0].fail(ServerId(ONE), "the disk cannot be read");
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Error);
+    // The next agent finds it well.
+    world.hosts[0].kill_agent();
+    world.hosts[0].start_agent(Uuid::from_u128(6));
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Suspended);
+    want(&world, ONE, Power::Running).await;
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Active);
+    assert_eq!(world.hosts[0].guest(ServerId(ONE)), Some(1));
+    world.check_rest().await;
+}
+
+#[tokio::test]
+async fn a_guest_that_ends_before_the_reconciler_has_it_suspended_is_shut_off() {
+    let mut world = active(1, &[ONE]).await;
+    want(&world, ONE, Power::Suspended).await;
+    assert!(world.hosts[0].end_process(ServerId(ONE), StopReason::GuestPowerOff));
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Stopped);
     world.check_rest().await;
 }
 

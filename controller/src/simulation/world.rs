@@ -9,7 +9,7 @@ use fractus_agent_api::VERSION;
 use fractus_agent_api::host::{Heartbeat, HostId};
 use fractus_agent_api::machine::{ServerId, StopReason};
 use rand::rngs::StdRng;
-use rand::seq::IndexedRandom;
+use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{Rng, RngExt, SeedableRng};
 use tokio::sync::mpsc;
 use uuid::Uuid;
@@ -325,11 +325,20 @@ impl World {
             let outcome = requests::delete(&app, id).await.is_ok();
             return self.note(format!("delete {id}: {outcome}"));
         }
-        let Some(change) = Change::ALL.choose(&mut self.random).copied() else {
-            return;
-        };
-        let outcome = requests::change(&app, id, change).await;
-        self.note(format!("{change:?} {id}: {:?}", outcome.ok()));
+        // One that the server's state admits, if there is any: chosen blindly, nearly all are refused.
+        let mut changes = Change::ALL;
+        changes.shuffle(&mut self.random);
+        // And a hard reboot, admitted nearly always, would end all the others.
+        let hard = self.random.random_bool(0.2);
+        for change in changes {
+            if change == Change::HardReboot && !hard {
+                continue;
+            }
+            let outcome = requests::change(&app, id, change).await;
+            if !matches!(outcome, Ok(false)) {
+                return self.note(format!("{change:?} {id}: {:?}", outcome.ok()));
+            }
+        }
     }
 
     async fn advance_one(&mut self) {

@@ -14,8 +14,10 @@ use fractus_agent_api::machine::Power;
 use tokio::time::Instant;
 
 use super::{AGAIN, Actor, Over, Phase};
+use crate::clock::now_us;
 use crate::machine::make::{MakeError, Makings, OpenDevice};
 use crate::machine::process::{Launcher, Process, ProcessError};
+use crate::machine::record::Kept;
 use crate::paths::MachinePaths;
 use crate::vm::protocol::Has;
 
@@ -75,6 +77,11 @@ impl Devices {
         if self.handed.remove(&id).is_some() {
             self.trouble.insert(id, Trouble::Refused(detail));
         }
+    }
+
+    /// Whether the process has told what it has, and has answered all that it was handed.
+    pub(super) fn are_known(&self) -> bool {
+        self.has.is_some() && self.handed.is_empty()
     }
 
     fn place(&self, id: DeviceId) -> Place {
@@ -160,6 +167,10 @@ impl Wanted {
 impl<L: Launcher> Actor<L> {
     /// The next move, and whose.
     pub(super) fn next_move(&self) -> Option<(DeviceId, Move)> {
+        // A suspended guest has what it had.
+        if self.record.kept.is_some() {
+            return None;
+        }
         let mut moves = self.devices_to_be().into_iter().filter_map(|device| {
             let next = devices::next(device.wanted, &self.seen(&device))?;
             Some((device.id, next))
@@ -177,6 +188,9 @@ impl<L: Launcher> Actor<L> {
     }
 
     pub(super) fn devices_are_pending(&self) -> bool {
+        if self.record.kept.is_some() {
+            return false;
+        }
         let mut all = self.devices_to_be().into_iter();
         all.any(|device| devices::is_pending(device.wanted, &self.seen(&device)))
     }
@@ -196,7 +210,7 @@ impl<L: Launcher> Actor<L> {
         let wanted = &self.record.intent.wanted;
         let (disks, nics) = match wanted.power {
             Power::Absent => (&[][..], &[][..]),
-            Power::Running | Power::Paused | Power::Stopped => {
+            Power::Running | Power::Paused | Power::Suspended | Power::Stopped => {
                 (&wanted.spec.disks[..], &wanted.spec.nics[..])
             }
         };
@@ -292,7 +306,13 @@ impl<L: Launcher> Actor<L> {
             .filter(|disk| disk.presence == Presence::Attached);
         let disks = disks.cloned().map(Wanted::Disk);
         let nics = spec.nics.iter().cloned().map(Wanted::Nic);
-        let all: Vec<Wanted> = disks.chain(nics).collect();
+        self.open_those(disks.chain(nics).collect())
+    }
+
+    fn open_those(
+        &self,
+        all: Vec<Wanted>,
+    ) -> impl Future<Output = Result<Vec<OpenDevice>, MakeError>> + use<L> {
         let (makings, paths) = (self.surroundings.makings.clone(), self.paths.clone());
         async move {
             let mut open = Vec::new();
@@ -301,6 +321,52 @@ impl<L: Launcher> Actor<L> {
             }
             Ok(open)
         }
+    }
+
+    /// Those that a suspended guest had.
+    ///
+    /// # Errors
+    /// The content of one is gone: another, empty one in its place would be no help to it.
+    pub(super) fn open_kept(
+        &self,
+        kept: &Kept,
+    ) -> Result<impl Future<Output = Result<Vec<OpenDevice>, MakeError>> + use<L>, String> {
+        let makings = &self.surroundings.makings;
+        let gone = (kept.disks.iter()).find(|disk| !makings.disk_stands(&self.paths, disk));
+        if let Some(disk) = gone {
+            return Err(format!("disk {} of the suspended guest is gone", disk.id));
+        }
+        let disks = kept.disks.iter().cloned().map(Wanted::Disk);
+        let nics = kept.nics.iter().cloned().map(Wanted::Nic);
+        Ok(self.open_those(disks.chain(nics).collect()))
+    }
+
+    /// What the guest is to find again that is to be suspended now. Its devices are known.
+    ///
+    /// # Errors
+    /// It has something that nobody wants it to have: what that was could not be found again.
+    pub(super) fn to_be_kept(&self) -> Result<Kept, String> {
+        let has = self.devices.has.iter().flatten();
+        let spec = &self.record.intent.wanted.spec;
+        let (mut disks, mut nics) = (Vec::new(), Vec::new());
+        for (id, _) in has {
+            let disk = spec.disks.iter().find(|disk| disk.id == *id);
+            let nic = spec.nics.iter().find(|nic| nic.id == *id);
+            match (disk, nic) {
+                (Some(disk), _) => disks.push(disk.clone()),
+                (_, Some(nic)) => nics.push(nic.clone()),
+                (None, None) => {
+                    return Err(format!("the guest has not let go of device {id}"));
+                }
+            }
+        }
+        Ok(Kept {
+            at_us: now_us(),
+            generation: self.record.intent.generation,
+            most_mib: self.most_mib(),
+            disks,
+            nics,
+        })
     }
 
     async fn hand(&mut self, device: OpenDevice) -> Result<(), Over> {

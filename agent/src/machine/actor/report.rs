@@ -59,12 +59,18 @@ impl<L: Launcher> Actor<L> {
             (_, Phase::Starting) => Observed::Starting {
                 step: "starting the guest".to_owned(),
             },
+            (None, Phase::None) if self.record.kept.is_some() => Observed::Suspended,
             (None, Phase::None) => match (&self.record.stop, self.record.is_tombstone()) {
                 (_, true) => Observed::Absent,
                 (Some(reason), _) => Observed::Stopped {
                     reason: reason.clone(),
                 },
-                (None, _) if self.record.intent.wanted.power == Power::Stopped => {
+                (None, _)
+                    if matches!(
+                        self.record.intent.wanted.power,
+                        Power::Stopped | Power::Suspended
+                    ) =>
+                {
                     Observed::Stopped {
                         reason: StopReason::Requested,
                     }

@@ -11,6 +11,7 @@ use fractus_agent_api::size::{Size, SizeReport};
 use tokio::time::Instant;
 
 use super::{Actor, Over, Phase, blocking};
+use crate::machine::process::launch::most_memory;
 use crate::machine::process::{Launcher, Process};
 
 /// How long a process may take to answer.
@@ -44,6 +45,14 @@ impl Sizes {
         }
     }
 
+    /// Of one whose guest goes on, and has the size that it had: it will say.
+    pub(super) fn going_on(most_mib: u64) -> Self {
+        Self {
+            limit_mib: most_mib,
+            ..Self::default()
+        }
+    }
+
     pub(super) fn try_anew(&mut self) {
         self.trouble = None;
     }
@@ -72,6 +81,13 @@ impl Sizes {
 }
 
 impl<L: Launcher> Actor<L> {
+    /// Memory that it can have at most, MiB: by what is wanted, and by what it says.
+    pub(super) fn most_mib(&self) -> u64 {
+        let wanted = most_memory(&self.record.intent.wanted.spec);
+        let most = |now: Size| now.memory_mib + now.max_hot_memory_mib.unwrap_or(0);
+        wanted.max(self.sizes.now.map_or(0, most))
+    }
+
     fn runs(&self) -> bool {
         matches!(self.phase, Phase::Running | Phase::Paused)
     }

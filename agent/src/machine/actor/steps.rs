@@ -15,7 +15,9 @@ use super::size::Sizes;
 use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
 use crate::clock::now_us;
 use crate::machine::make::{OpenDevice, Progress};
+use crate::machine::process::launch::most_memory;
 use crate::machine::process::{Command, Launcher, Plan, Process};
+use crate::machine::record::Kept;
 use crate::volume::directory::Old;
 
 /// How long a process may take from its start to its guest's first instruction.
@@ -82,22 +84,34 @@ impl<L: Launcher> Actor<L> {
                 return Ok(());
             }
         }
-        let instance = self.record.intent.wanted.spec.guest.instance.as_deref();
-        let makings = &self.surroundings.makings;
-        if let Err(error) = blocking(|| makings.config_drive(&self.paths, instance)) {
-            self.fail(error.to_string());
-            return Ok(());
+        let kept = self.record.kept.clone();
+        // A guest that goes on has the one that it had.
+        if kept.is_none() {
+            let instance = self.record.intent.wanted.spec.guest.instance.as_deref();
+            let makings = &self.surroundings.makings;
+            if let Err(error) = blocking(|| makings.config_drive(&self.paths, instance)) {
+                self.fail(error.to_string());
+                return Ok(());
+            }
+            self.remove_memory();
         }
-        let Some(open) = self.open_devices().await? else {
+        let Some(open) = self.open_devices(kept.as_ref()).await? else {
             return Ok(());
         };
         self.observe_starting("starting its process");
-        let devices = Devices::begun(&open);
+        let spec = &self.record.intent.wanted.spec;
+        let most_mib = most_memory(spec).max(kept.as_ref().map_or(0, |kept| kept.most_mib));
+        let (devices, sizes) = match kept {
+            Some(_) => (Devices::default(), Sizes::going_on(most_mib)),
+            None => (Devices::begun(&open), Sizes::begun(spec)),
+        };
         let plan = Plan {
             id: self.record.id,
             spec: self.record.intent.wanted.spec.clone(),
             devices: open,
             user: self.record.user,
+            goes_on: kept.is_some(),
+            most_mib,
             request_id: self.record.request_id.clone(),
         };
         let mut process = match self.surroundings.launcher.launch(plan).await {
@@ -120,25 +134,52 @@ impl<L: Launcher> Actor<L> {
             self.fail(error.to_string());
             return Ok(());
         }
-        let told = process.tell(Command::Go, None).await;
         self.process = Some(process);
         self.phase = Phase::Starting;
         (self.adopted, self.pressed_at) = (false, None);
-        (self.guest, self.devices) = (Guest::default(), devices);
-        self.sizes = Sizes::begun(&self.record.intent.wanted.spec);
+        (self.guest, self.devices, self.sizes) = (Guest::default(), devices, sizes);
+        (self.ready, self.late) = (false, kept.is_some());
+        if kept.is_some() && !self.spend_kept().await? {
+            return Ok(());
+        }
         self.start_by = Some(Instant::now() + START);
-        if let Err(error) = told {
+        let Some(process) = &mut self.process else {
+            return Ok(());
+        };
+        let told = process.tell(Command::Go, None).await;
+        if let Err(error) = &told {
             // Its end says more.
             tracing::warn!(machine = %self.record.id, %error, "Go");
+        }
+        match (kept, told) {
+            // It was not sent, and so the guest cannot have run.
+            (Some(kept), Err(_)) => self.keep_again(kept).await,
+            (Some(_), Ok(())) => self.remove_memory(),
+            (None, _) => {}
         }
         Ok(())
     }
 
-    /// Those that the machine begins with; none: it does not begin.
-    async fn open_devices(&mut self) -> Result<Option<Vec<OpenDevice>>, Over> {
-        let opening = self.open_all();
-        let opened = self.interruptible("opening its devices", |_| opening);
-        Ok(match opened.await? {
+    /// Those that the machine begins with, or goes on with; none: it does not.
+    async fn open_devices(&mut self, kept: Option<&Kept>) -> Result<Option<Vec<OpenDevice>>, Over> {
+        let opened = match kept {
+            None => {
+                let opening = self.open_all();
+                self.interruptible("opening its devices", |_| opening)
+                    .await?
+            }
+            Some(kept) => match self.open_kept(kept) {
+                Ok(opening) => {
+                    self.interruptible("opening its devices", |_| opening)
+                        .await?
+                }
+                Err(reason) => {
+                    self.fail(reason);
+                    return Ok(None);
+                }
+            },
+        };
+        Ok(match opened {
             None => None,
             Some(Ok(opened)) => Some(opened),
             Some(Err(error)) => {
@@ -225,6 +266,10 @@ impl<L: Launcher> Actor<L> {
                 self.phase = Phase::None;
                 (self.start_by, self.shutdown_by, self.pressed_at) = (None, None, None);
                 self.record.process = None;
+                if self.record.kept.is_some() {
+                    // Only that it could not be ended before can have failed.
+                    self.failed = None;
+                }
                 let going = self.record.intent.wanted.power == Power::Stopped;
                 self.record.stop = going.then_some(StopReason::Requested);
                 tracing::info!(machine = %self.record.id, "ended its process");
@@ -250,6 +295,7 @@ impl<L: Launcher> Actor<L> {
         match removed {
             Ok(()) => {
                 self.record.gone_at_us = Some(now_us());
+                self.record.kept = None;
                 // One that an earlier agent has taken has it still.
                 self.record.forget_guest();
                 self.record.stop = None;

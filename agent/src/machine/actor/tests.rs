@@ -1,6 +1,7 @@
 //! The actor alone, with a process that says what the test has it say.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Mutex;
@@ -31,9 +32,17 @@ const ID: ServerId = ServerId(Uuid::from_u128(1));
 
 /// What a process has said and nobody has heard, in order.
 #[derive(Debug, Default, Clone)]
-pub(super) struct Words(Arc<(Mutex<VecDeque<Heard>>, Notify)>);
+pub(super) struct Words(Arc<(Mutex<VecDeque<Heard>>, Notify)>, Answers);
+
+/// What is answered to attempts to suspend the guest, one after the other; none: nothing.
+type Answers = Arc<Mutex<VecDeque<Result<(), String>>>>;
 
 impl Words {
+    pub(super) fn answer(&self, what: Result<(), &str>) {
+        let what = what.map_err(str::to_owned);
+        self.1.lock().unwrap().push_back(what);
+    }
+
     pub(super) fn say(&self, heard: Heard) {
         self.0.0.lock().unwrap().push_back(heard);
         self.0.1.notify_one();
@@ -47,6 +56,10 @@ pub(super) enum Told {
     Attach(DeviceId),
     Detach(DeviceId),
     Resize(Resize),
+    Suspend(Uuid),
+    Resume,
+    /// Its guest goes on, in a new process.
+    GoOn,
     /// Not the process but its control group, MiB.
     Limit(u64),
 }
@@ -72,8 +85,10 @@ impl Process for Double {
     }
 
     async fn tell(&mut self, command: Command, _: Option<&str>) -> Result<(), ProcessError> {
-        if command == Command::Go {
-            self.0.say(Heard::Event(MachineEvent::Running));
+        match command {
+            Command::Go => self.0.say(Heard::Event(MachineEvent::Running)),
+            Command::Resume => self.1.lock().unwrap().push(Told::Resume),
+            Command::Pause | Command::PressPowerButton => {}
         }
         Ok(())
     }
@@ -90,6 +105,21 @@ impl Process for Double {
 
     async fn detach(&mut self, id: DeviceId, _: Option<&str>) -> Result<(), ProcessError> {
         self.1.lock().unwrap().push(Told::Detach(id));
+        Ok(())
+    }
+
+    async fn suspend(
+        &mut self,
+        attempt: Uuid,
+        _: File,
+        _: u64,
+        _: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        self.1.lock().unwrap().push(Told::Suspend(attempt));
+        let answer = self.0.1.lock().unwrap().pop_front();
+        if let Some(answer) = answer {
+            self.0.say(Heard::Suspended(attempt, answer));
+        }
         Ok(())
     }
 
@@ -116,6 +146,9 @@ impl Launcher for Doubles {
     type Process = Double;
 
     async fn launch(&self, plan: Plan) -> Result<Double, ProcessError> {
+        if plan.goes_on {
+            self.1.lock().unwrap().push(Told::GoOn);
+        }
         let devices: Vec<DeviceId> = plan.devices.iter().map(OpenDevice::id).collect();
         if !devices.is_empty() {
             self.1.lock().unwrap().push(Told::Start(devices));
@@ -242,8 +275,7 @@ pub(super) struct Stage {
     pub(super) told: Arc<Mutex<Vec<Told>>>,
     pub(super) reports: watch::Receiver<MachineReport>,
     changed: mpsc::UnboundedReceiver<ServerId>,
-    /// Keeps the mailbox open.
-    _mailbox: mpsc::Sender<Message>,
+    pub(super) mailbox: mpsc::Sender<Message>,
 }
 
 impl Stage {
@@ -271,6 +303,7 @@ impl Stage {
             user: 1,
             process: None,
             stop: None,
+            kept: None,
             gone_at_us: None,
             changed_at_us: 0,
         };
@@ -285,7 +318,7 @@ impl Stage {
             told,
             reports,
             changed,
-            _mailbox: mailbox,
+            mailbox,
         };
         stage.settle(Observed::Running).await;
         while stage.changed.try_recv().is_ok() {}
@@ -312,7 +345,7 @@ impl Stage {
     }
 }
 
-fn status(state: State, guest: Option<GuestSaid>) -> Heard {
+pub(super) fn status(state: State, guest: Option<GuestSaid>) -> Heard {
     Heard::Status(Status {
         state,
         guest,

@@ -13,9 +13,11 @@ use fractus_agent_api::guest::{GuestReport, Watchdog};
 use fractus_agent_api::machine::{MachineSpec, Pages, ServerId};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{
-    BalloonConfig, BootSource, ConsolePortConfig, CpuConfig, CpuProfile, HotMemoryConfig,
-    MachineConfig, MemoryConfig, PageSize, RngConfig, VsockConfig, WatchdogAction, WatchdogConfig,
+    BalloonConfig, BootSource, ConsolePortConfig, CpuConfig, CpuProfile, HOT_BLOCK,
+    HotMemoryConfig, MachineConfig, MemoryConfig, PageSize, RngConfig, VsockConfig, WatchdogAction,
+    WatchdogConfig,
 };
+use fractus_vmm::stream::snapshot;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use uuid::Uuid;
 
@@ -95,7 +97,7 @@ impl HostLauncher {
             id: plan.id,
             jail: Some(JailConfig {
                 user: plan.user,
-                file_size: file_size(&plan.spec, files.largest),
+                file_size: file_size(plan.most_mib, files.largest),
             }),
             config,
             files: files.roles,
@@ -155,8 +157,13 @@ impl HostLauncher {
         } = handover;
         if let Some(cgroups) = &self.cgroups {
             // Before the process has its launch, and so before it uses anything worth counting.
+            let mut spec = plan.spec.clone();
+            // What it goes on with may be more than what is wanted by now; it says how much, and is held to it.
+            if plan.goes_on {
+                spec.memory_mib = spec.memory_mib.max(plan.most_mib);
+            }
             cgroups
-                .enter(plan.id, pid, &plan.spec)
+                .enter(plan.id, pid, &spec)
                 .map_err(failed("the machine's control group"))?;
         }
         be_like_any(pid).map_err(failed("the process's place among those to be killed"))?;
@@ -245,6 +252,10 @@ impl HostLauncher {
                 .mode(0o600);
             files.push(role, options.open(&path).map_err(at(&path))?);
         }
+        if plan.goes_on {
+            let memory = paths.memory();
+            files.push(FileRole::Kept, File::open(&memory).map_err(at(&memory))?);
+        }
         let words = paths.last_words();
         let mut options = File::options();
         options.write(true).create(true).truncate(true).mode(0o600);
@@ -270,12 +281,23 @@ fn be_like_any(pid: i32) -> io::Result<()> {
     }
 }
 
-/// A machine may write its disks and its rings, and no file beyond their size.
-fn file_size(spec: &MachineSpec, largest_disk: u64) -> u64 {
-    // Guest memory is a file too (memfd).
-    let most = spec.memory_mib.max(spec.max_memory_mib.unwrap_or(0));
+/// Memory that it may have at most, MiB.
+pub fn most_memory(spec: &MachineSpec) -> u64 {
+    spec.memory_mib.max(spec.max_memory_mib.unwrap_or(0))
+}
+
+/// The largest file that a suspended guest with so many MiB can become.
+pub fn most_kept(most_mib: u64) -> u64 {
+    // Hot memory begins at a whole block of it.
+    snapshot::most_bytes((most_mib << 20) + HOT_BLOCK)
+}
+
+/// A machine may write its disks, its rings and what it becomes when it is suspended, and no file beyond
+/// their size.
+fn file_size(most_mib: u64, largest_disk: u64) -> u64 {
+    // That is more than its memory, which is a file too (memfd).
     largest_disk
-        .max(most << 20)
+        .max(most_kept(most_mib))
         .max(crate::vm::protocol::SERIAL_LOG + (64 << 10))
 }
 
@@ -366,6 +388,7 @@ impl Launcher for Arc<HostLauncher> {
             paths,
             failure: None,
             greeting: None,
+            suspends: Some(true),
         })
     }
 
@@ -384,6 +407,7 @@ impl Launcher for Arc<HostLauncher> {
                 paths,
                 failure: None,
                 greeting: None,
+                suspends: None,
             };
             // One that does not answer is alive all the same; it is asked again when it is heard.
             process.greeting = process.connect().await.ok();

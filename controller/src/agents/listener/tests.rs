@@ -47,6 +47,10 @@ impl Observer for Nobody {
     async fn lives(&self, _: &DatabaseTransaction, _: ServerId, _: Life) -> Result<(), DbErr> {
         Ok(())
     }
+
+    async fn suspended(&self, _: &DatabaseTransaction, _: ServerId) -> Result<(), DbErr> {
+        Ok(())
+    }
 }
 
 struct Blobs(HashMap<Uuid, Bytes>);

@@ -69,6 +69,10 @@ pub enum Command {
     Pause(Named),
     /// Let paused servers go on
     Unpause(Named),
+    /// Hold servers where they are, with their memory on their hosts' disks
+    Suspend(Named),
+    /// Let suspended servers go on
+    Resume(Named),
     /// Keep servers from being changed
     Lock(Named),
     /// Let servers be changed again
@@ -197,6 +201,8 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
         }
         Command::Pause(named) => act(named, json!({"pause": null}), Some("PAUSED")).await,
         Command::Unpause(named) => act(named, json!({"unpause": null}), Some("ACTIVE")).await,
+        Command::Suspend(named) => act(named, json!({"suspend": null}), Some("SUSPENDED")).await,
+        Command::Resume(named) => act(named, json!({"resume": null}), Some("ACTIVE")).await,
         Command::Lock(named) => act(named, json!({"lock": null}), None).await,
         Command::Unlock(named) => act(named, json!({"unlock": null}), None).await,
         Command::Rebuild {

@@ -27,7 +27,7 @@ use crate::policy::Rule;
 const PATH: &str = "/v2.1/servers/{id}/action";
 
 /// Every action that is served, and who may do it.
-const ACTIONS: [(&str, Rule); 14] = [
+const ACTIONS: [(&str, Rule); 16] = [
     ("os-start", Rule::member("os_compute_api:servers:start")),
     ("os-stop", Rule::member("os_compute_api:servers:stop")),
     ("reboot", Rule::member("os_compute_api:servers:reboot")),
@@ -38,6 +38,14 @@ const ACTIONS: [(&str, Rule); 14] = [
     (
         "unpause",
         Rule::member("os_compute_api:os-pause-server:unpause"),
+    ),
+    (
+        "suspend",
+        Rule::member("os_compute_api:os-suspend-server:suspend"),
+    ),
+    (
+        "resume",
+        Rule::member("os_compute_api:os-suspend-server:resume"),
     ),
     ("lock", Rule::member("os_compute_api:os-lock-server:lock")),
     (
@@ -111,6 +119,8 @@ async fn act(call: Call, Path(id): Path<String>, body: JsonBody) -> Result<Respo
         "os-stop" => simple(&call, &id, Action::Stop, Change::Stop).await,
         "pause" => simple(&call, &id, Action::Pause, Change::Pause).await,
         "unpause" => simple(&call, &id, Action::Unpause, Change::Unpause).await,
+        "suspend" => simple(&call, &id, Action::Suspend, Change::Suspend).await,
+        "resume" => simple(&call, &id, Action::Resume, Change::Resume).await,
         "reboot" => reboot(&call, &id, &body.0).await,
         "lock" => lock(&call, &id, &body.0).await,
         "unlock" => unlock(&call, &id).await,

@@ -53,6 +53,8 @@ fn names(kind: &str) -> (&str, &'static str) {
         "server_soft_reboot" | "server_hard_reboot" => ("reboot", "compute_reboot_instance"),
         "server_pause" => ("pause", "compute_pause_instance"),
         "server_unpause" => ("unpause", "compute_unpause_instance"),
+        "server_suspend" => ("suspend", "compute_suspend_instance"),
+        "server_resume" => ("resume", "compute_resume_instance"),
         "server_rebuild" => ("rebuild", "compute_rebuild_instance"),
         "server_lock" => ("lock", "api_lock"),
         "server_unlock" => ("unlock", "api_unlock"),

@@ -13,6 +13,7 @@ pub enum Standing {
     Building,
     Active,
     Paused,
+    Suspended,
     Stopped,
     Error,
 }
@@ -32,6 +33,8 @@ pub enum ServerState {
     Building(Build),
     Active,
     Paused,
+    /// The guest's memory is in a file of its host, and no process is there.
+    Suspended,
     Stopped,
     /// What was wanted could not be done; the reason is the server's fault row.
     Error,
@@ -41,6 +44,8 @@ pub enum ServerState {
     Stopping(Standing),
     Pausing,
     Unpausing,
+    Suspending,
+    Resuming,
     SoftRebooting,
     HardRebooting(Standing),
     Rebuilding(Standing),
@@ -70,10 +75,11 @@ pub enum PowerState {
 }
 
 impl Standing {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Building,
         Self::Active,
         Self::Paused,
+        Self::Suspended,
         Self::Stopped,
         Self::Error,
     ];
@@ -83,6 +89,7 @@ impl Standing {
             Self::Building => "building",
             Self::Active => "active",
             Self::Paused => "paused",
+            Self::Suspended => "suspended",
             Self::Stopped => "stopped",
             Self::Error => "error",
         }
@@ -93,6 +100,7 @@ impl Standing {
             Self::Building => "BUILD",
             Self::Active => "ACTIVE",
             Self::Paused => "PAUSED",
+            Self::Suspended => "SUSPENDED",
             Self::Stopped => "SHUTOFF",
             Self::Error => "ERROR",
         }
@@ -103,7 +111,8 @@ impl Standing {
             Self::Building | Self::Error => PowerState::None,
             Self::Active => PowerState::Running,
             Self::Paused => PowerState::Paused,
-            Self::Stopped => PowerState::Shutdown,
+            // As libvirt says of a domain whose memory was saved.
+            Self::Suspended | Self::Stopped => PowerState::Shutdown,
         }
     }
 
@@ -113,6 +122,7 @@ impl Standing {
             Self::Building => ServerState::Building(Build::Scheduling),
             Self::Active => ServerState::Active,
             Self::Paused => ServerState::Paused,
+            Self::Suspended => ServerState::Suspended,
             Self::Stopped => ServerState::Stopped,
             Self::Error => ServerState::Error,
         }
@@ -127,12 +137,15 @@ impl ServerState {
             Self::Building(Build::Spawning),
             Self::Active,
             Self::Paused,
+            Self::Suspended,
             Self::Stopped,
             Self::Error,
             Self::Crashed,
             Self::Starting,
             Self::Pausing,
             Self::Unpausing,
+            Self::Suspending,
+            Self::Resuming,
             Self::SoftRebooting,
             Self::Deleted,
         ];
@@ -153,8 +166,11 @@ impl ServerState {
     pub fn standing(self) -> Option<Standing> {
         Some(match self {
             Self::Building(_) => Standing::Building,
-            Self::Active | Self::Pausing | Self::SoftRebooting => Standing::Active,
+            Self::Active | Self::Pausing | Self::Suspending | Self::SoftRebooting => {
+                Standing::Active
+            }
             Self::Paused | Self::Unpausing => Standing::Paused,
+            Self::Suspended | Self::Resuming => Standing::Suspended,
             Self::Stopped | Self::Starting => Standing::Stopped,
             Self::Error | Self::Crashed => Standing::Error,
             Self::Stopping(standing)
@@ -173,12 +189,15 @@ impl ServerState {
             Self::Stopping(_) => Some("powering-off"),
             Self::Pausing => Some("pausing"),
             Self::Unpausing => Some("unpausing"),
+            Self::Suspending => Some("suspending"),
+            Self::Resuming => Some("resuming"),
             Self::SoftRebooting => Some("rebooting"),
             Self::HardRebooting(_) => Some("rebooting_hard"),
             Self::Rebuilding(_) => Some("rebuilding"),
             Self::Deleting(_) => Some("deleting"),
             Self::Active
             | Self::Paused
+            | Self::Suspended
             | Self::Stopped
             | Self::Error
             | Self::Crashed
@@ -237,12 +256,15 @@ impl ServerState {
             Self::Deleting(standing) => format!("deleting:{}", standing.word()),
             Self::Active => "active".to_owned(),
             Self::Paused => "paused".to_owned(),
+            Self::Suspended => "suspended".to_owned(),
             Self::Stopped => "stopped".to_owned(),
             Self::Error => "error".to_owned(),
             Self::Crashed => "crashed".to_owned(),
             Self::Starting => "starting".to_owned(),
             Self::Pausing => "pausing".to_owned(),
             Self::Unpausing => "unpausing".to_owned(),
+            Self::Suspending => "suspending".to_owned(),
+            Self::Resuming => "resuming".to_owned(),
             Self::SoftRebooting => "soft_rebooting".to_owned(),
             Self::Deleted => "deleted".to_owned(),
         }
@@ -269,6 +291,8 @@ pub enum Action {
     HardReboot,
     Pause,
     Unpause,
+    Suspend,
+    Resume,
     Rebuild,
     Delete,
     ForceDelete,
@@ -286,13 +310,15 @@ pub enum Action {
 }
 
 impl Action {
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 22] = [
         Self::Start,
         Self::Stop,
         Self::SoftReboot,
         Self::HardReboot,
         Self::Pause,
         Self::Unpause,
+        Self::Suspend,
+        Self::Resume,
         Self::Rebuild,
         Self::Delete,
         Self::ForceDelete,
@@ -317,6 +343,8 @@ impl Action {
             Self::SoftReboot | Self::HardReboot => "reboot",
             Self::Pause => "pause",
             Self::Unpause => "unpause",
+            Self::Suspend => "suspend",
+            Self::Resume => "resume",
             Self::Rebuild => "rebuild",
             Self::Delete => "delete",
             Self::ForceDelete => "forceDelete",
@@ -442,21 +470,22 @@ pub fn admit(action: Action, situation: Situation<'_>) -> Result<(), Conflict> {
 
 /// The vm_states that an action is allowed in; `None`: any.
 fn standings(action: Action) -> Option<&'static [Standing]> {
-    use Standing::{Active, Error, Paused, Stopped};
+    use Standing::{Active, Error, Paused, Stopped, Suspended};
     match action {
         Action::Start => Some(&[Stopped]),
         Action::Stop => Some(&[Active, Error]),
         Action::SoftReboot => Some(&[Active]),
-        Action::HardReboot => Some(&[Active, Stopped, Paused, Error]),
-        Action::Pause => Some(&[Active]),
+        Action::HardReboot => Some(&[Active, Stopped, Paused, Suspended, Error]),
+        Action::Pause | Action::Suspend => Some(&[Active]),
         Action::Unpause => Some(&[Paused]),
+        Action::Resume => Some(&[Suspended]),
         Action::Rebuild => Some(&[Active, Stopped, Error]),
         Action::UpdateMetadata
         | Action::DeleteMetadata
         | Action::UpdateTag
         | Action::UpdateTags
         | Action::DeleteTag
-        | Action::DeleteTags => Some(&[Active, Paused, Stopped]),
+        | Action::DeleteTags => Some(&[Active, Paused, Suspended, Stopped]),
         Action::Delete
         | Action::ForceDelete
         | Action::Lock
@@ -475,14 +504,18 @@ fn passes_task(action: Action, state: ServerState) -> bool {
         | Action::SoftReboot
         | Action::Pause
         | Action::Unpause
+        | Action::Suspend
+        | Action::Resume
         | Action::Rebuild => false,
-        // A hard reboot is the way out of a soft one, or of a pause, that hangs.
+        // A hard reboot is the way out of a soft one, of a pause, or of a suspend, that hangs.
         Action::HardReboot => matches!(
             state,
             ServerState::SoftRebooting
                 | ServerState::HardRebooting(_)
                 | ServerState::Pausing
                 | ServerState::Unpausing
+                | ServerState::Suspending
+                | ServerState::Resuming
         ),
         Action::RemoteConsole => !matches!(state, ServerState::Deleting(_)),
         _ => true,
@@ -505,6 +538,8 @@ fn needs_launch(action: Action) -> bool {
             | Action::HardReboot
             | Action::Pause
             | Action::Unpause
+            | Action::Suspend
+            | Action::Resume
             | Action::Rebuild
             | Action::UpdateMetadata
             | Action::DeleteMetadata

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Columns of the table: every state, in the order of its rows' marks.
-const COLUMNS: [&str; 17] = [
+const COLUMNS: [&str; 20] = [
     "building:scheduling",
     "building:spawning",
     "active",
@@ -21,31 +21,36 @@ const COLUMNS: [&str; 17] = [
     "deleting:active",
     "deleted",
     "crashed",
+    "suspended",
+    "suspending",
+    "resuming",
 ];
 
 /// server state × action: `y` admitted (202), `v` refused for vm_state, `t` for task_state, `r` for
 /// not ready (409 each). The situation: placed once past scheduling, launched, not locked.
-const TABLE: [(Action, &str); 20] = [
-    (Action::Start, "rvvvyvtvvvvvtvvvv"),
-    (Action::Stop, "rvyvvyvttvttvttvy"),
-    (Action::SoftReboot, "vvyvvvvttvttvttvv"),
-    (Action::HardReboot, "vvyyyyttyyyyyttvy"),
-    (Action::Pause, "vvyvvvvttvttvttvv"),
-    (Action::Unpause, "vvvyvvvvvtvvvvvvv"),
-    (Action::Rebuild, "vvyvyyttt vtttttvy"),
-    (Action::Delete, "yyyyyyyyyyyyyyyyy"),
-    (Action::ForceDelete, "yyyyyyyyyyyyyyyyy"),
-    (Action::Lock, "yyyyyyyyyyyyyyyyy"),
-    (Action::Unlock, "yyyyyyyyyyyyyyyyy"),
-    (Action::ResetState, "yyyyyyyyyyyyyyyyy"),
-    (Action::ConsoleOutput, "ryyyyyyyyyyyyyyyy"),
-    (Action::RemoteConsole, "rryyrrryyyyyrytrr"),
-    (Action::UpdateMetadata, "vvyyyvyyyyyyyyyvv"),
-    (Action::DeleteMetadata, "vvyyyvyyyyyyyyyvv"),
-    (Action::UpdateTag, "vvyyyvyyyyyyyyyvv"),
-    (Action::UpdateTags, "vvyyyvyyyyyyyyyvv"),
-    (Action::DeleteTag, "vvyyyvyyyyyyyyyvv"),
-    (Action::DeleteTags, "vvyyyvyyyyyyyyyvv"),
+const TABLE: [(Action, &str); 22] = [
+    (Action::Start, "rvvvyvtvvvvvtvvvvvvv"),
+    (Action::Stop, "rvyvvyvttvttvttvyvtv"),
+    (Action::SoftReboot, "vvyvvvvttvttvttvvvtv"),
+    (Action::HardReboot, "vvyyyyttyyyyyttvyyyy"),
+    (Action::Pause, "vvyvvvvttvttvttvvvtv"),
+    (Action::Unpause, "vvvyvvvvvtvvvvvvvvvv"),
+    (Action::Suspend, "vvyvvvvttvttvttvvvtv"),
+    (Action::Resume, "vvvvvvvvvvvvvvvvvyvt"),
+    (Action::Rebuild, "vvyvyytttvtttttvyvtv"),
+    (Action::Delete, "yyyyyyyyyyyyyyyyyyyy"),
+    (Action::ForceDelete, "yyyyyyyyyyyyyyyyyyyy"),
+    (Action::Lock, "yyyyyyyyyyyyyyyyyyyy"),
+    (Action::Unlock, "yyyyyyyyyyyyyyyyyyyy"),
+    (Action::ResetState, "yyyyyyyyyyyyyyyyyyyy"),
+    (Action::ConsoleOutput, "ryyyyyyyyyyyyyyyyyyy"),
+    (Action::RemoteConsole, "rryyrrryyyyyrytrrryr"),
+    (Action::UpdateMetadata, "vvyyyvyyyyyyyyyvvyyy"),
+    (Action::DeleteMetadata, "vvyyyvyyyyyyyyyvvyyy"),
+    (Action::UpdateTag, "vvyyyvyyyyyyyyyvvyyy"),
+    (Action::UpdateTags, "vvyyyvyyyyyyyyyvvyyy"),
+    (Action::DeleteTag, "vvyyyvyyyyyyyyyvvyyy"),
+    (Action::DeleteTags, "vvyyyvyyyyyyyyyvvyyy"),
 ];
 
 fn situation(state: ServerState) -> Situation<'static> {
@@ -154,6 +159,7 @@ fn the_projection_is_novas() {
     );
     assert_eq!(projected("active"), ("ACTIVE", "active", None, 1));
     assert_eq!(projected("paused"), ("PAUSED", "paused", None, 3));
+    assert_eq!(projected("suspended"), ("SUSPENDED", "suspended", None, 4));
     assert_eq!(projected("stopped"), ("SHUTOFF", "stopped", None, 4));
     assert_eq!(projected("error"), ("ERROR", "error", None, 0));
     assert_eq!(
@@ -163,6 +169,14 @@ fn the_projection_is_novas() {
     assert_eq!(
         projected("stopping:active"),
         ("ACTIVE", "active", Some("powering-off"), 1)
+    );
+    assert_eq!(
+        projected("suspending"),
+        ("ACTIVE", "active", Some("suspending"), 1)
+    );
+    assert_eq!(
+        projected("resuming"),
+        ("SUSPENDED", "suspended", Some("resuming"), 4)
     );
     assert_eq!(
         projected("soft_rebooting"),

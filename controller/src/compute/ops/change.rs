@@ -1,5 +1,5 @@
-//! Start, stop, reboot, pause, unpause, rebuild: each changes what is wanted of the machine in the
-//! request's transaction, and its operation waits until the host has settled upon it.
+//! Start, stop, reboot, pause, unpause, suspend, resume, rebuild: each changes what is wanted of the
+//! machine in the request's transaction, and its operation waits until the host has settled upon it.
 
 use std::sync::Arc;
 
@@ -29,6 +29,8 @@ pub enum Change {
     HardReboot,
     Pause,
     Unpause,
+    Suspend,
+    Resume,
     Rebuild,
 }
 
@@ -38,13 +40,15 @@ pub fn kinds() -> impl Iterator<Item = &'static str> {
 }
 
 impl Change {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Start,
         Self::Stop,
         Self::SoftReboot,
         Self::HardReboot,
         Self::Pause,
         Self::Unpause,
+        Self::Suspend,
+        Self::Resume,
         Self::Rebuild,
     ];
 
@@ -56,6 +60,8 @@ impl Change {
             Self::HardReboot => "server_hard_reboot",
             Self::Pause => "server_pause",
             Self::Unpause => "server_unpause",
+            Self::Suspend => "server_suspend",
+            Self::Resume => "server_resume",
             Self::Rebuild => "server_rebuild",
         }
     }
@@ -69,6 +75,8 @@ impl Change {
             Self::HardReboot => ServerState::HardRebooting(standing),
             Self::Pause => ServerState::Pausing,
             Self::Unpause => ServerState::Unpausing,
+            Self::Suspend => ServerState::Suspending,
+            Self::Resume => ServerState::Resuming,
             Self::Rebuild => ServerState::Rebuilding(standing),
         }
     }
@@ -81,9 +89,10 @@ impl Change {
     /// What is wanted of the machine from the request on.
     fn apply(self, standing: Standing, wanted: &mut Wanted, spec: Option<MachineSpec>) {
         match self {
-            Self::Start | Self::Unpause => wanted.power = Power::Running,
+            Self::Start | Self::Unpause | Self::Resume => wanted.power = Power::Running,
             Self::Stop => wanted.power = Power::Stopped,
             Self::Pause => wanted.power = Power::Paused,
+            Self::Suspend => wanted.power = Power::Suspended,
             Self::SoftReboot => wanted.soft_reboots += 1,
             Self::HardReboot => {
                 wanted.power = Power::Running;
@@ -243,6 +252,41 @@ impl ServerChange {
     pub(super) fn new(change: Change, tools: Tools) -> Self {
         Self { change, tools }
     }
+
+    /// A guest that could not be suspended runs on, and one that could not go on is suspended still: that is
+    /// what is wanted of it then, and its user may try again.
+    async fn stays_as_it_was(
+        &self,
+        operation: &Operation,
+        state: &State,
+        outcome: &Outcome,
+        tx: &DatabaseTransaction,
+    ) -> Result<Option<ServerState>, StepError> {
+        let (power, stays) = match (self.change, outcome) {
+            (Change::Suspend, Outcome::Undone { .. }) => (Power::Running, ServerState::Active),
+            (Change::Resume, Outcome::Undone { .. }) => (Power::Suspended, ServerState::Suspended),
+            _ => return Ok(None),
+        };
+        let row = server::find(tx, &operation.subject).await?;
+        if row.is_none_or(|row| row.state().key() != state.transit) {
+            return Ok(None);
+        }
+        let id = machine_id(&operation.subject)?;
+        let known = machine::find(tx, id).await?;
+        // It is the host that could not do it. One that is gone is an error like any other.
+        let said = known.as_ref().and_then(|known| {
+            let owner = known.host.filter(|_| !known.is_tombstone())?;
+            self.tools.machines.fleet().machine(owner, id)
+        });
+        let Some(known) = known.filter(|_| {
+            said.is_some_and(|report| matches!(report.observed, Observed::Failed { .. }))
+        }) else {
+            return Ok(None);
+        };
+        let now = self.tools.clock.now_us();
+        machine::change(tx, id, known.request_id, now, |wanted| wanted.power = power).await?;
+        Ok(Some(stays))
+    }
 }
 
 #[async_trait]
@@ -272,6 +316,7 @@ impl Kind for ServerChange {
         if *outcome != Outcome::Done && is_followed(operation, tx).await? {
             return Ok(());
         }
+        let stays = self.stays_as_it_was(operation, &state, outcome, tx).await?;
         turn(tx, &operation.subject, |row| {
             // A later request (a hard reboot, a delete) has the last word.
             if row.state().key() != state.transit {
@@ -279,6 +324,10 @@ impl Kind for ServerChange {
             }
             match outcome {
                 Outcome::Done => settled(row, state.observed.as_ref(), now),
+                // The action's event says why.
+                Outcome::Undone { .. } if stays.is_some() => {
+                    stays.map(|state| to_state(state, now))
+                }
                 Outcome::Undone { reason } | Outcome::Parked { reason } => {
                     Some(to_error(reason, Some(reason), now))
                 }
@@ -297,6 +346,7 @@ fn settled(
     let state = match observed {
         Some(Observed::Running) => ServerState::Active,
         Some(Observed::Paused) => ServerState::Paused,
+        Some(Observed::Suspended) => ServerState::Suspended,
         Some(Observed::Stopped { .. }) => ServerState::Stopped,
         Some(Observed::Failed { reason }) => return Some(to_error(reason, Some(reason), now)),
         // Not seen any more by the time of the commit: as it was, until the reconciler says more.

@@ -231,10 +231,12 @@ impl Step for Start {
         let server = machine_id(&operation.subject)?;
         match self.0.machines.converge(server).await? {
             Converged::Settled(report) => match report.observed {
-                // Paused: by its own watchdog, which the reconciler tells.
-                Observed::Running | Observed::Paused | Observed::Stopped { .. } => {
-                    Ok(Progress::Done)
-                }
+                // Paused: by its own watchdog, which the reconciler tells. Suspended: asked for since, of a
+                // server whose state was reset.
+                Observed::Running
+                | Observed::Paused
+                | Observed::Suspended
+                | Observed::Stopped { .. } => Ok(Progress::Done),
                 Observed::Failed { reason } => Err(StepError::fail(reason)),
                 other => Err(StepError::fail(format!(
                     "the machine is {other:?} instead of running"
@@ -302,7 +304,8 @@ pub(super) async fn settle(
     };
     machine::settle(tx, &plain, now).await?;
     let ended = matches!(report.observed, Observed::Stopped { .. });
-    if ended && matches!(machine.wanted.power, Power::Running | Power::Paused) {
+    let power = machine.wanted.power;
+    if ended && matches!(power, Power::Running | Power::Paused | Power::Suspended) {
         machine::change(tx, server, machine.request_id, now, |wanted| {
             wanted.power = Power::Stopped;
         })

@@ -73,7 +73,27 @@ impl Observer for ServerObserver {
                 Some(to_state(ServerState::Paused, now))
             }
             ServerState::Error if life.begun => Some(to_state(ServerState::Active, now)),
+            // The end of its resume was not seen by the operation.
+            ServerState::Suspended if life.paused => Some(to_state(ServerState::Paused, now)),
+            ServerState::Suspended => Some(to_state(ServerState::Active, now)),
             _ => None,
+        })
+        .await
+    }
+
+    /// A server whose suspend had failed is what is wanted of it once its agent has suspended it after
+    /// all; so is one whose operation did not see the end.
+    async fn suspended(&self, tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr> {
+        let now = self.clock.now_us();
+        turn(tx, &server.to_string(), |row| {
+            let disagrees = matches!(
+                row.state(),
+                ServerState::Active
+                    | ServerState::Paused
+                    | ServerState::Crashed
+                    | ServerState::Error
+            );
+            disagrees.then(|| to_state(ServerState::Suspended, now))
         })
         .await
     }

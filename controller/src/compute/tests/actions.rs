@@ -1,5 +1,7 @@
 //! What is done to servers, and what of it is told: actions, consoles, instance actions.
 
+use fractus_agent_api::machine::{Power, StopReason};
+
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -57,6 +59,126 @@ async fn a_hard_reboot_is_the_way_out_of_what_hangs() {
     cloud
         .until("one", &id, |server| server["status"] == "ACTIVE")
         .await;
+}
+
+/// One action, and the server once it has this status.
+async fn change(cloud: &Cloud, id: &str, body: Value, wanted: &str) -> Value {
+    let answer = cloud.act("one", id, "2.96", body.clone()).await;
+    assert_eq!(status(&answer), 202, "{body}: {}", answer.json);
+    cloud
+        .until("one", id, |server| server["status"] == wanted)
+        .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_suspended_server_goes_on_as_the_same_guest_and_one_that_is_rebooted_hard_does_not() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let guest = || {
+        let (guest, kept) = (
+            cloud.host.guest(machine(&id)),
+            cloud.host.kept(machine(&id)),
+        );
+        (guest, kept, cloud.host.processes().len())
+    };
+    assert_eq!(guest(), (Some(1), None, 1));
+    let shown = change(&cloud, &id, json!({"suspend": null}), "SUSPENDED").await;
+    assert_eq!(shown["OS-EXT-STS:vm_state"], "suspended");
+    assert_eq!(shown["OS-EXT-STS:power_state"], 4);
+    assert_eq!(guest(), (Some(1), Some(1), 0));
+    change(&cloud, &id, json!({"resume": null}), "ACTIVE").await;
+    assert_eq!(guest(), (Some(1), None, 1));
+
+    // As Tempest asks.
+    change(&cloud, &id, json!({"suspend": {}}), "SUSPENDED").await;
+    let hard = json!({"reboot": {"type": "HARD"}});
+    change(&cloud, &id, hard, "ACTIVE").await;
+    assert_eq!(guest(), (Some(3), None, 1));
+
+    let path = format!("/v2.1/servers/{id}/os-instance-actions");
+    let actions = cloud.get("admin", &path, "").await.json;
+    let mut told = Vec::new();
+    for action in actions["instanceActions"].as_array().unwrap() {
+        let path = format!("{path}/{}", action["request_id"].as_str().unwrap());
+        let action = cloud.get("admin", &path, "").await.json["instanceAction"].clone();
+        let event = &action["events"][0];
+        assert_eq!(event["result"], "Success");
+        told.push((action["action"].clone(), event["event"].clone()));
+    }
+    let suspend = (json!("suspend"), json!("compute_suspend_instance"));
+    let resume = (json!("resume"), json!("compute_resume_instance"));
+    let reboot = (json!("reboot"), json!("compute_reboot_instance"));
+    assert_eq!(told[..4], [reboot, suspend.clone(), resume, suspend]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_suspended_server_that_is_deleted_no_memory_is_left() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    change(&cloud, &id, json!({"suspend": null}), "SUSPENDED").await;
+    let path = format!("/v2.1/servers/{id}");
+    let delete = cloud
+        .call("one", Method::DELETE, &path, "", Value::Null)
+        .await;
+    assert_eq!(status(&delete), 204);
+    cloud.until_gone("one", &id).await;
+    assert_eq!(cloud.host.kept(machine(&id)), None);
+    assert!(cloud.host.remains().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_suspended_or_resumed_is_refused_in_novas_words() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let refused = async |body: Value, action: &str, stands: &str| {
+        let answer = cloud.act("one", &id, "", body).await;
+        let message = format!("Cannot '{action}' instance {id} while it is in {stands}");
+        assert_eq!((status(&answer), answer.message()), (409, message.as_str()));
+    };
+    refused(json!({"resume": {}}), "resume", "vm_state active").await;
+    change(&cloud, &id, json!({"suspend": null}), "SUSPENDED").await;
+    refused(json!({"suspend": {}}), "suspend", "vm_state suspended").await;
+    refused(json!({"os-start": null}), "start", "vm_state suspended").await;
+    refused(json!({"os-stop": null}), "stop", "vm_state suspended").await;
+    change(&cloud, &id, json!({"resume": null}), "ACTIVE").await;
+    change(&cloud, &id, json!({"os-stop": null}), "SHUTOFF").await;
+    refused(json!({"suspend": null}), "suspend", "vm_state stopped").await;
+    change(&cloud, &id, json!({"os-start": null}), "ACTIVE").await;
+
+    cloud.frozen.send_replace(true);
+    let suspend = cloud.act("one", &id, "", json!({"suspend": null})).await;
+    assert_eq!(status(&suspend), 202);
+    refused(json!({"suspend": null}), "suspend", "task_state suspending").await;
+    // But a hard reboot is the way out.
+    let hard = json!({"reboot": {"type": "HARD"}});
+    assert_eq!(status(&cloud.act("one", &id, "", hard).await), 202);
+    cloud.frozen.send_replace(false);
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    assert_eq!(cloud.host.kept(machine(&id)), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_ends_before_it_is_suspended_is_shut_off() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    cloud.frozen.send_replace(true);
+    let suspend = cloud.act("one", &id, "", json!({"suspend": null})).await;
+    assert_eq!(status(&suspend), 202);
+    let power = || cloud.host.wanted(machine(&id)).map(|wanted| wanted.power);
+    while power() != Some(Power::Suspended) {
+        tokio::task::yield_now().await;
+    }
+    let off = StopReason::GuestPowerOff;
+    assert!(cloud.host.end_process(machine(&id), off));
+    cloud.frozen.send_replace(false);
+    cloud
+        .until("one", &id, |server| server["status"] == "SHUTOFF")
+        .await;
+    let known = crate::reconcile::machine::find(cloud.app.database().reader(), machine(&id)).await;
+    let known = known.unwrap().unwrap();
+    assert_eq!(known.wanted.power, Power::Stopped, "and stays so");
 }
 
 #[tokio::test(flavor = "multi_thread")]

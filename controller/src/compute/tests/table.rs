@@ -134,6 +134,18 @@ const NOVA: &[Decorated] = &[
         ..POWER
     },
     Decorated {
+        endpoint: "POST /action suspend",
+        word: "suspend",
+        vm_states: Some(&["active"]),
+        ..POWER
+    },
+    Decorated {
+        endpoint: "POST /action resume",
+        word: "resume",
+        vm_states: Some(&["suspended"]),
+        ..POWER
+    },
+    Decorated {
         endpoint: "POST /action rebuild",
         word: "rebuild",
         vm_states: Some(&["active", "stopped", "error"]),
@@ -303,9 +315,15 @@ impl Decorated {
         let passes = |task: &str| match self.tasks {
             Tasks::Any => true,
             Tasks::Idle => false,
-            Tasks::Reboot => {
-                ["rebooting", "rebooting_hard", "pausing", "unpausing"].contains(&task)
-            }
+            Tasks::Reboot => [
+                "rebooting",
+                "rebooting_hard",
+                "pausing",
+                "unpausing",
+                "suspending",
+                "resuming",
+            ]
+            .contains(&task),
             Tasks::NotDeleting => task != "deleting",
         };
         if let Some(task) = task.filter(|task| !passes(task)) {
@@ -547,7 +565,7 @@ async fn every_action_in_every_state_is_answered_as_nova_answers_it() {
             refused += 1;
         }
     }
-    assert_eq!(refused, 32 * 26, "states and actions");
+    assert_eq!(refused, 39 * 28, "states and actions");
     assert!(wrong.is_empty(), "{} wrong: {wrong:#?}", wrong.len());
 }
 

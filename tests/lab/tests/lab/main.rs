@@ -10,5 +10,6 @@ mod host;
 mod hotplug;
 mod scenario;
 mod soak;
+mod suspend;
 mod terminal;
 mod vhost;

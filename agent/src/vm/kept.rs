@@ -1,0 +1,155 @@
+//! A guest that goes on in another process: which of its devices is which, beside what the machine itself
+//! writes of them.
+//!
+//! It stands in the same file, and so does not depend on what any agent remembers.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use fractus_agent_api::device::DeviceId;
+use fractus_vmm::config::NetFiles;
+use fractus_vmm::stream::snapshot::Snapshot;
+use serde::{Deserialize, Serialize};
+
+use super::devices::Devices;
+use super::guest::GuestError;
+use super::protocol::{FromMachine, GuestSaid, Launch, State};
+use super::stand_in;
+use super::supervise::Supervisor;
+use super::{VmError, chain, log};
+
+/// Of this note. Raised when the meaning of a field changes.
+const VERSION: u32 = 1;
+
+/// JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Note {
+    version: u32,
+    /// Names of the disks, in the order of the machine's own; none: it stays for the machine's life.
+    disks: Vec<Option<DeviceId>>,
+    nets: Vec<Option<DeviceId>>,
+    /// What the guest's devices have said.
+    #[serde(default)]
+    said: GuestSaid,
+}
+
+/// What another process has written.
+pub enum Kept {
+    Machine(Box<Snapshot>, Note),
+    StandIn(stand_in::Kept, Note),
+}
+
+impl Kept {
+    /// `real`: of a machine, not of a stand-in.
+    pub fn open(file: File, real: bool) -> Result<Self, VmError> {
+        let damaged = |error: &dyn std::error::Error| {
+            VmError::Build(format!("the memory that was kept: {}", chain(error)))
+        };
+        let note = |bytes: &[u8]| -> Result<Note, VmError> {
+            let note: Note = serde_json::from_slice(bytes).map_err(|error| damaged(&error))?;
+            if note.version == 0 || note.version > VERSION {
+                let version = note.version;
+                let text = format!("the memory that was kept is of a newer agent (note {version})");
+                return Err(VmError::Build(text));
+            }
+            Ok(note)
+        };
+        if real {
+            let snapshot = Snapshot::open(file).map_err(|error| damaged(&error))?;
+            let note = note(snapshot.owner())?;
+            return Ok(Self::Machine(Box::new(snapshot), note));
+        }
+        let kept = stand_in::Kept::read(file).map_err(|error| damaged(&error))?;
+        let note = note(kept.note())?;
+        Ok(Self::StandIn(kept, note))
+    }
+
+    pub fn note(&self) -> &Note {
+        match self {
+            Self::Machine(_, note) | Self::StandIn(_, note) => note,
+        }
+    }
+}
+
+impl Note {
+    pub fn said(&self) -> GuestSaid {
+        self.said
+    }
+
+    /// The files that came, in the order in which the machine had them.
+    pub fn order(
+        &self,
+        launch: &Launch,
+        disks: Vec<File>,
+        nets: Vec<NetFiles>,
+    ) -> Result<(Vec<File>, Vec<NetFiles>), VmError> {
+        let disks = order("disk", &self.disks, &launch.disks, disks)?;
+        let nets = order("network", &self.nets, &launch.nets, nets)?;
+        Ok((disks, nets))
+    }
+
+    /// Of the machine that was made of them.
+    pub fn devices(&self, names: &(Vec<String>, Vec<String>)) -> Devices {
+        Devices::going_on((&names.0, &self.disks), (&names.1, &self.nets))
+    }
+}
+
+/// `given` are of those `ids`; one without a name is the same as the next without one.
+fn order<T>(
+    what: &str,
+    wanted: &[Option<DeviceId>],
+    ids: &[Option<DeviceId>],
+    given: Vec<T>,
+) -> Result<Vec<T>, VmError> {
+    let ids = ids.iter().copied().chain(std::iter::repeat(None));
+    let mut given: Vec<(Option<DeviceId>, T)> = ids.zip(given).collect();
+    let mut take = |id: &Option<DeviceId>| {
+        let at = given.iter().position(|(is, _)| is == id);
+        let name = id.map_or_else(String::new, |id| format!(" {id}"));
+        let missing = || {
+            VmError::Build(format!(
+                "the suspended guest has a {what}{name} that did not come"
+            ))
+        };
+        Ok(given.remove(at.ok_or_else(missing)?).1)
+    };
+    wanted.iter().map(&mut take).collect()
+}
+
+impl Supervisor {
+    /// The guest is stopped and written; one that ran goes on if that fails. Its last output is to be carried
+    /// before and after: nobody may be there to do so later.
+    pub(super) fn suspend(&mut self, attempt: uuid::Uuid, file: OwnedFd) {
+        let ran = self.guest.state() == State::Running;
+        let written = self.write(File::from(file));
+        if let Err(error) = &written {
+            log::line(format_args!("not suspended: {error}"));
+            if ran
+                && self.guest.state() == State::Paused
+                && let Err(error) = self.guest.resume()
+            {
+                log::line(format_args!("and it does not go on: {error}"));
+            }
+        }
+        let error = written.err().map(|error| error.to_string());
+        self.tell(&FromMachine::Suspended { attempt, error });
+    }
+
+    fn write(&mut self, file: File) -> Result<(), GuestError> {
+        match self.guest.state() {
+            State::Running => self.guest.pause()?,
+            State::Paused => {}
+            state => return Err(GuestError::Machine(format!("is {state:?}"))),
+        }
+        let (disks, nets) = self.guest.names();
+        let ids = |names: &[String]| names.iter().map(|name| self.devices.id(name)).collect();
+        let note = Note {
+            version: VERSION,
+            disks: ids(&disks),
+            nets: ids(&nets),
+            said: self.said.words(),
+        };
+        let note = serde_json::to_vec(&note).map_err(std::io::Error::from)?;
+        self.guest.write(file, &note)
+    }
+}
