@@ -144,11 +144,11 @@ impl<L: Launcher> Actor<L> {
         let by = Instant::now() + memory_takes(most_mib);
         while !self.ready && self.process.is_some() {
             let late = self.wait(Some(by)).await? == Woken::Deadline;
-            if late {
-                self.fail("the guest's memory was not read in time".to_owned());
-            }
             if late || self.record.intent.age() != age {
                 self.kill().await;
+                if late {
+                    self.fail("the guest's memory was not read in time".to_owned());
+                }
                 return Ok(false);
             }
         }
