@@ -361,11 +361,11 @@ impl Supervisor {
                 }
             };
             self.said.take_down(&event);
-            let runs = event == MachineEvent::Running;
-            self.tell(&FromMachine::Event { event });
-            if runs && std::mem::take(&mut self.to_tell) {
+            // First what it has: once it is known to run, its devices are looked at.
+            if event == MachineEvent::Running && std::mem::take(&mut self.to_tell) {
                 self.tell(&self.status());
             }
+            self.tell(&FromMachine::Event { event });
         }
         None
     }
