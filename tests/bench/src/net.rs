@@ -20,7 +20,9 @@ const PEER: &str = "QEMU q35, virtio-net-pci";
 const TAP: &str = "bench0";
 const MIB: u64 = 1 << 20;
 const BULK: usize = 64 << 20;
-const REQUESTS: usize = 1000;
+const REQUESTS: usize = 5000;
+/// Transfers each way, of which the median counts.
+const TRANSFERS: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(20);
 const COMMAND_LINE: &str = "tick_ms=0 net_ip=10.77.0.2/24";
 
@@ -97,7 +99,7 @@ fn apart(mut command: Command) -> anyhow::Result<Round> {
         running.wait_for_line("boot nonce=")?;
         ip(&["addr", "add", "10.77.0.1/24", "dev", TAP])?;
         ip(&["link", "set", TAP, "up"])?;
-        Ok([request()?, from_guest()?, to_guest()?])
+        Ok([request()?, repeated(from_guest)?, repeated(to_guest)?])
     };
     let thread = std::thread::spawn(work).join();
     thread.map_err(|_| anyhow::anyhow!("the measuring thread panicked"))?
@@ -167,6 +169,12 @@ fn connect(port: u16) -> anyhow::Result<TcpStream> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     Ok(stream)
+}
+
+/// The median of some transfers.
+fn repeated(transfer: fn() -> anyhow::Result<f64>) -> anyhow::Result<f64> {
+    let times: anyhow::Result<_> = (0..TRANSFERS).map(|_| transfer()).collect();
+    median(times?).context("no transfer")
 }
 
 fn from_guest() -> anyhow::Result<f64> {

@@ -20,6 +20,7 @@ mod fuzz;
 mod hostile;
 pub mod mem;
 pub mod net;
+mod polling;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]

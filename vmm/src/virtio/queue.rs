@@ -177,6 +177,8 @@ pub struct Virtqueue {
     unsure: bool,
     /// How many chains were pushed since the last [`Virtqueue::notify`].
     pushed: u16,
+    /// The driver may have been asked to kick.
+    asked: bool,
     /// The vector that the host's kernel may signal by itself.
     lent: Option<Lent>,
 }
@@ -227,6 +229,7 @@ impl Virtqueue {
             indirect,
             unsure,
             pushed: 0,
+            asked: true,
             lent: None,
         })
     }
@@ -284,6 +287,14 @@ impl Virtqueue {
         let mut entries = self.queue.iter(memory).map_err(|_| QueueFault::Ring)?;
         let head = entries.next().ok_or(QueueFault::Ring)?.head_index();
         self.walk(head).map(Some)
+    }
+
+    /// Whether the driver has made chains available that were not popped.
+    pub fn has_more(&self) -> bool {
+        let available = self
+            .queue
+            .avail_idx(self.memory.as_ref(), Ordering::Relaxed);
+        available.is_ok_and(|available| available.0 != self.queue.next_avail())
     }
 
     /// Puts the chain that was popped last back: the next `pop` gives it again.
@@ -406,6 +417,7 @@ impl Virtqueue {
 
     /// Asks to be kicked; true if chains came in meanwhile, for which no kick will come.
     pub fn enable_kicks(&mut self) -> Result<bool, QueueFault> {
+        self.asked = true;
         self.queue
             .enable_notification(self.memory.as_ref())
             .map_err(|_| QueueFault::Ring)
@@ -413,6 +425,19 @@ impl Virtqueue {
 
     /// Asks not to be kicked while the device looks at the queue anyway.
     pub fn disable_kicks(&mut self) -> Result<(), QueueFault> {
+        if !std::mem::take(&mut self.asked) {
+            return Ok(());
+        }
+        if self.queue.event_idx_enabled() {
+            // The driver kicks when it passes the event, and has passed this one.
+            let event = self.queue.next_avail().wrapping_sub(1).to_le();
+            let place = 4 + 8 * u64::from(self.queue.size());
+            let stored = self.queue.used_ring().checked_add(place).map(|place| {
+                let memory = self.memory.as_ref();
+                memory.store(event, GuestAddress(place), Ordering::Relaxed)
+            });
+            return stored.and_then(Result::ok).ok_or(QueueFault::Ring);
+        }
         self.queue
             .disable_notification(self.memory.as_ref())
             .map_err(|_| QueueFault::Ring)

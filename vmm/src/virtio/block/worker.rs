@@ -21,6 +21,7 @@ use super::buffer::Buffer;
 use super::filter::{BlockFilter, Stack};
 use super::request::{Request, Rules, Status, Wish, parse};
 use crate::eventfd::EventFd;
+use crate::virtio::polling::Polling;
 use crate::virtio::queue::{QueueFault, Segment, Virtqueue, gather, scatter};
 
 /// Requests of a disk in flight, over all of its queues.
@@ -94,6 +95,7 @@ pub(super) struct Worker {
     /// Settling flushes that the storage has, also those that nobody waits for any more: whoever
     /// settles next waits for them first, since one's completion looks like another's.
     flushes: usize,
+    polling: Polling,
 }
 
 impl Worker {
@@ -134,6 +136,7 @@ impl Worker {
             settled: None,
             settling: false,
             flushes: 0,
+            polling: Polling::default(),
         })
     }
 
@@ -159,9 +162,10 @@ impl Worker {
             let finished = self.reap(&mut done);
             self.interrupt();
             let rested = self.rest();
-            if !more && !rested && finished == 0 {
-                self.wait(&mut events);
+            if more || rested || finished > 0 || self.look_out() || self.listen() {
+                continue;
             }
+            self.wait(&mut events);
         }
     }
 
@@ -196,6 +200,46 @@ impl Worker {
         }
     }
 
+    /// Whether nothing is in flight: only the driver, or a command, brings something to do.
+    fn idle(&self) -> bool {
+        self.free.len() == IN_FLIGHT_MAX && self.stalled.is_empty()
+    }
+
+    /// Looks for the guest's next request for a moment. True if there is one.
+    fn look_out(&mut self) -> bool {
+        let busy = !self.idle() || self.resting.is_some();
+        if busy || self.failed || self.queues.is_empty() {
+            return false;
+        }
+        self.polling
+            .look(|| self.queues.iter().any(Virtqueue::has_more))
+    }
+
+    /// Asks to be kicked by all queues that are looked at. True if there are requests already.
+    fn listen(&mut self) -> bool {
+        let mut more = false;
+        // Where there is no room, a completion brings us back.
+        if self.failed || self.resting.is_some() || self.full() {
+            return false;
+        }
+        for index in 0..self.queues.len() {
+            match self.queues[index].enable_kicks() {
+                Ok(came) => more |= came,
+                Err(fault) => {
+                    self.failed = true;
+                    self.queues[index].fail(&fault);
+                    return false;
+                }
+            }
+        }
+        more
+    }
+
+    /// Whether there is no room for another request.
+    fn full(&self) -> bool {
+        !self.stalled.is_empty() || self.free.is_empty() || self.bounced >= BOUNCE_MAX
+    }
+
     /// Takes requests from the queues, each at most once around. True if there may be more.
     fn pull(&mut self) -> bool {
         while let Some(io) = self.stalled.pop() {
@@ -222,14 +266,15 @@ impl Worker {
     fn pull_queue(&mut self, index: usize) -> Result<bool, QueueFault> {
         self.queues[index].disable_kicks()?;
         for _ in 0..self.queues[index].size() {
-            if !self.stalled.is_empty() || self.free.is_empty() || self.bounced >= BOUNCE_MAX {
+            if self.full() {
                 // A completion brings us back.
                 return Ok(false);
             }
             let queue = &mut self.queues[index];
             let Some(chain) = queue.pop()? else {
-                return self.queues[index].enable_kicks();
+                return Ok(false);
             };
+            self.polling.found();
             let request = parse(&chain, queue.memory(), &self.rules)?;
             self.begin(index, request)?;
         }
@@ -441,7 +486,7 @@ impl Worker {
         let late = Instant::now() >= *deadline;
         // A flush has nothing of the guest's: its queues can go without it.
         let flushed = self.flushes == 0 || self.settling || matches!(action, AtRest::GiveBack(_));
-        let idle = self.free.len() == IN_FLIGHT_MAX && self.stalled.is_empty() && flushed;
+        let idle = self.idle() && flushed;
         let settling = self.settling && self.settled.is_none();
         if idle && (!settling || late) {
             self.act();

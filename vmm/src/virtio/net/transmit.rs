@@ -15,11 +15,16 @@ const BATCH: usize = 64;
 /// One transmit queue.
 pub struct Transmitter {
     queue: Virtqueue,
+    /// Nothing more was in the queue; kicks are not asked for yet.
+    drained: bool,
 }
 
 impl Transmitter {
     pub fn new(queue: Virtqueue) -> Self {
-        Self { queue }
+        Self {
+            queue,
+            drained: false,
+        }
     }
 
     pub fn queue(&self) -> &Virtqueue {
@@ -30,7 +35,20 @@ impl Transmitter {
         self.queue
     }
 
-    /// Sends what is there.
+    /// Whether it was drained, and has packets again.
+    pub fn has_more(&self) -> bool {
+        self.drained && self.queue.has_more()
+    }
+
+    /// Asks to be kicked, if nothing else brings the next packet. True if there is one already.
+    pub fn listen(&mut self) -> Result<bool, QueueFault> {
+        if std::mem::take(&mut self.drained) {
+            return self.queue.enable_kicks();
+        }
+        Ok(false)
+    }
+
+    /// Sends what is there. Kicks are off afterwards, until [`Transmitter::listen`].
     pub fn turn(
         &mut self,
         backend: &mut dyn NetBackend,
@@ -38,6 +56,7 @@ impl Transmitter {
         limiter: &Limiter,
     ) -> Result<Turn, QueueFault> {
         self.queue.disable_kicks()?;
+        self.drained = false;
         let turn = self.send_all(backend, frame, limiter)?;
         self.queue.notify()?;
         Ok(turn)
@@ -54,8 +73,8 @@ impl Transmitter {
                 return Ok(Turn::Limited);
             }
             let Some(chain) = self.queue.pop()? else {
-                let more = self.queue.enable_kicks()?;
-                return Ok(if more { Turn::More } else { Turn::Idle });
+                self.drained = true;
+                return Ok(Turn::Idle);
             };
             if !chain.writable().is_empty() {
                 return Err(QueueFault::Malformed {

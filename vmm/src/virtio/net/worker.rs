@@ -22,6 +22,7 @@ use super::transmit::Transmitter;
 use super::vhost::{Vhost, VhostError};
 use crate::eventfd::EventFd;
 use crate::virtio::bucket::TokenBucket;
+use crate::virtio::polling::Polling;
 use crate::virtio::queue::{Chain, QueueFault, Virtqueue, gather, scatter, total};
 
 const OK: u8 = 0;
@@ -127,6 +128,7 @@ pub(super) struct Worker {
     settings: TokenBucket,
     /// What the limits kept from being done in the last turn.
     limited: Limited,
+    polling: Polling,
 }
 
 /// Who waits for the clock. Kicks are off meanwhile, so that nothing else might wake the thread.
@@ -176,6 +178,7 @@ impl Worker {
             kicked: false,
             settings: TokenBucket::new(SETTINGS_A_SECOND, SETTINGS_BURST, Instant::now()),
             limited: Limited::default(),
+            polling: Polling::default(),
         };
         worker.listen_to_backend()?;
         Ok(worker)
@@ -506,6 +509,37 @@ impl Worker {
         }
     }
 
+    /// Looks for packets of the driver, and for all else that this thread waits for, for a moment.
+    /// True if there is something; `events` holds what came.
+    fn look_out(&mut self, events: &mut Vec<epoll::Event>) -> bool {
+        let Self {
+            polling,
+            transmitter,
+            epoll,
+            ..
+        } = self;
+        polling.look(|| {
+            if transmitter.as_ref().is_some_and(Transmitter::has_more) {
+                return true;
+            }
+            let buffer = rustix::buffer::spare_capacity(events);
+            let _ = epoll::wait(&*epoll, buffer, Some(&timespec(Duration::ZERO)));
+            !events.is_empty()
+        })
+    }
+
+    /// True if there is a packet already, for which no kick will come.
+    fn ask_for_kicks(&mut self) -> bool {
+        self.serve(|worker| match &mut worker.transmitter {
+            Some(transmitter) => match transmitter.listen() {
+                Ok(true) => Ok(Turn::More),
+                Ok(false) => Ok(Turn::Idle),
+                Err(fault) => Err((transmitter.queue().index(), fault)),
+            },
+            None => Ok(Turn::Idle),
+        }) == Turn::More
+    }
+
     /// Waits for whatever comes first; only looks at what has come if there is `more` to do.
     fn wait(&mut self, events: &mut Vec<epoll::Event>, more: bool) {
         let settings =
@@ -515,7 +549,7 @@ impl Worker {
             (self.limited.outgoing, &self.shared.outgoing),
         ];
         // A limit that has let go since the turn is a wait of nothing, not no wait.
-        let timeout = (waits.into_iter())
+        let mut timeout = (waits.into_iter())
             .filter(|(limited, _)| *limited && !self.failed)
             .map(|(_, limiter)| limiter.wait())
             .chain(settings)
@@ -523,9 +557,17 @@ impl Worker {
             .min()
             .map(timespec);
         events.clear();
-        let buffer = rustix::buffer::spare_capacity(events);
-        // A signal's EINTR is a turn for nothing.
-        let _ = epoll::wait(&self.epoll, buffer, timeout.as_ref());
+        let sends = self.enabled && !self.failed && self.transmitter.is_some();
+        let at_once = Some(timespec(Duration::ZERO));
+        if sends && timeout != at_once && (self.look_out(events) || self.ask_for_kicks()) {
+            timeout = at_once;
+        }
+        if events.is_empty() {
+            let buffer = rustix::buffer::spare_capacity(events);
+            // A signal's EINTR is a turn for nothing.
+            let _ = epoll::wait(&self.epoll, buffer, timeout.as_ref());
+        }
+        self.polling.found();
         for event in events.iter() {
             match event.data.u64() {
                 COMMANDS => drop(self.bell.take()),

@@ -34,10 +34,13 @@ fn state() -> QueueState {
 }
 
 fn make(rig: &Rig, state: &QueueState) -> Result<Virtqueue, QueueFault> {
+    make_with(rig, state, feature::INDIRECT_DESC | feature::VERSION_1)
+}
+
+fn make_with(rig: &Rig, state: &QueueState, features: u64) -> Result<Virtqueue, QueueFault> {
     let (board, recorder) = rig.with_recorder();
     let msix = Arc::new(Msix::new(1, recorder).unwrap());
     let interrupt = Arc::new(Interrupt::new("queue", msix, 1));
-    let features = feature::INDIRECT_DESC | feature::VERSION_1;
     let kick = Arc::new(EventFd::new().unwrap());
     Virtqueue::new(0, state, 256, features, &board.memory, kick, interrupt)
 }
@@ -188,6 +191,43 @@ fn a_chain_that_was_put_back_comes_again() {
     let chain = fixture.offer(2).unwrap();
     fixture.queue.unpop();
     assert_eq!(fixture.queue.pop().unwrap(), chain);
+}
+
+/// Whether a driver kicks that made `count` chains available after `old` (virtio 1.2 §2.7.10).
+fn kicks(queue: &Virtqueue, old: u16, count: u16) -> bool {
+    let word = |at: u64| {
+        let address = GuestAddress(DEVICE + at);
+        u16::from_le(queue.memory().load(address, Ordering::Relaxed).unwrap())
+    };
+    if !queue.queue.event_idx_enabled() {
+        return word(0) & 1 == 0;
+    }
+    let event = word(4 + 8 * u64::from(SIZE));
+    let new = old.wrapping_add(count);
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+#[test]
+fn a_driver_kicks_only_while_it_is_asked_to() {
+    let rig = Rig::new();
+    for features in [feature::VERSION_1, feature::VERSION_1 | feature::EVENT_IDX] {
+        for next in [0, 1, 7, 0x7fff, 0x8000, 0xfff0, 0xffff] {
+            let state = QueueState {
+                next_available: next,
+                next_used: next,
+                ..state()
+            };
+            let mut queue = make_with(&rig, &state, features).unwrap();
+            let any = |queue: &Virtqueue| (1..=SIZE).any(|count| kicks(queue, next, count));
+            let all = |queue: &Virtqueue| (1..=SIZE).all(|count| kicks(queue, next, count));
+            for _ in 0..2 {
+                queue.disable_kicks().unwrap();
+                assert!(!any(&queue), "{features:#x}, {next}: not asked");
+                queue.enable_kicks().unwrap();
+                assert!(all(&queue), "{features:#x}, {next}: asked");
+            }
+        }
+    }
 }
 
 #[test]
