@@ -25,7 +25,7 @@ use crate::host::push::{Cloud, Push};
 use crate::host::renew;
 use crate::image::Cache;
 use crate::machine::Machines;
-use crate::machine::actor::Surroundings;
+use crate::machine::actor::{Surroundings, memory_takes};
 use crate::machine::process::launch::HostLauncher;
 use crate::paths::Paths;
 
@@ -187,6 +187,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 bridge: config.bridge.clone(),
             }),
             shutdown: config.shutdown,
+            memory_takes,
             changed: changed_sender,
         },
         config.users,

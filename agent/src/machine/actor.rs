@@ -35,6 +35,7 @@ use self::guest::Guest;
 use self::report::report;
 use self::size::Sizes;
 use self::steps::START;
+pub use self::suspend::memory_takes;
 use super::make::Makings;
 use super::process::{Adoption, Command, End, Heard, Launcher, Process};
 use super::record::Record;
@@ -62,6 +63,8 @@ pub struct Surroundings<L> {
     pub launcher: L,
     pub makings: Arc<dyn Makings>,
     pub shutdown: Duration,
+    /// How long memory of so many MiB may take to be written or read: [`memory_takes`].
+    pub memory_takes: fn(u64) -> Duration,
     /// Ids of machines whose report changed.
     pub changed: mpsc::UnboundedSender<fractus_agent_api::machine::ServerId>,
 }

@@ -72,7 +72,7 @@ impl<L: Launcher> Actor<L> {
 
     async fn attempt(&mut self, attempt: Uuid, file: File, most_mib: u64) -> Result<Attempt, Over> {
         let request_id = self.record.request_id.clone();
-        let by = Instant::now() + memory_takes(most_mib);
+        let by = Instant::now() + (self.surroundings.memory_takes)(most_mib);
         let Some(process) = &mut self.process else {
             return Ok(Attempt::Void);
         };
@@ -141,7 +141,7 @@ impl<L: Launcher> Actor<L> {
     pub(super) async fn spend_kept(&mut self) -> Result<bool, Over> {
         let age = self.record.intent.age();
         let most_mib = self.record.kept.as_ref().map_or(0, |kept| kept.most_mib);
-        let by = Instant::now() + memory_takes(most_mib);
+        let by = Instant::now() + (self.surroundings.memory_takes)(most_mib);
         while !self.ready && self.process.is_some() {
             let late = self.wait(Some(by)).await? == Woken::Deadline;
             if late || self.record.intent.age() != age {
@@ -204,7 +204,7 @@ enum Attempt {
 }
 
 /// As long as it may take to write so many MiB, or to read them.
-fn memory_takes(most_mib: u64) -> Duration {
+pub fn memory_takes(most_mib: u64) -> Duration {
     START + Duration::from_secs((most_kept(most_mib) >> 20) / MIB_A_SECOND)
 }
 

@@ -1,6 +1,7 @@
 //! Suspend in the actor alone: what is believed of a file, and when, whatever comes between two steps.
 
 use std::fs;
+use std::time::Duration;
 
 use fractus_agent_api::machine::Power;
 
@@ -25,7 +26,7 @@ fn says(stage: &Stage, attempt: Uuid, what: Result<(), &str>) {
 
 /// Turns until the process has been told, or nothing more is said.
 async fn turn(stage: &mut Stage) {
-    let a_while = std::time::Duration::from_millis(50);
+    let a_while = Duration::from_millis(50);
     let _ = tokio::time::timeout(a_while, stage.actor.turn()).await;
 }
 
@@ -171,6 +172,62 @@ async fn an_answer_that_is_lost_with_its_connection_is_asked_for_again() {
     stage.words.answer(Ok(()));
     stage.settle(Observed::Suspended).await;
     assert_ne!(attempt(&stage), first);
+}
+
+const SOON: Duration = Duration::from_millis(100);
+
+#[tokio::test]
+async fn memory_that_is_not_written_in_time_fails_its_suspension() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = Stage::running_with(folder.path(), |_| SOON).await;
+    stage.actor.take(put(2, Power::Suspended).0);
+    stage.actor.turn().await.ok().unwrap();
+    let reason = "the guest was not suspended: its memory was not written in time".to_owned();
+    let observed = Observed::Failed { reason };
+    assert_eq!(stage.reports.borrow().observed, observed);
+    assert_eq!(stage.told.lock().unwrap().last(), Some(&Told::Resume));
+    // It is written all the same, into a file that nobody will read.
+    let late = attempt(&stage);
+    says(&stage, late, Ok(()));
+    stage.hear_all();
+    turn(&mut stage).await;
+    assert_eq!(stage.reports.borrow().observed, observed);
+    assert!(written(&stage).kept.is_none());
+    assert!(!stage.actor.paths.memory().exists() && !stage.actor.paths.new_memory().exists());
+    stage.words.say(Heard::Event(MachineEvent::Paused));
+    stage.hear_all();
+    stage.actor.take(put(3, Power::Running).0);
+    turn(&mut stage).await;
+    assert_eq!(stage.told.lock().unwrap().last(), Some(&Told::Resume));
+    stage.words.say(Heard::Event(MachineEvent::Running));
+    stage.settle(Observed::Running).await;
+    assert_eq!(stage.reports.borrow().starts, 1);
+}
+
+#[tokio::test]
+async fn memory_that_is_not_read_in_time_is_still_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = Stage::running_with(folder.path(), |_| SOON).await;
+    stage.words.answer(Ok(()));
+    stage.actor.take(put(2, Power::Suspended).0);
+    stage.settle(Observed::Suspended).await;
+    fs::write(stage.actor.paths.memory(), b"memory").unwrap();
+    stage.actor.take(put(3, Power::Running).0);
+    let reason = "the guest's memory was not read in time".to_owned();
+    let observed = Observed::Failed { reason };
+    stage.settle(observed).await;
+    let record = written(&stage);
+    assert!(record.kept.is_some() && record.process.is_none());
+    assert!(stage.actor.paths.memory().exists());
+    // It is not tried again by itself, but when somebody wants it to run anew.
+    let starts = stage.reports.borrow().starts;
+    turn(&mut stage).await;
+    assert_eq!(stage.reports.borrow().starts, starts);
+    stage.words.say(Heard::Ready);
+    stage.actor.take(put(4, Power::Running).0);
+    stage.settle(Observed::Running).await;
+    assert!(written(&stage).kept.is_none());
+    assert!(!stage.actor.paths.memory().exists());
 }
 
 #[tokio::test]

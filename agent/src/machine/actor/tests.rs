@@ -281,6 +281,11 @@ pub(super) struct Stage {
 impl Stage {
     /// With a machine that runs, wanted so at revision 1.
     pub(super) async fn running(folder: &Path) -> Self {
+        Self::running_with(folder, memory_takes).await
+    }
+
+    /// The same where memory of so many MiB may take so long.
+    pub(super) async fn running_with(folder: &Path, memory_takes: fn(u64) -> Duration) -> Self {
         let words = Words::default();
         let told: Arc<Mutex<Vec<Told>>> = Arc::default();
         let (sender, changed) = mpsc::unbounded_channel();
@@ -288,6 +293,7 @@ impl Stage {
             launcher: Doubles(words.clone(), told.clone()),
             makings: Arc::new(NoMakings),
             shutdown: SHUTDOWN,
+            memory_takes,
             changed: sender,
         };
         let record = Record {
