@@ -27,8 +27,12 @@ fn no_page_is_lost_while_the_guest_writes(#[case] mib: u64) {
     let nonce = guest.booted()["nonce"].clone();
     // More than is left for the pause, so that it is copied in rounds.
     guest.ok("touch 40");
-    let mut written = 0;
-    for _ in 0..3 {
+    let (mut written, mut times) = (0, 0);
+    let by = Instant::now() + Duration::from_secs(30);
+    // On a busy host the guest may get no processor just then, and write nothing.
+    while times < 3 || written == 0 {
+        assert!(Instant::now() < by, "it wrote nothing meanwhile");
+        times += 1;
         guest.send(&format!("loudly weave {mib}"));
         guest.line("begun weave");
         let file = tempfile::tempfile().unwrap();
@@ -46,7 +50,6 @@ fn no_page_is_lost_while_the_guest_writes(#[case] mib: u64) {
             assert_eq!(fields(&each.ok("info"))["nonce"], nonce);
         }
     }
-    assert!(written > 0, "it wrote nothing meanwhile");
 }
 
 #[test]

@@ -135,10 +135,10 @@ impl Net {
     /// Tells the device of what was posted and sent.
     pub fn flush(&mut self) {
         let (receiver, transmitter) = (&mut self.receiver, &mut self.transmitter);
-        if core::mem::take(&mut receiver.posted) && receiver.queue.ring.should_notify() {
+        if core::mem::take(&mut receiver.posted) && receiver.queue.should_notify() {
             self.transport.notify(RECEIVE);
         }
-        if core::mem::take(&mut transmitter.sent) && transmitter.queue.ring.should_notify() {
+        if core::mem::take(&mut transmitter.sent) && transmitter.queue.should_notify() {
             self.transport.notify(TRANSMIT);
         }
     }

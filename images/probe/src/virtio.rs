@@ -295,6 +295,13 @@ impl<const SIZE: usize> Queue<SIZE> {
         })
     }
 
+    /// Whether the device wants to be told of what was added. That is to be asked after the index was
+    /// stored (virtio 1.2 §2.7.13.4.1), which virtio-drivers leaves to chance.
+    pub fn should_notify(&self) -> bool {
+        core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+        self.ring.should_notify()
+    }
+
     /// Gives the buffers to the device and waits until it has used them: bytes written by it.
     pub fn request<'a>(
         &mut self,
@@ -305,7 +312,7 @@ impl<const SIZE: usize> Queue<SIZE> {
         // SAFETY: the buffers outlive this call; if the device does not answer in time it is reset
         // below, after which it uses nothing.
         let token = unsafe { self.ring.add(inputs, outputs)? };
-        if self.ring.should_notify() {
+        if self.should_notify() {
             transport.notify(self.index);
         }
         let ring = &self.ring;

@@ -211,7 +211,7 @@ impl Vsock {
         while self.has_room(2) && self.packet_in() {
             received = true;
         }
-        if received && self.receive.ring.should_notify() {
+        if received && self.receive.should_notify() {
             self.transport.notify(RECEIVE);
         }
         let sent = (0..CONNECTIONS).fold(false, |sent, index| self.echo(index) || sent);
@@ -233,7 +233,7 @@ impl Vsock {
                 connection.stage = Stage::Free;
             }
         }
-        if self.post_event(slot).is_ok() && self.events.ring.should_notify() {
+        if self.post_event(slot).is_ok() && self.events.should_notify() {
             self.transport.notify(EVENT);
         }
         true
@@ -399,7 +399,7 @@ impl Vsock {
         // SAFETY: the buffer is ours for good, and is written to again only after it was popped.
         if let Ok(token) = unsafe { self.transmit.ring.add(&[buffer], &mut []) } {
             self.transmit_slots[usize::from(token)] = slot;
-            if self.transmit.ring.should_notify() {
+            if self.transmit.should_notify() {
                 self.transport.notify(TRANSMIT);
             }
         }

@@ -87,7 +87,10 @@ pub fn fuzz_queue(input: &[u8]) {
             }
             _ => {
                 let _ = queue.notify();
-                let _ = queue.enable_kicks();
+                let _ = match step[1] % 2 {
+                    0 => queue.enable_kicks(),
+                    _ => queue.disable_kicks().map(|()| queue.has_more()),
+                };
             }
         }
     }

@@ -214,7 +214,12 @@ impl Virtqueue {
         .map_err(|_| QueueFault::Rings)?;
         let hot = memory.hot().cloned();
         let memory = memory.space();
-        if state.driver == 0 || !queue.is_valid(memory.as_ref()) {
+        let size = u64::from(state.size);
+        let (driver, device) = (state.driver, state.device);
+        // Else what we write to one would be news in the other, for ever.
+        let apart = driver.saturating_add(6 + 2 * size) <= device
+            || device.saturating_add(6 + 8 * size) <= driver;
+        if driver == 0 || !apart || !queue.is_valid(memory.as_ref()) {
             return Err(QueueFault::Rings);
         }
         let indirect = features & feature::INDIRECT_DESC != 0;

@@ -1,8 +1,9 @@
 //! A driver in software, and a board to plug a device into: what the tests of all devices use.
 
 use std::collections::HashMap;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -20,6 +21,17 @@ use crate::request::{RequestReceiver, channel};
 use crate::thread::Threads;
 
 pub(crate) const MEMORY: u64 = 16 << 20;
+
+/// Lets a time up to 128 us pass that differs from number to number, without sleeping: what a device's
+/// thread looks for requests, and more.
+pub(crate) fn think(number: u32) {
+    let pause = Duration::from_micros(u64::from(number.wrapping_mul(2_654_435_761) >> 25));
+    let begin = Instant::now();
+    while begin.elapsed() < pause {
+        std::hint::spin_loop();
+    }
+}
+
 /// Generous: a loaded machine is no failure.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 const BASE: u64 = 0xc000_0000;
@@ -371,6 +383,26 @@ impl Driver {
                 drop(bells);
                 self.write(offset, &(queue as u16).to_le_bytes());
             }
+        }
+    }
+
+    /// The same, if the device has asked to be told of the last `count` chains; `event_index` as negotiated.
+    pub(crate) fn kick_if_asked(&self, queue: usize, count: u16, event_index: bool) {
+        // What was made available is to be there before the device's wish is read (§2.7.13.4.1).
+        fence(Ordering::SeqCst);
+        let ring = self.rings[queue];
+        let word = |offset: u64| -> u16 {
+            let address = GuestAddress(ring.device() + offset);
+            self.memory.load(address, Ordering::Relaxed).unwrap()
+        };
+        let asked = if event_index {
+            let event = word(4 + 8 * u64::from(ring.size));
+            ring.available.wrapping_sub(event).wrapping_sub(1) < count
+        } else {
+            word(0) & 1 == 0
+        };
+        if asked {
+            self.kick(queue);
         }
     }
 

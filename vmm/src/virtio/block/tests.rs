@@ -11,7 +11,7 @@ use super::*;
 use crate::config::DiskLimit;
 use crate::device::Device;
 use crate::virtio::feature;
-use crate::virtio::testing::{DEADLINE, Driver, Part, Rig, read_part, write_part};
+use crate::virtio::testing::{DEADLINE, Driver, Part, Rig, read_part, think, write_part};
 use crate::virtio::transport::{VirtioPciDevice, status};
 
 const HEADER: u64 = 0x1000;
@@ -83,6 +83,34 @@ fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[Part]) -> (u8, u
     let parts = [&[read_part(HEADER, 16)], data, &[write_part(STATUS, 1)]].concat();
     let used = driver.request(0, &parts);
     (driver.take(STATUS, 1)[0], used)
+}
+
+/// A driver that kicks only when it is asked to, with pauses in which the thread looks, gives up looking, and asks
+/// to be kicked: no request is overlooked.
+#[rstest]
+fn no_request_is_overlooked(
+    #[values(By::Uring, By::Threads)] by: By,
+    #[values(true, false)] event_index: bool,
+) {
+    let rig = Rig::new();
+    let file = pattern_file();
+    let features = match event_index {
+        true => u64::MAX,
+        false => !feature::EVENT_IDX,
+    };
+    let mut driver = start_with(&rig, by, &config(), &file, features);
+    header(&driver, 0, 5);
+    let parts = [
+        read_part(HEADER, 16),
+        write_part(DATA, 512),
+        write_part(STATUS, 1),
+    ];
+    for number in 0..3000u32 {
+        think(number);
+        let head = driver.submit(0, &parts);
+        driver.kick_if_asked(0, 1, event_index);
+        assert_eq!(driver.used(0), (head, 513), "request {number}");
+    }
 }
 
 #[rstest]

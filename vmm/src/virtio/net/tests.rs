@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use rstest::rstest;
 use rustix::io::Errno;
 
 use super::control::{
@@ -14,7 +15,8 @@ use super::*;
 use crate::config::NetLimit;
 use crate::device::Device;
 use crate::virtio::VirtioPciDevice;
-use crate::virtio::testing::{Driver, Rig, read_part, write_part};
+use crate::virtio::feature;
+use crate::virtio::testing::{Driver, Rig, read_part, think, write_part};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -166,6 +168,25 @@ fn packets_pass_both_ways_with_their_headers() {
     assert_eq!(bench.driver.used(RECEIVE), (0, 900));
     packet[10] = 1;
     assert_eq!(bench.driver.take(BUFFERS, 900), packet);
+}
+
+/// As with disks: the driver kicks only when it is asked to.
+#[rstest]
+fn no_packet_is_overlooked(#[values(true, false)] event_index: bool) {
+    let features = match event_index {
+        true => u64::MAX,
+        false => !feature::EVENT_IDX,
+    };
+    let mut bench = start_with(&config(1), features);
+    let out = packet(OTHER, 300, 1);
+    bench.driver.put(0x3000, &out);
+    for number in 0..3000 {
+        think(number);
+        let head = bench.driver.submit(TRANSMIT, &[read_part(0x3000, 300)]);
+        bench.driver.kick_if_asked(TRANSMIT, 1, event_index);
+        assert_eq!(bench.driver.used(TRANSMIT), (head, 0), "packet {number}");
+        assert_eq!(bench.far[0].take().len(), 300);
+    }
 }
 
 #[test]

@@ -35,6 +35,11 @@ impl Transmitter {
         self.queue
     }
 
+    /// Whether nothing was left when it was last looked at, and the driver was not asked to tell of more.
+    pub fn is_drained(&self) -> bool {
+        self.drained
+    }
+
     /// Whether it was drained, and has packets again.
     pub fn has_more(&self) -> bool {
         self.drained && self.queue.has_more()

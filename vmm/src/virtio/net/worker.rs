@@ -557,10 +557,17 @@ impl Worker {
             .min()
             .map(timespec);
         events.clear();
-        let sends = self.enabled && !self.failed && self.transmitter.is_some();
         let at_once = Some(timespec(Duration::ZERO));
-        if sends && timeout != at_once && (self.look_out(events) || self.ask_for_kicks()) {
-            timeout = at_once;
+        let drained = self
+            .transmitter
+            .as_ref()
+            .is_some_and(Transmitter::is_drained);
+        if drained && self.enabled && !self.failed && timeout != at_once {
+            // A limit says itself when it is worth looking again.
+            let looked = timeout.is_none() && self.look_out(events);
+            if looked || self.ask_for_kicks() {
+                timeout = at_once;
+            }
         }
         if events.is_empty() {
             let buffer = rustix::buffer::spare_capacity(events);

@@ -265,8 +265,20 @@ fn queues_that_cannot_be_are_refused() {
             device: MEMORY,
             ..good
         },
+        // What is written to one would be read in the other.
+        QueueState {
+            device: DRIVER + 36,
+            ..good
+        },
+        QueueState {
+            device: DRIVER - 132,
+            ..good
+        },
     ] {
         assert_eq!(make(&rig, &bad).err(), Some(QueueFault::Rings), "{bad:?}");
+    }
+    for device in [DRIVER + 40, DRIVER - 136] {
+        assert!(make(&rig, &QueueState { device, ..good }).is_ok());
     }
 }
 

@@ -520,9 +520,13 @@ impl Worker {
             return Ok(());
         };
         let mut tell = || {
-            let Some(chain) = queue.pop()? else {
-                queue.enable_kicks()?;
-                return Ok(false);
+            let chain = match queue.pop()? {
+                Some(chain) => chain,
+                None if queue.enable_kicks()? => match queue.pop()? {
+                    Some(chain) => chain,
+                    None => return Ok(false),
+                },
+                None => return Ok(false),
             };
             if total(chain.writable()) < TRANSPORT_RESET.len() as u64 {
                 return Err(QueueFault::Malformed {
