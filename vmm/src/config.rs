@@ -604,6 +604,14 @@ impl MemoryConfig {
     }
 }
 
+impl MachineConfig {
+    /// Where on the host it may be is as there.
+    pub fn take_place(&mut self, here: &MachineConfig) {
+        (self.cpus.host_cpus).clone_from(&here.cpus.host_cpus);
+        (self.memory.host_nodes).clone_from(&here.memory.host_nodes);
+    }
+}
+
 impl NetConfig {
     /// `index` is for the error.
     pub fn validate(&self, index: usize) -> Result<(), ConfigError> {

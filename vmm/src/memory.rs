@@ -86,6 +86,8 @@ pub enum MemoryError {
         action: &'static str,
         source: io::Error,
     },
+    #[error("ask how much guest memory there is")]
+    Size { source: io::Error },
     #[error("give memory back to the host")]
     Discard { source: io::Error },
 }
@@ -198,6 +200,12 @@ impl GuestMemory {
             let written = region.get_mmap().bitmap().get_and_reset();
             pages.add(offset, &written);
         }
+    }
+
+    /// Bytes of the memfd, hot memory and all.
+    pub fn file_bytes(&self) -> Result<u64, MemoryError> {
+        let length = self.length();
+        length.map_err(|source| MemoryError::Size { source })
     }
 
     /// Without hot memory.

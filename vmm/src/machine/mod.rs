@@ -11,6 +11,8 @@
 mod build;
 mod event;
 mod hotplug;
+mod receive;
+mod send;
 mod snapshot;
 mod state;
 mod vcpus;
@@ -46,6 +48,8 @@ use vcpus::UsedVcpus;
 
 pub use build::BuildError;
 pub use event::{Event, Registers, RunState, StopReason};
+pub use receive::{Arrived, ReceiveReport, receive};
+pub use send::{MigrationError, Offered, Pause, Progress, SendReport, Sender, SentRound, Unsent};
 pub use snapshot::{Round, SnapshotError, SnapshotReport};
 pub use state::MachineState;
 

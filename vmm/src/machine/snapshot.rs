@@ -160,7 +160,7 @@ impl Machine {
     }
 
     /// The form's version, then the state, for who knows no other form.
-    fn packed(&self) -> Result<Vec<u8>, SnapshotError> {
+    pub(super) fn packed(&self) -> Result<Vec<u8>, SnapshotError> {
         // What the guest has asked for and nobody has carried out is not in its state.
         if self.board.requests.halting() {
             return Err(SnapshotError::Over);
@@ -243,13 +243,14 @@ impl Machine {
             return Ok((state, kept));
         }
         for (number, mask) in written.blocks() {
-            kept.blocks.push((number, mask, copy.pages(number, mask)?));
+            let pages = read_pages(&copy.memory, number, mask)?;
+            kept.blocks.push((number, mask, pages));
         }
         Ok((state, kept))
     }
 }
 
-fn unpacked(bytes: &[u8]) -> Result<MachineState, SnapshotError> {
+pub(super) fn unpacked(bytes: &[u8]) -> Result<MachineState, SnapshotError> {
     let action = "read";
     let failed = |source| SnapshotError::State { action, source };
     let (version, state) = bytes
@@ -316,24 +317,37 @@ impl Copy {
         let content = content.get(..read).unwrap_or_default();
         Ok(self.writer.put(number, content)?)
     }
+}
 
-    /// Some pages of a block, each whole.
-    fn pages(&self, number: u64, mask: Mask) -> Result<Vec<u8>, SnapshotError> {
-        let mut pages = vec![0; mask.count() as usize * PAGE];
-        let mut rest = pages.as_mut_slice();
-        for run in mask.runs() {
-            let Some((target, more)) = rest.split_at_mut_checked(run.len()) else {
-                break;
-            };
-            read(
-                self.memory.file(),
-                target,
-                number * BLOCK as u64 + run.start as u64,
-            )?;
-            rest = more;
-        }
-        Ok(pages)
+/// Some pages of a block, each whole.
+pub(super) fn read_pages(
+    memory: &GuestMemory,
+    number: u64,
+    mask: Mask,
+) -> Result<Vec<u8>, SnapshotError> {
+    let mut pages = vec![0; mask.count() as usize * PAGE];
+    let mut rest = pages.as_mut_slice();
+    for run in mask.runs() {
+        let Some((target, more)) = rest.split_at_mut_checked(run.len()) else {
+            break;
+        };
+        let at = number * BLOCK as u64 + run.start as u64;
+        read(memory.file(), target, at)?;
+        rest = more;
     }
+    Ok(pages)
+}
+
+/// The pages that are there: all others are zero.
+pub(super) fn present(memory: &GuestMemory) -> Result<PageSet, SnapshotError> {
+    let (file, mut at, end) = (memory.file(), 0, memory.file_bytes()?);
+    let mut pages = PageSet::new(end);
+    while let Some(data) = next(file, SeekFrom::Data(at))? {
+        // No hole behind it: to the end.
+        at = next(file, SeekFrom::Hole(data))?.unwrap_or(end);
+        pages.add_range(data, at);
+    }
+    Ok(pages)
 }
 
 /// As much as there is.
@@ -360,14 +374,14 @@ fn next(file: &File, what: SeekFrom) -> Result<Option<u64>, SnapshotError> {
 }
 
 /// What guest and process write to, for as long as it lives. There is one at a time.
-struct WriteLog {
+pub(super) struct WriteLog {
     vm: Arc<Vm>,
     memory: GuestMemory,
     bytes: u64,
 }
 
 impl WriteLog {
-    fn begin(vm: &Arc<Vm>, memory: &GuestMemory) -> Result<Self, SnapshotError> {
+    pub(super) fn begin(vm: &Arc<Vm>, memory: &GuestMemory) -> Result<Self, SnapshotError> {
         let bytes = memory.file().metadata().map_err(SnapshotError::Read)?.len();
         let log = WriteLog {
             vm: Arc::clone(vm),
@@ -381,7 +395,7 @@ impl WriteLog {
     }
 
     /// Since it was begun or last taken.
-    fn take(&self) -> Result<PageSet, SnapshotError> {
+    pub(super) fn take(&self) -> Result<PageSet, SnapshotError> {
         let mut pages = PageSet::new(self.bytes);
         self.vm.take_written(&mut pages)?;
         self.memory.take_own_writes(&mut pages);

@@ -26,8 +26,7 @@ pub struct MachineState {
 impl MachineState {
     /// Where on the host it may be is as there.
     pub(super) fn take_place(&mut self, here: &MachineConfig) {
-        (self.config.cpus.host_cpus).clone_from(&here.cpus.host_cpus);
-        (self.config.memory.host_nodes).clone_from(&here.memory.host_nodes);
+        self.config.take_place(here);
     }
 
     /// Of the machine that was saved.

@@ -27,6 +27,20 @@ impl PageSet {
         }
     }
 
+    /// Adds all pages of a range of the memfd; what lies beyond the memory is left out.
+    pub fn add_range(&mut self, start: u64, end: u64) {
+        for page in start / PAGE as u64..end.div_ceil(PAGE as u64) {
+            if let Some(word) = self.words.get_mut((page / 64) as usize) {
+                *word |= 1 << (page % 64);
+            }
+        }
+    }
+
+    /// Adds the pages of another set.
+    pub fn join(&mut self, other: &PageSet) {
+        self.add(0, &other.words);
+    }
+
     /// How many pages.
     pub fn count(&self) -> u64 {
         self.words

@@ -26,6 +26,14 @@ pub enum Kind {
     End,
     /// What the machine's owner keeps with it; at most one, which this library does not read.
     Owner,
+    /// The machine's configuration in postcard, before its memory.
+    Config,
+    /// Pages with their places ([`super::live`]).
+    Pages,
+    /// The other way: the machine is there, and stands still.
+    Ready,
+    /// The other way: it is not, and why, for people.
+    Refused,
 }
 
 impl Kind {
@@ -36,6 +44,10 @@ impl Kind {
             Kind::State => 3,
             Kind::End => 4,
             Kind::Owner => 5,
+            Kind::Config => 6,
+            Kind::Pages => 7,
+            Kind::Ready => 8,
+            Kind::Refused => 9,
         }
     }
 
@@ -46,6 +58,10 @@ impl Kind {
             Kind::State,
             Kind::End,
             Kind::Owner,
+            Kind::Config,
+            Kind::Pages,
+            Kind::Ready,
+            Kind::Refused,
         ];
         all.into_iter().find(|kind| kind.number() == number)
     }
@@ -82,6 +98,10 @@ impl<W: Write> FrameWriter<W> {
 
     pub fn finish(self) -> W {
         self.inner
+    }
+
+    pub fn get_mut(&mut self) -> &mut W {
+        &mut self.inner
     }
 }
 
@@ -130,6 +150,10 @@ impl<R: Read> FrameReader<R> {
                 None => return Err(StreamError::Kind { kind: number }),
             }
         }
+    }
+
+    pub fn get_mut(&mut self) -> &mut R {
+        &mut self.inner
     }
 
     /// Nothing follows the frames that were read.

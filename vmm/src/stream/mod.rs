@@ -10,7 +10,9 @@
 //! to. So a page that is copied again takes no further room, what is zero is a hole, and the whole of memory can be
 //! mapped at once without being read.
 
+pub mod converge;
 pub mod frame;
+pub mod live;
 mod pages;
 pub mod snapshot;
 
@@ -83,10 +85,23 @@ pub enum StreamError {
     Shape { expected: u64, found: u64 },
 }
 
+/// In postcard.
+pub(crate) fn packed<T: Serialize>(value: &T) -> Result<Vec<u8>, StreamError> {
+    postcard::to_stdvec(value).map_err(|_| malformed("it cannot be packed"))
+}
+
+/// What [`packed`] made, and nothing behind it.
+pub(crate) fn unpacked<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, StreamError> {
+    match postcard::take_from_bytes(bytes) {
+        Ok((value, [])) => Ok(value),
+        _ => Err(malformed("a frame that is not what its kind says")),
+    }
+}
+
 fn io(action: &'static str) -> impl FnOnce(io::Error) -> StreamError {
     move |source| StreamError::Io { action, source }
 }
 
-fn malformed(problem: &'static str) -> StreamError {
+pub(crate) fn malformed(problem: &'static str) -> StreamError {
     StreamError::Malformed { problem }
 }

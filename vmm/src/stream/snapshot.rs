@@ -18,7 +18,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 use super::frame::{FrameReader, FrameWriter, Kind};
 use super::pages::{BLOCK, Mask, PAGE};
-use super::{FORMAT, Opening, StreamError, Target, Totals, io, malformed};
+use super::{FORMAT, Opening, StreamError, Target, Totals, io, malformed, packed, unpacked};
 
 const MAGIC: [u8; 8] = *b"FRACTUSM";
 /// Bytes of the head that mean something, with their checksum.
@@ -216,17 +216,6 @@ fn make_zero(file: &File, at: u64, bytes: u64) -> std::io::Result<()> {
     }
 }
 
-fn packed<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, StreamError> {
-    postcard::to_stdvec(value).map_err(|_| malformed("it cannot be packed"))
-}
-
-fn unpacked<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, StreamError> {
-    match postcard::take_from_bytes(bytes) {
-        Ok((value, [])) => Ok(value),
-        _ => Err(malformed("a frame that is not what its kind says")),
-    }
-}
-
 fn head(memory: u64, frames: u64, length: u64) -> [u8; HEAD] {
     let mut head = [0; HEAD];
     head[..8].copy_from_slice(&MAGIC);
@@ -311,6 +300,9 @@ impl Snapshot {
                 (Kind::Owner, payload) => owner.extend_from_slice(payload),
                 (Kind::End, payload) => break unpacked(payload)?,
                 (Kind::Opening, _) => return Err(malformed("a second opening")),
+                (Kind::Config | Kind::Pages | Kind::Ready | Kind::Refused, _) => {
+                    return Err(malformed("a frame that no snapshot has"));
+                }
             }
         };
         if !frames.is_at_end()? {

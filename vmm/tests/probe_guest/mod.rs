@@ -17,7 +17,10 @@ use fractus_vmm::config::{
     ConsoleFiles, ConsolePortConfig, DiskConfig, MachineConfig, MachineFiles, NetConfig, NetFiles,
     RngConfig, VsockConfig,
 };
-use fractus_vmm::machine::{Event, Machine, StopReason};
+use fractus_vmm::machine::{
+    self, Arrived, Event, Machine, MigrationError, Offered, Progress, Sender, StopReason, Unsent,
+};
+use fractus_vmm::stream::converge::Policy;
 use fractus_vmm::stream::snapshot::Snapshot;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -237,6 +240,16 @@ fn files_again(
     }
 }
 
+/// What came of sending a guest.
+pub struct Sent {
+    pub offer: Result<Offered, Unsent>,
+    pub arrival: Result<Arrived, MigrationError>,
+    /// The guest of a machine that was taken back, or not sent.
+    pub here: Box<dyn FnOnce(Machine) -> Guest>,
+    /// The guest of the machine that arrived, which goes on.
+    pub there: Box<dyn FnOnce(Machine) -> Guest>,
+}
+
 /// A running probe.
 pub struct Guest {
     pub machine: Machine,
@@ -356,6 +369,83 @@ impl Guest {
         let here = self.machine.config();
         let machine = Machine::from_snapshot(&snapshot, here, files, None).expect("restore");
         Guest::going_on(machine, serial, nets, None)
+    }
+
+    /// What another machine in its place needs, with the other end of its serial line.
+    pub fn files_again(&self, disks: &[&File]) -> (MachineFiles, UnixStream) {
+        let (serial, end) = UnixStream::pair().expect("a socket pair");
+        (files_again(&self.nets, None, disks, &end), serial)
+    }
+
+    /// Waits until the guest has asked for something, which is not carried out yet.
+    pub fn wait_for_request(&self) {
+        let event_fd = self.machine.event_fd();
+        let mut fds = [PollFd::from_borrowed_fd(event_fd, PollFlags::IN)];
+        let timeout = Timespec {
+            tv_sec: PATIENCE.as_secs() as i64,
+            tv_nsec: 0,
+        };
+        let ready = poll(&mut fds, Some(&timeout)).expect("poll");
+        assert_eq!(ready, 1, "the guest asks for nothing");
+    }
+
+    /// Sends it to another machine of this process, from `near` to `far`, and serves its events meanwhile. Neither runs
+    /// afterwards, unless it was not sent.
+    pub fn sent(
+        self,
+        policy: Policy,
+        disks: &[&File],
+        near: impl Read + Write,
+        far: impl Read + Write + Send + 'static,
+    ) -> Sent {
+        let Guest {
+            machine,
+            serial,
+            ports,
+            nets,
+            vsock,
+            partial,
+            lines,
+            mut events,
+        } = self;
+        let here = machine.config().clone();
+        let (other_serial, end) = UnixStream::pair().expect("a socket pair");
+        let other_nets: Vec<_> = nets.iter().map(duplicate_net).collect();
+        let files = files_again(&other_nets, None, disks, &end);
+        let arrival = std::thread::spawn(move || machine::receive(far, &here, files, None));
+        let mut sender = Sender::begin(machine, near, policy);
+        let offer = loop {
+            let mut sending = match sender {
+                Ok(sending) => sending,
+                Err(unsent) => break Err(unsent),
+            };
+            while let Some(event) = sending.machine().next_event() {
+                println!("[{event:?}]");
+                events.push_back(event);
+            }
+            match sending.advance() {
+                Ok(Progress::Copying(sending)) => sender = Ok(sending),
+                Ok(Progress::Offered(offered)) => break Ok(offered),
+                Err(unsent) => break Err(unsent),
+            }
+        };
+        Sent {
+            offer,
+            arrival: arrival.join().expect("the receiving thread"),
+            here: Box::new(move |machine| Guest {
+                machine,
+                serial,
+                ports,
+                nets,
+                vsock,
+                partial,
+                lines,
+                events,
+            }),
+            there: Box::new(move |machine| {
+                Guest::going_on(machine, other_serial, other_nets, None)
+            }),
+        }
     }
 
     fn going_on(

@@ -1,0 +1,393 @@
+//! A guest that goes from one machine to another while it runs, and all that can come between.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a fault fails the test"
+)]
+
+mod probe_guest;
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use fractus_vmm::machine::{self, MigrationError, RunState, SnapshotError};
+use fractus_vmm::stream::converge::{AtLimit, Decision, Policy};
+use probe_guest::{Guest, Setup, fields};
+use rstest::rstest;
+
+const POLICY: Policy = Policy {
+    downtime: Duration::from_millis(20),
+    limit: Duration::from_secs(5),
+    at_limit: AtLimit::Stop,
+};
+
+/// Generous: a loaded machine is no failure.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn wire() -> (UnixStream, UnixStream) {
+    let (near, far) = UnixStream::pair().unwrap();
+    for end in [&near, &far] {
+        end.set_read_timeout(Some(PATIENCE)).unwrap();
+        end.set_write_timeout(Some(PATIENCE)).unwrap();
+    }
+    (near, far)
+}
+
+/// The guest on its new machine; the old one has ended.
+fn moved(guest: Guest, disks: &[&File]) -> Guest {
+    let (near, far) = wire();
+    let sent = guest.sent(POLICY, disks, near, far);
+    let offer = sent.offer.unwrap();
+    assert!(offer.doubt().is_none());
+    println!("{:?}", offer.let_go());
+    (sent.there)(sent.arrival.unwrap().machine)
+}
+
+/// It writes all over its memory meanwhile: the guest itself finds a page that was lost.
+#[rstest]
+#[case(1)]
+#[case(40)]
+fn no_page_is_lost_while_the_guest_writes(#[case] mib: u64) {
+    let mut guest = Setup::new().start();
+    let nonce = guest.booted()["nonce"].clone();
+    guest.ok("touch 40");
+    let (mut written, mut times) = (0, 0);
+    let by = Instant::now() + PATIENCE;
+    // On a busy host the guest may get no processor just then, and write nothing.
+    while times < 3 || written == 0 {
+        assert!(Instant::now() < by, "it wrote nothing meanwhile");
+        times += 1;
+        guest.send(&format!("loudly weave {mib}"));
+        guest.line("begun weave");
+        let (near, far) = wire();
+        let sent = guest.sent(POLICY, &[], near, far);
+        let report = sent.offer.unwrap().let_go();
+        println!("{report:?}");
+        written += report.last;
+        assert!(!report.rounds.is_empty());
+        assert_eq!(report.rounds.last().unwrap().decision, Decision::Stop);
+        guest = (sent.there)(sent.arrival.unwrap().machine);
+        guest.send("");
+        guest.line("ok weave");
+        assert_eq!(fields(&guest.ok("info"))["nonce"], nonce);
+    }
+}
+
+#[test]
+fn it_goes_on_with_disk_and_vcpus_and_starts_anew_there() {
+    let disk: File = tempfile::tempfile().unwrap();
+    disk.set_len(8 << 20).unwrap();
+    let mut guest = Setup::new().cpus(2).disk(&disk, |_| {}).boot();
+    guest.ok("disk-write 0 0 1048576 11");
+    // There and back again.
+    for _ in 0..2 {
+        guest = moved(guest, &[&disk]);
+        guest.ok("disk-check 0 0 1048576 11");
+        assert_eq!(guest.ask("spin 1 1"), "ok spin");
+    }
+    guest.send("reboot");
+    guest.booted();
+}
+
+/// Pages that a device fills are in no log of KVM's.
+#[test]
+fn what_a_disk_reads_meanwhile_is_there() {
+    let disk: File = tempfile::tempfile().unwrap();
+    disk.set_len(8 << 20).unwrap();
+    let mut guest = Setup::new().disk(&disk, |_| {}).boot();
+    guest.ok("disk-write 0 0 4194304 11");
+    for _ in 0..3 {
+        guest.send("loudly disk-check 0 0 4194304 11 again");
+        guest.line("begun disk-check");
+        guest = moved(guest, &[&disk]);
+        guest.send("");
+        assert_eq!(guest.line(""), "ok disk-check");
+    }
+}
+
+#[test]
+fn a_paused_guest_arrives_paused_and_is_as_it_was_when_it_is_taken_back() {
+    let mut guest = Setup::new().command_line("tick_ms=5").boot();
+    guest.machine.pause().unwrap();
+    let (near, far) = wire();
+    let sent = guest.sent(POLICY, &[], near, far);
+    let arrived = sent.arrival.unwrap();
+    assert_eq!(arrived.machine.state(), RunState::Paused);
+    let offer = sent.offer.unwrap();
+    assert_eq!(offer.report().pause, machine::Pause::default());
+    assert!(offer.report().rounds.is_empty());
+    drop(arrived);
+    let mut guest = (sent.here)(offer.take_back().unwrap());
+    assert_eq!(guest.machine.state(), RunState::Paused);
+    guest.machine.resume().unwrap();
+    guest.line("tick ");
+}
+
+#[test]
+fn a_guest_that_was_offered_goes_on_when_it_is_taken_back() {
+    let guest = Setup::new().boot();
+    let (near, far) = wire();
+    let sent = guest.sent(POLICY, &[], near, far);
+    drop(sent.arrival.unwrap());
+    let mut guest = (sent.here)(sent.offer.unwrap().take_back().unwrap());
+    assert_eq!(guest.ok("echo alive"), "alive");
+    let mut guest = moved(guest, &[]);
+    assert_eq!(guest.ok("echo there"), "there");
+}
+
+/// Kinds of frames, as they are numbered.
+#[derive(Debug, Clone, Copy)]
+enum Frame {
+    Opening = 1,
+    State = 3,
+    End = 4,
+    Config = 6,
+    Pages = 7,
+}
+
+/// An end of a connection that breaks when so many bytes have gone out, or come in, by it; and keeps what it reads.
+struct Breaking {
+    end: UnixStream,
+    /// From the first frame of that kind on: the bytes that still go out.
+    at: Option<(Frame, u64)>,
+    out: u64,
+    into: u64,
+    read: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Breaking {
+    fn new(end: UnixStream) -> Self {
+        Breaking {
+            end,
+            at: None,
+            out: u64::MAX,
+            into: u64::MAX,
+            read: Arc::default(),
+        }
+    }
+
+    fn part(left: u64, length: usize) -> io::Result<usize> {
+        match length.min(usize::try_from(left).unwrap_or(usize::MAX)) {
+            0 if length > 0 => Err(io::ErrorKind::ConnectionReset.into()),
+            part => Ok(part),
+        }
+    }
+}
+
+impl Read for Breaking {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // What was sent to it is lost, and nobody hears of that.
+        let part = Self::part(self.into, buffer.len())?;
+        let read = self.end.read(&mut buffer[..part])?;
+        self.into -= read as u64;
+        self.read.lock().unwrap().extend(&buffer[..read]);
+        Ok(read)
+    }
+}
+
+impl Write for Breaking {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        // Heads come by themselves.
+        if let (Some((kind, out)), [low, high, 0, 0, ..]) = (self.at, buffer)
+            && buffer.len() == 16
+            && kind as u16 == u16::from_le_bytes([*low, *high])
+        {
+            (self.at, self.out) = (None, out);
+        }
+        let part = Self::part(self.out, buffer.len());
+        if part.is_err() {
+            self.end.shutdown(std::net::Shutdown::Both)?;
+        }
+        let part = part?;
+        let written = self.end.write(&buffer[..part])?;
+        self.out -= written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.end.flush()
+    }
+}
+
+/// The stream of a small guest, and it on its new machine.
+fn recorded() -> (Vec<u8>, Guest) {
+    let guest = Setup::new().boot();
+    let (near, far) = wire();
+    let far = Breaking::new(far);
+    let read = Arc::clone(&far.read);
+    let sent = guest.sent(POLICY, &[], near, far);
+    drop(sent.offer.unwrap());
+    let guest = (sent.there)(sent.arrival.unwrap().machine);
+    let stream = std::mem::take(&mut *read.lock().unwrap());
+    (stream, guest)
+}
+
+/// Wherever the connection breaks, one machine has the guest: the old one, which goes on, or, when all was sent,
+/// nobody before somebody says so.
+#[test]
+fn a_connection_that_breaks_costs_the_guest_nothing() {
+    let mut guest = Setup::new().boot();
+    let kinds = [
+        Frame::Opening,
+        Frame::Config,
+        Frame::Pages,
+        Frame::State,
+        Frame::End,
+    ];
+    for (kind, part) in kinds
+        .into_iter()
+        .flat_map(|kind| [0, 7, 16, 17].map(|part| (kind, part)))
+    {
+        let (near, far) = wire();
+        let near = Breaking {
+            at: Some((kind, part)),
+            ..Breaking::new(near)
+        };
+        let sent = guest.sent(POLICY, &[], near, far);
+        assert!(sent.arrival.is_err(), "{kind:?}, {part} bytes");
+        let unsent = sent.offer.err().unwrap();
+        println!("{kind:?}, {part} bytes: {}", unsent.error);
+        guest = (sent.here)(*unsent.machine);
+        assert_eq!(guest.machine.state(), RunState::Running);
+        assert_eq!(guest.ok("echo alive"), "alive");
+    }
+    // The answer does not come, or not whole.
+    for cut in [0, 1, 15] {
+        let (near, far) = wire();
+        // The other side does not hear that it was lost.
+        let _open = near.try_clone().unwrap();
+        let near = Breaking {
+            into: cut,
+            ..Breaking::new(near)
+        };
+        let sent = guest.sent(POLICY, &[], near, far);
+        let arrived = sent.arrival.unwrap();
+        assert_eq!(arrived.machine.state(), RunState::Paused);
+        let offer = sent.offer.unwrap();
+        assert!(offer.doubt().is_some());
+        guest = match cut {
+            1 => (sent.there)(arrived.machine),
+            _ => (sent.here)(offer.take_back().unwrap()),
+        };
+        assert_eq!(guest.ok("echo alive"), "alive");
+    }
+}
+
+/// What is read, and nobody to be answered.
+struct Recording<'a>(&'a [u8]);
+
+impl Read for Recording<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl Write for Recording<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        Ok(buffer.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_stream_that_is_not_what_was_sent_is_refused() {
+    let (stream, guest) = recorded();
+    let arrive = |stream: &[u8]| {
+        let (files, _end) = guest.files_again(&[]);
+        machine::receive(Recording(stream), guest.machine.config(), files, None)
+    };
+    assert_eq!(arrive(&stream).unwrap().machine.state(), RunState::Paused);
+    for part in [0, 1, 15, 16, 100, stream.len() / 2, stream.len() - 1] {
+        assert!(arrive(&stream[..part]).is_err(), "{part} bytes");
+    }
+    for step in 0..24usize {
+        let mut damaged = stream.clone();
+        let at = (step * 7919 * 131) % stream.len();
+        damaged[at] ^= 1 << (step % 8);
+        assert!(arrive(&damaged).is_err(), "a bit at {at}");
+    }
+}
+
+#[test]
+fn a_host_that_cannot_have_it_says_why() {
+    let disk: File = tempfile::tempfile().unwrap();
+    disk.set_len(8 << 20).unwrap();
+    let guest = Setup::new().disk(&disk, |_| {}).boot();
+    let (near, far) = wire();
+    // It has no disk there.
+    let sent = guest.sent(POLICY, &[], near, far);
+    assert!(sent.arrival.is_err());
+    let unsent = sent.offer.err().unwrap();
+    let MigrationError::Refused { reason } = &unsent.error else {
+        panic!("{:?}", unsent.error);
+    };
+    assert!(reason.contains("disks"), "{reason}");
+    let mut guest = (sent.here)(*unsent.machine);
+    assert_eq!(guest.ok("echo alive"), "alive");
+}
+
+#[test]
+fn a_guest_that_resets_itself_meanwhile_starts_anew_on_one_of_them() {
+    let mut guest = Setup::new().start();
+    let nonce = guest.booted()["nonce"].clone();
+    for _ in 0..4 {
+        guest.send("reboot");
+        guest.wait_for_request();
+        guest = moved(guest, &[]);
+        let now = fields(&guest.ok("info"))["nonce"].clone();
+        assert_ne!(now, nonce);
+    }
+}
+
+#[test]
+fn a_guest_that_powers_off_meanwhile_has_ended_here() {
+    let mut guest = Setup::new().boot();
+    guest.send("poweroff");
+    guest.wait_for_request();
+    let (near, far) = wire();
+    let sent = guest.sent(POLICY, &[], near, far);
+    assert!(sent.arrival.is_err());
+    let unsent = sent.offer.err().unwrap();
+    let over = matches!(unsent.error, MigrationError::Machine(SnapshotError::Over));
+    assert!(over, "{:?}", unsent.error);
+    (sent.here)(*unsent.machine).stopped();
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_is_left_where_it_is() {
+    let mut guest = Setup::new().boot();
+    guest.ok("touch 40");
+    guest.send("loudly weave 40");
+    guest.line("begun weave");
+    let policy = Policy {
+        downtime: Duration::ZERO,
+        limit: Duration::from_millis(300),
+        at_limit: AtLimit::GiveUp,
+    };
+    let by = Instant::now() + PATIENCE;
+    loop {
+        let (near, far) = wire();
+        let sent = guest.sent(policy, &[], near, far);
+        match sent.offer {
+            Err(unsent) => {
+                assert!(matches!(unsent.error, MigrationError::TooBusy));
+                assert!(sent.arrival.is_err());
+                guest = (sent.here)(*unsent.machine);
+                break;
+            }
+            // On a busy host the guest may get no processor for a whole round.
+            Ok(offer) => guest = (sent.here)(offer.take_back().unwrap()),
+        }
+        assert!(Instant::now() < by, "it writes nothing");
+    }
+    guest.send("");
+    guest.line("ok weave");
+}
