@@ -15,13 +15,16 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use fractus_vmm::config::MachineConfig;
 use fractus_vmm::machine::{self, MigrationError, RunState, SnapshotError};
 use fractus_vmm::stream::converge::{AtLimit, Decision, Policy};
 use probe_guest::{Guest, Setup, fields};
 use rstest::rstest;
+use vm_memory::{Bytes, GuestAddress};
 
 const POLICY: Policy = Policy {
     downtime: Duration::from_millis(20),
+    longest: PATIENCE,
     limit: Duration::from_secs(5),
     at_limit: AtLimit::Stop,
 };
@@ -347,6 +350,66 @@ fn a_guest_that_resets_itself_meanwhile_starts_anew_on_one_of_them() {
     }
 }
 
+/// A page that was sent and is zero by the end, of a guest that is paused before a round is over.
+#[test]
+fn what_is_zero_again_in_the_end_is_zero_there() {
+    let mut guest = Setup::new().boot();
+    guest.ok("touch 4");
+    let memory = guest.machine.memory().clone();
+    let (first, second) = (0x2_0000, 0x2_1000);
+    memory
+        .write_slice(&[7; 0x2000], GuestAddress(first))
+        .unwrap();
+    let (near, far) = wire();
+    let sent = guest.sent_with(POLICY, &[], near, far, |step, machine| {
+        // The first megabyte is on its way.
+        if step == 1 {
+            memory.give_back(second, 0x1000).unwrap();
+            machine.pause().unwrap();
+        }
+    });
+    let offer = sent.offer.unwrap();
+    assert!(offer.report().rounds.is_empty() && !offer.ran());
+    let arrived = sent.arrival.unwrap();
+    let byte = |at| {
+        let memory = arrived.machine.memory();
+        memory.read_obj::<u8>(GuestAddress(at)).unwrap()
+    };
+    assert_eq!([byte(first), byte(second)], [7, 0]);
+}
+
+#[test]
+fn a_guest_that_stands_still_for_too_long_goes_on_here() {
+    let guest = Setup::new().boot();
+    let (near, far) = wire();
+    let policy = Policy {
+        longest: Duration::ZERO,
+        ..POLICY
+    };
+    let sent = guest.sent(policy, &[], near, far);
+    assert!(sent.arrival.is_err());
+    let unsent = sent.offer.err().unwrap();
+    assert!(matches!(unsent.error, MigrationError::Late { .. }));
+    let mut guest = (sent.here)(*unsent.machine);
+    assert_eq!(guest.ok("echo alive"), "alive");
+}
+
+#[test]
+fn a_machine_that_is_larger_than_was_agreed_is_refused() {
+    let (stream, guest) = recorded();
+    let mut here = guest.machine.config().clone();
+    for change in [
+        (|here| here.memory.bytes /= 2) as fn(&mut MachineConfig),
+        |here| here.cpus.count += 1,
+    ] {
+        let before = here.clone();
+        change(&mut here);
+        let (files, _end) = guest.files_again(&[]);
+        assert!(machine::receive(Recording(&stream), &here, files, None).is_err());
+        here = before;
+    }
+}
+
 #[test]
 fn a_guest_that_powers_off_meanwhile_has_ended_here() {
     let mut guest = Setup::new().boot();
@@ -371,6 +434,7 @@ fn a_guest_that_writes_too_fast_is_left_where_it_is() {
         downtime: Duration::ZERO,
         limit: Duration::from_millis(300),
         at_limit: AtLimit::GiveUp,
+        ..POLICY
     };
     let by = Instant::now() + PATIENCE;
     loop {

@@ -339,6 +339,15 @@ impl Machine {
         }
     }
 
+    /// Whether the guest, or a device, has asked for something that nobody has carried out and that is in no state
+    /// of a device.
+    fn owes(&self) -> bool {
+        let lost = |request: &Request| {
+            matches!(request, Request::WatchdogFired | Request::Panicked { .. })
+        };
+        self.board.requests.halting() || self.pending.iter().any(lost)
+    }
+
     fn run(&mut self) -> Result<(), MachineError> {
         for device in &self.devices {
             device.resume()?;

@@ -7,7 +7,8 @@ use uuid::Uuid;
 
 use super::send::MigrationError;
 use super::snapshot::unpacked as unpacked_state;
-use super::{Machine, SnapshotError};
+use super::state::STATE_VERSION;
+use super::{BuildError, Machine, SnapshotError};
 use crate::config::{MachineConfig, MachineFiles};
 use crate::memory::GuestMemory;
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
@@ -36,8 +37,8 @@ pub struct ReceiveReport {
     pub made: Duration,
 }
 
-/// Takes a machine from `connection`, whose own timeouts bound each wait, to memory of its own. `here` says which of
-/// the host's CPUs and NUMA nodes it may use. The sender is told how it went.
+/// Takes a machine from `connection`, whose own timeouts bound each wait, to memory of its own. `here` says how large it
+/// is and which of the host's CPUs and NUMA nodes it may use. The sender is told how it went.
 ///
 /// # Errors
 /// The stream is damaged, cut short, hostile or of another build, or this host cannot run the machine. Nothing of it is
@@ -52,6 +53,11 @@ pub fn receive<S: Read + Write>(
     match take(&mut frames, here, files, hook) {
         Ok(arrived) => {
             FrameWriter::new(frames.get_mut()).write(Kind::Ready, b"")?;
+            let flushed = frames.get_mut().flush();
+            flushed.map_err(|source| StreamError::Io {
+                action: "write",
+                source,
+            })?;
             Ok(arrived)
         }
         Err(error) => {
@@ -70,6 +76,37 @@ pub fn receive<S: Read + Write>(
     }
 }
 
+/// Of a build whose state is of the same form: another's may say something else by the same bytes.
+fn config_in(payload: &[u8]) -> Result<MachineConfig, MigrationError> {
+    let (version, config) = payload
+        .split_first_chunk()
+        .ok_or_else(|| malformed("it has no configuration"))?;
+    let version = u32::from_le_bytes(*version);
+    if version != STATE_VERSION {
+        return Err(BuildError::StateVersion { version }.into());
+    }
+    Ok(unpacked(config)?)
+}
+
+/// It is to be as large as was agreed: nothing is taken from the host because a stream says so.
+fn check_shape(arrives: &MachineConfig, here: &MachineConfig) -> Result<(), StreamError> {
+    let shape = |config: &MachineConfig| {
+        let hot = config.hot_memory.map(|hot| hot.max);
+        (
+            config.memory.bytes,
+            config.memory.pages,
+            hot,
+            config.cpus.most(),
+        )
+    };
+    match shape(arrives) == shape(here) {
+        true => Ok(()),
+        false => Err(malformed(
+            "a machine of other memory or vCPUs than was agreed",
+        )),
+    }
+}
+
 fn take<S: Read>(
     frames: &mut FrameReader<S>,
     here: &MachineConfig,
@@ -80,11 +117,15 @@ fn take<S: Read>(
         (Kind::Opening, payload) => unpacked(payload)?,
         _ => return Err(malformed("it does not begin with its opening").into()),
     };
-    let mut config: MachineConfig = match frames.next_frame()? {
-        (Kind::Config, payload) => unpacked(payload)?,
+    if let Some(base) = opening.base {
+        return Err(SnapshotError::Base { base }.into());
+    }
+    let mut config = match frames.next_frame()? {
+        (Kind::Config, payload) => config_in(payload)?,
         _ => return Err(malformed("it has no configuration").into()),
     };
     config.take_place(here);
+    check_shape(&config, here)?;
     config.validate()?;
     config.validate_files(&files)?;
     let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
@@ -99,6 +140,7 @@ fn take<S: Read>(
     let (mut totals, mut state) = (Totals::default(), Vec::new());
     loop {
         match frames.next_frame()? {
+            (Kind::Pages | Kind::State, []) => return Err(malformed("a frame of nothing").into()),
             (Kind::Pages, payload) => {
                 let more = live::put(payload, &memory, bytes)?;
                 totals.pages += more.pages;
@@ -119,11 +161,7 @@ fn take<S: Read>(
     let mut state = unpacked_state(&state)?;
     state.take_place(here);
     // Its memory is mapped by what the state says of it.
-    let arrives = state.config();
-    let most = |config: &MachineConfig| config.hot_memory.map(|hot| hot.max);
-    if arrives.memory != config.memory || most(arrives) != most(&config) {
-        return Err(malformed("its state and its configuration tell of different memory").into());
-    }
+    check_shape(state.config(), here)?;
     let file = memory.file().try_clone().map_err(SnapshotError::Read)?;
     drop(memory);
     let machine = Machine::restore(state, file, files, hook)?;

@@ -13,16 +13,24 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::snapshot::{WriteLog, present, read_pages};
+use super::state::STATE_VERSION;
 use super::{BuildError, Machine, MachineError, RunState, SnapshotError};
 use crate::config::ConfigError;
 use crate::memory::PageSet;
-use crate::stream::converge::{Decision, Policy, Standing, decide};
+use crate::stream::converge::{AtLimit, Decision, Policy, Standing, decide};
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
 use crate::stream::live::Batch;
 use crate::stream::{Mask, Opening, PAGE, StreamError, Totals, packed};
 
 /// Bytes of state in a frame.
 const PIECE: usize = 1 << 20;
+/// Pages that are looked at before the owner has its turn, however many of them are zero.
+const SCAN_MAX: u64 = 4096;
+/// A round of so many pages with content says how fast the connection is; a smaller one may have found room in the
+/// buffers of the kernel.
+const TELLING: u64 = 256;
+/// Bytes of an answer at most: its head and its reason.
+const ANSWER_MAX: u64 = 2048;
 
 /// Why a machine was not sent, or did not arrive.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +43,8 @@ pub enum MigrationError {
     TooBusy,
     #[error("the other side does not take the machine: {reason}")]
     Refused { reason: String },
+    #[error("the guest stood still for {longest:?}, and not all had been sent")]
+    Late { longest: Duration },
 }
 
 macro_rules! through_snapshot_error {
@@ -100,6 +110,8 @@ pub struct Sender<S> {
     /// Of this round, the last first.
     pending: Vec<(u64, Mask)>,
     batch: Batch,
+    /// Nothing was sent before what is pending: zero is zero there, too.
+    fresh: bool,
     began: Instant,
     round: Round,
     report: SendReport,
@@ -110,6 +122,10 @@ pub struct Sender<S> {
 struct Round {
     began: Instant,
     pages: u64,
+    /// Of these, pages that were not zero.
+    content: u64,
+    /// Bytes a second, of the last round that could tell.
+    rate: Option<u64>,
     /// Bytes that the round before left; none: it is the first.
     left: Option<u64>,
     /// Rounds in a row that left no less than the one before.
@@ -140,6 +156,8 @@ pub enum Progress<S> {
 
 /// A machine that stands still here and, unless there is a [`Offered::doubt`], there. Dropping it ends this one.
 pub struct Offered {
+    /// It takes a while to end it: not before somebody knows of the offer.
+    _log: Option<WriteLog>,
     machine: Machine,
     ran: bool,
     doubt: Option<MigrationError>,
@@ -164,10 +182,13 @@ impl<S: Read + Write> Sender<S> {
                     log,
                     pending,
                     batch: Batch::default(),
+                    fresh: true,
                     began: now,
                     round: Round {
                         began: now,
                         pages: 0,
+                        content: 0,
+                        rate: None,
                         left: None,
                         stalled: 0,
                     },
@@ -191,6 +212,11 @@ impl<S: Read + Write> Sender<S> {
         &mut self.machine
     }
 
+    /// The machine is not to be sent after all; the other side finds its stream cut short.
+    pub fn give_up(self) -> Machine {
+        self.machine
+    }
+
     /// Sends some more, at most a megabyte while the guest runs.
     ///
     /// # Errors
@@ -201,6 +227,7 @@ impl<S: Read + Write> Sender<S> {
             Ok(None) => Ok(Progress::Copying(self)),
             Ok(Some(ran)) => Ok(Progress::Offered(Offered {
                 ran,
+                _log: self.log,
                 machine: self.machine,
                 report: self.report,
                 doubt: self.doubt,
@@ -231,6 +258,9 @@ impl<S: Read + Write> Sender<S> {
                     Decision::GiveUp => Err(MigrationError::TooBusy),
                 }
             }
+            None if running && self.policy.at_limit == AtLimit::GiveUp => {
+                Err(MigrationError::TooBusy)
+            }
             _ => self.hand_over(PageSet::new(self.machine.memory.file_bytes()?)),
         }
     }
@@ -238,8 +268,15 @@ impl<S: Read + Write> Sender<S> {
     fn after_round(&mut self, written: &PageSet) -> Decision {
         let took = self.round.began.elapsed();
         let left = written.count() * PAGE as u64;
-        let copied = u128::from(self.round.pages) * PAGE as u128;
-        let rate = copied * 1_000_000 / took.as_micros().max(1);
+        let rate = |pages: u64, took: Duration| {
+            let rate = u128::from(pages) * PAGE as u128 * 1_000_000 / took.as_micros().max(1);
+            u64::try_from(rate).unwrap_or(u64::MAX)
+        };
+        if self.round.content >= TELLING {
+            self.round.rate = Some(rate(self.round.content, took));
+        }
+        let on_average = || rate(self.report.totals.pages, self.began.elapsed());
+        let rate = self.round.rate.unwrap_or_else(on_average);
         self.round.stalled = match self.round.left {
             Some(before) if left >= before => self.round.stalled + 1,
             _ => 0,
@@ -249,7 +286,7 @@ impl<S: Read + Write> Sender<S> {
             &Standing {
                 elapsed: self.began.elapsed(),
                 left,
-                rate: rate.try_into().unwrap_or(u64::MAX),
+                rate,
                 stalled: self.round.stalled,
             },
         );
@@ -266,19 +303,21 @@ impl<S: Read + Write> Sender<S> {
     fn next_round(&mut self, written: &PageSet) {
         self.pending = written.blocks().collect();
         self.pending.reverse();
+        self.fresh = false;
         self.round.began = Instant::now();
         self.round.pages = 0;
+        self.round.content = 0;
     }
 
     /// A frame of what is pending.
     fn send_some(&mut self) -> Result<(), MigrationError> {
-        let fresh = self.report.rounds.is_empty();
+        let mut scanned = 0;
         while let Some((number, mask)) = self.pending.pop() {
             let content = read_pages(&self.machine.memory, number, mask)?;
             // Memory has at most 2^32 blocks.
-            self.batch.add(number as u32, mask, &content, fresh);
-            self.round.pages += mask.count();
-            if self.batch.is_full() {
+            self.batch.add(number as u32, mask, &content, self.fresh);
+            scanned += mask.count();
+            if self.batch.is_full() || scanned >= SCAN_MAX {
                 break;
             }
         }
@@ -286,6 +325,8 @@ impl<S: Read + Write> Sender<S> {
             self.out.write(Kind::Pages, payload)?;
         }
         let totals = self.batch.totals();
+        self.round.pages += scanned;
+        self.round.content += totals.pages;
         self.report.totals.pages += totals.pages;
         self.report.totals.zeros += totals.zeros;
         self.batch.clear();
@@ -305,10 +346,10 @@ impl<S: Read + Write> Sender<S> {
             self.machine.state = RunState::Paused;
         }
         let stop = began.elapsed();
-        let over = self.machine.board.requests.halting();
+        let over = self.machine.owes() || !self.machine.announced.is_empty();
         let outcome = match over {
             true => Ok(()),
-            false => self.rest_of_it(&mut written),
+            false => self.rest_of_it(&mut written, began),
         };
         if ran && (over || outcome.is_err()) {
             if let Err(error) = self.machine.run() {
@@ -326,30 +367,54 @@ impl<S: Read + Write> Sender<S> {
         Ok((!over).then_some(ran))
     }
 
-    fn rest_of_it(&mut self, written: &mut PageSet) -> Result<(), MigrationError> {
+    fn rest_of_it(
+        &mut self,
+        written: &mut PageSet,
+        stopped: Instant,
+    ) -> Result<(), MigrationError> {
         let began = Instant::now();
         // First: disks are written to the end for it, and write to memory.
         let state = self.machine.packed()?;
         self.report.pause.state = began.elapsed();
         let began = Instant::now();
         match &self.log {
-            Some(log) => written.join(&log.take()?),
+            Some(log) => {
+                written.join(&log.take()?);
+                self.fresh = false;
+            }
             // Nobody knows what has been sent and written to since.
             None => written.join(&present(&self.machine.memory)?),
         }
         self.pending = written.blocks().collect();
         self.pending.reverse();
         self.report.last = written.count();
+        let longest = self.policy.longest;
         while !self.pending.is_empty() {
+            if stopped.elapsed() > longest {
+                return Err(MigrationError::Late { longest });
+            }
             self.send_some()?;
         }
         for piece in state.chunks(PIECE) {
             self.out.write(Kind::State, piece)?;
         }
+        if stopped.elapsed() > longest {
+            return Err(MigrationError::Late { longest });
+        }
         self.out.write(Kind::End, &packed(&self.report.totals)?)?;
+        // From here on the other side may have all of it.
+        let flushed = self.out.get_mut().flush();
         self.report.pause.send = began.elapsed();
         let began = Instant::now();
-        match answer(self.out.get_mut()) {
+        let answered = match flushed {
+            Ok(()) => answer(self.out.get_mut()),
+            Err(source) => Err(StreamError::Io {
+                action: "write",
+                source,
+            }
+            .into()),
+        };
+        match answered {
             Ok(()) => {}
             Err(refused @ MigrationError::Refused { .. }) => return Err(refused),
             Err(error) => self.doubt = Some(error),
@@ -362,6 +427,11 @@ impl<S: Read + Write> Sender<S> {
 impl Offered {
     pub fn report(&self) -> &SendReport {
         &self.report
+    }
+
+    /// Whether the guest ran here, and is to run there.
+    pub fn ran(&self) -> bool {
+        self.ran
     }
 
     /// Why nobody knows whether the other side has a machine.
@@ -379,10 +449,14 @@ impl Offered {
     /// # Errors
     /// The machine cannot run any more; it has ended.
     pub fn take_back(self) -> Result<Machine, MachineError> {
-        let mut machine = self.machine;
-        if self.ran
-            && let Err(error) = machine.run()
-        {
+        let Offered {
+            _log: log,
+            mut machine,
+            ran,
+            ..
+        } = self;
+        drop(log);
+        if ran && let Err(error) = machine.run() {
             machine.run_on(&error);
             return Err(error);
         }
@@ -406,7 +480,9 @@ fn prepare<S: Write>(
         made_by: concat!("fractus-vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
     };
     out.write(Kind::Opening, &packed(&opening)?)?;
-    out.write(Kind::Config, &packed(&machine.config)?)?;
+    let mut config = STATE_VERSION.to_le_bytes().to_vec();
+    config.extend(packed(&machine.config)?);
+    out.write(Kind::Config, &config)?;
     // What nobody logs is sent when nobody writes any more.
     if machine.devices.iter().any(|device| device.writes_unseen()) {
         return Ok((opening.id, None, Vec::new()));
@@ -419,7 +495,7 @@ fn prepare<S: Write>(
 
 /// Waits for the other side's.
 fn answer<S: Read>(connection: S) -> Result<(), MigrationError> {
-    let mut frames = FrameReader::new(connection);
+    let mut frames = FrameReader::new(connection.take(ANSWER_MAX));
     match frames.next_frame()? {
         (Kind::Ready, _) => Ok(()),
         (Kind::Refused, reason) => Err(MigrationError::Refused {

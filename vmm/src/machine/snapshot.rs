@@ -162,7 +162,7 @@ impl Machine {
     /// The form's version, then the state, for who knows no other form.
     pub(super) fn packed(&self) -> Result<Vec<u8>, SnapshotError> {
         // What the guest has asked for and nobody has carried out is not in its state.
-        if self.board.requests.halting() {
+        if self.owes() {
             return Err(SnapshotError::Over);
         }
         let action = "packed";

@@ -182,6 +182,17 @@ impl HotMemory {
     /// Gives the guest blocks that it has had in the process before: with what is in them.
     pub fn plug_again(&self, runs: &[Blocks]) -> Result<(), MemoryError> {
         let mut plugged = self.write();
+        let all = self.all().count;
+        let there = |blocks: &Blocks| {
+            let end = blocks.first.checked_add(blocks.count);
+            blocks.count > 0 && end.is_some_and(|end| end <= all)
+        };
+        // A state that somebody made up.
+        if !runs.iter().all(there) {
+            return Err(failed("find the plugged blocks of")(
+                io::ErrorKind::InvalidData.into(),
+            ));
+        }
         for blocks in runs {
             self.reserve(*blocks)?;
             self.show(*blocks)?;

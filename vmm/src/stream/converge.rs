@@ -14,6 +14,8 @@ const STALLED: u32 = 3;
 pub struct Policy {
     /// The guest may stand still for so long, as far as it can be told beforehand.
     pub downtime: Duration,
+    /// It goes on where it was if it has stood still for so long and not all has been sent.
+    pub longest: Duration,
     /// Copying may take so long, from the beginning.
     pub limit: Duration,
     pub at_limit: AtLimit,
@@ -24,7 +26,7 @@ pub struct Policy {
 pub enum AtLimit {
     /// It stands still for as long as the rest takes.
     Stop,
-    /// It stays where it is.
+    /// It stays where it is; so does one whose writes nobody can log while it runs (vhost-net).
     GiveUp,
 }
 
@@ -35,7 +37,7 @@ pub struct Standing {
     pub elapsed: Duration,
     /// Bytes that the guest has written to since they were copied.
     pub left: u64,
-    /// Bytes a second that the round took to the other side; 0: nothing was copied in it.
+    /// Bytes a second that go to the other side, as far as is known; 0: nothing has been sent.
     pub rate: u64,
     /// Rounds in a row that left no less than the one before.
     pub stalled: u32,
@@ -90,6 +92,7 @@ mod tests {
     fn policy(at_limit: AtLimit) -> Policy {
         Policy {
             downtime: 10 * MS,
+            longest: 1000 * MS,
             limit: 1000 * MS,
             at_limit,
         }

@@ -26,7 +26,7 @@ pub enum Kind {
     End,
     /// What the machine's owner keeps with it; at most one, which this library does not read.
     Owner,
-    /// The machine's configuration in postcard, before its memory.
+    /// The form of the state that will come (4), and the machine's configuration in postcard, before its memory.
     Config,
     /// Pages with their places ([`super::live`]).
     Pages,

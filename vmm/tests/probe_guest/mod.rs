@@ -398,6 +398,18 @@ impl Guest {
         near: impl Read + Write,
         far: impl Read + Write + Send + 'static,
     ) -> Sent {
+        self.sent_with(policy, disks, near, far, |_, _| ())
+    }
+
+    /// The same with something that is done before each step, which are counted from 0.
+    pub fn sent_with(
+        self,
+        policy: Policy,
+        disks: &[&File],
+        near: impl Read + Write,
+        far: impl Read + Write + Send + 'static,
+        mut before: impl FnMut(usize, &mut Machine),
+    ) -> Sent {
         let Guest {
             machine,
             serial,
@@ -414,11 +426,14 @@ impl Guest {
         let files = files_again(&other_nets, None, disks, &end);
         let arrival = std::thread::spawn(move || machine::receive(far, &here, files, None));
         let mut sender = Sender::begin(machine, near, policy);
+        let mut step = 0;
         let offer = loop {
             let mut sending = match sender {
                 Ok(sending) => sending,
                 Err(unsent) => break Err(unsent),
             };
+            before(step, sending.machine());
+            step += 1;
             while let Some(event) = sending.machine().next_event() {
                 println!("[{event:?}]");
                 events.push_back(event);
