@@ -12,11 +12,9 @@ use super::{BuildError, Machine, SnapshotError};
 use crate::config::{MachineConfig, MachineFiles};
 use crate::memory::GuestMemory;
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
-use crate::stream::{Opening, StreamError, Target, Totals, live, malformed, unpacked};
+use crate::stream::{MOST_STATE, Opening, StreamError, Target, Totals, live, malformed, unpacked};
 use crate::thread::ThreadHook;
 
-/// Bytes of state at most: what a hostile sender can make us allocate.
-const MOST_STATE: usize = 64 << 20;
 /// Bytes of a reason that are told at most.
 const MOST_REASON: usize = 1024;
 

@@ -530,6 +530,12 @@ mod tests {
         };
         let file = File::from(rustix::io::dup(&first).unwrap());
         let second = GuestMemory::map(file, &config, Some(&max)).unwrap();
+        // What a state names that somebody made up; one that is right changes nothing of it.
+        for (first, count) in [(8, 1), (7, 2), (0, 0), (1 << 43, 1), (u64::MAX, 2)] {
+            let made_up = [blocks(0, 1), Blocks { first, count }];
+            assert!(hot(&second).plug_again(&made_up).is_err());
+            assert!(hot(&second).plugged().is_empty());
+        }
         hot(&second).plug_again(&hot(&first).plugged()).unwrap();
         assert_eq!([5, 6].map(|block| hot(&second).seen(block)), [0, 3]);
         assert_eq!(hot(&second).plugged_bytes(), 2 * HOT_BLOCK);

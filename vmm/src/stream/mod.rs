@@ -26,6 +26,9 @@ pub use pages::{BLOCK, Mask, PAGE};
 /// The newest form of the stream; this build reads those from 1 on.
 pub const FORMAT: u32 = 1;
 
+/// Bytes of a machine's state at most: what a hostile stream can make us allocate.
+pub(crate) const MOST_STATE: usize = 64 << 20;
+
 /// The first frame: what follows, and what it is to be laid over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Opening {

@@ -18,7 +18,9 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 use super::frame::{FrameReader, FrameWriter, Kind};
 use super::pages::{BLOCK, Mask, PAGE};
-use super::{FORMAT, Opening, StreamError, Target, Totals, io, malformed, packed, unpacked};
+use super::{
+    FORMAT, MOST_STATE, Opening, StreamError, Target, Totals, io, malformed, packed, unpacked,
+};
 
 const MAGIC: [u8; 8] = *b"FRACTUSM";
 /// Bytes of the head that mean something, with their checksum.
@@ -32,8 +34,6 @@ const ENTRY: usize = 12;
 const PIECE: usize = ENTRY << 15;
 /// Bytes of memory at most: what 32 bits of blocks can number.
 const MOST_MEMORY: u64 = (BLOCK as u64) << 32;
-/// Bytes of state at most: what a hostile file can make us allocate.
-const MOST_STATE: usize = 64 << 20;
 /// Bytes that an owner may keep with it, at most.
 pub const MOST_OWNER: usize = 64 << 10;
 
