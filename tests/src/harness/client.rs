@@ -299,17 +299,25 @@ impl Client {
         .await
     }
 
-    /// Waits until the server's console log has this text; gives the whole log.
+    /// Waits until a line of the server's console log has this text; gives the log. The line is whole: a guest
+    /// writes it byte by byte, and what stands behind the text is there as well.
     pub async fn until_logged(&self, server: &str, wanted: &str) -> Result<String> {
+        self.until_logged_within(server, wanted, SETTLES).await
+    }
+
+    pub async fn until_logged_within(
+        &self,
+        server: &str,
+        wanted: &str,
+        longest: Duration,
+    ) -> Result<String> {
         super::until(
             &format!("{wanted:?} in the log of {server}"),
-            SETTLES,
+            longest,
             || async {
-                let answer = self.act(server, json!({"os-getConsoleOutput": {}})).await;
-                let text = answer
-                    .map_err(|error| format!("{error:#}"))?
-                    .text("/output");
-                if text.contains(wanted) {
+                let text = self.console_log(server).await?;
+                let ended = text.rfind('\n').map_or(0, |end| end + 1);
+                if text[..ended].contains(wanted) {
                     Ok(text)
                 } else {
                     Err(text)
@@ -317,5 +325,13 @@ impl Client {
             },
         )
         .await
+    }
+
+    /// What the server's guest has said so far; its last line may be half of one.
+    pub async fn console_log(&self, server: &str) -> Result<String, String> {
+        let answer = self.act(server, json!({"os-getConsoleOutput": {}})).await;
+        Ok(answer
+            .map_err(|error| format!("{error:#}"))?
+            .text("/output"))
     }
 }

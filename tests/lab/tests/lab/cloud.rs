@@ -84,19 +84,24 @@ pub async fn delete(client: &Client, server: &str) {
     client.until_gone(server).await.unwrap();
 }
 
-/// Waits until this stands in the server's console log; gives the whole log.
+/// Waits until a whole line of the server's console log holds this; gives the log.
 pub async fn logged(client: &Client, server: &str, wanted: &str) -> String {
-    let what = format!("{wanted:?} in the log of {server}");
+    let seen = client.until_logged_within(server, wanted, GUEST_ACTS);
+    seen.await.unwrap()
+}
+
+/// Waits until the server's console asks for this, at the end of no line.
+pub async fn prompted(client: &Client, server: &str, prompt: &str) {
+    let what = format!("{prompt:?} on the console of {server}");
     let seen = until(&what, GUEST_ACTS, || async {
-        let answer = client.act(server, json!({"os-getConsoleOutput": {}})).await;
-        let text = answer.map_err(|e| format!("{e:#}"))?.text("/output");
-        if text.contains(wanted) {
-            Ok(text)
+        let text = client.console_log(server).await?;
+        if text.contains(prompt) {
+            Ok(())
         } else {
             Err(text)
         }
     });
-    seen.await.unwrap()
+    seen.await.unwrap();
 }
 
 /// Waits until the server is that, however long its guest takes.

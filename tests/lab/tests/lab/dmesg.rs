@@ -8,7 +8,9 @@ use fractus_lab::{Host, Peer, TinyGuest, section, variant};
 use fractus_tests::harness::until;
 use serde_json::json;
 
-use crate::cloud::{act, create, flavor, lab, logged, settled, tiny_image, upload, upload_file};
+use crate::cloud::{
+    act, create, flavor, lab, logged, prompted, settled, tiny_image, upload, upload_file,
+};
 
 /// Behind a `#` the reason, then the line that it is of, as [`Complaints`] writes it.
 const ALLOWED: &str = include_str!("dmesg-differences");
@@ -199,7 +201,7 @@ async fn dmesg_of_debian_complains_of_nothing_that_qemu_is_not_blamed_for() {
     let flavor = flavor(&admin, 2, 768, 4).await;
     let server = json!({"name": "debian", "imageRef": image, "flavorRef": flavor});
     let server = create(&admin, server).await;
-    logged(&admin, &server, "login:").await;
+    prompted(&admin, &server, "login:").await;
     act(&admin, &server, json!({"os-stop": null})).await;
     settled(&admin, &server, "SHUTOFF").await;
     // The second boot: the first one's disk is larger than its partitions say, which the kernel remarks.

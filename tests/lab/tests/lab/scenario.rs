@@ -10,7 +10,8 @@ use fractus_tests::harness::Client;
 use serde_json::json;
 
 use crate::cloud::{
-    act, create, debian_disk, debian_image, delete, flavor, lab, logged, said, settled, tiny_image,
+    act, create, debian_disk, debian_image, delete, flavor, lab, logged, prompted, said, settled,
+    tiny_image,
 };
 use crate::terminal::Terminal;
 
@@ -120,7 +121,7 @@ async fn scenario_debian_boots_from_its_disk_image() {
     let began = Instant::now();
     let server = json!({"name": "debian", "imageRef": image, "flavorRef": flavor});
     let server = create(&admin, server).await;
-    logged(&admin, &server, "login:").await;
+    prompted(&admin, &server, "login:").await;
     println!("login after {:.0} s", began.elapsed().as_secs_f64());
     let log = logged(&admin, &server, "finished at").await;
     println!("{log}");

@@ -12,7 +12,8 @@ use futures::FutureExt;
 use serde_json::json;
 
 use crate::cloud::{
-    act, create, debian_disk, debian_image, delete, flavor, lab, logged, said, settled, tiny_image,
+    act, create, debian_disk, debian_image, delete, flavor, lab, logged, prompted, said, settled,
+    tiny_image,
 };
 use crate::terminal::Terminal;
 
@@ -201,7 +202,7 @@ async fn soak_boots_of_debian() {
 async fn boot_debian(admin: &Client, name: &str, image: &str, flavor: &str) {
     let server = json!({"name": name, "imageRef": image, "flavorRef": flavor});
     let server = create(admin, server).await;
-    logged(admin, &server, &format!("{name} login:")).await;
+    prompted(admin, &server, &format!("{name} login:")).await;
     let log = logged(admin, &server, "finished at").await;
     assert!(!log.contains("Failed to start"), "a unit failed: {log}");
     act(admin, &server, json!({"os-stop": null})).await;
