@@ -15,6 +15,7 @@ use crate::memory::GuestMemory;
 use crate::reactor::Reactor;
 use crate::request::RequestSender;
 use crate::thread::Threads;
+use crate::virtio::block::DiskCopy;
 
 /// A device as the machine sees it. Methods take `&self`: a device is shared by the bus, the reactor
 /// and its own threads, and locks what it must.
@@ -40,6 +41,11 @@ pub trait Device: Send + Sync {
     /// guest runs: no log of writes has that.
     fn writes_unseen(&self) -> bool {
         false
+    }
+
+    /// For a disk that can be copied while its guest uses it.
+    fn disk(&self) -> Option<DiskCopy> {
+        None
     }
 
     /// Back to the state after power-on; host resources (descriptors, threads, rings) stay.

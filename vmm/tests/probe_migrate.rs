@@ -11,14 +11,15 @@ mod probe_guest;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use fractus_vmm::config::MachineConfig;
-use fractus_vmm::machine::{self, MigrationError, RunState, SnapshotError};
+use fractus_vmm::config::{MachineConfig, MachineFiles};
+use fractus_vmm::machine::{self, Landing, MigrationError, RunState, SnapshotError};
 use fractus_vmm::stream::converge::{AtLimit, Decision, Policy};
-use probe_guest::{Guest, Setup, fields};
+use probe_guest::{Disks, Guest, Setup, fields};
 use rstest::rstest;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -83,8 +84,7 @@ fn no_page_is_lost_while_the_guest_writes(#[case] mib: u64) {
 
 #[test]
 fn it_goes_on_with_disk_and_vcpus_and_starts_anew_there() {
-    let disk: File = tempfile::tempfile().unwrap();
-    disk.set_len(8 << 20).unwrap();
+    let disk = disk(8 << 20);
     let mut guest = Setup::new().cpus(2).disk(&disk, |_| {}).boot();
     guest.ok("disk-write 0 0 1048576 11");
     // There and back again.
@@ -100,8 +100,7 @@ fn it_goes_on_with_disk_and_vcpus_and_starts_anew_there() {
 /// Pages that a device fills are in no log of KVM's.
 #[test]
 fn what_a_disk_reads_meanwhile_is_there() {
-    let disk: File = tempfile::tempfile().unwrap();
-    disk.set_len(8 << 20).unwrap();
+    let disk = disk(8 << 20);
     let mut guest = Setup::new().disk(&disk, |_| {}).boot();
     guest.ok("disk-write 0 0 4194304 11");
     for _ in 0..3 {
@@ -113,6 +112,97 @@ fn what_a_disk_reads_meanwhile_is_there() {
     }
 }
 
+/// A disk of so many bytes, empty.
+fn disk(bytes: u64) -> File {
+    let disk: File = tempfile::tempfile().unwrap();
+    disk.set_len(bytes).unwrap();
+    disk
+}
+
+/// By io_uring, through the cache and past it.
+#[rstest]
+fn what_the_guest_writes_to_its_disks_meanwhile_goes_with_it(#[values(false, true)] direct: bool) {
+    const BYTES: u64 = (24 << 20) + 512;
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let made = |name: &str| {
+        let mut options = File::options();
+        options.read(true).write(true).create_new(true);
+        if direct {
+            options.custom_flags(libc::O_DIRECT);
+        }
+        options.open(folder.path().join(name)).unwrap()
+    };
+    let (first, second) = (made("first"), made("second"));
+    for disk in [&first, &second] {
+        disk.set_len(BYTES).unwrap();
+    }
+    let mut guest = Setup::new()
+        .disk(&first, |disk| disk.direct = direct)
+        .disk(&second, |disk| disk.direct = direct)
+        .boot();
+    guest.ok("disk-write 0 8388608 4194304 11");
+    guest.ok(&format!("disk-write 0 {} 512 13", BYTES - 512));
+    guest.ok("disk-write 1 0 65536 12");
+    let (mut written, mut round) = (0, 0);
+    let by = Instant::now() + PATIENCE;
+    while round < 2 || written == 0 {
+        assert!(Instant::now() < by, "it wrote nothing meanwhile");
+        round += 1;
+        guest.send("loudly disk-write 0 1048576 1048576 20 again");
+        guest.line("begun disk-write");
+        let names = [0, 1].map(|disk| format!("{disk} on machine {round}"));
+        let there = names.each_ref().map(|name| made(name));
+        // What lies there already is nobody's.
+        there[1].set_len(BYTES * 2).unwrap();
+        let (near, far) = wire();
+        let files: Vec<&File> = there.iter().collect();
+        let sent = guest.sent_to(POLICY, Disks::Go(&files, BYTES), near, far, |_, _| ());
+        let report = sent.offer.unwrap().let_go();
+        println!("{report:?}");
+        written += report.last_disk
+            + report
+                .rounds
+                .iter()
+                .skip(1)
+                .map(|it| it.disk_pages)
+                .sum::<u64>();
+        assert_eq!(report.disk, 2 * BYTES);
+        let holes = report.disks.pages * 4096;
+        assert!(
+            holes < BYTES / 2 + written * 4096,
+            "{holes} bytes of disks were sent"
+        );
+        guest = (sent.there)(sent.arrival.unwrap().machine);
+        guest.send("");
+        let said = guest.line("ok disk-write");
+        let seed = fields(&said)["seed"].clone();
+        guest.ok(&format!("disk-check 0 1048576 1048576 {seed}"));
+        guest.ok("disk-check 0 8388608 4194304 11");
+        guest.ok(&format!("disk-check 0 {} 512 13", BYTES - 512));
+        guest.ok("disk-check 1 0 65536 12");
+        assert_eq!(there[1].metadata().unwrap().len(), BYTES);
+    }
+}
+
+#[test]
+fn a_disk_that_is_larger_than_was_agreed_is_refused() {
+    let (here, there) = (disk(8 << 20), disk(1 << 20));
+    let guest = Setup::new().disk(&here, |_| {}).boot();
+    let (near, far) = wire();
+    let sent = guest.sent_to(
+        POLICY,
+        Disks::Go(&[&there], (8 << 20) - 1),
+        near,
+        far,
+        |_, _| (),
+    );
+    assert!(sent.arrival.is_err());
+    assert_eq!(there.metadata().unwrap().len(), 1 << 20);
+    let unsent = sent.offer.err().unwrap();
+    let mut guest = (sent.here)(*unsent.machine);
+    guest.ok("disk-write 0 0 4096 1");
+}
+
 #[test]
 fn a_paused_guest_arrives_paused_and_is_as_it_was_when_it_is_taken_back() {
     let mut guest = Setup::new().command_line("tick_ms=5").boot();
@@ -121,6 +211,7 @@ fn a_paused_guest_arrives_paused_and_is_as_it_was_when_it_is_taken_back() {
     let sent = guest.sent(POLICY, &[], near, far);
     let arrived = sent.arrival.unwrap();
     assert_eq!(arrived.machine.state(), RunState::Paused);
+    assert!(!arrived.ran);
     let offer = sent.offer.unwrap();
     assert_eq!(offer.report().pause, machine::Pause::default());
     assert!(offer.report().rounds.is_empty());
@@ -141,6 +232,11 @@ fn a_guest_that_was_offered_goes_on_when_it_is_taken_back() {
     assert_eq!(guest.ok("echo alive"), "alive");
     let mut guest = moved(guest, &[]);
     assert_eq!(guest.ok("echo there"), "there");
+}
+
+fn landing(files: MachineFiles) -> Landing {
+    let most = Vec::new();
+    Landing { files, most }
 }
 
 /// Kinds of frames, as they are numbered.
@@ -305,7 +401,8 @@ fn a_stream_that_is_not_what_was_sent_is_refused() {
     let (stream, guest) = recorded();
     let arrive = |stream: &[u8]| {
         let (files, _end) = guest.files_again(&[]);
-        machine::receive(Recording(stream), guest.machine.config(), files, None)
+        let landing = |_: &[u8]| Ok(landing(files));
+        machine::receive(Recording(stream), guest.machine.config(), landing, None)
     };
     assert_eq!(arrive(&stream).unwrap().machine.state(), RunState::Paused);
     for part in [0, 1, 15, 16, 100, stream.len() / 2, stream.len() - 1] {
@@ -321,8 +418,7 @@ fn a_stream_that_is_not_what_was_sent_is_refused() {
 
 #[test]
 fn a_host_that_cannot_have_it_says_why() {
-    let disk: File = tempfile::tempfile().unwrap();
-    disk.set_len(8 << 20).unwrap();
+    let disk = disk(8 << 20);
     let guest = Setup::new().disk(&disk, |_| {}).boot();
     let (near, far) = wire();
     // It has no disk there.
@@ -405,7 +501,8 @@ fn a_machine_that_is_larger_than_was_agreed_is_refused() {
         let before = here.clone();
         change(&mut here);
         let (files, _end) = guest.files_again(&[]);
-        assert!(machine::receive(Recording(&stream), &here, files, None).is_err());
+        let landing = |_: &[u8]| Ok(landing(files));
+        assert!(machine::receive(Recording(&stream), &here, landing, None).is_err());
         here = before;
     }
 }

@@ -304,11 +304,21 @@ impl Probe {
             }
             "disk-write" => {
                 let (offset, length) = range()?;
-                let seed = words.number().ok_or(Refusal::Usage("DEV OFF LEN SEED"))?;
+                let mut seed = words.number().ok_or(Refusal::Usage("DEV OFF LEN SEED"))?;
+                let again = words.word() == Some("again");
                 let begin = cpu::tsc();
-                disk.write(offset, length, seed)?;
+                loop {
+                    disk.write(offset, length, seed)?;
+                    if !again || serial::has_input() {
+                        break;
+                    }
+                    seed += 1;
+                }
                 disk.flush()?;
                 let _ = write!(out, " us={}", clock::us(cpu::tsc() - begin));
+                if again {
+                    let _ = write!(out, " seed={seed}");
+                }
             }
             "disk-check" => {
                 let (offset, length) = range()?;

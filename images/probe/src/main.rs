@@ -30,7 +30,7 @@
 //! | `time` | `ok time uptime_us= tsc= tsc_ring0= tsc_khz= ticks=` |
 //! | `disk-info DEV` | `ok disk-info bytes= ro= serial=` |
 //! | `disk-hash DEV OFF LEN` | `ok disk-hash HEX` (FNV-1a 64) |
-//! | `disk-write DEV OFF LEN SEED` | `ok disk-write us=` (pattern of SEED, then a flush) |
+//! | `disk-write DEV OFF LEN SEED [again]` | `ok disk-write us=` (pattern of SEED, then a flush); with ` seed=` of the last one, if it was again and again, each of the next seed, until something is typed |
 //! | `disk-check DEV OFF LEN SEED [again]` | `ok disk-check`, or `err disk-check at=`; again and again until something is typed |
 //! | `disk-discard DEV OFF LEN`, `disk-zero DEV OFF LEN`, `disk-flush DEV` | `ok …` |
 //! | `blk-bench DEV read\|write seq\|random DEPTH COUNT [SIZE [poll]]` | `ok blk-bench ops= us= interrupts= kicks=`: so many requests (of 4096 bytes), DEPTH in flight |

@@ -48,8 +48,11 @@ use vcpus::UsedVcpus;
 
 pub use build::BuildError;
 pub use event::{Event, Registers, RunState, StopReason};
-pub use receive::{Arrived, ReceiveReport, receive};
-pub use send::{MigrationError, Offered, Pause, Progress, SendReport, Sender, SentRound, Unsent};
+pub use receive::{Arrived, Landing, ReceiveReport, receive};
+pub use send::{
+    Luggage, MigrationError, Offered, Pause, Progress, SendReport, Sender, Sending, SentRound,
+    Unsent,
+};
 pub use snapshot::{Round, SnapshotError, SnapshotReport};
 pub use state::MachineState;
 

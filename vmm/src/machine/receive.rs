@@ -1,6 +1,6 @@
 //! A machine that arrives from another process ([`super::Sender`]).
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -14,6 +14,7 @@ use crate::memory::GuestMemory;
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
 use crate::stream::{MOST_STATE, Opening, StreamError, Target, Totals, live, malformed, unpacked};
 use crate::thread::ThreadHook;
+use crate::virtio::block::DiskTarget;
 
 /// Bytes of a reason that are told at most.
 const MOST_REASON: usize = 1024;
@@ -22,7 +23,18 @@ const MOST_REASON: usize = 1024;
 /// its owner knows that the other one never will; dropping it ends it.
 pub struct Arrived {
     pub machine: Machine,
+    /// It ran where it was, and is to run here.
+    pub ran: bool,
+    /// What its owner kept with it there.
+    pub owner: Vec<u8>,
     pub report: ReceiveReport,
+}
+
+/// What a machine comes to.
+pub struct Landing {
+    pub files: MachineFiles,
+    /// Bytes that each disk may have at most whose content comes; its file is open for writing, and loses what it had.
+    pub most: Vec<u64>,
 }
 
 /// What an arrival took.
@@ -31,24 +43,26 @@ pub struct ReceiveReport {
     /// As the sender has it.
     pub id: Uuid,
     pub totals: Totals,
+    pub disks: Totals,
     /// From the state's last byte to a machine.
     pub made: Duration,
 }
 
 /// Takes a machine from `connection`, whose own timeouts bound each wait, to memory of its own. `here` says how large it
-/// is and which of the host's CPUs and NUMA nodes it may use. The sender is told how it went.
+/// is and which of the host's CPUs and NUMA nodes it may use; `land` is given what the machine's owner keeps with it, and
+/// gives its files. The sender is told how it went.
 ///
 /// # Errors
 /// The stream is damaged, cut short, hostile or of another build, or this host cannot run the machine. Nothing of it is
-/// left.
+/// left but what its disks hold.
 pub fn receive<S: Read + Write>(
     connection: S,
     here: &MachineConfig,
-    files: MachineFiles,
+    land: impl FnOnce(&[u8]) -> Result<Landing, String>,
     hook: Option<ThreadHook>,
 ) -> Result<Arrived, MigrationError> {
     let mut frames = FrameReader::new(connection);
-    match take(&mut frames, here, files, hook) {
+    match take(&mut frames, here, land, hook) {
         Ok(arrived) => {
             FrameWriter::new(frames.get_mut()).write(Kind::Ready, b"")?;
             let flushed = frames.get_mut().flush();
@@ -105,10 +119,62 @@ fn check_shape(arrives: &MachineConfig, here: &MachineConfig) -> Result<(), Stre
     }
 }
 
+/// Disks whose content comes, in the order of the configuration.
+struct Disks(Vec<DiskTarget>);
+
+impl Disks {
+    /// Empty, and as large as they are where they come from.
+    fn make(payload: &[u8], landing: &Landing) -> Result<Self, MigrationError> {
+        let sizes: Vec<u64> = unpacked(payload)?;
+        let files = &landing.files.disks;
+        if sizes.len() != files.len() || sizes.len() != landing.most.len() {
+            return Err(malformed("the content of more or fewer disks than it has").into());
+        }
+        let mut disks = Vec::new();
+        let all = sizes.iter().zip(files).zip(&landing.most).enumerate();
+        for (index, ((bytes, file), most)) in all {
+            let failed = |source| MigrationError::Disk {
+                action: "make",
+                index,
+                source,
+            };
+            if bytes > most {
+                return Err(malformed("a larger disk than was agreed").into());
+            }
+            let disk = DiskTarget::empty(file, *bytes);
+            disks.push(disk.map_err(|error| failed(io::Error::other(error)))?);
+        }
+        Ok(Disks(disks))
+    }
+
+    fn put(&self, payload: &[u8]) -> Result<Totals, MigrationError> {
+        let (index, payload) = live::of_disk(payload)?;
+        let disk = self.0.get(index as usize);
+        let disk = disk.ok_or_else(|| malformed("the content of a disk that does not come"))?;
+        let length = disk.length().map_err(|source| MigrationError::Disk {
+            action: "look at",
+            index: index as usize,
+            source,
+        })?;
+        Ok(live::put(payload, disk, length)?)
+    }
+
+    fn settle(&self) -> Result<(), MigrationError> {
+        for (index, disk) in self.0.iter().enumerate() {
+            disk.settle().map_err(|source| MigrationError::Disk {
+                action: "make durable",
+                index,
+                source,
+            })?;
+        }
+        Ok(())
+    }
+}
+
 fn take<S: Read>(
     frames: &mut FrameReader<S>,
     here: &MachineConfig,
-    files: MachineFiles,
+    land: impl FnOnce(&[u8]) -> Result<Landing, String>,
     hook: Option<ThreadHook>,
 ) -> Result<Arrived, MigrationError> {
     let opening: Opening = match frames.next_frame()? {
@@ -125,7 +191,12 @@ fn take<S: Read>(
     config.take_place(here);
     check_shape(&config, here)?;
     config.validate()?;
-    config.validate_files(&files)?;
+    let mut owner = match frames.next_frame()? {
+        (Kind::Owner, payload) => payload.to_vec(),
+        _ => return Err(malformed("nothing is said by its owner").into()),
+    };
+    let landing = land(&owner).map_err(MigrationError::Unprepared)?;
+    config.validate_files(&landing.files)?;
     let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
     let bytes = memory.length().map_err(SnapshotError::Read)?;
     if opening.memory != bytes {
@@ -135,26 +206,40 @@ fn take<S: Read>(
         }
         .into());
     }
-    let (mut totals, mut state) = (Totals::default(), Vec::new());
-    loop {
+    let (mut totals, mut disk_totals) = (Totals::default(), Totals::default());
+    let (mut disks, mut state) = (Disks(Vec::new()), Vec::new());
+    let ran = loop {
         match frames.next_frame()? {
             (Kind::Pages | Kind::State, []) => return Err(malformed("a frame of nothing").into()),
+            (Kind::Disks, payload) if disks.0.is_empty() => disks = Disks::make(payload, &landing)?,
+            (Kind::Blocks, payload) => {
+                let more = disks.put(payload)?;
+                disk_totals.pages += more.pages;
+                disk_totals.zeros += more.zeros;
+            }
+            (Kind::Sync, _) => disks.settle()?,
             (Kind::Pages, payload) => {
                 let more = live::put(payload, &memory, bytes)?;
                 totals.pages += more.pages;
                 totals.zeros += more.zeros;
             }
+            (Kind::Owner, payload) => owner = payload.to_vec(),
             (Kind::State, payload) if state.len() + payload.len() > MOST_STATE => {
                 return Err(malformed("more state than any machine has").into());
             }
             (Kind::State, payload) => state.extend_from_slice(payload),
-            (Kind::End, payload) if unpacked::<Totals>(payload)? == totals => break,
-            (Kind::End, _) => {
-                return Err(malformed("its end counts other pages than it has").into());
+            (Kind::End, payload) => {
+                let ending: live::Ending = unpacked(payload)?;
+                if (ending.memory, ending.disks) != (totals, disk_totals) {
+                    return Err(malformed("its end counts other pages than it has").into());
+                }
+                break ending.ran;
             }
             _ => return Err(malformed("a frame where none of its kind should be").into()),
         }
-    }
+    };
+    disks.settle()?;
+    drop(disks);
     let began = Instant::now();
     let mut state = unpacked_state(&state)?;
     state.take_place(here);
@@ -162,11 +247,17 @@ fn take<S: Read>(
     check_shape(state.config(), here)?;
     let file = memory.file().try_clone().map_err(SnapshotError::Read)?;
     drop(memory);
-    let machine = Machine::restore(state, file, files, hook)?;
+    let machine = Machine::restore(state, file, landing.files, hook)?;
     let report = ReceiveReport {
         id: opening.id,
         totals,
+        disks: disk_totals,
         made: began.elapsed(),
     };
-    Ok(Arrived { machine, report })
+    Ok(Arrived {
+        machine,
+        ran,
+        owner,
+        report,
+    })
 }

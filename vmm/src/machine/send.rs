@@ -6,21 +6,27 @@
 //! two machines runs from then on is for their owners to say; this one stands still until it is taken back or ended.
 //! Whatever fails before that leaves the guest running here ([`Unsent`]). Once all is sent and no answer comes, nobody
 //! here knows whether the other side has a machine, and whom it has told: that, too, is an offer.
+//!
+//! Disks go the same way as memory, if they go: a first round of all that is there, then what was written since.
+
+mod journal;
+mod report;
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::snapshot::{WriteLog, present, read_pages};
+use self::journal::{Journal, Left, Part, Piece};
+pub use self::report::{Pause, SendReport, Sending, SentRound};
+use super::snapshot::read_pages;
 use super::state::STATE_VERSION;
 use super::{BuildError, Machine, MachineError, RunState, SnapshotError};
 use crate::config::ConfigError;
-use crate::memory::PageSet;
 use crate::stream::converge::{AtLimit, Decision, Policy, Standing, decide};
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
-use crate::stream::live::Batch;
-use crate::stream::{Mask, Opening, PAGE, StreamError, Totals, packed};
+use crate::stream::live::{Batch, Ending};
+use crate::stream::{Opening, PAGE, StreamError, Totals, packed};
 
 /// Bytes of state in a frame.
 const PIECE: usize = 1 << 20;
@@ -39,12 +45,21 @@ pub enum MigrationError {
     Machine(#[from] SnapshotError),
     #[error("the machine that arrives is not one of this host's: {0}")]
     Config(#[from] ConfigError),
-    #[error("the guest writes to its memory faster than it can be sent")]
+    #[error("the guest writes to its memory or its disks faster than it can be sent")]
     TooBusy,
     #[error("the other side does not take the machine: {reason}")]
     Refused { reason: String },
     #[error("the guest stood still for {longest:?}, and not all had been sent")]
     Late { longest: Duration },
+    #[error("{action} disk {index}")]
+    Disk {
+        action: &'static str,
+        index: usize,
+        source: std::io::Error,
+    },
+    /// The reason is the owner's, on this side.
+    #[error("{0}")]
+    Unprepared(String),
 }
 
 macro_rules! through_snapshot_error {
@@ -64,40 +79,13 @@ through_snapshot_error!(
     crate::memory::MemoryError
 );
 
-/// What a migration took.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SendReport {
-    pub id: Uuid,
-    pub totals: Totals,
-    /// While the guest ran, the first of all memory.
-    pub rounds: Vec<SentRound>,
-    /// Pages that were sent while it stood still.
-    pub last: u64,
-    pub pause: Pause,
-    pub whole: Duration,
-}
-
-/// One copy of what had been written to, and what was decided after it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SentRound {
-    pub pages: u64,
-    pub took: Duration,
-    /// Bytes that had been written to meanwhile.
-    pub left: u64,
-    pub decision: Decision,
-}
-
-/// How long the guest stood still for what; nothing, if it did anyway.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Pause {
-    /// vCPUs and devices came to rest.
-    pub stop: Duration,
-    /// Their state was taken.
-    pub state: Duration,
-    /// What was left of memory, and the state, went to the other side.
-    pub send: Duration,
-    /// The other side made a machine of it.
-    pub answer: Duration,
+/// What goes with a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Luggage {
+    /// What its owner keeps with it; the other side's is asked for files by it.
+    pub owner: Vec<u8>,
+    /// The content of its disks goes, too: else the other side has the same.
+    pub disks: bool,
 }
 
 /// A machine that is being sent.
@@ -105,13 +93,14 @@ pub struct Sender<S> {
     machine: Machine,
     out: FrameWriter<S>,
     policy: Policy,
-    /// None: nobody knows what is written, or nobody writes.
-    log: Option<WriteLog>,
+    /// What the owner keeps with it, if that is something else than what was sent.
+    owner: Option<Vec<u8>>,
+    journal: Journal,
     /// Of this round, the last first.
-    pending: Vec<(u64, Mask)>,
+    pending: Vec<Piece>,
     batch: Batch,
-    /// Nothing was sent before what is pending: zero is zero there, too.
-    fresh: bool,
+    /// What `batch` is of.
+    of: Part,
     began: Instant,
     round: Round,
     report: SendReport,
@@ -122,14 +111,31 @@ pub struct Sender<S> {
 struct Round {
     began: Instant,
     pages: u64,
+    disk_pages: u64,
     /// Of these, pages that were not zero.
     content: u64,
+    disk_content: u64,
     /// Bytes a second, of the last round that could tell.
     rate: Option<u64>,
     /// Bytes that the round before left; none: it is the first.
     left: Option<u64>,
     /// Rounds in a row that left no less than the one before.
     stalled: u32,
+}
+
+impl Round {
+    fn first(began: Instant) -> Self {
+        Round {
+            began,
+            pages: 0,
+            disk_pages: 0,
+            content: 0,
+            disk_content: 0,
+            rate: None,
+            left: None,
+            stalled: 0,
+        }
+    }
 }
 
 /// A machine that was not sent. It runs if it ran.
@@ -157,7 +163,7 @@ pub enum Progress<S> {
 /// A machine that stands still here and, unless there is a [`Offered::doubt`], there. Dropping it ends this one.
 pub struct Offered {
     /// It takes a while to end it: not before somebody knows of the offer.
-    _log: Option<WriteLog>,
+    _journal: Journal,
     machine: Machine,
     ran: bool,
     doubt: Option<MigrationError>,
@@ -169,37 +175,29 @@ impl<S: Read + Write> Sender<S> {
     /// timeouts bound each wait.
     ///
     /// # Errors
-    /// The machine neither runs nor is paused, or the connection is broken.
-    pub fn begin(machine: Machine, connection: S, policy: Policy) -> Result<Self, Unsent> {
+    /// The machine neither runs nor is paused, a disk that is to go cannot, or the connection is broken.
+    pub fn begin(
+        machine: Machine,
+        connection: S,
+        policy: Policy,
+        luggage: Luggage,
+    ) -> Result<Self, Unsent> {
         let mut out = FrameWriter::new(connection);
-        match prepare(&machine, &mut out) {
-            Ok((id, log, pending)) => {
+        match prepare(&machine, &mut out, &luggage) {
+            Ok((report, journal, pending)) => {
                 let now = Instant::now();
                 Ok(Sender {
                     machine,
                     out,
                     policy,
-                    log,
+                    owner: None,
+                    journal,
                     pending,
                     batch: Batch::default(),
-                    fresh: true,
+                    of: Part::Memory,
                     began: now,
-                    round: Round {
-                        began: now,
-                        pages: 0,
-                        content: 0,
-                        rate: None,
-                        left: None,
-                        stalled: 0,
-                    },
-                    report: SendReport {
-                        id,
-                        totals: Totals::default(),
-                        rounds: Vec::new(),
-                        last: 0,
-                        pause: Pause::default(),
-                        whole: Duration::ZERO,
-                    },
+                    round: Round::first(now),
+                    report,
                     doubt: None,
                 })
             }
@@ -207,9 +205,39 @@ impl<S: Read + Write> Sender<S> {
         }
     }
 
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
     /// Whose events are to be served; it may reset, pause and resume itself meanwhile. Its devices stay.
-    pub fn machine(&mut self) -> &mut Machine {
+    pub fn machine_mut(&mut self) -> &mut Machine {
         &mut self.machine
+    }
+
+    /// Goes by another policy from now on.
+    pub fn set_policy(&mut self, policy: Policy) {
+        self.policy = policy;
+    }
+
+    /// Has something else go with it than what it began with.
+    pub fn set_owner(&mut self, owner: Vec<u8>) {
+        self.owner = Some(owner);
+    }
+
+    pub fn progress(&self) -> Sending {
+        let (mut memory_left, mut disk_left) = (0, 0);
+        for piece in &self.pending {
+            match piece.part {
+                Part::Memory => memory_left += piece.mask.count(),
+                Part::Disk(_) => disk_left += piece.mask.count(),
+            }
+        }
+        Sending {
+            memory_left: memory_left * PAGE as u64,
+            disk_left: disk_left * PAGE as u64,
+            elapsed: self.began.elapsed(),
+            report: self.report.clone(),
+        }
     }
 
     /// The machine is not to be sent after all; the other side finds its stream cut short.
@@ -227,7 +255,7 @@ impl<S: Read + Write> Sender<S> {
             Ok(None) => Ok(Progress::Copying(self)),
             Ok(Some(ran)) => Ok(Progress::Offered(Offered {
                 ran,
-                _log: self.log,
+                _journal: self.journal,
                 machine: self.machine,
                 report: self.report,
                 doubt: self.doubt,
@@ -245,29 +273,34 @@ impl<S: Read + Write> Sender<S> {
             self.send_some()?;
             return Ok(None);
         }
-        let running = self.machine.state == RunState::Running;
-        match &self.log {
-            Some(log) if running => {
-                let written = log.take()?;
-                match self.after_round(&written) {
-                    Decision::Again => {
-                        self.next_round(&written);
-                        Ok(None)
-                    }
-                    Decision::Stop => self.hand_over(written),
-                    Decision::GiveUp => Err(MigrationError::TooBusy),
-                }
+        if self.round.disk_content > 0 {
+            self.out.write(Kind::Sync, b"")?;
+            self.round.disk_content = 0;
+        }
+        if self.machine.state == RunState::Paused {
+            let nothing = self.journal.nothing();
+            return self.hand_over(nothing);
+        }
+        if !self.journal.has_rounds() {
+            return match self.policy.at_limit {
+                AtLimit::GiveUp => Err(MigrationError::TooBusy),
+                AtLimit::Stop => self.hand_over(self.journal.nothing()),
+            };
+        }
+        let written = self.journal.take()?;
+        match self.after_round(&written)? {
+            Decision::Again => {
+                self.next_round(&written);
+                Ok(None)
             }
-            None if running && self.policy.at_limit == AtLimit::GiveUp => {
-                Err(MigrationError::TooBusy)
-            }
-            _ => self.hand_over(PageSet::new(self.machine.memory.file_bytes()?)),
+            Decision::Stop => self.hand_over(written),
+            Decision::GiveUp => Err(MigrationError::TooBusy),
         }
     }
 
-    fn after_round(&mut self, written: &PageSet) -> Decision {
+    fn after_round(&mut self, written: &Left) -> Result<Decision, MigrationError> {
         let took = self.round.began.elapsed();
-        let left = written.count() * PAGE as u64;
+        let left = (written.count() + self.journal.unlogged(&self.machine)?) * PAGE as u64;
         let rate = |pages: u64, took: Duration| {
             let rate = u128::from(pages) * PAGE as u128 * 1_000_000 / took.as_micros().max(1);
             u64::try_from(rate).unwrap_or(u64::MAX)
@@ -275,7 +308,8 @@ impl<S: Read + Write> Sender<S> {
         if self.round.content >= TELLING {
             self.round.rate = Some(rate(self.round.content, took));
         }
-        let on_average = || rate(self.report.totals.pages, self.began.elapsed());
+        let all = self.report.totals.pages + self.report.disks.pages;
+        let on_average = || rate(all, self.began.elapsed());
         let rate = self.round.rate.unwrap_or_else(on_average);
         self.round.stalled = match self.round.left {
             Some(before) if left >= before => self.round.stalled + 1,
@@ -292,50 +326,82 @@ impl<S: Read + Write> Sender<S> {
         );
         self.report.rounds.push(SentRound {
             pages: self.round.pages,
+            disk_pages: self.round.disk_pages,
             took,
             left,
             decision,
         });
         self.round.left = Some(left);
-        decision
+        Ok(decision)
     }
 
-    fn next_round(&mut self, written: &PageSet) {
-        self.pending = written.blocks().collect();
-        self.pending.reverse();
-        self.fresh = false;
-        self.round.began = Instant::now();
-        self.round.pages = 0;
-        self.round.content = 0;
+    fn next_round(&mut self, written: &Left) {
+        self.pending = written.pieces();
+        self.journal.has_gone();
+        self.round = Round {
+            rate: self.round.rate,
+            left: self.round.left,
+            stalled: self.round.stalled,
+            ..Round::first(Instant::now())
+        };
     }
 
     /// A frame of what is pending.
     fn send_some(&mut self) -> Result<(), MigrationError> {
         let mut scanned = 0;
-        while let Some((number, mask)) = self.pending.pop() {
-            let content = read_pages(&self.machine.memory, number, mask)?;
-            // Memory has at most 2^32 blocks.
-            self.batch.add(number as u32, mask, &content, self.fresh);
+        while let Some(piece) = self
+            .pending
+            .pop_if(|piece| scanned == 0 || piece.part == self.of)
+        {
+            let Piece { part, number, mask } = piece;
+            if part != self.of {
+                self.of = part;
+                self.batch = match part {
+                    Part::Memory => Batch::default(),
+                    Part::Disk(index) => Batch::of_disk(index as u32),
+                };
+            }
+            let content = match part {
+                Part::Memory => read_pages(&self.machine.memory, number, mask)?,
+                Part::Disk(index) => self.journal.read(index, number, mask)?,
+            };
+            // Memory has at most 2^32 blocks, and a disk no more.
+            let fresh = self.journal.is_fresh(part);
+            self.batch.add(number as u32, mask, &content, fresh);
             scanned += mask.count();
             if self.batch.is_full() || scanned >= SCAN_MAX {
                 break;
             }
         }
+        let kind = match self.of {
+            Part::Memory => Kind::Pages,
+            Part::Disk(_) => Kind::Blocks,
+        };
         if let Some(payload) = self.batch.payload() {
-            self.out.write(Kind::Pages, payload)?;
+            self.out.write(kind, payload)?;
         }
         let totals = self.batch.totals();
-        self.round.pages += scanned;
         self.round.content += totals.pages;
-        self.report.totals.pages += totals.pages;
-        self.report.totals.zeros += totals.zeros;
+        let sum = match self.of {
+            Part::Memory => {
+                self.round.pages += scanned;
+                &mut self.report.totals
+            }
+            Part::Disk(_) => {
+                self.round.disk_pages += scanned;
+                self.round.disk_content += totals.pages + totals.zeros;
+                &mut self.report.disks
+            }
+        };
+        sum.pages += totals.pages;
+        sum.zeros += totals.zeros;
         self.batch.clear();
         Ok(())
     }
 
     /// Stops the guest and sends what is left, `written` and what has been written since; whether it ran. None: there
     /// is something to be carried out for the guest first.
-    fn hand_over(&mut self, mut written: PageSet) -> Result<Option<bool>, MigrationError> {
+    fn hand_over(&mut self, mut written: Left) -> Result<Option<bool>, MigrationError> {
         let began = Instant::now();
         let ran = self.machine.state == RunState::Running;
         if ran {
@@ -349,7 +415,7 @@ impl<S: Read + Write> Sender<S> {
         let over = self.machine.owes() || !self.machine.announced.is_empty();
         let outcome = match over {
             true => Ok(()),
-            false => self.rest_of_it(&mut written, began),
+            false => self.rest_of_it(&mut written, began, ran),
         };
         if ran && (over || outcome.is_err()) {
             if let Err(error) = self.machine.run() {
@@ -369,25 +435,20 @@ impl<S: Read + Write> Sender<S> {
 
     fn rest_of_it(
         &mut self,
-        written: &mut PageSet,
+        written: &mut Left,
         stopped: Instant,
+        ran: bool,
     ) -> Result<(), MigrationError> {
         let began = Instant::now();
         // First: disks are written to the end for it, and write to memory.
         let state = self.machine.packed()?;
         self.report.pause.state = began.elapsed();
         let began = Instant::now();
-        match &self.log {
-            Some(log) => {
-                written.join(&log.take()?);
-                self.fresh = false;
-            }
-            // Nobody knows what has been sent and written to since.
-            None => written.join(&present(&self.machine.memory)?),
-        }
-        self.pending = written.blocks().collect();
-        self.pending.reverse();
-        self.report.last = written.count();
+        written.join(&self.journal.take_last(&self.machine)?);
+        self.pending = written.pieces();
+        self.journal.has_gone();
+        self.report.last = written.memory();
+        self.report.last_disk = written.count() - written.memory();
         let longest = self.policy.longest;
         while !self.pending.is_empty() {
             if stopped.elapsed() > longest {
@@ -395,13 +456,21 @@ impl<S: Read + Write> Sender<S> {
             }
             self.send_some()?;
         }
+        if let Some(owner) = self.owner.take() {
+            self.out.write(Kind::Owner, &owner)?;
+        }
         for piece in state.chunks(PIECE) {
             self.out.write(Kind::State, piece)?;
         }
         if stopped.elapsed() > longest {
             return Err(MigrationError::Late { longest });
         }
-        self.out.write(Kind::End, &packed(&self.report.totals)?)?;
+        let ending = Ending {
+            memory: self.report.totals,
+            disks: self.report.disks,
+            ran,
+        };
+        self.out.write(Kind::End, &packed(&ending)?)?;
         // From here on the other side may have all of it.
         let flushed = self.out.get_mut().flush();
         self.report.pause.send = began.elapsed();
@@ -425,6 +494,10 @@ impl<S: Read + Write> Sender<S> {
 }
 
 impl Offered {
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
     pub fn report(&self) -> &SendReport {
         &self.report
     }
@@ -450,12 +523,12 @@ impl Offered {
     /// The machine cannot run any more; it has ended.
     pub fn take_back(self) -> Result<Machine, MachineError> {
         let Offered {
-            _log: log,
+            _journal: journal,
             mut machine,
             ran,
             ..
         } = self;
-        drop(log);
+        drop(journal);
         if ran && let Err(error) = machine.run() {
             machine.run_on(&error);
             return Err(error);
@@ -464,11 +537,12 @@ impl Offered {
     }
 }
 
-type Prepared = (Uuid, Option<WriteLog>, Vec<(u64, Mask)>);
+type Prepared = (SendReport, Journal, Vec<Piece>);
 
 fn prepare<S: Write>(
     machine: &Machine,
     out: &mut FrameWriter<S>,
+    luggage: &Luggage,
 ) -> Result<Prepared, MigrationError> {
     if machine.state != RunState::Paused {
         machine.expect(RunState::Running, "sent")?;
@@ -483,14 +557,25 @@ fn prepare<S: Write>(
     let mut config = STATE_VERSION.to_le_bytes().to_vec();
     config.extend(packed(&machine.config)?);
     out.write(Kind::Config, &config)?;
-    // What nobody logs is sent when nobody writes any more.
-    if machine.devices.iter().any(|device| device.writes_unseen()) {
-        return Ok((opening.id, None, Vec::new()));
+    out.write(Kind::Owner, &luggage.owner)?;
+    let (journal, all) = Journal::begin(machine, luggage.disks)?;
+    let sizes = journal.sizes();
+    if luggage.disks {
+        out.write(Kind::Disks, &packed(&sizes)?)?;
     }
-    let log = WriteLog::begin(&machine.vm, &machine.memory)?;
-    let mut pending: Vec<_> = present(&machine.memory)?.blocks().collect();
-    pending.reverse();
-    Ok((opening.id, Some(log), pending))
+    let report = SendReport {
+        id: opening.id,
+        memory: opening.memory,
+        disk: sizes.iter().sum(),
+        totals: Totals::default(),
+        disks: Totals::default(),
+        rounds: Vec::new(),
+        last: 0,
+        last_disk: 0,
+        pause: Pause::default(),
+        whole: Duration::ZERO,
+    };
+    Ok((report, journal, all.pieces()))
 }
 
 /// Waits for the other side's.

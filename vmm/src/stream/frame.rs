@@ -24,12 +24,19 @@ pub enum Kind {
     State,
     /// [`super::Totals`] in postcard.
     End,
-    /// What the machine's owner keeps with it; at most one, which this library does not read.
+    /// What the machine's owner keeps with it, which this library does not read. One in a snapshot; in a live stream
+    /// behind the configuration, and the last one counts.
     Owner,
     /// The form of the state that will come (4), and the machine's configuration in postcard, before its memory.
     Config,
     /// Pages with their places ([`super::live`]).
     Pages,
+    /// Of each disk of the configuration, in postcard: its bytes, or nothing if its content does not come.
+    Disks,
+    /// Number of a disk (4), then pages of it with their places, as of memory.
+    Blocks,
+    /// What has come of the disks is to be durable before anything else is read.
+    Sync,
     /// The other way: the machine is there, and stands still.
     Ready,
     /// The other way: it is not, and why, for people.
@@ -48,6 +55,9 @@ impl Kind {
             Kind::Pages => 7,
             Kind::Ready => 8,
             Kind::Refused => 9,
+            Kind::Disks => 10,
+            Kind::Blocks => 11,
+            Kind::Sync => 12,
         }
     }
 
@@ -62,6 +72,9 @@ impl Kind {
             Kind::Pages,
             Kind::Ready,
             Kind::Refused,
+            Kind::Disks,
+            Kind::Blocks,
+            Kind::Sync,
         ];
         all.into_iter().find(|kind| kind.number() == number)
     }

@@ -1,7 +1,9 @@
-//! Memory on its way between two processes: frames of pages, each with its place.
+//! Memory and disks on their way between two processes: frames of pages, each with its place.
 //!
-//! A frame of pages is a sequence of entries: number of the block (4), pages that follow (2), pages that are zero (2),
+//! A frame of blocks of a disk begins with the disk's number (4, little-endian); then it is as one of memory, which is a sequence of entries: number of the block (4), pages that follow (2), pages that are zero (2),
 //! little-endian, then the pages that follow, each whole, in ascending order.
+
+use serde::{Deserialize, Serialize};
 
 use super::pages::PAGES;
 use super::{BLOCK, Mask, PAGE, StreamError, Target, Totals, io, malformed};
@@ -11,15 +13,38 @@ const ENTRY: usize = 8;
 /// Blocks in a frame: a megabyte.
 const BLOCKS: usize = 16;
 
-/// A frame that is being filled.
+/// The last frame of a live stream: what there was in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ending {
+    pub memory: Totals,
+    pub disks: Totals,
+    /// The guest ran where it was, and is to run where it comes to.
+    pub ran: bool,
+}
+
+/// Bytes of a disk's number.
+const NUMBER: usize = 4;
+
+/// A frame that is being filled: of memory, or of a disk.
 #[derive(Default)]
 pub struct Batch {
     payload: Vec<u8>,
+    /// Of these, what stands before the first entry.
+    head: usize,
     blocks: usize,
     totals: Totals,
 }
 
 impl Batch {
+    /// Of the disk of this number.
+    pub fn of_disk(number: u32) -> Self {
+        Batch {
+            payload: number.to_le_bytes().to_vec(),
+            head: NUMBER,
+            ..Batch::default()
+        }
+    }
+
     /// Adds the pages of `mask`, of block `number`; `content` has them behind each other, each whole. Where nothing
     /// was sent before (`fresh`), pages that are zero are not spoken of.
     pub fn add(&mut self, number: u32, mask: Mask, content: &[u8], fresh: bool) {
@@ -55,7 +80,7 @@ impl Batch {
 
     /// The frame's payload, if there is anything in it; the batch is empty afterwards, when [`Batch::clear`]ed.
     pub fn payload(&self) -> Option<&[u8]> {
-        (!self.payload.is_empty()).then_some(&self.payload)
+        (self.blocks > 0).then_some(&self.payload)
     }
 
     pub fn totals(&self) -> Totals {
@@ -63,10 +88,17 @@ impl Batch {
     }
 
     pub fn clear(&mut self) {
-        self.payload.clear();
+        self.payload.truncate(self.head);
         self.blocks = 0;
         self.totals = Totals::default();
     }
+}
+
+/// The disk's number, and the rest, of a frame of blocks.
+pub fn of_disk(payload: &[u8]) -> Result<(u32, &[u8]), StreamError> {
+    let (number, rest) = (payload.split_first_chunk::<NUMBER>())
+        .ok_or_else(|| malformed("a frame of blocks without a disk"))?;
+    Ok((u32::from_le_bytes(*number), rest))
 }
 
 /// Numbers of the pages of a mask.
@@ -75,6 +107,7 @@ fn pages(mask: Mask) -> impl Iterator<Item = usize> {
 }
 
 /// Puts a frame of pages into `memory`, which has `length` bytes; what it held.
+/// A disk's last page may reach beyond it.
 ///
 /// # Errors
 /// It is not what [`Batch`] writes, or speaks of pages that the machine does not have; then `memory` is in no state to

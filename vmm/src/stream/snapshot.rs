@@ -300,9 +300,7 @@ impl Snapshot {
                 (Kind::Owner, payload) => owner.extend_from_slice(payload),
                 (Kind::End, payload) => break unpacked(payload)?,
                 (Kind::Opening, _) => return Err(malformed("a second opening")),
-                (Kind::Config | Kind::Pages | Kind::Ready | Kind::Refused, _) => {
-                    return Err(malformed("a frame that no snapshot has"));
-                }
+                _ => return Err(malformed("a frame that no snapshot has")),
             }
         };
         if !frames.is_at_end()? {

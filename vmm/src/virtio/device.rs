@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::block::DiskCopy;
 use super::queue::Virtqueue;
 use crate::device::{DeviceError, SavedDevice};
 
@@ -57,6 +58,11 @@ pub trait VirtioDevice: Send {
     /// lent then ([`Virtqueue::lent_interrupt`]).
     fn lends_interrupts(&self) -> bool {
         false
+    }
+
+    /// For a disk that can be copied while its guest uses it.
+    fn disk(&self) -> Option<DiskCopy> {
+        None
     }
 
     /// Starts to work. Whatever waits in the queues is looked at once, kicked or not.

@@ -18,7 +18,8 @@ use fractus_vmm::config::{
     RngConfig, VsockConfig,
 };
 use fractus_vmm::machine::{
-    self, Arrived, Event, Machine, MigrationError, Offered, Progress, Sender, StopReason, Unsent,
+    self, Arrived, Event, Landing, Luggage, Machine, MigrationError, Offered, Progress, Sender,
+    StopReason, Unsent,
 };
 use fractus_vmm::stream::converge::Policy;
 use fractus_vmm::stream::snapshot::Snapshot;
@@ -240,6 +241,18 @@ fn files_again(
     }
 }
 
+/// What a machine's owner keeps with it.
+const OWNER: &[u8] = b"its owner's";
+
+/// The disks that a guest finds on its new machine.
+#[derive(Clone, Copy)]
+pub enum Disks<'a> {
+    /// Those that it has.
+    Shared(&'a [&'a File]),
+    /// Others, which get the content of those, and may have so many bytes at most.
+    Go(&'a [&'a File], u64),
+}
+
 /// What came of sending a guest.
 pub struct Sent {
     pub offer: Result<Offered, Unsent>,
@@ -408,6 +421,18 @@ impl Guest {
         disks: &[&File],
         near: impl Read + Write,
         far: impl Read + Write + Send + 'static,
+        before: impl FnMut(usize, &mut Machine),
+    ) -> Sent {
+        self.sent_to(policy, Disks::Shared(disks), near, far, before)
+    }
+
+    /// The same with disks that are shared or go.
+    pub fn sent_to(
+        self,
+        policy: Policy,
+        disks: Disks<'_>,
+        near: impl Read + Write,
+        far: impl Read + Write + Send + 'static,
         mut before: impl FnMut(usize, &mut Machine),
     ) -> Sent {
         let Guest {
@@ -423,18 +448,30 @@ impl Guest {
         let here = machine.config().clone();
         let (other_serial, end) = UnixStream::pair().expect("a socket pair");
         let other_nets: Vec<_> = nets.iter().map(duplicate_net).collect();
-        let files = files_again(&other_nets, None, disks, &end);
-        let arrival = std::thread::spawn(move || machine::receive(far, &here, files, None));
-        let mut sender = Sender::begin(machine, near, policy);
+        let (files, most) = match disks {
+            Disks::Shared(disks) => (disks, Vec::new()),
+            Disks::Go(disks, most) => (disks, vec![most; disks.len()]),
+        };
+        let luggage = Luggage {
+            owner: OWNER.to_vec(),
+            disks: matches!(disks, Disks::Go(..)),
+        };
+        let files = files_again(&other_nets, None, files, &end);
+        let land = move |owner: &[u8]| {
+            assert_eq!(owner, OWNER);
+            Ok(Landing { files, most })
+        };
+        let arrival = std::thread::spawn(move || machine::receive(far, &here, land, None));
+        let mut sender = Sender::begin(machine, near, policy, luggage);
         let mut step = 0;
         let offer = loop {
             let mut sending = match sender {
                 Ok(sending) => sending,
                 Err(unsent) => break Err(unsent),
             };
-            before(step, sending.machine());
+            before(step, sending.machine_mut());
             step += 1;
-            while let Some(event) = sending.machine().next_event() {
+            while let Some(event) = sending.machine_mut().next_event() {
                 println!("[{event:?}]");
                 events.push_back(event);
             }

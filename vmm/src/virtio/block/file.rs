@@ -145,6 +145,11 @@ pub(super) fn execute(disk: &DiskFile, io: &mut Io) -> Result<(), Errno> {
     }
 }
 
+/// Fills the buffer, here and now.
+pub(super) fn read(disk: &DiskFile, buffer: &mut Buffer, offset: u64) -> Result<(), Errno> {
+    transfer(disk, Way::Read, buffer, offset)
+}
+
 /// Writes all of the buffer, here and now.
 pub(super) fn write(disk: &DiskFile, buffer: &mut Buffer, offset: u64) -> Result<(), Errno> {
     transfer(disk, Way::Write, buffer, offset)

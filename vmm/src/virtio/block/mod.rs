@@ -6,6 +6,7 @@
 
 pub mod backend;
 mod buffer;
+mod copy;
 mod file;
 pub mod filter;
 mod pool;
@@ -23,11 +24,13 @@ use serde::{Deserialize, Serialize};
 
 pub use backend::{DiskBackend, Geometry};
 pub use buffer::Buffer;
+pub use copy::{DiskCopy, DiskLog, DiskTarget};
 pub use file::{DiskFile, DiskFileError};
 pub use pool::Pool;
 pub use uring::Uring;
 
 use self::backend::SECTOR;
+use self::copy::Written;
 use self::filter::{BlockFilter, Limit, Stack};
 use self::request::{DISCARD_SECTORS_MAX, ZEROES_SECTORS_MAX};
 use self::worker::{AtRest, Command, Worker};
@@ -74,6 +77,9 @@ struct State {
 pub struct Block {
     id: String,
     geometry: Geometry,
+    /// What is copied of it; none: it is on storage of another kind.
+    file: Option<DiskFile>,
+    written: Arc<Written>,
     queues: u16,
     writeback: Arc<AtomicBool>,
     commands: Sender<Command>,
@@ -97,12 +103,12 @@ impl Block {
             Ok(ring) => Box::new(ring),
             Err(error) => {
                 tracing::info!(disk = id, %error, "no io_uring: disk I/O goes by threads");
-                let pool = Pool::new(disk, id, threads)
+                let pool = Pool::new(disk.clone(), id, threads)
                     .map_err(|error| DeviceError::new(id, "start its threads", error))?;
                 Box::new(pool)
             }
         };
-        Self::new(id, config, backend, threads)
+        Ok(Self::new(id, config, backend, threads)?.on(disk))
     }
 
     /// The same by threads, for a disk that comes when no ring can be made any more.
@@ -114,9 +120,14 @@ impl Block {
     ) -> Result<Self, DeviceError> {
         let disk = DiskFile::new(file, config.read_only)
             .map_err(|error| DeviceError::new(id, "use the disk's file", error))?;
-        let pool = Pool::new(disk, id, threads)
+        let pool = Pool::new(disk.clone(), id, threads)
             .map_err(|error| DeviceError::new(id, "start its threads", error))?;
-        Self::new(id, config, Box::new(pool), threads)
+        Ok(Self::new(id, config, Box::new(pool), threads)?.on(disk))
+    }
+
+    fn on(mut self, disk: DiskFile) -> Self {
+        self.file = Some(disk);
+        self
     }
 
     /// A disk on any storage.
@@ -138,12 +149,14 @@ impl Block {
         let control = EventFd::new().map_err(failed)?;
         let writeback = Arc::new(AtomicBool::new(true));
         let (heard, shared) = (control.try_clone().map_err(failed)?, Arc::clone(&writeback));
+        let written = Arc::<Written>::default();
         let worker = Worker::new(
             stack,
             serial(&config.serial_number),
             receiver,
             heard,
             shared,
+            Arc::clone(&written),
         )
         .map_err(|error| failed(error.into()))?;
         let thread = threads
@@ -157,6 +170,8 @@ impl Block {
         Ok(Self {
             id: id.to_owned(),
             geometry,
+            file: None,
+            written,
             queues: config.queues.max(1),
             writeback,
             commands,
@@ -270,6 +285,11 @@ impl VirtioDevice for Block {
             F_DISCARD | F_WRITE_ZEROES
         };
         common | access | if self.queues > 1 { F_MQ } else { 0 }
+    }
+
+    fn disk(&self) -> Option<DiskCopy> {
+        let file = self.file.clone()?;
+        Some(DiskCopy::new(file, Arc::clone(&self.written)))
     }
 
     fn queue_sizes(&self) -> Vec<u16> {

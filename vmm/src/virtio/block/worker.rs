@@ -18,6 +18,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::backend::{Alignment, Completion, Io, Operation};
 use super::buffer::Buffer;
+use super::copy::Written;
 use super::filter::{BlockFilter, Stack};
 use super::request::{Request, Rules, Status, Wish, parse};
 use crate::eventfd::EventFd;
@@ -79,6 +80,7 @@ pub(super) struct Worker {
     control: EventFd,
     /// The driver's wish that writes are durable when they are done (changes while running).
     writeback: Arc<AtomicBool>,
+    written: Arc<Written>,
     epoll: OwnedFd,
     queues: Vec<Virtqueue>,
     write_through: bool,
@@ -105,6 +107,7 @@ impl Worker {
         commands: Receiver<Command>,
         control: EventFd,
         writeback: Arc<AtomicBool>,
+        written: Arc<Written>,
     ) -> Result<Self, Errno> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(
@@ -124,6 +127,7 @@ impl Worker {
             commands,
             control,
             writeback,
+            written,
             epoll,
             queues: Vec::new(),
             write_through: false,
@@ -396,6 +400,10 @@ impl Worker {
             return Ok(());
         };
         let writes = !matches!(pending.operation, Operation::Read | Operation::Flush);
+        if writes {
+            // Also where it failed half way.
+            self.written.add(io.offset, io.length);
+        }
         let lasting = self.write_through || !self.writeback.load(Ordering::Acquire);
         if pending.bounced && pending.operation == Operation::Read && result.is_ok() {
             let memory = self.queues[pending.queue].memory();

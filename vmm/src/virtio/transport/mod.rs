@@ -30,6 +30,7 @@ use crate::pci::{
     BarSpec, BarWidth, ConfigSpace, ConfigState, Identity, MSIX_CAPABILITY, Msix, MsixLayout,
     MsixState, PciFunction, SharedFunction,
 };
+use crate::virtio::block::DiskCopy;
 
 const VENDOR: u16 = 0x1af4;
 const DEVICE_BASE: u16 = 0x1040;
@@ -183,6 +184,10 @@ impl Device for VirtioPciDevice {
 
     fn writes_unseen(&self) -> bool {
         self.lock().device.lends_interrupts()
+    }
+
+    fn disk(&self) -> Option<DiskCopy> {
+        self.lock().device.disk()
     }
 
     fn reset(&self) -> Result<(), DeviceError> {

@@ -1,0 +1,193 @@
+//! What of a machine is to be sent: all of it once, and then what it has written since.
+
+use super::MigrationError;
+use crate::machine::snapshot::{WriteLog, present};
+use crate::machine::{Machine, SnapshotError};
+use crate::memory::PageSet;
+use crate::stream::Mask;
+use crate::virtio::block::DiskLog;
+
+/// Of what something is a part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    Memory,
+    /// Its number in the configuration.
+    Disk(usize),
+}
+
+/// Some pages of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    pub part: Part,
+    pub number: u64,
+    pub mask: Mask,
+}
+
+/// Takes down what guest, devices and process write to.
+pub struct Journal {
+    /// None: nobody knows what is written to memory, or nobody writes.
+    memory: Option<WriteLog>,
+    bytes: u64,
+    /// In the order of the configuration, if they go.
+    disks: Vec<DiskLog>,
+    /// Something of these has been sent: zero is not zero there for that reason alone.
+    memory_gone: bool,
+    disks_gone: bool,
+}
+
+impl Journal {
+    /// With all that is there.
+    pub fn begin(machine: &Machine, disks: bool) -> Result<(Self, Left), MigrationError> {
+        let unlogged = machine.devices.iter().any(|device| device.writes_unseen());
+        let memory = match unlogged {
+            true => None,
+            false => Some(WriteLog::begin(&machine.vm, &machine.memory)?),
+        };
+        let names = match disks {
+            true => machine.disks(),
+            false => &[],
+        };
+        let mut logs = Vec::new();
+        for (index, name) in names.iter().enumerate() {
+            let mut devices = machine.devices.iter();
+            let device = devices.find(|device| device.id() == name.as_str());
+            let disk = device.and_then(|device| device.disk());
+            let disk = disk.ok_or_else(|| MigrationError::Disk {
+                action: "find",
+                index,
+                source: std::io::ErrorKind::Unsupported.into(),
+            })?;
+            logs.push(disk.log());
+        }
+        let journal = Journal {
+            memory,
+            bytes: machine.memory.file_bytes()?,
+            disks: logs,
+            memory_gone: false,
+            disks_gone: false,
+        };
+        let mut all = journal.nothing();
+        if journal.memory.is_some() {
+            all.memory = present(&machine.memory)?;
+        }
+        for (index, (log, pages)) in journal.disks.iter().zip(&mut all.disks).enumerate() {
+            let action = "look for the data of";
+            let failed = |source| MigrationError::Disk {
+                action,
+                index,
+                source,
+            };
+            *pages = log.disk().present().map_err(failed)?;
+        }
+        Ok((journal, all))
+    }
+
+    pub fn nothing(&self) -> Left {
+        let none = |log: &DiskLog| PageSet::new(log.disk().bytes());
+        Left {
+            memory: PageSet::new(self.bytes),
+            disks: self.disks.iter().map(none).collect(),
+        }
+    }
+
+    /// Bytes of each disk that goes.
+    pub fn sizes(&self) -> Vec<u64> {
+        self.disks.iter().map(|log| log.disk().bytes()).collect()
+    }
+
+    /// Anything can be sent while the guest runs.
+    pub fn has_rounds(&self) -> bool {
+        self.memory.is_some() || !self.disks.is_empty()
+    }
+
+    /// What was written since it was begun or last taken.
+    pub fn take(&self) -> Result<Left, SnapshotError> {
+        Ok(Left {
+            memory: match &self.memory {
+                Some(log) => log.take()?,
+                None => PageSet::new(self.bytes),
+            },
+            disks: self.disks.iter().map(DiskLog::take).collect(),
+        })
+    }
+
+    /// The same of a machine that stands still, with what nobody has taken down.
+    pub fn take_last(&self, machine: &Machine) -> Result<Left, SnapshotError> {
+        let mut left = self.take()?;
+        if self.memory.is_none() {
+            left.memory = present(&machine.memory)?;
+        }
+        Ok(left)
+    }
+
+    /// Pages that will be sent at the end for want of a log.
+    pub fn unlogged(&self, machine: &Machine) -> Result<u64, SnapshotError> {
+        match self.memory {
+            Some(_) => Ok(0),
+            None => Ok(present(&machine.memory)?.count()),
+        }
+    }
+
+    /// A round of all that there was is over.
+    pub fn has_gone(&mut self) {
+        self.memory_gone = self.memory.is_some();
+        self.disks_gone = true;
+    }
+
+    /// Nothing of it was sent yet: what is zero is zero there, too.
+    pub fn is_fresh(&self, part: Part) -> bool {
+        match part {
+            Part::Memory => !self.memory_gone,
+            Part::Disk(_) => !self.disks_gone,
+        }
+    }
+
+    /// Some pages of a block of a disk, each whole.
+    pub fn read(&self, index: usize, number: u64, mask: Mask) -> Result<Vec<u8>, MigrationError> {
+        let failed = |source| MigrationError::Disk {
+            action: "read",
+            index,
+            source,
+        };
+        let log = self.disks.get(index);
+        let log = log.ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
+        log.disk().read(number, mask).map_err(failed)
+    }
+}
+
+/// Pages that are to be sent.
+pub struct Left {
+    memory: PageSet,
+    disks: Vec<PageSet>,
+}
+
+impl Left {
+    /// All of them.
+    pub fn count(&self) -> u64 {
+        self.memory() + self.disks.iter().map(PageSet::count).sum::<u64>()
+    }
+
+    /// Those of memory.
+    pub fn memory(&self) -> u64 {
+        self.memory.count()
+    }
+
+    pub fn join(&mut self, other: &Left) {
+        self.memory.join(&other.memory);
+        for (pages, more) in self.disks.iter_mut().zip(&other.disks) {
+            pages.join(more);
+        }
+    }
+
+    /// The last first: disks, which take longest, and then memory, which is written to most.
+    pub fn pieces(&self) -> Vec<Piece> {
+        let of = |part| move |(number, mask)| Piece { part, number, mask };
+        let disks = self.disks.iter().enumerate();
+        let disks = disks.flat_map(|(index, pages)| pages.blocks().map(of(Part::Disk(index))));
+        let mut all: Vec<_> = disks
+            .chain(self.memory.blocks().map(of(Part::Memory)))
+            .collect();
+        all.reverse();
+        all
+    }
+}
