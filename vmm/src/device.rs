@@ -43,6 +43,11 @@ pub trait Device: Send + Sync {
         false
     }
 
+    /// What is kept somewhere is durable: what a disk was told to write. It works on meanwhile.
+    fn settle(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// For a disk that can be copied while its guest uses it.
     fn disk(&self) -> Option<DiskCopy> {
         None

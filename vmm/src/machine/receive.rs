@@ -33,7 +33,8 @@ pub struct Arrived {
 /// What a machine comes to.
 pub struct Landing {
     pub files: MachineFiles,
-    /// Bytes that each disk may have at most whose content comes; its file is open for writing, and loses what it had.
+    /// Bytes that each disk may have at most, where their content is to come: a file that is open for writing, and loses
+    /// what it had. Empty: they have it.
     pub most: Vec<u64>,
 }
 
@@ -230,6 +231,9 @@ fn take<S: Read>(
             (Kind::State, payload) => state.extend_from_slice(payload),
             (Kind::End, payload) => {
                 let ending: live::Ending = unpacked(payload)?;
+                if disks.0.len() != landing.most.len() {
+                    return Err(malformed("no content of its disks").into());
+                }
                 if (ending.memory, ending.disks) != (totals, disk_totals) {
                     return Err(malformed("its end counts other pages than it has").into());
                 }

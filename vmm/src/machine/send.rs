@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use self::journal::{Journal, Left, Part, Piece};
+use self::journal::{Journal, Left, Part, Pending, Piece};
 pub use self::report::{Pause, SendReport, Sending, SentRound};
 use super::snapshot::read_pages;
 use super::state::STATE_VERSION;
@@ -32,6 +32,10 @@ use crate::stream::{Opening, PAGE, StreamError, Totals, packed};
 const PIECE: usize = 1 << 20;
 /// Pages that are looked at before the owner has its turn, however many of them are zero.
 const SCAN_MAX: u64 = 4096;
+/// The same of a disk, which is read from its storage.
+const DISK_SCAN_MAX: u64 = 512;
+/// Rounds that are reported; of more than that some in the middle are not.
+const ROUNDS_MAX: usize = 256;
 /// A round of so many pages with content says how fast the connection is; a smaller one may have found room in the
 /// buffers of the kernel.
 const TELLING: u64 = 256;
@@ -96,8 +100,8 @@ pub struct Sender<S> {
     /// What the owner keeps with it, if that is something else than what was sent.
     owner: Option<Vec<u8>>,
     journal: Journal,
-    /// Of this round, the last first.
-    pending: Vec<Piece>,
+    /// Of this round.
+    pending: Pending,
     batch: Batch,
     /// What `batch` is of.
     of: Part,
@@ -224,20 +228,19 @@ impl<S: Read + Write> Sender<S> {
         self.owner = Some(owner);
     }
 
-    pub fn progress(&self) -> Sending {
-        let (mut memory_left, mut disk_left) = (0, 0);
-        for piece in &self.pending {
-            match piece.part {
-                Part::Memory => memory_left += piece.mask.count(),
-                Part::Disk(_) => disk_left += piece.mask.count(),
-            }
-        }
+    pub fn progress(&self) -> Sending<'_> {
+        let (memory_left, disk_left) = self.pending.count();
         Sending {
             memory_left: memory_left * PAGE as u64,
             disk_left: disk_left * PAGE as u64,
             elapsed: self.began.elapsed(),
-            report: self.report.clone(),
+            report: &self.report,
         }
+    }
+
+    /// What it is sent by.
+    pub fn connection(&mut self) -> &mut S {
+        self.out.get_mut()
     }
 
     /// The machine is not to be sent after all; the other side finds its stream cut short.
@@ -269,6 +272,10 @@ impl<S: Read + Write> Sender<S> {
         if !matches!(self.machine.state, RunState::Running | RunState::Paused) {
             return Err(SnapshotError::Over.into());
         }
+        let running = self.machine.state == RunState::Running;
+        if running && !self.journal.logs_memory() && self.policy.at_limit == AtLimit::GiveUp {
+            return Err(MigrationError::TooBusy);
+        }
         if !self.pending.is_empty() {
             self.send_some()?;
             return Ok(None);
@@ -277,25 +284,33 @@ impl<S: Read + Write> Sender<S> {
             self.out.write(Kind::Sync, b"")?;
             self.round.disk_content = 0;
         }
-        if self.machine.state == RunState::Paused {
+        if !running || !self.journal.has_rounds() {
             let nothing = self.journal.nothing();
             return self.hand_over(nothing);
-        }
-        if !self.journal.has_rounds() {
-            return match self.policy.at_limit {
-                AtLimit::GiveUp => Err(MigrationError::TooBusy),
-                AtLimit::Stop => self.hand_over(self.journal.nothing()),
-            };
         }
         let written = self.journal.take()?;
         match self.after_round(&written)? {
             Decision::Again => {
-                self.next_round(&written);
+                self.next_round(written);
                 Ok(None)
             }
-            Decision::Stop => self.hand_over(written),
+            Decision::Stop => {
+                self.settle_disks()?;
+                self.hand_over(written)
+            }
             Decision::GiveUp => Err(MigrationError::TooBusy),
         }
+    }
+
+    /// Whatever has not been written to the storage yet is, where disks go: it is the last occasion to hear that it
+    /// could not be, and what the guest was told is durable has to be so there.
+    fn settle_disks(&self) -> Result<(), MigrationError> {
+        if self.journal.has_disks() {
+            for device in &self.machine.devices {
+                device.settle().map_err(MachineError::from)?;
+            }
+        }
+        Ok(())
     }
 
     fn after_round(&mut self, written: &Left) -> Result<Decision, MigrationError> {
@@ -324,6 +339,9 @@ impl<S: Read + Write> Sender<S> {
                 stalled: self.round.stalled,
             },
         );
+        if self.report.rounds.len() >= ROUNDS_MAX {
+            self.report.rounds.remove(ROUNDS_MAX / 2);
+        }
         self.report.rounds.push(SentRound {
             pages: self.round.pages,
             disk_pages: self.round.disk_pages,
@@ -335,8 +353,8 @@ impl<S: Read + Write> Sender<S> {
         Ok(decision)
     }
 
-    fn next_round(&mut self, written: &Left) {
-        self.pending = written.pieces();
+    fn next_round(&mut self, written: Left) {
+        self.pending = Pending::new(written);
         self.journal.has_gone();
         self.round = Round {
             rate: self.round.rate,
@@ -349,11 +367,9 @@ impl<S: Read + Write> Sender<S> {
     /// A frame of what is pending.
     fn send_some(&mut self) -> Result<(), MigrationError> {
         let mut scanned = 0;
-        while let Some(piece) = self
-            .pending
-            .pop_if(|piece| scanned == 0 || piece.part == self.of)
-        {
-            let Piece { part, number, mask } = piece;
+        let mut only = None;
+        while let Some(Piece { part, number, mask }) = self.pending.next(only) {
+            only = Some(part);
             if part != self.of {
                 self.of = part;
                 self.batch = match part {
@@ -369,7 +385,11 @@ impl<S: Read + Write> Sender<S> {
             let fresh = self.journal.is_fresh(part);
             self.batch.add(number as u32, mask, &content, fresh);
             scanned += mask.count();
-            if self.batch.is_full() || scanned >= SCAN_MAX {
+            let most = match part {
+                Part::Memory => SCAN_MAX,
+                Part::Disk(_) => DISK_SCAN_MAX,
+            };
+            if self.batch.is_full() || scanned >= most {
                 break;
             }
         }
@@ -422,7 +442,7 @@ impl<S: Read + Write> Sender<S> {
                 self.machine.run_on(&error);
                 return Err(error.into());
             }
-            self.next_round(&written);
+            self.next_round(written);
         }
         outcome?;
         match ran {
@@ -440,15 +460,14 @@ impl<S: Read + Write> Sender<S> {
         ran: bool,
     ) -> Result<(), MigrationError> {
         let began = Instant::now();
-        // First: disks are written to the end for it, and write to memory.
+        // First: whatever a device still does for it is in what is taken next.
         let state = self.machine.packed()?;
         self.report.pause.state = began.elapsed();
         let began = Instant::now();
         written.join(&self.journal.take_last(&self.machine)?);
-        self.pending = written.pieces();
+        self.pending = Pending::new(written.clone());
         self.journal.has_gone();
-        self.report.last = written.memory();
-        self.report.last_disk = written.count() - written.memory();
+        (self.report.last, self.report.last_disk) = self.pending.count();
         let longest = self.policy.longest;
         while !self.pending.is_empty() {
             if stopped.elapsed() > longest {
@@ -537,7 +556,7 @@ impl Offered {
     }
 }
 
-type Prepared = (SendReport, Journal, Vec<Piece>);
+type Prepared = (SendReport, Journal, Pending);
 
 fn prepare<S: Write>(
     machine: &Machine,
@@ -575,7 +594,7 @@ fn prepare<S: Write>(
         pause: Pause::default(),
         whole: Duration::ZERO,
     };
-    Ok((report, journal, all.pieces()))
+    Ok((report, journal, Pending::new(all)))
 }
 
 /// Waits for the other side's.

@@ -41,6 +41,24 @@ impl PageSet {
         self.add(0, &other.words);
     }
 
+    /// The first block from this number on that has any.
+    pub fn block_from(&self, number: u64) -> Option<(u64, Mask)> {
+        let first = (number / 4) as usize;
+        let words = self.words.get(first..)?;
+        let before = (number % 4) * 16;
+        let head = words.first()? >> before << before;
+        let (index, word) = match head {
+            0 => {
+                let at = words.iter().skip(1).position(|word| *word != 0)? + 1;
+                (at, *words.get(at)?)
+            }
+            head => (0, head),
+        };
+        let part = u64::from(word.trailing_zeros()) / 16;
+        let number = (first + index) as u64 * 4 + part;
+        Some((number, Mask((word >> (part * 16)) as u16)))
+    }
+
     /// How many pages.
     pub fn count(&self) -> u64 {
         self.words
@@ -69,6 +87,22 @@ mod tests {
     use super::*;
 
     proptest! {
+        #[test]
+        fn blocks_are_found_one_after_the_other(
+            pages in prop::collection::btree_set(0..4096u64, 0..40),
+        ) {
+            let mut set = PageSet::new(4096 * PAGE as u64);
+            for page in &pages {
+                set.add_range(page * PAGE as u64, (page + 1) * PAGE as u64);
+            }
+            let (mut at, mut found) = (0, Vec::new());
+            while let Some((number, mask)) = set.block_from(at) {
+                found.push((number, mask));
+                at = number + 1;
+            }
+            prop_assert_eq!(found, set.blocks().collect::<Vec<_>>());
+        }
+
         #[test]
         fn a_set_has_just_the_pages_of_its_logs(
             logs in prop::collection::vec((0..6u64, prop::collection::vec(any::<u64>(), 0..4)), 0..5),

@@ -22,7 +22,7 @@ pub enum Kind {
     Placed,
     /// A piece of the machine's state in postcard; pieces follow each other.
     State,
-    /// [`super::Totals`] in postcard.
+    /// [`super::Totals`] in postcard; in a live stream [`super::live::Ending`].
     End,
     /// What the machine's owner keeps with it, which this library does not read. One in a snapshot; in a live stream
     /// behind the configuration, and the last one counts.
@@ -31,7 +31,7 @@ pub enum Kind {
     Config,
     /// Pages with their places ([`super::live`]).
     Pages,
-    /// Of each disk of the configuration, in postcard: its bytes, or nothing if its content does not come.
+    /// The bytes of each disk of the configuration, in postcard: their content comes.
     Disks,
     /// Number of a disk (4), then pages of it with their places, as of memory.
     Blocks,

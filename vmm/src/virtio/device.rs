@@ -60,6 +60,11 @@ pub trait VirtioDevice: Send {
         false
     }
 
+    /// As [`crate::device::Device::settle`].
+    fn settle(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// For a disk that can be copied while its guest uses it.
     fn disk(&self) -> Option<DiskCopy> {
         None

@@ -97,7 +97,17 @@ impl Journal {
 
     /// Anything can be sent while the guest runs.
     pub fn has_rounds(&self) -> bool {
-        self.memory.is_some() || !self.disks.is_empty()
+        self.logs_memory() || !self.disks.is_empty()
+    }
+
+    /// What the guest writes to its memory is taken down.
+    pub fn logs_memory(&self) -> bool {
+        self.memory.is_some()
+    }
+
+    /// Disks go.
+    pub fn has_disks(&self) -> bool {
+        !self.disks.is_empty()
     }
 
     /// What was written since it was begun or last taken.
@@ -156,6 +166,7 @@ impl Journal {
 }
 
 /// Pages that are to be sent.
+#[derive(Clone)]
 pub struct Left {
     memory: PageSet,
     disks: Vec<PageSet>,
@@ -178,16 +189,70 @@ impl Left {
             pages.join(more);
         }
     }
+}
 
-    /// The last first: disks, which take longest, and then memory, which is written to most.
-    pub fn pieces(&self) -> Vec<Piece> {
-        let of = |part| move |(number, mask)| Piece { part, number, mask };
-        let disks = self.disks.iter().enumerate();
-        let disks = disks.flat_map(|(index, pages)| pages.blocks().map(of(Part::Disk(index))));
-        let mut all: Vec<_> = disks
-            .chain(self.memory.blocks().map(of(Part::Memory)))
-            .collect();
-        all.reverse();
-        all
+/// What of it is to be sent yet: disks, which take longest, and then memory, which is written to most.
+pub struct Pending {
+    left: Left,
+    /// Where the next is looked for.
+    part: Part,
+    block: u64,
+    memory: u64,
+    disk: u64,
+}
+
+impl Pending {
+    pub fn new(left: Left) -> Self {
+        let memory = left.memory();
+        Pending {
+            part: match left.disks.is_empty() {
+                true => Part::Memory,
+                false => Part::Disk(0),
+            },
+            block: 0,
+            disk: left.count() - memory,
+            memory,
+            left,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.memory == 0 && self.disk == 0
+    }
+
+    /// Pages of memory, and of disks.
+    pub fn count(&self) -> (u64, u64) {
+        (self.memory, self.disk)
+    }
+
+    /// The next piece, if it is of that part; `None`: whatever it is of.
+    pub fn next(&mut self, of: Option<Part>) -> Option<Piece> {
+        loop {
+            let pages = match self.part {
+                Part::Memory => &self.left.memory,
+                Part::Disk(index) => self.left.disks.get(index)?,
+            };
+            let Some((number, mask)) = pages.block_from(self.block) else {
+                (self.part, self.block) = match self.part {
+                    Part::Memory => return None,
+                    Part::Disk(index) if index + 1 < self.left.disks.len() => {
+                        (Part::Disk(index + 1), 0)
+                    }
+                    Part::Disk(_) => (Part::Memory, 0),
+                };
+                continue;
+            };
+            let part = self.part;
+            if of.is_some_and(|of| of != part) {
+                return None;
+            }
+            self.block = number + 1;
+            let left = match part {
+                Part::Memory => &mut self.memory,
+                Part::Disk(_) => &mut self.disk,
+            };
+            *left = left.saturating_sub(mask.count());
+            return Some(Piece { part, number, mask });
+        }
     }
 }

@@ -53,11 +53,11 @@ pub struct Pause {
 }
 
 /// How far it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sending {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sending<'a> {
     /// Bytes of this round that are to be sent yet.
     pub memory_left: u64,
     pub disk_left: u64,
     pub elapsed: Duration,
-    pub report: SendReport,
+    pub report: &'a SendReport,
 }

@@ -25,10 +25,15 @@ pub(super) struct Written {
 impl Written {
     /// Whoever has been told of a write by the storage says so before he tells the guest.
     pub(super) fn add(&self, offset: u64, length: u64) {
-        if self.is_kept.load(Ordering::SeqCst) {
+        if self.is_kept() {
             self.pages()
                 .add_range(offset, offset.saturating_add(length));
         }
+    }
+
+    /// Somebody copies the disk.
+    pub(super) fn is_kept(&self) -> bool {
+        self.is_kept.load(Ordering::SeqCst)
     }
 
     fn pages(&self) -> MutexGuard<'_, PageSet> {
@@ -131,13 +136,12 @@ pub struct DiskTarget {
 }
 
 impl DiskTarget {
-    /// Makes `file` an empty disk of so many bytes, or takes a block device that has as many.
+    /// Makes `file` an empty disk of so many bytes.
     pub fn empty(file: &File, bytes: u64) -> Result<Self, DiskFileError> {
         let sized = |source| DiskFileError::Size { source };
-        if file.metadata().map_err(sized)?.is_file() {
-            file.set_len(0).map_err(sized)?;
-            file.set_len(bytes).map_err(sized)?;
-        }
+        // Fails on a block device, which would keep what it has where nothing comes.
+        file.set_len(0).map_err(sized)?;
+        file.set_len(bytes).map_err(sized)?;
         let file = file.try_clone().map_err(sized)?;
         let disk = DiskFile::new(file, false)?;
         let found = disk.geometry().capacity;

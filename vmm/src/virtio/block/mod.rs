@@ -287,6 +287,11 @@ impl VirtioDevice for Block {
         common | access | if self.queues > 1 { F_MQ } else { 0 }
     }
 
+    fn settle(&self) -> Result<(), DeviceError> {
+        self.at_rest("make the disk durable", SETTLE_WAIT, AtRest::Settle)?
+            .map_err(|error| DeviceError::new(&self.id, "make the disk durable", error))
+    }
+
     fn disk(&self) -> Option<DiskCopy> {
         let file = self.file.clone()?;
         Some(DiskCopy::new(file, Arc::clone(&self.written)))
@@ -332,10 +337,11 @@ impl VirtioDevice for Block {
     }
 
     /// Also makes the disk durable and empties the host's cache of it, so that another host can go on
-    /// from what the storage holds.
+    /// from what the storage holds; not one that is copied, whose copy is made durable instead.
     fn save(&self) -> Result<SavedDevice, DeviceError> {
-        self.at_rest("make the disk durable", SETTLE_WAIT, AtRest::Settle)?
-            .map_err(|error| DeviceError::new(&self.id, "make the disk durable", error))?;
+        if !self.written.is_kept() {
+            self.settle()?;
+        }
         let state = State {
             writeback: self.writeback.load(Ordering::Acquire),
         };

@@ -186,6 +186,10 @@ impl Device for VirtioPciDevice {
         self.lock().device.lends_interrupts()
     }
 
+    fn settle(&self) -> Result<(), DeviceError> {
+        self.lock().device.settle()
+    }
+
     fn disk(&self) -> Option<DiskCopy> {
         self.lock().device.disk()
     }
