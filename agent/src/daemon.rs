@@ -187,6 +187,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 bridge: config.bridge.clone(),
             }),
             shutdown: config.shutdown,
+            listen: config.listen.ip(),
             memory_takes,
             changed: changed_sender,
         },

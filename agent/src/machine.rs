@@ -7,6 +7,7 @@
 
 pub mod actor;
 pub mod guest_agent;
+pub mod line;
 pub mod make;
 pub mod process;
 pub mod record;

@@ -86,6 +86,8 @@ pub fn state(observed: &Observed) -> &'static str {
         Observed::Running => "running",
         Observed::Paused => "paused",
         Observed::Suspended => "suspended",
+        Observed::Arriving => "arriving",
+        Observed::Offered => "offered",
         Observed::Stopped { .. } => "stopped",
         Observed::Failed { .. } => "failed",
         Observed::Absent => "absent",

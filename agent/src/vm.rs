@@ -15,21 +15,25 @@ mod kept;
 mod lean;
 mod leave;
 mod log;
+mod moving;
 mod pace;
+mod paced;
 pub mod packet;
 pub mod protocol;
 mod said;
 pub mod seccomp;
 mod stand_in;
 pub mod supervise;
+mod traveller;
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use fractus_vmm::config::{ConsoleFiles, FallbackFiles, MachineFiles, NetFiles, WatchdogAction};
-use fractus_vmm::machine::Machine;
+use fractus_vmm::machine::{self, Landing, Machine};
 use fractus_vmm::thread::{ThreadHook, ThreadKind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
 
@@ -43,6 +47,7 @@ use self::pace::Pace;
 use self::protocol::{FileRole, FromMachine, Launch, SERIAL_LOG, ToMachine, VERSION};
 use self::said::Said;
 use self::supervise::{Supervisor, Terminal};
+use self::traveller::Traveller;
 use crate::console::ring::RingWriter;
 
 /// Where the inherited socket is.
@@ -160,6 +165,10 @@ fn live(mut parts: Supervisor, socket: OwnedFd) -> ExitCode {
             let _ = packet::send(agent, &failed, &[]);
         }
         return ExitCode::FAILURE;
+    }
+    if parts.guest.state() == protocol::State::Paused {
+        // It stood still where it comes from, and nothing will happen that says so.
+        parts.tell(&parts.status());
     }
     parts.run();
     ExitCode::SUCCESS
@@ -290,6 +299,8 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         unheard: false,
         to_tell,
         suspend: None,
+        sent: Default::default(),
+        broken: None,
         abandoned: false,
     })
 }
@@ -370,8 +381,12 @@ fn build(
         Some(note) => note.order(launch, disks, nets)?,
         None => (disks, nets),
     };
+    let arrival = files.take(FileRole::Arrival).map(UnixStream::from);
     let Some(kvm) = kvm else {
         let hook = move || hook(seccomp::Kind::Console);
+        if let Some(stream) = arrival {
+            return stand_in::arrive(stream, launch, lines.serial, disks, nets, hook);
+        }
         let guest = stand_in::StandIn::new(lines.serial, &launch.config, disks, nets, hook)
             .map_err(|source| VmError::System {
                 what: "the stand-in",
@@ -399,6 +414,9 @@ fn build(
         vsock: files.take(FileRole::Vsock),
     };
     let hook: ThreadHook = Arc::new(move |kind: ThreadKind| hook(kind.into()));
+    if let Some(stream) = arrival {
+        return arrive(stream, launch, machine, Some(hook));
+    }
     let machine = match kept {
         Some(Kept::Machine(snapshot, _)) => {
             Machine::from_snapshot(&snapshot, &launch.config, machine, Some(hook))
@@ -407,5 +425,45 @@ fn build(
         _ => Machine::build(launch.config.clone(), machine, Some(hook))
             .map_err(|e| VmError::Build(chain(&e)))?,
     };
-    Ok((Box::new(machine), note))
+    Ok((Box::new(traveller(machine)?), note))
+}
+
+fn traveller(machine: Machine) -> Result<Traveller, VmError> {
+    Traveller::new(machine).map_err(|source| VmError::System {
+        what: "the machine's events",
+        source,
+    })
+}
+
+/// A machine that another process sends, with the files that it needs here.
+fn arrive(
+    stream: UnixStream,
+    launch: &Launch,
+    mut files: MachineFiles,
+    hook: Option<ThreadHook>,
+) -> Result<(Box<dyn Guest>, Option<Note>), VmError> {
+    let land = |owner: &[u8]| -> Result<Landing, VmError> {
+        let note = Note::read(owner)?;
+        let disks = std::mem::take(&mut files.disks);
+        let most = launch.most.iter().copied().chain(std::iter::repeat(0));
+        let (disks, nets) = (
+            disks.into_iter().zip(most).collect(),
+            std::mem::take(&mut files.nets),
+        );
+        let (disks, nets) = note.order(launch, disks, nets)?;
+        let (disks, most) = disks.into_iter().unzip();
+        (files.disks, files.nets) = (disks, nets);
+        Ok(Landing { files, most })
+    };
+    let land = |owner: &[u8]| land(owner).map_err(|error| error.to_string());
+    let arrived = machine::receive(stream, &launch.config, land, hook)
+        .map_err(|error| VmError::Build(chain(&error)))?;
+    log::line(format_args!("arrived: {:?}", arrived.report));
+    let note = Note::read(&arrived.owner)?;
+    let guest = Traveller::arrived(arrived.machine, arrived.ran);
+    let guest = guest.map_err(|source| VmError::System {
+        what: "the machine's events",
+        source,
+    })?;
+    Ok((Box::new(guest), Some(note)))
 }

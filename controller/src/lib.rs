@@ -18,6 +18,7 @@ pub mod identity;
 pub mod image;
 pub mod leader;
 pub mod machines;
+pub mod migrations;
 pub mod operation;
 pub mod policy;
 pub mod random;

@@ -30,10 +30,11 @@ use crate::event::{self, Event, Origin, Phase};
 use crate::http::schema::Schema;
 use crate::http::{ApiError, App, Caller, JsonBody, RequestContext, Routes, Rule};
 use crate::reconcile::machine::{self, Machine};
+use crate::reconcile::migration;
 
 /// Adds them to those of hosts: a service has one table.
 pub fn routes(hosts: Routes) -> Routes {
-    hosts
+    crate::migrations::routes(hosts)
         .get(
             "/v1/machines/{id}",
             Rule::admin("fractus:machines:show"),
@@ -119,6 +120,8 @@ enum ChangeError {
     Unknown,
     #[error("The machine has no host, or is being removed.")]
     NoHost,
+    #[error("The server is on its way to another host; try again when it is there.")]
+    Migrating,
     #[error("No host can do that: {0}.")]
     Impossible(String),
     #[error(transparent)]
@@ -168,7 +171,9 @@ async fn change(
         Ok(changed) => changed,
         Err(ChangeError::Database(error)) => return Err(error.into()),
         Err(ChangeError::Unknown) => return Err(not_found(&id)),
-        Err(error @ ChangeError::NoHost) => return Err(ApiError::conflict(error.to_string())),
+        Err(error @ (ChangeError::NoHost | ChangeError::Migrating)) => {
+            return Err(ApiError::conflict(error.to_string()));
+        }
         Err(error @ ChangeError::Impossible(_)) => {
             return Err(ApiError::bad_request(error.to_string()));
         }
@@ -200,6 +205,9 @@ async fn write(
     let known = known.ok_or(ChangeError::Unknown)?;
     if known.host.is_none() || known.is_tombstone() {
         return Err(ChangeError::NoHost);
+    }
+    if !migration::open(tx, server).await?.is_empty() {
+        return Err(ChangeError::Migrating);
     }
     let spec = merged(&known.wanted.spec, given).map_err(ChangeError::Impossible)?;
     refit(tx, &known, &spec).await?;

@@ -1,6 +1,6 @@
 //! What is wanted against what agents report.
 //!
-//! Owns the table `machine`: of every server, its owner `{host, generation}`, the intent
+//! Owns the table `machine` (and [`migration`]): of every server, its owner `{host, generation}`, the intent
 //! `{revision, wanted}` and what was last settled. That row is the only commit point of ownership, and
 //! is only ever changed by compare-and-set or from within the one write transaction ([`machine`]).
 //!
@@ -15,8 +15,11 @@
 
 mod converge;
 pub mod machine;
+pub mod migration;
 mod reconciler;
+mod transit;
 mod turns;
 
-pub use converge::{Converged, Lost, Machines, NoHost};
+pub use converge::{ASK_AGAIN, Converged, Lost, Machines, NoHost};
 pub use reconciler::{Life, Observer, Reconciler};
+pub use transit::{Dropped, state_of};

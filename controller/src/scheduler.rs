@@ -24,6 +24,9 @@ pub struct Request {
     pub host: Option<HostId>,
     /// Where it has failed already.
     pub excluded: BTreeSet<HostId>,
+    /// Where it is, and is to leave: any host that takes no new servers is none for it either, also if it is
+    /// chosen.
+    pub source: Option<HostId>,
 }
 
 /// A host as the scheduler sees it.
@@ -55,6 +58,7 @@ pub enum Reason {
     ForcedDown,
     Disabled,
     Excluded,
+    Source,
     NotTheChosen,
     Lacks(Vec<String>),
     Vcpus { free: i64, needed: i64 },
@@ -72,6 +76,7 @@ impl fmt::Display for Reason {
             Self::ForcedDown => f.write_str("it was declared to be down"),
             Self::Disabled => f.write_str("it is disabled"),
             Self::Excluded => f.write_str("the server failed there"),
+            Self::Source => f.write_str("the server is there already"),
             Self::NotTheChosen => f.write_str("another host was asked for"),
             Self::Lacks(what) => write!(f, "it lacks {}", what.join(", ")),
             Self::Vcpus { free, needed } => write!(f, "{needed} vCPUs needed, {free} free"),
@@ -144,11 +149,14 @@ fn against(request: &Request, host: &HostView) -> Vec<Reason> {
         HostPresence::NotYetHeard => reasons.push(Reason::NotYetHeard),
         HostPresence::ForcedDown => reasons.push(Reason::ForcedDown),
     }
-    if host.disabled && request.host != Some(host.id) {
+    if host.disabled && (request.host != Some(host.id) || request.source.is_some()) {
         reasons.push(Reason::Disabled);
     }
     if request.excluded.contains(&host.id) {
         reasons.push(Reason::Excluded);
+    }
+    if request.source == Some(host.id) {
+        reasons.push(Reason::Source);
     }
     if request.host.is_some_and(|chosen| chosen != host.id) {
         reasons.push(Reason::NotTheChosen);
@@ -235,6 +243,7 @@ mod tests {
             },
             host: None,
             excluded: BTreeSet::new(),
+            source: None,
         }
     }
 

@@ -12,10 +12,12 @@
 mod check;
 mod faults;
 mod golden;
+mod migration;
 mod network;
 mod pair;
 mod requests;
 mod scenarios;
+mod transit;
 mod world;
 
 use world::{Plan, World};

@@ -17,6 +17,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::identity::{Fingerprint, Peer};
+use fractus_agent_api::migration::StreamKey;
 use fractus_agent_api::tls::Credentials;
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, CertificateSigningRequestParams, DnType,
@@ -80,6 +81,17 @@ pub enum AuthorityError {
     NoRoot,
     #[error("root {id} is the one that signs: let another sign first")]
     Signing { id: String },
+}
+
+/// A key for one stream between two hosts, and a certificate that signs itself: its ends know it by nothing but
+/// itself.
+pub fn stream_key() -> Result<StreamKey, rcgen::Error> {
+    let key = KeyPair::generate()?;
+    let params = CertificateParams::new(vec!["migration.fractus".to_owned()])?;
+    Ok(StreamKey {
+        certificate: params.self_signed(&key)?.pem(),
+        key: key.serialize_pem(),
+    })
 }
 
 /// The authority, as this controller has read it. Cheap to clone.

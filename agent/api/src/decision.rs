@@ -17,6 +17,7 @@ use crate::guest;
 use crate::machine::{
     Generation, MachineSpec, Power, PutMachine, Refusal, Revision, StopReason, Wanted,
 };
+use crate::migration::{self, MigrationId, Transit};
 
 /// What an agent has persisted of a machine's intent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,6 +46,13 @@ pub struct Done {
     /// Processes started, for whatever reason.
     #[serde(default)]
     pub starts: u64,
+    /// The last arrival for which a process was started, and the last departure and continuation that were begun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arrived: Option<MigrationId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub departed: Option<MigrationId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continued: Option<MigrationId>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,11 +70,18 @@ pub enum Intake {
 /// agent of this version.
 pub fn intake(held: Option<&Intent>, put: &PutMachine) -> Result<Intake, Refusal> {
     let invalid = |detail: String| Err(Refusal::Invalid { detail });
-    if put.version == 0 || put.version > crate::VERSION {
+    if put.version == 0 || put.version > migration::PUT_VERSION {
         return invalid(format!(
             "version {} of the body; this agent knows up to {}",
             put.version,
-            crate::VERSION
+            migration::PUT_VERSION
+        ));
+    }
+    if put.wanted.migrates() && put.version < migration::PUT_VERSION {
+        return invalid(format!(
+            "a migration in a body of version {}; it takes {}",
+            put.version,
+            migration::PUT_VERSION
         ));
     }
     if let Some(held) = held {
@@ -202,6 +217,8 @@ pub struct Seen<'a> {
     /// The guest's memory is in a file, and no guest has run since it was written: a process that is there all
     /// the same stands still, and is of no use any more.
     pub kept: bool,
+    /// Where the guest of that process is on its way.
+    pub transit: Transit,
     /// Process, disks, logs, control group and socket: is anything of them left?
     pub remains: bool,
 }
@@ -225,6 +242,18 @@ pub enum Step {
     Suspend,
     /// Memory that is kept is for nothing any more: remove it.
     Forget,
+    /// Make empty disks and start a process that a guest comes to. Count the arrival as begun with it, and the reboots
+    /// and rebuilds of its intent as done: they were, where it comes from.
+    Arrive,
+    /// Count the continuation and the start as done, and then let the guest that has arrived run.
+    GoOn,
+    /// Begin to send the guest, and count the departure as begun before that.
+    Depart,
+    /// The guest is not to be sent any more. One that stands still for it goes on; a continuation is counted as done.
+    Stay,
+    /// The guest that is to go on, or was being sent, is not here: say so. No other is started in its place under
+    /// this intent.
+    Lost,
     /// Press the power button, wait for the guest to go, end the process after a deadline.
     Shutdown,
     /// End the process now.
@@ -242,6 +271,9 @@ pub fn next(wanted: &Wanted, done: &Done, seen: &Seen<'_>) -> Step {
             (false, true) => Step::Remove,
             (false, false) => Step::Settled,
         };
+    }
+    if let Some(step) = in_transit(wanted, done, seen) {
+        return step;
     }
     if seen.failed && !alive {
         return Step::Settled;
@@ -286,6 +318,57 @@ pub fn next(wanted: &Wanted, done: &Done, seen: &Seen<'_>) -> Step {
     }
 }
 
+/// The next step of one whose guest comes or goes; none: it does neither.
+fn in_transit(wanted: &Wanted, done: &Done, seen: &Seen<'_>) -> Option<Step> {
+    let alive = seen.process != Process::None;
+    if let Some(arrival) = &wanted.arrives {
+        let comes =
+            [Transit::Arriving(arrival.id), Transit::Arrived(arrival.id)].contains(&seen.transit);
+        return Some(match alive {
+            true if comes && !seen.failed => Step::Settled,
+            true => Step::Kill,
+            false if seen.failed => Step::Settled,
+            // It was begun, and what came of it is gone.
+            false if done.arrived == Some(arrival.id) => Step::Lost,
+            false => Step::Arrive,
+        });
+    }
+    let departs = wanted.departs.as_ref().map(|departure| departure.id);
+    match seen.transit {
+        Transit::Arrived(id) if wanted.continues == Some(id) && done.continued != Some(id) => {
+            return Some(Step::GoOn);
+        }
+        // Nobody wants it here.
+        Transit::Arriving(_) | Transit::Arrived(_) => return Some(Step::Kill),
+        Transit::Copying(id) | Transit::Offered(id) => {
+            return Some(match departs == Some(id) {
+                true => Step::Settled,
+                false => Step::Stay,
+            });
+        }
+        Transit::None => {}
+    }
+    if !alive && !seen.kept && seen.stop.is_none() {
+        let void = wanted.power == Power::Stopped
+            || wanted.rebuilds > done.rebuilds
+            || wanted.hard_reboots > done.hard_reboots;
+        let awaited = wanted
+            .continues
+            .is_some_and(|id| done.continued != Some(id));
+        // The other host may have it, and run it: that is for the row to say.
+        let sent = departs.is_some() && departs == done.departed;
+        return match (sent || awaited && !void, seen.failed) {
+            (false, _) => None,
+            (true, true) => Some(Step::Settled),
+            (true, false) => Some(Step::Lost),
+        };
+    }
+    (alive && departs.is_some_and(|id| done.departed != Some(id))).then_some(Step::Depart)
+}
+
+#[cfg(test)]
+mod migration_tests;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -293,12 +376,15 @@ mod tests {
     use super::*;
     use crate::machine::{Boot, ImageFormat, ImageRef, MachineSpec, Pages, RootDisk};
 
-    fn wanted(power: Power, soft: u64, hard: u64, rebuilds: u64) -> Wanted {
+    pub(super) fn wanted(power: Power, soft: u64, hard: u64, rebuilds: u64) -> Wanted {
         Wanted {
             power,
             soft_reboots: soft,
             hard_reboots: hard,
             rebuilds,
+            arrives: None,
+            departs: None,
+            continues: None,
             spec: MachineSpec {
                 vcpus: 1,
                 max_vcpus: None,
@@ -381,6 +467,7 @@ mod tests {
                 disk: self.disk,
                 held: false,
                 kept: self.kept.is_some(),
+                transit: Transit::None,
                 remains: self.disk || self.process.is_some() || self.kept.is_some(),
             };
             let step = next(&wanted, &self.done, &seen);
@@ -421,6 +508,9 @@ mod tests {
                 Step::Forget => self.kept = None,
                 Step::Shutdown | Step::Kill => self.process = None,
                 Step::Remove => (self.disk, self.kept) = (false, None),
+                Step::Arrive | Step::GoOn | Step::Depart | Step::Stay | Step::Lost => {
+                    panic!("{step:?} of a machine that stays where it is");
+                }
             }
             step
         }
@@ -472,7 +562,8 @@ mod tests {
                 soft_reboots: 2,
                 hard_reboots: 3,
                 rebuilds: 0,
-                starts: 2
+                starts: 2,
+                ..Done::default()
             }
         );
     }
@@ -528,7 +619,7 @@ mod tests {
         wrong.wanted.spec.vcpus = 65;
         assert!(matches!(model.put(&wrong), Err(Refusal::Invalid { .. })));
         wrong = put(1, 1, wanted(Power::Running, 0, 0, 0));
-        wrong.version = crate::VERSION + 1;
+        wrong.version = migration::PUT_VERSION + 1;
         assert!(matches!(model.put(&wrong), Err(Refusal::Invalid { .. })));
         assert_eq!(model.intent, None);
     }

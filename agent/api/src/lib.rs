@@ -11,6 +11,7 @@ pub mod guest;
 pub mod host;
 pub mod identity;
 pub mod machine;
+pub mod migration;
 pub mod size;
 pub mod tls;
 

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use crate::device::{DeviceReport, Disk, Nic};
 use crate::guest::{GuestOptions, GuestReport};
+use crate::migration::{Arrival, Departure, MigrationId, MigrationReport, Shape};
 use crate::size::SizeReport;
 
 /// A server of the cloud; the machine that runs it has the same id.
@@ -63,6 +64,15 @@ pub struct Wanted {
     /// Raised by a rebuild: the root disk is made anew from `spec.root_disk`.
     #[serde(default)]
     pub rebuilds: u64,
+    /// A guest is to come from another host, to this one that does not own it yet ([`crate::migration`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arrives: Option<Arrival>,
+    /// The guest is to be sent to another host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub departs: Option<Departure>,
+    /// The guest is the one that stands still here, after this migration, and no other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continues: Option<MigrationId>,
     pub spec: MachineSpec,
 }
 
@@ -71,6 +81,7 @@ impl Wanted {
     /// tombstone would keep its password and user data).
     pub fn end(&mut self) {
         self.power = Power::Absent;
+        (self.arrives, self.departs, self.continues) = (None, None, None);
         self.spec.guest.instance = None;
     }
 }
@@ -215,6 +226,11 @@ pub struct MachineReport {
     /// None: there is no process, or it is of a version that does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<SizeReport>,
+    /// Likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shape: Option<Shape>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationReport>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -228,6 +244,10 @@ pub enum Observed {
     Running,
     Paused,
     Suspended,
+    /// A guest is to come from another host, or has, and nobody has said yet that it is to run here.
+    Arriving,
+    /// The guest has been offered to another host, and stands still until its owner's row has said where it runs.
+    Offered,
     Stopped {
         reason: StopReason,
     },

@@ -4,6 +4,8 @@
 //! configurations. It never falls back to the roots of the operating system, and never skips a check:
 //! before the first join a controller is known by the fingerprint of its root.
 
+pub mod stream;
+
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};

@@ -119,6 +119,19 @@ impl Makings for HostMakings {
         Ok(made.map_err(|e| failed("making the root disk")(io::Error::other(e)))??)
     }
 
+    async fn empty_disk(
+        &self,
+        paths: &MachinePaths,
+        bytes: u64,
+        progress: &Progress,
+    ) -> Result<(), MakeError> {
+        let disk = RootDisk {
+            image: None,
+            size: bytes,
+        };
+        self.disk(paths, &disk, Old::Replace, progress).await
+    }
+
     async fn open_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<OpenDisk, MakeError> {
         match disk.source {
             DiskSource::Local => {

@@ -12,11 +12,13 @@
 
 mod devices;
 mod guest;
+mod migrate;
 mod report;
 mod size;
 mod steps;
 mod suspend;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::time::Duration;
@@ -32,6 +34,7 @@ use uuid::Uuid;
 
 use self::devices::Devices;
 use self::guest::Guest;
+use self::migrate::Travel;
 use self::report::report;
 use self::size::Sizes;
 use self::steps::START;
@@ -63,6 +66,8 @@ pub struct Surroundings<L> {
     pub launcher: L,
     pub makings: Arc<dyn Makings>,
     pub shutdown: Duration,
+    /// Where guests are awaited that come from other hosts.
+    pub listen: IpAddr,
     /// How long memory of so many MiB may take to be written or read: [`memory_takes`].
     pub memory_takes: fn(u64) -> Duration,
     /// Ids of machines whose report changed.
@@ -109,6 +114,8 @@ pub struct Actor<L: Launcher> {
     sizes: Sizes,
     /// What the process said of which attempt to suspend its guest.
     suspended: Option<(Uuid, Result<(), String>)>,
+    /// Its guest comes or goes.
+    travel: Travel,
     /// The process is built, and waits for its `Go`.
     ready: bool,
     /// The guest ran when it was first to be suspended under this intent.
@@ -173,6 +180,7 @@ impl<L: Launcher> Actor<L> {
             devices: Devices::default(),
             sizes: Sizes::default(),
             suspended: None,
+            travel: Travel::default(),
             ready: false,
             interrupted: false,
             meetings: 0,
@@ -226,6 +234,12 @@ impl<L: Launcher> Actor<L> {
                 // Perhaps one that goes on, and does not know the time.
                 self.late = !recorded.ran;
                 tracing::info!(machine = %self.record.id, pid = recorded.pid, "found its process");
+                self.travel.unheard = self.record.done.departed.is_some();
+                if self.awaits_guest() {
+                    // It ends by itself: nobody but the agent that started it can have its guest go on.
+                    self.kill().await;
+                    return Ok(());
+                }
                 // Decisions are made on what it says it is; one that is busy is heard later.
                 if let Some(process) = &mut self.process
                     && let Ok(heard) = tokio::time::timeout(AGAIN, process.hear()).await
@@ -251,6 +265,9 @@ impl<L: Launcher> Actor<L> {
                 if let Some(to) = self.next_size() {
                     return self.resize(to).await;
                 }
+                if self.policy_is_new() {
+                    return self.say_policy().await;
+                }
                 self.publish();
                 self.rest().await
             }
@@ -261,7 +278,7 @@ impl<L: Launcher> Actor<L> {
             }
             Step::MakeDisk | Step::RemakeDisk => self.make_disk(step).await,
             Step::Start => self.start().await,
-            Step::Pause | Step::Resume | Step::Suspend | Step::Shutdown
+            Step::Pause | Step::Resume | Step::Suspend | Step::Shutdown | Step::Depart
                 if self.phase == Phase::Starting =>
             {
                 self.rest().await
@@ -271,6 +288,14 @@ impl<L: Launcher> Actor<L> {
             Step::Suspend => self.suspend().await,
             Step::Forget => {
                 self.forget_kept();
+                Ok(())
+            }
+            Step::Arrive => self.arrive().await,
+            Step::GoOn => self.go_on().await,
+            Step::Depart => self.depart().await,
+            Step::Stay => self.stay().await,
+            Step::Lost => {
+                self.lost();
                 Ok(())
             }
             Step::Shutdown => self.shut_down().await,
@@ -297,6 +322,7 @@ impl<L: Launcher> Actor<L> {
             disk: disk_stands,
             held: self.record.process.is_some_and(|process| process.held),
             kept: self.record.kept.is_some(),
+            transit: self.travel.transit,
             remains: !self.record.is_tombstone(),
         };
         if self.failed.is_some() && self.phase == Phase::None && wanted.power == Power::Absent {
@@ -304,6 +330,14 @@ impl<L: Launcher> Actor<L> {
             return Step::Settled;
         }
         decision::next(wanted, &self.record.done, &seen)
+    }
+
+    /// A process was started for a guest that has not been told to go on.
+    fn awaits_guest(&self) -> bool {
+        let (wanted, done) = (&self.record.intent.wanted, &self.record.done);
+        let continues = wanted.continues.is_some() && wanted.continues != done.continued;
+        let ran = self.record.process.is_some_and(|process| process.ran);
+        !ran && (wanted.arrives.is_some() || continues)
     }
 
     /// At rest, or until the guest has begun.
@@ -396,6 +430,7 @@ impl<L: Launcher> Actor<L> {
                     user => user,
                 };
             }
+            let same_guest = self.record.intent.wanted.is_for_same_guest(&put.wanted);
             self.record.intent = Intent {
                 generation: put.generation,
                 revision: put.revision,
@@ -403,7 +438,10 @@ impl<L: Launcher> Actor<L> {
             };
             self.record.forget_guest();
             self.record.request_id = put.request_id;
-            self.record.stop = None;
+            // That a guest is to go elsewhere, or not, is no wish that it be started.
+            if !same_guest {
+                self.record.stop = None;
+            }
             if let Some(process) = &mut self.record.process {
                 process.held = false;
             }
@@ -437,7 +475,11 @@ impl<L: Launcher> Actor<L> {
     fn heard(&mut self, heard: Heard) {
         tracing::debug!(machine = %self.record.id, ?heard, "heard");
         match heard {
-            Heard::Ready => self.ready = true,
+            Heard::Ready => {
+                self.ready = true;
+                self.has_arrived();
+            }
+            Heard::Moving(moving) => self.moved(Some(moving)),
             Heard::Suspended(attempt, what) => self.suspended = Some((attempt, what)),
             Heard::Status(status) => {
                 if let Some(said) = status.guest {
@@ -446,6 +488,7 @@ impl<L: Launcher> Actor<L> {
                 self.meetings += u64::from(status.fresh);
                 self.devices.told(status.devices, status.fresh);
                 self.sized(status.size, status.fresh);
+                self.moved(status.moving);
                 match status.state {
                     State::Running => self.is(Phase::Running),
                     State::Paused => self.is(Phase::Paused),
@@ -516,6 +559,8 @@ impl<L: Launcher> Actor<L> {
             .is_some_and(|at| at.elapsed() < patience);
         let (ran, boot) = recorded.map_or((false, None), |p| (p.ran, Some(p.boot_id)));
         self.phase = Phase::None;
+        self.travel.end();
+        self.forget_arrival();
         self.start_by = None;
         let power = self.record.intent.wanted.power;
         let going = matches!(power, Power::Stopped | Power::Absent);
@@ -529,6 +574,11 @@ impl<L: Launcher> Actor<L> {
                 Some(StopReason::Requested)
             }
             End::Said(StopReason::GuestPowerOff) if asked && going => Some(StopReason::Requested),
+            // Perhaps its guest has not run here: another in its place would cost what it had. An operator must
+            // look.
+            end @ End::Silent { .. } if !ran && boot.is_some() && self.was_to_go_on() => {
+                Some(end.reason())
+            }
             // Nobody is started only to be suspended.
             End::Silent { .. } if rebooted && power == Power::Suspended => {
                 Some(StopReason::HostReboot)

@@ -93,6 +93,14 @@ pub trait Makings: Send + Sync + 'static {
         progress: &Progress,
     ) -> Result<(), MakeError>;
 
+    /// The root disk stands in the machine's folder afterwards, empty, in place of any other.
+    async fn empty_disk(
+        &self,
+        paths: &MachinePaths,
+        bytes: u64,
+        progress: &Progress,
+    ) -> Result<(), MakeError>;
+
     /// Opens a disk besides the root disk, which no guest has now; made where there is none.
     async fn open_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<OpenDisk, MakeError>;
 

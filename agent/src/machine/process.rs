@@ -15,7 +15,7 @@ pub(crate) mod spawn;
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ use async_trait::async_trait;
 use fractus_agent_api::decision::size::Resize;
 use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::machine::{MachineSpec, ServerId, StopReason};
+use fractus_agent_api::migration::{MigrationId, Policy, Shape};
 use fractus_agent_api::size::Size;
 use tokio::io::unix::AsyncFd;
 use uuid::Uuid;
@@ -33,7 +34,7 @@ use super::make::OpenDevice;
 use super::record::ProcessRecord;
 use crate::clock::now_us;
 use crate::vm::protocol::{
-    FromMachine, GuestSaid, Has, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
+    FromMachine, GuestSaid, Has, LastWords, MachineEvent, Moving, Role, State, ToMachine, VERSION,
 };
 use crate::volume::VolumeError;
 
@@ -47,9 +48,19 @@ pub struct Plan {
     pub user: u32,
     /// Its guest goes on from what was kept of it; `devices` are those that it had then.
     pub goes_on: bool,
+    /// Its guest comes from another process, with its disks.
+    pub arrives: Option<Arriving>,
     /// Memory that it may have at most, MiB.
     pub most_mib: u64,
     pub request_id: Option<String>,
+}
+
+/// How a guest comes.
+#[derive(Debug)]
+pub struct Arriving {
+    /// A stream socket, whose other end is carried to where it comes from.
+    pub line: OwnedFd,
+    pub shape: Shape,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -129,6 +140,8 @@ pub struct Status {
     pub devices: Option<Vec<Has>>,
     /// None from processes whose size stays.
     pub size: Option<Size>,
+    /// The last guest that it was told to send.
+    pub moving: Option<Moving>,
     /// The first on a connection: what was said on an earlier one and has not been answered never is.
     pub fresh: bool,
 }
@@ -144,6 +157,8 @@ pub enum Heard {
     ResizeRefused(String),
     /// What became of this attempt to suspend its guest.
     Suspended(Uuid, Result<(), String>),
+    /// How far its guest is that is being sent.
+    Moving(Moving),
     /// The last command was not carried out.
     Refused(String),
     /// The machine could not be made; the end follows.
@@ -196,6 +211,19 @@ pub trait Process: Send + 'static {
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
 
+    /// Has it send its guest by `line`, or, without one, by another policy; what it says of this migration answers
+    /// the former.
+    async fn send(
+        &mut self,
+        migration: MigrationId,
+        policy: Policy,
+        line: Option<OwnedFd>,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError>;
+
+    /// Has it not send its guest any more; its status answers.
+    async fn stay(&mut self, request_id: Option<&str>) -> Result<(), ProcessError>;
+
     /// The next thing that it says or does. May be dropped and called again. After
     /// [`Heard::Ended`] it is not called any more.
     async fn hear(&mut self) -> Heard;
@@ -211,7 +239,7 @@ pub trait Process: Send + 'static {
 /// A process of this host, held by a descriptor that can mean no other.
 pub struct HostProcess {
     identity: ProcessRecord,
-    pidfd: AsyncFd<std::os::fd::OwnedFd>,
+    pidfd: AsyncFd<OwnedFd>,
     /// `None` while it does not answer.
     control: Option<Control>,
     paths: crate::paths::MachinePaths,
@@ -221,6 +249,8 @@ pub struct HostProcess {
     greeting: Option<Heard>,
     /// Whether it can suspend its guest: one of an older agent cannot. None: it has not said.
     suspends: Option<bool>,
+    /// Whether it can send it, likewise.
+    sends: Option<bool>,
 }
 
 /// A process that was adopted while it was busy is asked again after this time.
@@ -241,15 +271,18 @@ impl HostProcess {
                 devices,
                 size,
                 suspends,
+                sends,
+                moving,
                 ..
             } if version <= VERSION => {
                 self.control = Some(control);
-                self.suspends = Some(suspends);
+                (self.suspends, self.sends) = (Some(suspends), Some(sends));
                 let status = Status {
                     state,
                     guest,
                     devices,
                     size,
+                    moving,
                     fresh: true,
                 };
                 Ok(Heard::Status(status))
@@ -264,11 +297,7 @@ impl HostProcess {
         }
     }
 
-    async fn send(
-        &self,
-        message: &ToMachine,
-        files: &[BorrowedFd<'_>],
-    ) -> Result<(), ProcessError> {
+    async fn say(&self, message: &ToMachine, files: &[BorrowedFd<'_>]) -> Result<(), ProcessError> {
         let control = self.control.as_ref().ok_or(ProcessError::Mute)?;
         Ok(control.send(message, files).await?)
     }
@@ -321,14 +350,17 @@ impl HostProcess {
                 guest,
                 devices,
                 size,
+                moving,
                 ..
             } => Some(Heard::Status(Status {
                 state,
                 guest,
                 devices,
                 size,
+                moving,
                 fresh: false,
             })),
+            FromMachine::Moving(moving) => Some(Heard::Moving(moving)),
             FromMachine::ResizeRefused { detail } => Some(Heard::ResizeRefused(detail)),
             FromMachine::Suspended { attempt, error } => {
                 Some(Heard::Suspended(attempt, error.map_or(Ok(()), Err)))
@@ -366,7 +398,7 @@ impl Process for HostProcess {
             Command::Resume => ToMachine::Resume { request_id },
             Command::PressPowerButton => ToMachine::PressPowerButton { request_id },
         };
-        self.send(&message, &[]).await
+        self.say(&message, &[]).await
     }
 
     async fn attach(
@@ -383,7 +415,7 @@ impl Process for HostProcess {
                     id: disk.id,
                     config: devices::disk_config(&disk, &open),
                 };
-                self.send(&message, &[open.file.as_fd()]).await
+                self.say(&message, &[open.file.as_fd()]).await
             }
             OpenDevice::Nic(nic, taps) => {
                 let message = ToMachine::AttachNet {
@@ -392,7 +424,7 @@ impl Process for HostProcess {
                     config: devices::net_config(&nic),
                 };
                 let taps: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
-                self.send(&message, &taps).await
+                self.say(&message, &taps).await
             }
         }
     }
@@ -403,7 +435,7 @@ impl Process for HostProcess {
             vcpus: to.vcpus,
             hot_memory: to.hot_memory_mib << 20,
         };
-        self.send(&message, &[]).await
+        self.say(&message, &[]).await
     }
 
     async fn detach(
@@ -415,7 +447,7 @@ impl Process for HostProcess {
             request_id: request_id.map(str::to_owned),
             id: device,
         };
-        self.send(&message, &[]).await
+        self.say(&message, &[]).await
     }
 
     async fn suspend(
@@ -435,7 +467,33 @@ impl Process for HostProcess {
             request_id: request_id.map(str::to_owned),
             attempt,
         };
-        self.send(&message, &[file.as_fd()]).await
+        self.say(&message, &[file.as_fd()]).await
+    }
+
+    async fn send(
+        &mut self,
+        migration: MigrationId,
+        policy: Policy,
+        line: Option<OwnedFd>,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        if !self.sends.ok_or(ProcessError::Mute)? {
+            let text = "the machine's process was started by an agent that could not send its guest elsewhere; it can \
+                        be moved once it has been stopped and started";
+            return Err(ProcessError::NotNow(text.to_owned()));
+        }
+        let message = ToMachine::Send {
+            request_id: request_id.map(str::to_owned),
+            migration,
+            policy,
+        };
+        let files: Vec<_> = line.iter().map(AsFd::as_fd).collect();
+        self.say(&message, &files).await
+    }
+
+    async fn stay(&mut self, request_id: Option<&str>) -> Result<(), ProcessError> {
+        let request_id = request_id.map(str::to_owned);
+        self.say(&ToMachine::Stay { request_id }, &[]).await
     }
 
     async fn hear(&mut self) -> Heard {

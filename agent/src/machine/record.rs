@@ -17,7 +17,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 /// Of the file. Raised when the meaning of a field changes; older ones are read for ever.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
+/// Of one that an agent can take over that knows nothing of guests which come or go: it would start another in their
+/// place.
+const WITHOUT_MIGRATION: u32 = 2;
 /// Of one that an older agent can take over: it knows of no suspended guests, and would start such anew.
 const WITHOUT_KEPT: u32 = 1;
 
@@ -156,7 +159,12 @@ impl Record {
         };
         let mut value = serde_json::to_value(self).map_err(|e| failed(e.into()))?;
         let suspends = self.kept.is_some() || self.intent.wanted.power == Power::Suspended;
-        value["version"] = if suspends { VERSION } else { WITHOUT_KEPT }.into();
+        let version = match (self.intent.wanted.migrates(), suspends) {
+            (true, _) => VERSION,
+            (false, true) => WITHOUT_MIGRATION,
+            (false, false) => WITHOUT_KEPT,
+        };
+        value["version"] = version.into();
         let bytes = serde_json::to_vec(&value).map_err(|e| failed(e.into()))?;
         let folder = path
             .parent()
@@ -305,9 +313,32 @@ mod tests {
     #[test]
     fn a_record_of_a_newer_agent_is_not_guessed_at() {
         let text = std::fs::read_to_string(golden(1)).unwrap();
-        let newer = text.replacen("\"version\": 1", "\"version\": 3", 1);
+        let newer = text.replacen(
+            "\"version\": 1",
+            &format!("\"version\": {}", VERSION + 1),
+            1,
+        );
         let error = Record::parse(newer.as_bytes(), Path::new("x")).unwrap_err();
-        assert!(matches!(error, RecordError::Newer { version: 3, .. }));
+        assert!(matches!(error, RecordError::Newer { version: 4, .. }));
+    }
+
+    #[test]
+    fn a_record_of_a_guest_on_its_way_is_not_for_an_agent_that_knows_of_none() {
+        let mut record = Record::read(&golden(3)).unwrap();
+        let departs = record.intent.wanted.departs.take().unwrap();
+        assert_eq!(record.done.departed, Some(departs.id));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("machine/record.json");
+        let version = |record: &Record| {
+            record.write(&path).unwrap();
+            Record::read(&path).unwrap().version
+        };
+        assert_eq!(version(&record), 1);
+        record.intent.wanted.continues = Some(departs.id);
+        assert_eq!(version(&record), 3);
+        record.intent.wanted.end();
+        record.intent.wanted.departs = Some(departs);
+        assert_eq!(version(&record), 3);
     }
 
     #[test]

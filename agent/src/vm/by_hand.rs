@@ -245,6 +245,7 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
             files: roles,
             disks: Vec::new(),
             nets: Vec::new(),
+            most: Vec::new(),
             request_id: None,
         },
         files,

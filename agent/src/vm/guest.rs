@@ -1,10 +1,12 @@
-//! What the machine's process owns: the machine itself, or a stand-in where there is no KVM.
+//! What the machine's process owns: the machine itself ([`super::traveller`]), or a stand-in where there is no KVM.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 
 use fractus_agent_api::machine::StopReason;
+use fractus_agent_api::migration::{Policy, Progress, State as Journey};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
 use fractus_vmm::machine;
@@ -32,6 +34,23 @@ pub trait Guest {
     fn names(&self) -> (Vec<String>, Vec<String>);
     /// Writes all that a paused guest is to a file, which is on its disk then, and `note` with it.
     fn write(&mut self, file: File, note: &[u8]) -> Result<(), GuestError>;
+    /// Begins to send it, with `note`, disks and all, by a connection whose own timeouts bound each wait. It is not
+    /// to get or lose devices meanwhile.
+    fn send(
+        &mut self,
+        connection: UnixStream,
+        policy: Policy,
+        note: Vec<u8>,
+    ) -> Result<(), GuestError>;
+    /// It is being sent, and was not offered yet.
+    fn is_being_sent(&self) -> bool;
+    /// Goes by another policy, and has another note go with it, if it is being sent.
+    fn send_by(&mut self, policy: Option<Policy>, note: Option<Vec<u8>>);
+    /// Sends some more of it; how things stand then, and, if that is asked for or it is over, how far. None: it is not
+    /// being sent.
+    fn send_on(&mut self, tells: bool) -> Option<(Journey, Option<Progress>)>;
+    /// It is not to be sent any more. One that ran and was offered runs on.
+    fn stay(&mut self) -> Result<(), GuestError>;
     fn state(&self) -> State;
     /// Readable while there are events.
     fn event_fd(&self) -> BorrowedFd<'_>;
@@ -70,100 +89,6 @@ impl From<machine::MachineError> for GuestError {
     }
 }
 
-impl Guest for machine::Machine {
-    fn start(&mut self) -> Result<(), GuestError> {
-        // One that goes on from a file.
-        if Self::state(self) == machine::RunState::Paused {
-            return Ok(Self::resume(self)?);
-        }
-        Ok(Self::start(self)?)
-    }
-
-    fn pause(&mut self) -> Result<(), GuestError> {
-        Ok(Self::pause(self)?)
-    }
-
-    fn resume(&mut self) -> Result<(), GuestError> {
-        Ok(Self::resume(self)?)
-    }
-
-    fn press_power_button(&mut self) -> Result<(), GuestError> {
-        Self::press_power_button(self);
-        Ok(())
-    }
-
-    fn stop(&mut self) -> Result<(), GuestError> {
-        Self::stop(self);
-        Ok(())
-    }
-
-    fn attach_disk(&mut self, config: DiskConfig, file: File) -> Result<String, GuestError> {
-        Ok(Self::attach_disk(self, config, file)?)
-    }
-
-    fn attach_net(&mut self, config: NetConfig, files: NetFiles) -> Result<String, GuestError> {
-        Ok(Self::attach_net(self, config, files)?)
-    }
-
-    fn detach(&mut self, device: &str) -> Result<(), GuestError> {
-        Ok(Self::detach(self, device)?)
-    }
-
-    fn size(&self) -> Size {
-        let config = self.config();
-        let hot = config.hot_memory;
-        Size {
-            vcpus: config.cpus.count,
-            vcpus_used: self.vcpus_used(),
-            max_vcpus: config.cpus.max,
-            memory_mib: config.memory.bytes >> 20,
-            hot_memory_mib: hot.map_or(0, |hot| hot.bytes >> 20),
-            hot_plugged_mib: self.hot_memory().unwrap_or(0) >> 20,
-            max_hot_memory_mib: hot.map(|hot| hot.max >> 20),
-        }
-    }
-
-    fn resize(&mut self, vcpus: u8, hot_memory: u64) -> Result<(), GuestError> {
-        let config = self.config();
-        let (count, hot) = (config.cpus.count, config.hot_memory);
-        if vcpus != count {
-            Self::set_vcpus(self, vcpus)?;
-        }
-        if hot_memory != hot.map_or(0, |hot| hot.bytes) {
-            Self::set_hot_memory(self, hot_memory)?;
-        }
-        Ok(())
-    }
-
-    fn names(&self) -> (Vec<String>, Vec<String>) {
-        (self.disks().to_vec(), self.nets().to_vec())
-    }
-
-    fn write(&mut self, file: File, note: &[u8]) -> Result<(), GuestError> {
-        let written = self.snapshot(file, note);
-        let report = written.map_err(|error| GuestError::Machine(super::chain(&error)))?;
-        super::log::line(format_args!("{report:?}"));
-        Ok(())
-    }
-
-    fn state(&self) -> State {
-        match Self::state(self) {
-            machine::RunState::Ready => State::Ready,
-            machine::RunState::Running => State::Running,
-            machine::RunState::Paused => State::Paused,
-            machine::RunState::Stopped => State::Stopped,
-        }
-    }
-
-    fn event_fd(&self) -> BorrowedFd<'_> {
-        Self::event_fd(self)
-    }
-
-    fn next_event(&mut self) -> Option<GuestEvent> {
-        Self::next_event(self).map(event)
-    }
-}
-
 /// The machine's reasons in the words of the wire.
 pub fn reason(reason: machine::StopReason) -> StopReason {
     use machine::StopReason as Machine;
@@ -182,7 +107,7 @@ pub fn reason(reason: machine::StopReason) -> StopReason {
 }
 
 /// In the words of the protocol.
-fn event(event: machine::Event) -> GuestEvent {
+pub fn event(event: machine::Event) -> GuestEvent {
     use machine::Event as Machine;
     GuestEvent::Machine(match event {
         Machine::Running => MachineEvent::Running,

@@ -1,7 +1,7 @@
 //! A guest that goes on in another process: which of its devices is which, beside what the machine itself
 //! writes of them.
 //!
-//! It stands in the same file, and so does not depend on what any agent remembers.
+//! It stands in the same file, or comes by the same stream, and so does not depend on what any agent remembers.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -45,15 +45,7 @@ impl Kept {
         let damaged = |error: &dyn std::error::Error| {
             VmError::Build(format!("the memory that was kept: {}", chain(error)))
         };
-        let note = |bytes: &[u8]| -> Result<Note, VmError> {
-            let note: Note = serde_json::from_slice(bytes).map_err(|error| damaged(&error))?;
-            if note.version == 0 || note.version > VERSION {
-                let version = note.version;
-                let text = format!("the memory that was kept is of a newer agent (note {version})");
-                return Err(VmError::Build(text));
-            }
-            Ok(note)
-        };
+        let note = Note::read;
         if real {
             let snapshot = Snapshot::open(file).map_err(|error| damaged(&error))?;
             let note = note(snapshot.owner())?;
@@ -72,17 +64,32 @@ impl Kept {
 }
 
 impl Note {
+    pub fn read(bytes: &[u8]) -> Result<Self, VmError> {
+        let note: Self = serde_json::from_slice(bytes).map_err(|error| {
+            VmError::Build(format!(
+                "what is said of the guest's devices: {}",
+                chain(&error)
+            ))
+        })?;
+        match note.version {
+            1..=VERSION => Ok(note),
+            version => Err(VmError::Build(format!(
+                "the guest comes from a newer agent (note {version})"
+            ))),
+        }
+    }
+
     pub fn said(&self) -> GuestSaid {
         self.said
     }
 
-    /// The files that came, in the order in which the machine had them.
-    pub fn order(
+    /// The files that came, disks with whatever goes with them, in the order in which the machine had them.
+    pub fn order<T>(
         &self,
         launch: &Launch,
-        disks: Vec<File>,
+        disks: Vec<T>,
         nets: Vec<NetFiles>,
-    ) -> Result<(Vec<File>, Vec<NetFiles>), VmError> {
+    ) -> Result<(Vec<T>, Vec<NetFiles>), VmError> {
         let disks = order("disk", &self.disks, &launch.disks, disks)?;
         let nets = order("network", &self.nets, &launch.nets, nets)?;
         Ok((disks, nets))
@@ -108,7 +115,7 @@ fn order<T>(
         let name = id.map_or_else(String::new, |id| format!(" {id}"));
         let missing = || {
             VmError::Build(format!(
-                "the suspended guest has a {what}{name} that did not come"
+                "the guest that goes on has a {what}{name} that did not come"
             ))
         };
         Ok(given.remove(at.ok_or_else(missing)?).1)
@@ -141,6 +148,12 @@ impl Supervisor {
             State::Paused => {}
             state => return Err(GuestError::Machine(format!("is {state:?}"))),
         }
+        let note = self.note()?;
+        self.guest.write(file, &note)
+    }
+
+    /// For whoever goes on with the guest.
+    pub(super) fn note(&self) -> Result<Vec<u8>, GuestError> {
         let (disks, nets) = self.guest.names();
         let ids = |names: &[String]| names.iter().map(|name| self.devices.id(name)).collect();
         let note = Note {
@@ -149,7 +162,6 @@ impl Supervisor {
             nets: ids(&nets),
             said: self.said.words(),
         };
-        let note = serde_json::to_vec(&note).map_err(std::io::Error::from)?;
-        self.guest.write(file, &note)
+        Ok(serde_json::to_vec(&note).map_err(std::io::Error::from)?)
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use fractus_agent_api::device::{DeviceId, DeviceKind};
 use fractus_agent_api::machine::{ServerId, StopReason};
+use fractus_agent_api::migration::{self, MigrationId, Policy};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig};
 use serde::{Deserialize, Serialize};
@@ -95,6 +96,18 @@ pub enum ToMachine {
         request_id: Option<String>,
         attempt: Uuid,
     },
+    /// Send the guest to where the stream socket leads that comes with this packet, disks and all; without one:
+    /// go by another policy. What becomes of it is told by `Moving`, and in each `Status`. Only to processes that
+    /// say that they can.
+    Send {
+        request_id: Option<String>,
+        migration: MigrationId,
+        policy: Policy,
+    },
+    /// The guest is not to be sent any more; one that was offered goes on. Answered by `Status`.
+    Stay {
+        request_id: Option<String>,
+    },
     /// Ask the guest to let a device go, again if it was asked before. Answered likewise; another
     /// `Status` follows when it has gone.
     Detach {
@@ -126,7 +139,15 @@ pub enum FromMachine {
         /// Whether it knows `Suspend`.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         suspends: bool,
+        /// Whether it knows `Send`.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        sends: bool,
+        /// What became of the last.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        moving: Option<Moving>,
     },
+    /// How far the guest is that is being sent, now and then, and at once what became of it.
+    Moving(Moving),
     /// The guest's memory is in the file that came with this attempt, and on its disk; or it is not, and the
     /// machine is as before.
     Suspended {
@@ -154,6 +175,16 @@ pub enum FromMachine {
     Failed {
         detail: String,
     },
+}
+
+/// A guest on its way out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Moving {
+    pub migration: MigrationId,
+    /// Copying, offered or failed.
+    pub state: migration::State,
+    #[serde(default)]
+    pub progress: migration::Progress,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -225,6 +256,9 @@ pub struct Launch {
     /// The same for `config.nets`.
     #[serde(default)]
     pub nets: Vec<Option<DeviceId>>,
+    /// With an `Arrival`: bytes that each of `config.disks` may have at most.
+    #[serde(default)]
+    pub most: Vec<u64>,
     pub request_id: Option<String>,
 }
 
@@ -264,6 +298,9 @@ pub enum FileRole {
     /// What another process wrote when it was told to suspend its guest: that guest goes on in this one, whose
     /// `config` says no more than what files come.
     Kept,
+    /// A stream socket by which a guest comes that another process sends; `config` likewise, with the size that
+    /// was agreed. Its disks are overwritten.
+    Arrival,
     /// With a jail: what its root is copied from.
     MountNamespace,
     /// With a jail: this machine's own.
@@ -342,10 +379,98 @@ mod tests {
                 },
             },
             ToMachine::Suspend {
-                request_id,
+                request_id: request_id.clone(),
                 attempt: DEVICE.0,
             },
+            ToMachine::Send {
+                request_id,
+                migration: MigrationId(DEVICE.0),
+                policy: Policy::default(),
+            },
+            ToMachine::Stay { request_id: None },
         ]
+    }
+
+    fn moving() -> Moving {
+        Moving {
+            migration: MigrationId(DEVICE.0),
+            state: migration::State::Copying,
+            progress: migration::Progress {
+                memory_total: 1 << 30,
+                memory_sent: 1 << 20,
+                memory_left: 1 << 19,
+                disk_total: 1 << 31,
+                disk_sent: 1 << 21,
+                disk_left: 1 << 22,
+                elapsed_us: 17,
+                rounds: vec![migration::Round {
+                    memory_bytes: 4096,
+                    disk_bytes: 8192,
+                    took_us: 5,
+                    left: 1,
+                    decision: migration::Decision::Again,
+                }],
+                pause: Some(migration::Pause {
+                    stop_us: 1,
+                    state_us: 2,
+                    send_us: 3,
+                    answer_us: 4,
+                }),
+            },
+        }
+    }
+
+    fn offered() -> FromMachine {
+        FromMachine::Status {
+            version: 1,
+            id: ID,
+            state: State::Paused,
+            guest: None,
+            devices: None,
+            size: None,
+            suspends: true,
+            sends: true,
+            moving: Some(Moving {
+                state: migration::State::Offered {
+                    ran: true,
+                    doubt: Some("reset".into()),
+                },
+                ..moving()
+            }),
+        }
+    }
+
+    fn with_devices() -> FromMachine {
+        FromMachine::Status {
+            version: 1,
+            id: ID,
+            state: State::Running,
+            guest: Some(GuestSaid::default()),
+            devices: Some(vec![
+                Has {
+                    id: DEVICE,
+                    kind: DeviceKind::Disk,
+                    asked: true,
+                },
+                Has {
+                    id: DeviceId(ID.0),
+                    kind: DeviceKind::Nic,
+                    asked: false,
+                },
+            ]),
+            size: Some(Size {
+                vcpus: 3,
+                vcpus_used: 2,
+                max_vcpus: Some(4),
+                memory_mib: 1024,
+                hot_memory_mib: 512,
+                hot_plugged_mib: 256,
+                max_hot_memory_mib: Some(1024),
+            }),
+            suspends: false,
+            sends: false,
+            moving: None,
+        }
     }
 
     fn heard() -> Vec<FromMachine> {
@@ -364,6 +489,8 @@ mod tests {
                 devices: None,
                 size: None,
                 suspends: false,
+                sends: false,
+                moving: None,
             },
             FromMachine::Status {
                 version: 1,
@@ -377,35 +504,10 @@ mod tests {
                 devices: None,
                 size: None,
                 suspends: false,
+                sends: false,
+                moving: None,
             },
-            FromMachine::Status {
-                version: 1,
-                id: ID,
-                state: State::Running,
-                guest: Some(GuestSaid::default()),
-                devices: Some(vec![
-                    Has {
-                        id: DEVICE,
-                        kind: DeviceKind::Disk,
-                        asked: true,
-                    },
-                    Has {
-                        id: DeviceId(ID.0),
-                        kind: DeviceKind::Nic,
-                        asked: false,
-                    },
-                ]),
-                size: Some(Size {
-                    vcpus: 3,
-                    vcpus_used: 2,
-                    max_vcpus: Some(4),
-                    memory_mib: 1024,
-                    hot_memory_mib: 512,
-                    hot_plugged_mib: 256,
-                    max_hot_memory_mib: Some(1024),
-                }),
-                suspends: false,
-            },
+            with_devices(),
             FromMachine::DeviceRefused {
                 id: DEVICE,
                 detail: "in use".into(),
@@ -431,6 +533,8 @@ mod tests {
                 devices: None,
                 size: None,
                 suspends: true,
+                sends: false,
+                moving: None,
             },
             FromMachine::Suspended {
                 attempt: DEVICE.0,
@@ -440,6 +544,8 @@ mod tests {
                 attempt: DEVICE.0,
                 error: Some("disk full".into()),
             },
+            FromMachine::Moving(moving()),
+            offered(),
         ]
     }
 

@@ -142,6 +142,8 @@ const MAIN: &[i64] = &[
     libc::SYS_fsync,
     libc::SYS_io_uring_enter,
     libc::SYS_lseek,
+    // Disks are read when their guest is sent to another host.
+    libc::SYS_preadv,
     // What a disk or network needs that comes while the machine runs; the spawner makes its threads.
     libc::SYS_statx,
     libc::SYS_eventfd2,

@@ -5,22 +5,27 @@
 //! (a triple fault), `panic` (a fault of the VMM), `deaf` (does not hear the button any more), `oops` (its
 //! kernel panics), `reset` and `bite` (its watchdog runs out, and pauses it). It lets go of a device when
 //! it is asked to, and takes the size that it is offered, until it reads `cling`: then only a `reset`
-//! does either. One that is suspended goes on in another process with the same nonce.
+//! does either. One that is suspended, or sent to another host, goes on in another process with the same nonce; its
+//! disks stay empty there.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use fractus_agent_api::machine::StopReason;
+use fractus_agent_api::migration::{Policy, Progress, State as Journey};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig, NetFiles};
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 
+use super::VmError;
 use super::guest::{Guest, GuestError, GuestEvent};
-use super::protocol::{MachineEvent, State};
+use super::kept::Note;
+use super::protocol::{Launch, MachineEvent, State};
 
 pub struct StandIn {
     state: State,
@@ -34,6 +39,12 @@ pub struct StandIn {
     bell: OwnedFd,
     /// Lines that the reading thread heard.
     lines: Receiver<String>,
+    /// Where it is being sent, and what goes with it.
+    sent: Option<(UnixStream, Vec<u8>)>,
+    /// It was offered, and ran before that.
+    offered: Option<bool>,
+    /// It arrived, and did not run where it comes from.
+    stands: bool,
 }
 
 /// What one becomes that is suspended; whole with its last byte.
@@ -46,6 +57,39 @@ pub struct Kept {
     disks: Vec<String>,
     nets: Vec<String>,
     note: Vec<u8>,
+    /// An older one did.
+    #[serde(default = "ran")]
+    ran: bool,
+}
+
+fn ran() -> bool {
+    true
+}
+
+/// What answers one that has been sent.
+const ARRIVED: u8 = b'!';
+
+/// One that another process sends.
+pub(super) fn arrive(
+    stream: UnixStream,
+    launch: &Launch,
+    serial: OwnedFd,
+    disks: Vec<File>,
+    nets: Vec<NetFiles>,
+    hook: impl FnOnce() + Send + 'static,
+) -> Result<(Box<dyn Guest>, Option<Note>), VmError> {
+    let failed = |source| VmError::System {
+        what: "the stand-in that arrives",
+        source,
+    };
+    let mut kept = serde_json::Deserializer::from_reader(&stream);
+    let kept = Kept::deserialize(&mut kept).map_err(|error| failed(error.into()))?;
+    let note = Note::read(&kept.note)?;
+    let (disks, nets) = note.order(launch, disks, nets)?;
+    let guest = StandIn::new(serial, &launch.config, disks, nets, hook).map_err(failed)?;
+    let guest = guest.going_on(kept);
+    (&stream).write_all(&[ARRIVED]).map_err(failed)?;
+    Ok((Box::new(guest), Some(note)))
 }
 
 impl Kept {
@@ -120,6 +164,9 @@ impl StandIn {
             events: VecDeque::new(),
             bell,
             lines,
+            sent: None,
+            offered: None,
+            stands: false,
         })
     }
 
@@ -132,8 +179,23 @@ impl StandIn {
         }
         self.state = State::Paused;
         (self.nonce, self.size) = (kept.nonce, kept.size);
-        (self.deaf, self.clings) = (kept.deaf, kept.clings);
+        (self.deaf, self.clings, self.stands) = (kept.deaf, kept.clings, !kept.ran);
         self
+    }
+
+    fn packed(&self, note: &[u8], ran: bool) -> Result<Vec<u8>, GuestError> {
+        let (disks, nets) = self.names();
+        let kept = Kept {
+            nonce: self.nonce.clone(),
+            deaf: self.deaf,
+            clings: self.clings,
+            size: self.size,
+            disks,
+            nets,
+            note: note.to_vec(),
+            ran,
+        };
+        Ok(serde_json::to_vec(&kept).map_err(io::Error::from)?)
     }
 
     fn push(&mut self, event: MachineEvent) -> Result<(), GuestError> {
@@ -240,6 +302,9 @@ fn listen(mut ears: File, bell: &OwnedFd, lines: &Sender<String>) {
 
 impl Guest for StandIn {
     fn start(&mut self) -> Result<(), GuestError> {
+        if self.stands {
+            return Ok(());
+        }
         match self.state {
             State::Paused => writeln!(self.serial, "stand-in goes on {}", self.nonce)?,
             _ => writeln!(self.serial, "stand-in boot {}", self.nonce)?,
@@ -252,6 +317,9 @@ impl Guest for StandIn {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
+        if self.offered.is_some() {
+            return Err(io::Error::from(io::ErrorKind::ResourceBusy).into());
+        }
         self.push(MachineEvent::Running)
     }
 
@@ -312,19 +380,59 @@ impl Guest for StandIn {
     }
 
     fn write(&mut self, mut file: File, note: &[u8]) -> Result<(), GuestError> {
-        let (disks, nets) = self.names();
-        let kept = Kept {
-            nonce: self.nonce.clone(),
-            deaf: self.deaf,
-            clings: self.clings,
-            size: self.size,
-            disks,
-            nets,
-            note: note.to_vec(),
-        };
-        let bytes = serde_json::to_vec(&kept).map_err(io::Error::from)?;
-        file.write_all(&bytes)?;
+        // Whoever is suspended is to run when it goes on.
+        file.write_all(&self.packed(note, true)?)?;
         Ok(file.sync_all()?)
+    }
+
+    fn send(
+        &mut self,
+        connection: UnixStream,
+        _policy: Policy,
+        note: Vec<u8>,
+    ) -> Result<(), GuestError> {
+        connection.set_nonblocking(false)?;
+        self.sent = Some((connection, note));
+        Ok(())
+    }
+
+    fn is_being_sent(&self) -> bool {
+        self.sent.is_some()
+    }
+
+    fn send_by(&mut self, _policy: Option<Policy>, note: Option<Vec<u8>>) {
+        if let (Some((_, goes)), Some(note)) = (&mut self.sent, note) {
+            *goes = note;
+        }
+    }
+
+    fn send_on(&mut self, _tells: bool) -> Option<(Journey, Option<Progress>)> {
+        let (mut connection, note) = self.sent.take()?;
+        let ran = self.state == State::Running;
+        let sent = self.packed(&note, ran).and_then(|bytes| {
+            let mut answer = [0];
+            connection.write_all(&bytes)?;
+            connection.read_exact(&mut answer)?;
+            Ok(())
+        });
+        let journey = match sent {
+            Ok(()) => {
+                (self.state, self.offered) = (State::Paused, Some(ran));
+                Journey::Offered { ran, doubt: None }
+            }
+            Err(error) => Journey::Failed {
+                reason: error.to_string(),
+            },
+        };
+        Some((journey, None))
+    }
+
+    fn stay(&mut self) -> Result<(), GuestError> {
+        self.sent = None;
+        match self.offered.take() {
+            Some(true) => self.push(MachineEvent::Running),
+            _ => Ok(()),
+        }
     }
 
     fn state(&self) -> State {

@@ -1,7 +1,9 @@
 //! The one loop of a machine's process: owns the guest, hears the agent, carries the serial line.
 //!
 //! A state machine at rest in `poll`. It must never block elsewhere: a console that does not read
-//! loses bytes (the log has them), an agent that does not read loses its connection and comes back.
+//! loses bytes (the log has them), an agent that does not read loses its connection and comes back. The exception is a
+//! guest that is sent to another host: a megabyte at a turn, for as long as [`super::paced`] lets that take, and as its
+//! disks take to be read.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,6 +19,7 @@ use super::devices::Devices;
 use super::guest::{Guest, GuestError, GuestEvent};
 use super::lean::Lean;
 use super::leave::Leave;
+use super::moving::Sent;
 use super::pace::Pace;
 use super::protocol::{
     self, FromMachine, LastWords, MachineEvent, Role, State, ToMachine, VERSION,
@@ -57,6 +60,10 @@ pub struct Supervisor {
     pub to_tell: bool,
     /// The guest is to be suspended, to this file.
     pub suspend: Option<(uuid::Uuid, OwnedFd)>,
+    /// What became of sending it to another host.
+    pub sent: Sent,
+    /// It cannot go on, and this is why.
+    pub broken: Option<StopReason>,
     /// The agent is gone, and nothing listens for another: nobody could ever end this machine.
     pub abandoned: bool,
 }
@@ -109,6 +116,9 @@ impl Supervisor {
                 // What the guest said last is kept nowhere else.
                 self.carry_output(&mut others, usize::MAX);
             }
+            if let Some(reason) = self.broken.take() {
+                return self.end(reason);
+            }
             if self.abandoned {
                 return self.end(StopReason::Requested);
             }
@@ -156,6 +166,7 @@ impl Supervisor {
             if ready.listener {
                 self.accept(&mut others);
             }
+            self.send_on();
         }
     }
 
@@ -197,7 +208,7 @@ impl Supervisor {
             true => Some(Duration::ZERO),
             false => {
                 let leave = self.leave.as_ref().and_then(Leave::left);
-                let all = [self.pace.left(), self.lean.left(), leave];
+                let all = [self.pace.left(), self.lean.left(), leave, self.to_send()];
                 all.into_iter().flatten().min()
             }
         };
@@ -361,6 +372,7 @@ impl Supervisor {
                 }
             };
             self.said.take_down(&event);
+            self.say_anew();
             // First what it has: once it is known to run, its devices are looked at.
             if event == MachineEvent::Running && std::mem::take(&mut self.to_tell) {
                 self.tell(&self.status());
@@ -450,14 +462,20 @@ impl Supervisor {
                 attempt,
             } => {
                 log::request(request_id);
-                // The loop does it, which has the serial line at hand.
-                self.suspend = files.into_iter().next().map(|file| (attempt, file));
-                match self.suspend {
-                    Some(_) => Ok(()),
-                    None => Err(GuestError::Machine(
-                        "no file came for its memory".to_owned(),
-                    )),
-                }
+                self.is_to_suspend(attempt, files)
+            }
+            ToMachine::Send {
+                request_id,
+                migration,
+                policy,
+            } => {
+                log::request(request_id);
+                self.send(migration, policy, files)
+            }
+            ToMachine::Stay { request_id } => {
+                log::request(request_id);
+                self.broken = self.stay();
+                Ok(())
             }
             ToMachine::Detach { request_id, id } => {
                 log::request(request_id);
@@ -470,6 +488,21 @@ impl Supervisor {
             self.tell(&FromMachine::Refused {
                 detail: error.to_string(),
             });
+        }
+    }
+
+    /// The loop does it, which has the serial line at hand.
+    fn is_to_suspend(
+        &mut self,
+        attempt: uuid::Uuid,
+        files: Vec<OwnedFd>,
+    ) -> Result<(), GuestError> {
+        self.suspend = files.into_iter().next().map(|file| (attempt, file));
+        match self.suspend {
+            Some(_) => Ok(()),
+            None => Err(GuestError::Machine(
+                "no file came for its memory".to_owned(),
+            )),
         }
     }
 
@@ -489,6 +522,8 @@ impl Supervisor {
             devices: Some(self.devices.all()),
             size: Some(self.guest.size()),
             suspends: true,
+            sends: true,
+            moving: self.sent.moving.clone(),
         }
     }
 

@@ -57,7 +57,7 @@ impl Drop for Cancel {
 
 const CHUNK: usize = 1 << 20;
 /// A disk has whole ones, bytes.
-const BLOCK: u64 = 4096;
+pub const BLOCK: u64 = 4096;
 
 /// What happens to a disk that stands in the place already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -448,6 +448,9 @@ pub fn wanted(kernel: &ImageRef, power: Power) -> Wanted {
         soft_reboots: 0,
         hard_reboots: 0,
         rebuilds: 0,
+        arrives: None,
+        departs: None,
+        continues: None,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,

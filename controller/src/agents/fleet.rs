@@ -304,6 +304,8 @@ mod tests {
             disks: vec![],
             nics: vec![],
             size: None,
+            shape: None,
+            migration: None,
         }
     }
 

@@ -2,21 +2,24 @@
 //! is a few fields. What it keeps on its "disk" survives a crash of the agent; processes survive that
 //! too, and end with the host's reboot. No clock and no randomness of its own.
 
+mod machine;
+pub mod stream;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use fractus_agent_api::VERSION;
-use fractus_agent_api::decision::{self, Done, Intake, Intent, Process, Seen, Step};
-use fractus_agent_api::guest::GuestReport;
+use fractus_agent_api::decision::{self, Intake, Intent, Process};
 use fractus_agent_api::host::{Changes, CpuReport, FullReport, HostId, HostReport};
 use fractus_agent_api::machine::{
-    MachineReport, Observed, Power, PutMachine, Refusal, ServerId, StopReason, Wanted,
+    MachineReport, PutMachine, Refusal, ServerId, StopReason, Wanted,
 };
 use futures::{SinkExt, StreamExt};
 use uuid::Uuid;
 
+use self::machine::Record;
 use super::{Agent, AgentError, Agents, Console};
 
 /// A simulated host with its agent.
@@ -39,28 +42,6 @@ struct Host {
     down: bool,
     inventory: Option<HostReport>,
     now_us: i64,
-}
-
-/// A machine, on disk but for its process.
-#[derive(Debug, Clone)]
-struct Record {
-    intent: Intent,
-    done: Done,
-    stop: Option<StopReason>,
-    failed: Option<String>,
-    disk: bool,
-    /// Which guest is on the disk: raised by each rebuild.
-    disks: u64,
-    process: Process,
-    /// Which guest runs or ran last, by the start that it began with.
-    began_with: u64,
-    /// The guest whose memory is kept.
-    kept: Option<u64>,
-    /// What the guest's devices have said to the process that is there.
-    guest: GuestReport,
-    /// Its watchdog has paused it.
-    held: bool,
-    changed_at_us: i64,
 }
 
 impl SimulatedHost {
@@ -134,24 +115,9 @@ impl SimulatedHost {
                 revision: put.revision,
                 wanted: put.wanted.clone(),
             };
-            let record = host.machines.entry(id).or_insert_with(|| Record {
-                intent: intent.clone(),
-                done: Done::default(),
-                stop: None,
-                failed: None,
-                disk: false,
-                disks: 0,
-                process: Process::None,
-                began_with: 0,
-                kept: None,
-                guest: GuestReport::default(),
-                held: false,
-                changed_at_us: now,
-            });
-            record.intent = intent;
-            record.held = false;
-            record.stop = None;
-            record.failed = None;
+            let record = host.machines.entry(id);
+            let record = record.or_insert_with(|| Record::new(self.id, intent.clone(), now));
+            record.take(intent);
         }
         host.report(id).ok_or(Refusal::Unknown)
     }
@@ -247,6 +213,7 @@ impl SimulatedHost {
         let mut host = self.host();
         for record in host.machines.values_mut() {
             record.failed = None;
+            record.agent_ended();
         }
         host.down = false;
         host.instance = instance;
@@ -264,7 +231,7 @@ impl SimulatedHost {
         let mut host = self.host();
         host.boot_id = instance;
         for record in host.machines.values_mut() {
-            record.process = Process::None;
+            record.lose();
         }
         drop(host);
         self.start_agent(instance);
@@ -277,9 +244,7 @@ impl SimulatedHost {
             let now = host.now_us;
             match host.machines.get_mut(&id) {
                 Some(record) if record.process != Process::None => {
-                    record.process = Process::None;
-                    // Of a guest whose memory is kept, only a process that was of no use has ended.
-                    record.stop = record.kept.is_none().then_some(reason);
+                    record.end(reason);
                     record.changed_at_us = now;
                     true
                 }
@@ -308,8 +273,8 @@ impl SimulatedHost {
 
     fn say(&self, id: ServerId, what: impl FnOnce(&mut Record)) -> bool {
         let said = match self.host().machines.get_mut(&id) {
-            // A guest whose memory is kept stands still.
-            Some(record) if record.process != Process::None && record.kept.is_none() => {
+            // A guest whose memory is kept, or that is between two hosts, stands still.
+            Some(record) if record.has_guest() && record.kept.is_none() => {
                 what(record);
                 true
             }
@@ -343,14 +308,21 @@ impl SimulatedHost {
         self.host().machines.keys().copied().collect()
     }
 
-    /// Servers of which a process runs here, by the kernel and not by anybody's word.
+    /// Servers whose guest is here, by the kernel and not by anybody's word: not where it stands still until the
+    /// owner's row has said where it runs.
     pub fn processes(&self) -> Vec<ServerId> {
+        self.those(Record::has_guest)
+    }
+
+    /// Servers of which there is any process.
+    pub fn all_processes(&self) -> Vec<ServerId> {
+        self.those(|record| record.process != Process::None)
+    }
+
+    fn those(&self, which: impl Fn(&Record) -> bool) -> Vec<ServerId> {
         let host = self.host();
-        let running = host
-            .machines
-            .iter()
-            .filter(|(_, record)| record.process != Process::None);
-        running.map(|(id, _)| *id).collect()
+        let those = host.machines.iter().filter(|(_, record)| which(record));
+        those.map(|(id, _)| *id).collect()
     }
 
     /// Servers of which anything is left here but a tombstone.
@@ -409,118 +381,7 @@ impl Host {
     }
 
     fn report(&self, id: ServerId) -> Option<MachineReport> {
-        let record = self.machines.get(&id)?;
-        Some(MachineReport {
-            id,
-            generation: record.intent.generation,
-            revision: record.intent.revision,
-            settled: record.next() == Step::Settled,
-            observed: record.observed(),
-            soft_reboots: record.done.soft_reboots,
-            hard_reboots: record.done.hard_reboots,
-            rebuilds: record.done.rebuilds,
-            starts: record.done.starts,
-            changed_at_us: record.changed_at_us,
-            guest: match record.process {
-                Process::None => GuestReport::default(),
-                _ => record.guest,
-            },
-            // Nothing in the cloud wants one yet.
-            disks: Vec::new(),
-            nics: Vec::new(),
-            size: None,
-        })
-    }
-}
-
-impl Record {
-    fn remains(&self) -> bool {
-        self.disk || self.process != Process::None || self.kept.is_some()
-    }
-
-    fn next(&self) -> Step {
-        let seen = Seen {
-            process: self.process,
-            stop: self.stop.as_ref(),
-            failed: self.failed.is_some(),
-            disk: self.disk || self.intent.wanted.spec.root_disk.is_none(),
-            held: self.held,
-            kept: self.kept.is_some(),
-            remains: self.remains(),
-        };
-        match decision::next(&self.intent.wanted, &self.done, &seen) {
-            // Its process was told, and does not do it.
-            Step::Pause | Step::Resume | Step::Suspend if self.failed.is_some() => Step::Settled,
-            step => step,
-        }
-    }
-
-    fn step(&mut self, now_us: i64) -> bool {
-        let step = self.next();
-        let wanted = &self.intent.wanted;
-        match step {
-            Step::Settled => return false,
-            Step::SkipReboots => {}
-            Step::MakeDisk => {
-                self.disk = true;
-                self.disks += 1;
-            }
-            Step::RemakeDisk => {
-                self.disk = wanted.spec.root_disk.is_some();
-                self.disks += 1;
-                self.done.rebuilds = wanted.rebuilds;
-            }
-            Step::Start => {
-                self.process = Process::Running;
-                self.done.starts += 1;
-                self.began_with = self.kept.take().unwrap_or(self.done.starts);
-                self.guest = GuestReport::default();
-                self.stop = None;
-            }
-            Step::Pause => self.process = Process::Paused,
-            Step::Resume => self.process = Process::Running,
-            // The process is ended in a step of its own.
-            Step::Suspend => {
-                self.process = Process::Paused;
-                self.kept = Some(self.began_with);
-            }
-            Step::Forget => self.kept = None,
-            Step::Shutdown | Step::Kill => self.process = Process::None,
-            Step::Remove => {
-                self.disk = false;
-                self.kept = None;
-            }
-        }
-        if matches!(step, Step::SkipReboots | Step::RemakeDisk | Step::Start) {
-            self.done.soft_reboots = wanted.soft_reboots;
-            self.done.hard_reboots = wanted.hard_reboots;
-        }
-        self.changed_at_us = now_us;
-        true
-    }
-
-    fn observed(&self) -> Observed {
-        if let Some(reason) = self.failed.clone() {
-            return Observed::Failed { reason };
-        }
-        let wanted = self.intent.wanted.power;
-        match (self.process, &self.stop) {
-            (Process::Running, _) => Observed::Running,
-            (Process::Paused, _) => Observed::Paused,
-            (Process::None, _) if self.kept.is_some() => Observed::Suspended,
-            // However the process ended that it still had when it was to go.
-            (Process::None, _) if wanted == Power::Absent && !self.remains() => Observed::Absent,
-            (Process::None, Some(reason)) => Observed::Stopped {
-                reason: reason.clone(),
-            },
-            (Process::None, None) if self.next() != Step::Settled => Observed::Starting {
-                step: format!("{:?}", self.next()),
-            },
-            // As wanted; or it was to be suspended, and was gone before.
-            (Process::None, None) => Observed::Stopped {
-                reason: StopReason::Requested,
-            },
-        }
+        Some(self.machines.get(&id)?.report(id))
     }
 }
 

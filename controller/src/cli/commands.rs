@@ -6,6 +6,7 @@ pub mod host;
 pub mod image;
 pub mod keypair;
 pub mod machine;
+pub mod migration;
 pub mod server;
 pub mod token;
 

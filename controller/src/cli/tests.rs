@@ -380,3 +380,101 @@ fn without_a_cloud_the_error_says_what_to_set() {
     let error = config::load(&CloudArguments::default(), &named).unwrap_err();
     assert!(matches!(error, CliError::UnknownCloud { .. }), "{error}");
 }
+
+const SERVER: &str = "11111111-1111-4111-8111-111111111111";
+const MIGRATION: &str = "22222222-2222-4222-8222-222222222222";
+
+/// A cloud in which a migration of the server has come to this.
+async fn cloud_with_a_migration(status: &str) -> Cloud {
+    let server = json!({"id": SERVER, "name": "web", "status": "ACTIVE"});
+    let migration = json!({
+        "id": 7, "uuid": MIGRATION, "instance_uuid": SERVER, "status": status,
+        "source_compute": "h1", "dest_compute": "h2",
+    });
+    let migrations = json!({"migrations": [migration]});
+    let whole = json!({"migration": {"id": MIGRATION, "status": status, "reason": "no room"}});
+    let hosts = json!({"hosts": [{"id": "H", "hostname": "h1"}]});
+    let newest = format!("GET /compute/v2.1/os-migrations?instance_uuid={SERVER}&limit=1");
+    let one = format!("/compute/v2.1/servers/{SERVER}");
+    Cloud::start(&[
+        (&format!("GET {one}"), 200, json!({"server": server})),
+        (&format!("POST {one}/action"), 202, Value::Null),
+        (&newest, 200, migrations.clone()),
+        ("GET /compute/v2.1/os-migrations", 200, migrations),
+        (&format!("DELETE {one}/migrations/7"), 202, Value::Null),
+        (&format!("POST {one}/migrations/7/action"), 202, Value::Null),
+        (
+            &format!("GET /fractus/v1/migrations/{MIGRATION}"),
+            200,
+            whole,
+        ),
+        ("GET /fractus/v1/hosts", 200, hosts),
+        (
+            "PUT /compute/v2.1/os-services/H",
+            200,
+            json!({"service": {}}),
+        ),
+        (
+            "GET /compute/v2.1/servers/detail?all_tenants=1&host=h1",
+            200,
+            json!({"servers": [server]}),
+        ),
+    ])
+    .await
+}
+
+#[tokio::test]
+async fn a_server_is_migrated_and_its_end_waited_for() {
+    let cloud = cloud_with_a_migration("completed").await;
+    let line = ["server", "migrate", SERVER, "--host", "h2", "--wait"];
+    cloud.run(&line).await.unwrap();
+    let asked = cloud.asked();
+    let body = json!({"os-migrateLive": {"host": "h2", "block_migration": "auto"}});
+    assert!(
+        asked.iter().any(|(_, _, _, sent)| *sent == body),
+        "{asked:?}"
+    );
+    cloud.run(&["host", "drain", "h1"]).await.unwrap();
+    let disabled = json!({"status": "disabled", "disabled_reason": "it is drained"});
+    let asked = cloud.asked();
+    assert!(
+        asked.iter().any(|(_, _, _, sent)| *sent == disabled),
+        "{asked:?}"
+    );
+
+    let cloud = cloud_with_a_migration("failed").await;
+    let error = cloud.run(&["server", "migrate", SERVER, "--wait"]).await;
+    assert!(error.unwrap_err().to_string().contains("no room"));
+    let error = cloud.run(&["host", "drain", "h1"]).await.unwrap_err();
+    assert!(error.to_string().contains("1 of its 1 servers"), "{error}");
+}
+
+#[tokio::test]
+async fn a_migration_is_listed_shown_and_ended_by_its_id_or_number() {
+    let cloud = cloud_with_a_migration("running").await;
+    for line in [
+        vec!["server", "migration", "list"],
+        vec!["server", "migration", "show", MIGRATION],
+        vec!["server", "migration", "abort", "7"],
+        vec!["server", "migration", "force-complete", MIGRATION],
+    ] {
+        cloud.run(&line).await.unwrap();
+    }
+    let asked = cloud.asked();
+    let path = format!("/compute/v2.1/servers/{SERVER}/migrations/7");
+    for (method, path, body) in [
+        ("DELETE", path.clone(), Value::Null),
+        (
+            "POST",
+            format!("{path}/action"),
+            json!({"force_complete": null}),
+        ),
+    ] {
+        let is_it = |(m, p, _, b): &(String, String, String, Value)| {
+            m == method && *p == path && *b == body
+        };
+        assert!(asked.iter().any(is_it), "{method} {path}: {asked:?}");
+    }
+    let missing = cloud.run(&["server", "migration", "show", "8"]).await;
+    assert!(matches!(missing, Err(CliError::NotFound { .. })));
+}

@@ -12,6 +12,7 @@ mod m0003_compute;
 mod m0004_operation;
 mod m0005_host;
 mod m0006_controller;
+mod m0007_migration;
 
 use std::collections::BTreeSet;
 
@@ -29,6 +30,7 @@ fn changes() -> Vec<Box<dyn MigrationTrait>> {
         Box::new(m0004_operation::Migration),
         Box::new(m0005_host::Migration),
         Box::new(m0006_controller::Migration),
+        Box::new(m0007_migration::Migration),
     ]
 }
 

@@ -8,7 +8,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, PutMachine, Refusal, ServerId};
-use sea_orm::{DatabaseTransaction, DbErr};
+use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr};
 
 use super::machine::{self, Machine};
 use crate::agents::fleet::{Fleet, Presence};
@@ -21,7 +21,9 @@ use crate::secret::MasterKey;
 
 /// How long a step that waits for a report sleeps before it asks the agent again by itself. Reports
 /// wake it at once; this is for those that were lost.
-const ASK_AGAIN: Duration = Duration::from_secs(5);
+pub const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// The same while a guest may stand still for it.
+pub(super) const SOON: Duration = Duration::from_secs(1);
 
 /// What a sealed password is for.
 const PASSWORD: &str = "admin_pass";
@@ -107,10 +109,29 @@ impl Machines {
         sealed.ok().map(|sealed| STANDARD.encode(sealed))
     }
 
-    /// What the owner is told, with its secrets opened. One that this key does not open (another
+    pub(super) fn master(&self) -> Option<&MasterKey> {
+        self.master.as_ref()
+    }
+
+    /// What steps read by.
+    pub fn reader(&self) -> &DatabaseConnection {
+        self.database.reader()
+    }
+
+    pub(super) fn now_us(&self) -> i64 {
+        self.clock.now_us()
+    }
+
+    /// What the owner is told, with its secrets opened. A password that this key does not open (another
     /// cloud's database) is left out: the guest starts without it.
-    fn open(&self, machine: &Machine) -> PutMachine {
+    ///
+    /// # Errors
+    /// [`StepError::Fail`] when the key of a stream does not open: without it, the intent would be another.
+    pub(super) fn open(&self, machine: &Machine) -> Result<PutMachine, StepError> {
         let mut put = machine.put();
+        if let Some(departure) = &mut put.wanted.departs {
+            departure.key = self.open_stream_key(departure.id, &departure.key)?;
+        }
         if let Some(instance) = &mut put.wanted.spec.guest.instance
             && let Some(sealed) = instance.admin_pass.take()
         {
@@ -119,7 +140,7 @@ impl Machines {
                 tracing::warn!(server = %machine.server, "its password does not open with master.key");
             }
         }
-        put
+        Ok(put)
     }
 
     fn open_password(&self, sealed: &str) -> Option<String> {
@@ -230,8 +251,9 @@ impl Machines {
         owner: HostId,
         machine: &Machine,
     ) -> Result<Converged, StepError> {
+        let put = self.open(machine)?;
         let told = match self.agents.agent(owner) {
-            Ok(agent) => agent.put(machine.server, &self.open(machine)).await,
+            Ok(agent) => agent.put(machine.server, &put).await,
             Err(error) => Err(error),
         };
         match told {
@@ -272,7 +294,7 @@ impl Machines {
 
     /// Whether a host is a member is the table's to say: what this controller has met of it may lack
     /// one that joined through another, or just now.
-    async fn lost_or_not_met(&self, host: HostId) -> Result<Converged, StepError> {
+    pub(super) async fn lost_or_not_met(&self, host: HostId) -> Result<Converged, StepError> {
         match host::find(self.database.reader(), host).await? {
             None => Ok(Converged::Lost(Lost { host })),
             Some(row) => {
@@ -331,6 +353,11 @@ impl Machines {
             .holders(machine.server)
             .into_iter()
             .filter(|(host, report)| Some(*host) != machine.host && alive(&report.observed))
+            // Told in the owner's own generation: a guest is to come there, and none is started.
+            .filter(|(_, report)| {
+                !(matches!(report.observed, Observed::Starting { .. })
+                    && report.generation == machine.generation)
+            })
             .collect();
         if let Some(host) = others.keys().next() {
             return Err(StepError::retry(format!(
@@ -347,7 +374,8 @@ pub(super) fn vanished(owner: HostId) -> String {
     format!("host {owner} has no record of the server any more")
 }
 
-/// Whether there is, or may be, a process.
+/// Whether a guest runs, or may by itself: not one that stands still between two hosts until its owner's row is
+/// told.
 pub(super) fn alive(observed: &Observed) -> bool {
     matches!(
         observed,

@@ -9,8 +9,9 @@ use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{
     Generation, MachineReport, Power, PutMachine, Revision, ServerId, Wanted,
 };
+use fractus_agent_api::migration;
 use sea_orm::entity::prelude::*;
-use sea_orm::sea_query::{Expr, ExprTrait, OnConflict};
+use sea_orm::sea_query::{Expr, OnConflict};
 use sea_orm::{DatabaseTransaction, QueryOrder, QuerySelect, Set};
 
 pub mod row {
@@ -84,7 +85,7 @@ impl Machine {
     /// What the owner is told.
     pub fn put(&self) -> PutMachine {
         PutMachine {
-            version: VERSION,
+            version: version(&self.wanted),
             generation: self.generation,
             revision: self.revision,
             wanted: self.wanted.clone(),
@@ -175,6 +176,15 @@ pub async fn own(
     find(tx, server).await
 }
 
+/// Of the body that says so: an agent that knows nothing of migrations must not take one that speaks of them.
+pub(super) fn version(wanted: &Wanted) -> u32 {
+    if wanted.migrates() {
+        migration::PUT_VERSION
+    } else {
+        VERSION
+    }
+}
+
 /// Changes what is wanted and raises the revision; `None` if the server has no machine. Reads and
 /// writes in the caller's transaction, so no other change can come in between.
 pub async fn change(
@@ -184,13 +194,29 @@ pub async fn change(
     now_us: i64,
     change: impl FnOnce(&mut Wanted),
 ) -> Result<Option<Machine>, DbErr> {
+    change_above(tx, server, Revision(0), request_id, now_us, change).await
+}
+
+/// The same, to a revision above `above`: one that a host was told of which the owner was not.
+pub async fn change_above(
+    tx: &DatabaseTransaction,
+    server: ServerId,
+    above: Revision,
+    request_id: Option<String>,
+    now_us: i64,
+    change: impl FnOnce(&mut Wanted),
+) -> Result<Option<Machine>, DbErr> {
     let Some(known) = find(tx, server).await? else {
         return Ok(None);
     };
     let mut wanted = known.wanted.clone();
+    if known.settled {
+        // It goes on, or has failed: what is wanted from here on is of the guest that is there.
+        wanted.continues = None;
+    }
     change(&mut wanted);
     let next = row::ActiveModel {
-        revision: Set(signed(known.revision.0) + 1),
+        revision: Set(signed(Ord::max(known.revision, above).0) + 1),
         wanted: Set(json(&wanted)?),
         request_id: Set(request_id),
         settled: Set(false),
@@ -244,28 +270,35 @@ pub async fn disown(tx: &DatabaseTransaction, server: ServerId, now_us: i64) -> 
     update(tx, &known, next).await.map(|_| ())
 }
 
-/// The compare-and-set that gives the server to another host, one generation higher. False if the
-/// owner is not who the caller thinks: somebody else was first.
+/// The compare-and-set that gives the server to another host, one generation and one revision higher. False if
+/// the row is not as the caller has read it: somebody else was first.
 pub async fn move_owner(
     tx: &DatabaseTransaction,
-    server: ServerId,
-    from: (HostId, Generation),
+    known: &Machine,
     to: HostId,
+    wanted: &Wanted,
     now_us: i64,
 ) -> Result<bool, DbErr> {
-    let moved = row::Entity::update_many()
-        .col_expr(row::Column::HostId, Expr::value(to.to_string()))
-        .col_expr(
-            row::Column::Generation,
-            Expr::col(row::Column::Generation).add(1),
-        )
+    let Some(from) = known.host else {
+        return Ok(false);
+    };
+    let next = row::ActiveModel {
+        host_id: Set(Some(to.to_string())),
+        generation: Set(signed(known.generation.0) + 1),
+        revision: Set(signed(known.revision.0) + 1),
+        wanted: Set(json(wanted)?),
+        settled: Set(false),
         // What the old owner said is no proof that the new one has it.
-        .col_expr(row::Column::Report, Expr::value(Option::<String>::None))
-        .col_expr(row::Column::Settled, Expr::value(false))
-        .col_expr(row::Column::UpdatedAtUs, Expr::value(now_us))
-        .filter(row::Column::ServerId.eq(server.to_string()))
-        .filter(row::Column::HostId.eq(from.0.to_string()))
-        .filter(row::Column::Generation.eq(signed(from.1.0)))
+        report: Set(None),
+        updated_at_us: Set(now_us),
+        ..Default::default()
+    };
+    let moved = row::Entity::update_many()
+        .set(next)
+        .filter(row::Column::ServerId.eq(known.server.to_string()))
+        .filter(row::Column::HostId.eq(from.to_string()))
+        .filter(row::Column::Generation.eq(signed(known.generation.0)))
+        .filter(row::Column::Revision.eq(signed(known.revision.0)))
         .exec(tx)
         .await?;
     Ok(moved.rows_affected == 1)

@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::converge::{Converged, Machines, alive, vanished};
 use super::machine::{self, Machine};
 use super::turns::Turns;
+use super::{migration, transit};
 use crate::agents::fleet::Fleet;
 use crate::clock::Clock;
 use crate::database::{self, Database};
@@ -232,8 +233,13 @@ impl Reconciler {
         let reader = database.reader();
         let row = machine::find(reader, server).await?;
         let holders = self.fleet.holders(server);
+        let owner = row.as_ref().and_then(|machine| machine.host);
+        let migrations = match holders.iter().any(|(holder, _)| Some(*holder) != owner) {
+            true => migration::open(reader, server).await?,
+            false => Vec::new(),
+        };
         for (holder, report) in &holders {
-            match foreign(row.as_ref(), *holder, report) {
+            match foreign(row.as_ref(), *holder, report, &migrations) {
                 Verdict::Drop(host, report) => {
                     if let Some(machine) = &row {
                         self.drop_foreign(host, machine, &report).await?;
@@ -482,7 +488,12 @@ fn said(machine: &Machine, report: &MachineReport) -> Option<&'static str> {
 }
 
 /// What is to be said of a machine on a host that does not own it.
-fn foreign(row: Option<&Machine>, holder: HostId, report: &MachineReport) -> Verdict {
+fn foreign(
+    row: Option<&Machine>,
+    holder: HostId,
+    report: &MachineReport,
+    migrations: &[migration::Model],
+) -> Verdict {
     if report.observed == Observed::Absent && report.settled {
         return Verdict::Nothing;
     }
@@ -497,15 +508,46 @@ fn foreign(row: Option<&Machine>, holder: HostId, report: &MachineReport) -> Ver
             Verdict::Nothing
         };
     }
+    // Its operation says what is kept and what is dropped.
+    if migration::keeps(migrations, holder) {
+        return Verdict::Nothing;
+    }
+    if report.generation == machine.generation && machine.confirmed && machine.host.is_some() {
+        return told_to_arrive(machine, holder, report);
+    }
     let older = report.generation < machine.generation;
     let buried = machine.is_tombstone()
         && machine.host.is_none()
         && (report.generation, report.revision) <= machine.age();
+    // The guest that stands still there is the only one until the owner has said that it has it.
+    let has_it = machine.settled
+        && machine
+            .report
+            .as_ref()
+            .is_some_and(|said| !matches!(said.observed, Observed::Failed { .. }));
+    if transit::is_offered(report) && !has_it && !buried {
+        return Verdict::Nothing;
+    }
     // After a restore, who holds it is not known before the owner has said that it does.
     if (older && machine.confirmed) || buried {
         Verdict::Drop(holder, report.clone())
     } else {
         Verdict::Unclaimed(holder)
+    }
+}
+
+/// Of a host that was told something in the owner's own generation: that a guest was to come, which nothing
+/// speaks of any more; or, in a later revision, that there is to be nothing.
+fn told_to_arrive(machine: &Machine, holder: HostId, report: &MachineReport) -> Verdict {
+    let arriving = match report.revision.cmp(&machine.revision) {
+        std::cmp::Ordering::Less => true,
+        std::cmp::Ordering::Equal => transit::is_arriving(report),
+        std::cmp::Ordering::Greater => false,
+    };
+    if arriving {
+        Verdict::Drop(holder, report.clone())
+    } else {
+        Verdict::Nothing
     }
 }
 

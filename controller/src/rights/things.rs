@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::agents::host;
 use crate::agents::simulated::SimulatedHost;
 use crate::http::Endpoint;
+use crate::reconcile::migration;
 use crate::testing::{Answer, TestApp};
 
 /// What the parameters of paths stand for, by service and by the segment before them.
@@ -74,6 +75,35 @@ async fn a_host(cloud: &TestApp) -> String {
     });
     write.await.unwrap();
     id.to_string()
+}
+
+/// A migration of the server, which is not under way any more; its number and its id.
+async fn a_migration(cloud: &TestApp, server: &str, host: &str) -> (String, String) {
+    let (uuid, now_us) = (cloud.app.random().uuid().to_string(), cloud.app.now_us());
+    let row = migration::Model {
+        id: 0,
+        uuid: uuid.clone(),
+        server_id: server.to_owned(),
+        source_id: host.to_owned(),
+        source: "h".to_owned(),
+        target_id: None,
+        target: None,
+        status: "error".to_owned(),
+        flavor_id: "f".to_owned(),
+        user_id: Some(cloud.project_id.clone()),
+        project_id: Some(cloud.project_id.clone()),
+        progress: None,
+        reason: Some("no host".to_owned()),
+        created_at_us: now_us,
+        updated_at_us: now_us,
+        ended_at_us: Some(now_us),
+    };
+    let write = cloud.app.database().write(move |tx| {
+        let row = row.clone();
+        Box::pin(async move { migration::insert(tx, row).await })
+    });
+    write.await.unwrap();
+    ("1".to_owned(), uuid)
 }
 
 fn headers<'a>(token: &'a str, kind: &'a str, version: &'a str) -> Vec<(&'a str, &'a str)> {
@@ -197,6 +227,9 @@ impl Things {
             (_, "compute", "/v2.1/servers/{id}/metadata/{key}") => json!({"meta": {"key": "new"}}),
             (_, "compute", "/v2.1/servers/{id}/tags") => json!({"tags": ["blue"]}),
             (_, "compute", "/v2.1/servers/{id}/tags/{tag}") => Value::Null,
+            (_, "compute", "/v2.1/servers/{id}/migrations/{number}/action") => {
+                json!({"force_complete": null})
+            }
             (_, "compute", "/v2.1/servers/{id}/remote-consoles") => {
                 json!({"remote_console": {"protocol": "serial", "type": "serial"}})
             }
@@ -217,7 +250,7 @@ impl Things {
 
 /// A version at which the endpoint exists.
 fn version(endpoint: &Endpoint) -> &'static str {
-    let newer = ["/tags", "/remote-consoles"];
+    let newer = ["/tags", "/remote-consoles", "migrations"];
     // What changes them by id is younger than what shows them.
     let put = ["/v2.1/flavors/{id}", "/v2.1/os-services/{id}"];
     if endpoint.service.prefix() != "compute" {
@@ -288,6 +321,9 @@ async fn of_compute(cloud: &TestApp, things: &mut Named) {
     let keypair = cloud.post(&cloud.member, path, keypair).await;
     keypair.expect_status(200);
     let host = a_host(cloud).await;
+    let (number, migration) = a_migration(cloud, &server, &host).await;
+    things.insert(("fractus", "migrations"), migration);
+    things.insert(("compute", "migrations"), number);
     things.insert(("fractus", "hosts"), host.clone());
     things.insert(("fractus", "machines"), server.clone());
     let named = [

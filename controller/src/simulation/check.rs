@@ -66,6 +66,7 @@ impl World {
         let reader = self.database().reader();
         let open = operation::unfinished(reader, None).await.unwrap();
         assert!(open.is_empty(), "seed {seed}: stuck or parked: {open:?}");
+        self.check_migrations().await;
         let mut alive = BTreeSet::new();
         for id in &self.servers {
             let server = ServerId(*id);
@@ -171,6 +172,21 @@ impl World {
             &reserved, alive,
             "seed {seed}: reservations are of servers with a host"
         );
+        assert_eq!(
+            reservations.len(),
+            alive.len(),
+            "seed {seed}: a server holds of its own host only: {reservations:?}"
+        );
+        for reservation in &reservations {
+            let server = ServerId(reservation.server_id.parse().unwrap());
+            let owner = machine::find(reader, server).await.unwrap().unwrap().host;
+            let owner = owner.map(|host| host.to_string());
+            assert_eq!(
+                owner.as_ref(),
+                Some(&reservation.host_id),
+                "seed {seed}: {server}"
+            );
+        }
         for row in host::all(reader).await.unwrap() {
             let here = reservations
                 .iter()

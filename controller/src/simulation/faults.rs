@@ -150,6 +150,7 @@ pub(super) async fn ask(app: &App, kind: &str, id: Uuid) {
     let change = match kind {
         "server_create" => return drop(requests::create(app, id).await),
         "server_delete" => return drop(requests::delete(app, id).await),
+        "server_live_migrate" => return drop(requests::migrate(app, id, None).await),
         "server_start" => Change::Start,
         "server_stop" => Change::Stop,
         "server_soft_reboot" => Change::SoftReboot,
@@ -239,9 +240,7 @@ async fn the_controller_may_die_at_every_effect_of_every_kind() {
                 if doom.is_dead() || advance == Advance::Idle {
                     break;
                 }
-                for host in &world.hosts {
-                    host.settle();
-                }
+                world.hosts_work();
                 world.everybody_reports().await;
             }
             let died = doom.is_dead();

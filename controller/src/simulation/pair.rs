@@ -70,9 +70,7 @@ async fn lead(
         if doom.is_dead() || open(world).await == 0 {
             return None;
         }
-        for host in &world.hosts {
-            host.settle();
-        }
+        world.hosts_work();
         world.everybody_reports().await;
         let engine = Arc::clone(&engine);
         turn = tokio::spawn(async move {
@@ -140,6 +138,9 @@ async fn at_every_effect(fate: Fate) {
                 let first = succeed(&mut world, second).await;
                 world.heal().await;
                 thaw(&mut world, first, under_way, id, &what).await;
+            } else {
+                // What is left where a guest was is the reconciler's to have dropped.
+                world.heal().await;
             }
             world.check_rest().await;
             // A request that was cut off by its controller's death may never have been made.

@@ -1,6 +1,10 @@
 //! What users ask for: the compute service's own requests, without HTTP.
 
-use fractus_agent_api::machine::{Boot, ImageFormat, ImageRef, MachineSpec, Pages, RootDisk};
+use fractus_agent_api::host::HostId;
+use fractus_agent_api::machine::{
+    Boot, ImageFormat, ImageRef, MachineSpec, Pages, RootDisk, ServerId,
+};
+use sea_orm::DbErr;
 use uuid::Uuid;
 
 use crate::compute::model::flavor::FlavorSnapshot;
@@ -8,10 +12,12 @@ use crate::compute::model::server::BootPlan;
 use crate::compute::model::state::{self, Action, Build, ServerState, Situation};
 use crate::compute::ops::change::{self, Change, Wish};
 use crate::compute::ops::create::{self, NewServer};
+use crate::compute::ops::migrate::{self, CANCELLED};
 use crate::compute::ops::{RequestError, delete};
 use crate::compute::store::server;
 use crate::event::Origin;
 use crate::http::App;
+use crate::reconcile::migration;
 use crate::scheduler::Amounts;
 
 pub const MEMORY_MIB: i64 = 512;
@@ -141,6 +147,52 @@ pub async fn create(app: &App, id: Uuid) -> Result<(), RequestError> {
 
 pub async fn delete(app: &App, id: Uuid) -> Result<(), RequestError> {
     delete::request(app, origin(), &id.to_string()).await
+}
+
+/// Asks for the server's guest to go elsewhere if its state admits it; false if it does not.
+pub async fn migrate(app: &App, id: Uuid, host: Option<HostId>) -> Result<bool, RequestError> {
+    let id = id.to_string();
+    let Some(row) = server::find(app.database().reader(), &id).await? else {
+        return Ok(false);
+    };
+    let situation = Situation {
+        server: &id,
+        state: row.state(),
+        placed: true,
+        launched: row.launched_at_us.is_some(),
+        locked: false,
+    };
+    if state::admit(Action::LiveMigrate, situation).is_err() {
+        return Ok(false);
+    }
+    let wish = migrate::Wish {
+        from: row.state(),
+        host,
+    };
+    match migrate::request(app, origin(), &id, wish).await {
+        Ok(()) => Ok(true),
+        Err(RequestError::Overtaken) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// It is not wanted any more; false if it is too late, or there is none.
+pub async fn abort(app: &App, id: Uuid) -> Result<bool, DbErr> {
+    let write = app.database().write(move |tx| {
+        Box::pin(async move { migrate::give_up(tx, ServerId(id), CANCELLED).await })
+    });
+    let given_up = write.await?;
+    app.compute().engine.wake(&id.to_string());
+    Ok(given_up)
+}
+
+/// It is to be done with; false if there is none to be.
+pub async fn force_complete(app: &App, id: Uuid) -> Result<bool, DbErr> {
+    let open = migration::open(app.database().reader(), ServerId(id)).await?;
+    match open.first() {
+        Some(row) => migrate::force_complete(app, ServerId(id), row.migration(), None).await,
+        None => Ok(false),
+    }
 }
 
 /// Asks for the change if the server's state admits it; false if it does not.

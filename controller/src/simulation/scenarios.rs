@@ -20,7 +20,7 @@ use crate::operation::{Advance, Kind, Kinds, Operation, Outcome, Step, StepError
 use crate::reconcile::machine;
 
 /// A cloud of `hosts` in which these servers are active.
-async fn active(hosts: usize, servers: &[Uuid]) -> World {
+pub(super) async fn active(hosts: usize, servers: &[Uuid]) -> World {
     let mut world = World::new(
         3,
         Plan {
@@ -43,7 +43,7 @@ async fn active(hosts: usize, servers: &[Uuid]) -> World {
     world
 }
 
-async fn state(world: &World, id: Uuid) -> ServerState {
+pub(super) async fn state(world: &World, id: Uuid) -> ServerState {
     let row = server::find_any(world.database().reader(), &id.to_string())
         .await
         .unwrap();
@@ -51,7 +51,7 @@ async fn state(world: &World, id: Uuid) -> ServerState {
 }
 
 /// The host on which a process of the server runs.
-fn holder(world: &World, id: Uuid) -> Option<Arc<SimulatedHost>> {
+pub(super) fn holder(world: &World, id: Uuid) -> Option<Arc<SimulatedHost>> {
     world
         .hosts
         .iter()
@@ -75,12 +75,12 @@ async fn restore(world: &mut World, backup: &str) {
     world.start_controller().await;
 }
 
-async fn fault(world: &World, id: Uuid) -> String {
+pub(super) async fn fault(world: &World, id: Uuid) -> String {
     let row = server::find(world.database().reader(), &id.to_string()).await;
     row.unwrap().unwrap().fault_message.unwrap_or_default()
 }
 
-const ONE: Uuid = Uuid::from_u128(0x11);
+pub(super) const ONE: Uuid = Uuid::from_u128(0x11);
 const TWO: Uuid = Uuid::from_u128(0x22);
 
 #[tokio::test]
@@ -302,11 +302,12 @@ async fn a_new_owner_waits_until_the_old_one_has_dropped_the_machine() {
         .await
         .unwrap()
         .unwrap();
-    let (from, to) = ((old.id(), known.generation), new.id());
+    let to = new.id();
     let moved = world.database().write(move |tx| {
+        let known = known.clone();
         Box::pin(async move {
-            let first = machine::move_owner(tx, ServerId(ONE), from, to, 1).await?;
-            let second = machine::move_owner(tx, ServerId(ONE), from, to, 1).await?;
+            let first = machine::move_owner(tx, &known, to, &known.wanted, 1).await?;
+            let second = machine::move_owner(tx, &known, to, &known.wanted, 1).await?;
             Ok::<_, sea_orm::DbErr>((first, second))
         })
     });

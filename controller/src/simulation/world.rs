@@ -14,11 +14,12 @@ use rand::{Rng, RngExt, SeedableRng};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
+use super::migration::{Guests, Migrates};
 use super::network::{Doom, Mail, Network};
 use super::requests;
 use crate::agents::fleet::Fleet;
 use crate::agents::host;
-use crate::agents::simulated::SimulatedHost;
+use crate::agents::simulated::{SimulatedHost, stream};
 use crate::clock::{Clock, SimulatedClock};
 use crate::compute::ops::change::Change;
 use crate::compute::{Compute, ServerObserver, register};
@@ -33,6 +34,7 @@ use crate::leader::{Lead, Me, Seat};
 use crate::operation::{self, Advance, Engine, Kinds};
 use crate::random::{Random, SeededRandom};
 use crate::reconcile::{Machines, Reconciler, machine};
+use crate::secret::MasterKey;
 
 /// How big, how long.
 #[derive(Debug, Clone, Copy)]
@@ -45,8 +47,8 @@ pub struct Plan {
 pub struct World {
     pub seed: u64,
     plan: Plan,
-    random: StdRng,
-    ids: Arc<SeededRandom>,
+    pub(super) random: StdRng,
+    pub(super) ids: Arc<SeededRandom>,
     pub clock: SimulatedClock,
     pub test: TestDatabase,
     pub network: Network,
@@ -61,6 +63,11 @@ pub struct World {
     pub kinds: Box<dyn Fn(Kinds) -> Kinds>,
     /// Healing does not start a controller anew.
     pub keeps_controller: bool,
+    pub master: MasterKey,
+    /// What of live migrations is in a storm.
+    pub migrates: Migrates,
+    /// What was seen of guests, for [`super::migration`].
+    pub guests: Guests,
 }
 
 /// One life of the controller.
@@ -137,6 +144,9 @@ impl World {
             history: Vec::new(),
             kinds: Box::new(|kinds| kinds),
             keeps_controller: false,
+            master: MasterKey::ephemeral().unwrap(),
+            migrates: Migrates::Never,
+            guests: Guests::default(),
         };
         world.start_controller().await;
         world.everybody_reports().await;
@@ -152,7 +162,7 @@ impl World {
         self.history.clone()
     }
 
-    fn note(&mut self, what: impl Into<String>) {
+    pub(super) fn note(&mut self, what: impl Into<String>) {
         self.history.push(what.into());
     }
 
@@ -193,7 +203,8 @@ impl World {
             agents,
             Arc::clone(&fleet),
             Arc::clone(&clock),
-        );
+        )
+        .with_key(self.master.clone());
         let mut kinds = Kinds::default();
         register(&mut kinds, &machines, &clock);
         let kinds = (self.kinds)(kinds);
@@ -254,6 +265,7 @@ impl World {
             self.event().await;
             self.bury();
             self.check_processes();
+            self.check_guests();
             if n % 16 == 0 {
                 self.check_records().await;
             }
@@ -266,6 +278,9 @@ impl World {
         let now = self.clock.now_us();
         for host in &self.hosts {
             host.set_now_us(now);
+        }
+        if self.migrates != Migrates::Never && self.random.random_bool(self.migrates.share()) {
+            return self.migration_event().await;
         }
         // As often in a bigger cloud, for each host and server.
         let per_event = 1 + self.plan.hosts / 30;
@@ -326,7 +341,11 @@ impl World {
             return self.note(format!("delete {id}: {outcome}"));
         }
         // One that the server's state admits, if there is any: chosen blindly, nearly all are refused.
-        let mut changes = Change::ALL;
+        let mut changes = Change::ALL.to_vec();
+        if self.migrates == Migrates::Only {
+            // None that begins a guest anew.
+            changes = vec![Change::Pause, Change::Unpause];
+        }
         changes.shuffle(&mut self.random);
         // And a hard reboot, admitted nearly always, would end all the others.
         let hard = self.random.random_bool(0.2);
@@ -365,7 +384,7 @@ impl World {
             .collect()
     }
 
-    fn any_host(&mut self) -> Arc<SimulatedHost> {
+    pub(super) fn any_host(&mut self) -> Arc<SimulatedHost> {
         Arc::clone(self.hosts.choose(&mut self.random).unwrap())
     }
 
@@ -386,7 +405,7 @@ impl World {
         }
     }
 
-    async fn deliver(&mut self) {
+    pub(super) async fn deliver(&mut self) {
         if self.controller.is_none() {
             return self.network.drop_mail();
         }
@@ -509,6 +528,7 @@ impl World {
 
     fn reboot_host(&mut self) {
         let host = self.any_host();
+        self.guests.killed.extend(host.all_processes());
         host.reboot(self.ids.uuid());
         self.note(format!("host {} reboots", host.id()));
     }
@@ -516,6 +536,7 @@ impl World {
     fn end_a_guest(&mut self) {
         let host = self.any_host();
         if let Some(id) = host.processes().choose(&mut self.random).copied() {
+            self.guests.killed.insert(id);
             let reason = match self.random.next_u32() % 3 {
                 0 => StopReason::GuestPowerOff,
                 1 => StopReason::TripleFault {
@@ -566,6 +587,7 @@ impl World {
             let before = self.fingerprint().await;
             self.round().await;
             self.check_processes();
+            self.check_guests();
             quiet = if self.fingerprint().await == before {
                 quiet + 1
             } else {
@@ -585,11 +607,7 @@ impl World {
     /// Everybody does everything once.
     pub async fn round(&mut self) {
         self.clock.advance(Duration::from_secs(11));
-        for host in self.hosts.clone() {
-            if !self.network.is_frozen(host.id()) {
-                host.settle();
-            }
-        }
+        self.hosts_work();
         self.everybody_reports().await;
         self.network.drop_mail();
         let Some(controller) = &self.controller else {
@@ -603,6 +621,22 @@ impl World {
             while engine.advance(&subject).await == Advance::Advanced {}
         }
         reconciler.sweep().await;
+    }
+
+    /// Hosts do all that they can, and what they send each other arrives.
+    pub fn hosts_work(&self) {
+        let settle = || {
+            for host in &self.hosts {
+                if !self.network.is_frozen(host.id()) {
+                    host.settle();
+                }
+            }
+        };
+        settle();
+        for server in self.network.hosts.streams() {
+            self.network.hosts.stream(server, stream::Event::End);
+        }
+        settle();
     }
 
     /// What hosts and rows say of all machines.

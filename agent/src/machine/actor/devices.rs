@@ -79,6 +79,11 @@ impl Devices {
         }
     }
 
+    pub(super) fn has(&self, id: DeviceId) -> bool {
+        let has = self.has.as_ref();
+        has.is_some_and(|has| has.contains_key(&id))
+    }
+
     /// Whether the process has told what it has, and has answered all that it was handed.
     pub(super) fn are_known(&self) -> bool {
         self.has.is_some() && self.handed.is_empty()
@@ -167,8 +172,8 @@ impl Wanted {
 impl<L: Launcher> Actor<L> {
     /// The next move, and whose.
     pub(super) fn next_move(&self) -> Option<(DeviceId, Move)> {
-        // A suspended guest has what it had.
-        if self.record.kept.is_some() {
+        // A suspended guest has what it had, and so has one on its way.
+        if self.record.kept.is_some() || !self.is_here() {
             return None;
         }
         let mut moves = self.devices_to_be().into_iter().filter_map(|device| {
@@ -188,7 +193,7 @@ impl<L: Launcher> Actor<L> {
     }
 
     pub(super) fn devices_are_pending(&self) -> bool {
-        if self.record.kept.is_some() {
+        if self.record.kept.is_some() || !self.is_here() {
             return false;
         }
         let mut all = self.devices_to_be().into_iter();
@@ -307,6 +312,34 @@ impl<L: Launcher> Actor<L> {
         let disks = disks.cloned().map(Wanted::Disk);
         let nics = spec.nics.iter().cloned().map(Wanted::Nic);
         self.open_those(disks.chain(nics).collect())
+    }
+
+    /// Those that a guest may have that comes here, with its disks' content: they are written to for that, also such
+    /// as it may only read.
+    pub(super) fn open_arriving(
+        &self,
+    ) -> impl Future<Output = Result<Vec<OpenDevice>, MakeError>> + use<L> {
+        let spec = &self.record.intent.wanted.spec;
+        let disks = spec
+            .disks
+            .iter()
+            .filter(|disk| disk.presence == Presence::Attached);
+        let disks: Vec<Disk> = disks.cloned().collect();
+        let nics = self.open_those(spec.nics.iter().cloned().map(Wanted::Nic).collect());
+        let (makings, paths) = (self.surroundings.makings.clone(), self.paths.clone());
+        async move {
+            let mut open = Vec::new();
+            for disk in disks {
+                let written = Disk {
+                    read_only: false,
+                    ..disk.clone()
+                };
+                let file = makings.open_disk(&paths, &written).await?;
+                open.push(OpenDevice::Disk(disk, file));
+            }
+            open.extend(nics.await?);
+            Ok(open)
+        }
     }
 
     fn open_those(
@@ -445,7 +478,7 @@ impl<L: Launcher> Actor<L> {
     }
 
     /// Does `work`, and hears process and intents meanwhile; none: they made it void.
-    async fn meanwhile<T>(
+    pub(super) async fn meanwhile<T>(
         &mut self,
         work: impl Future<Output = T>,
         goes_on: impl Fn(&Self) -> bool,

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use fractus_agent_api::decision::Step;
 use fractus_agent_api::device::DeviceKind;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, StopReason};
+use fractus_agent_api::migration::Transit;
 
 use super::{Actor, Phase, blocking};
 use crate::clock::now_us;
@@ -46,7 +47,10 @@ impl<L: Launcher> Actor<L> {
         let process = self.process.as_ref();
         self.pid
             .store(process.map_or(0, |p| p.identity().pid), Ordering::Relaxed);
-        let done = self.next() == Step::Settled && self.phase != Phase::Starting;
+        let transit = self.travel.transit;
+        let moves = matches!(transit, Transit::Arriving(_) | Transit::Copying(_));
+        let moves = moves || self.travel.unheard;
+        let done = self.next() == Step::Settled && self.phase != Phase::Starting && !moves;
         let changing =
             self.devices_are_pending() || self.sizes.is_pending() || self.next_size().is_some();
         let settled = self.failed.is_some() || done && !changing;
@@ -54,6 +58,10 @@ impl<L: Launcher> Actor<L> {
             (Some(reason), _) => Observed::Failed {
                 reason: reason.clone(),
             },
+            _ if matches!(transit, Transit::Arriving(_) | Transit::Arrived(_)) => {
+                Observed::Arriving
+            }
+            _ if matches!(transit, Transit::Offered(_)) => Observed::Offered,
             (_, Phase::Running) => Observed::Running,
             (_, Phase::Paused) => Observed::Paused,
             (_, Phase::Starting) => Observed::Starting {
@@ -92,6 +100,7 @@ impl<L: Launcher> Actor<L> {
         now.disks = self.device_reports(DeviceKind::Disk);
         now.nics = self.device_reports(DeviceKind::Nic);
         now.size = self.size_report();
+        (now.shape, now.migration) = (self.shape(), self.migration_report());
         if now != before {
             self.reports.send_replace(now);
             let _ = self.surroundings.changed.send(self.record.id);
@@ -119,5 +128,7 @@ pub(super) fn report(record: &Record, observed: Observed, settled: bool) -> Mach
         disks: Vec::new(),
         nics: Vec::new(),
         size: None,
+        shape: None,
+        migration: None,
     }
 }

@@ -53,6 +53,11 @@ impl Sizes {
         }
     }
 
+    /// What the process last said.
+    pub(super) fn now(&self) -> Option<Size> {
+        self.now
+    }
+
     pub(super) fn try_anew(&mut self) {
         self.trouble = None;
     }
@@ -93,7 +98,9 @@ impl<L: Launcher> Actor<L> {
     }
 
     pub(super) fn next_size(&self) -> Option<Resize> {
-        let now = self.sizes.now.filter(|_| self.runs())?;
+        // One on its way is as large as it is.
+        let here = self.runs() && self.is_here();
+        let now = self.sizes.now.filter(|_| here)?;
         let held = self.sizes.asked.is_some() || self.sizes.trouble.is_some();
         let wanted = &self.record.intent.wanted.spec;
         size::next(wanted, &now).filter(|_| !held)

@@ -111,6 +111,7 @@ impl<L: Launcher> Actor<L> {
             devices: open,
             user: self.record.user,
             goes_on: kept.is_some(),
+            arrives: None,
             most_mib,
             request_id: self.record.request_id.clone(),
         };
@@ -264,6 +265,8 @@ impl<L: Launcher> Actor<L> {
         match process.kill().await {
             Ok(_) => {
                 self.phase = Phase::None;
+                self.travel.end();
+                self.forget_arrival();
                 (self.start_by, self.shutdown_by, self.pressed_at) = (None, None, None);
                 self.record.process = None;
                 if self.record.kept.is_some() {
@@ -309,7 +312,7 @@ impl<L: Launcher> Actor<L> {
     }
 
     /// Runs `work` until it is done or a newer intent makes it void (`None`).
-    async fn interruptible<F, T>(
+    pub(super) async fn interruptible<F, T>(
         &mut self,
         step: &str,
         work: impl FnOnce(Progress) -> F,

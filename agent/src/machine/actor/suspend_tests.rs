@@ -164,6 +164,7 @@ async fn an_answer_that_is_lost_with_its_connection_is_asked_for_again() {
         panic!();
     };
     stage.words.say(Heard::Status(Status {
+        moving: None,
         fresh: true,
         ..again
     }));

@@ -14,6 +14,7 @@ use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{
     Boot, Generation, MachineSpec, Pages, Revision, RootDisk, ServerId, Wanted,
 };
+use fractus_agent_api::migration::{MigrationId, Policy};
 use fractus_agent_api::size::Size;
 use tokio::sync::Notify;
 use uuid::Uuid;
@@ -57,6 +58,9 @@ pub(super) enum Told {
     Detach(DeviceId),
     Resize(Resize),
     Suspend(Uuid),
+    /// With a line, or not.
+    Send(MigrationId, Policy, bool),
+    Stay,
     Resume,
     /// Its guest goes on, in a new process.
     GoOn,
@@ -120,6 +124,23 @@ impl Process for Double {
         if let Some(answer) = answer {
             self.0.say(Heard::Suspended(attempt, answer));
         }
+        Ok(())
+    }
+
+    async fn send(
+        &mut self,
+        migration: MigrationId,
+        policy: Policy,
+        line: Option<OwnedFd>,
+        _: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        let told = Told::Send(migration, policy, line.is_some());
+        self.1.lock().unwrap().push(told);
+        Ok(())
+    }
+
+    async fn stay(&mut self, _: Option<&str>) -> Result<(), ProcessError> {
+        self.1.lock().unwrap().push(Told::Stay);
         Ok(())
     }
 
@@ -189,6 +210,16 @@ impl Makings for NoMakings {
         Ok(())
     }
 
+    async fn empty_disk(
+        &self,
+        paths: &MachinePaths,
+        _: u64,
+        _: &Progress,
+    ) -> Result<(), MakeError> {
+        std::fs::write(paths.disk(), b"").unwrap();
+        Ok(())
+    }
+
     async fn open_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<OpenDisk, MakeError> {
         Ok(directory::open_or_make(
             &paths.data_disk(disk.id),
@@ -229,6 +260,9 @@ fn wanted(power: Power) -> Wanted {
         soft_reboots: 0,
         hard_reboots: 0,
         rebuilds: 0,
+        arrives: None,
+        departs: None,
+        continues: None,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,
@@ -293,6 +327,7 @@ impl Stage {
             launcher: Doubles(words.clone(), told.clone()),
             makings: Arc::new(NoMakings),
             shutdown: SHUTDOWN,
+            listen: std::net::Ipv4Addr::LOCALHOST.into(),
             memory_takes,
             changed: sender,
         };
@@ -353,6 +388,7 @@ impl Stage {
 
 pub(super) fn status(state: State, guest: Option<GuestSaid>) -> Heard {
     Heard::Status(Status {
+        moving: None,
         state,
         guest,
         devices: Some(Vec::new()),

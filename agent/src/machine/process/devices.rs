@@ -21,6 +21,9 @@ pub(super) const HOT_DISKS: u8 = 4;
 /// The same for pairs of queues of networks.
 pub(super) const HOT_NETS: u8 = 4;
 
+/// Bytes of the config drive that comes with a guest at most.
+const MOST_DRIVE: u64 = 64 << 20;
+
 /// Files with the roles they are handed over in.
 #[derive(Default)]
 pub(super) struct Files {
@@ -28,6 +31,8 @@ pub(super) struct Files {
     pub files: Vec<OwnedFd>,
     /// Names of the disks among them.
     pub disks: Vec<Option<DeviceId>>,
+    /// Bytes that each of these may have, should its content come from elsewhere.
+    pub most: Vec<u64>,
     /// Bytes of the largest of them.
     pub largest: u64,
     /// Names of the networks.
@@ -40,9 +45,10 @@ impl Files {
         self.files.push(file.into());
     }
 
-    fn push_disk(&mut self, id: Option<DeviceId>, disk: OpenDisk) {
+    fn push_disk(&mut self, id: Option<DeviceId>, disk: OpenDisk, most: u64) {
         self.push(FileRole::Disk, disk.file);
         self.disks.push(id);
+        self.most.push(most);
         self.largest = self.largest.max(disk.bytes);
     }
 
@@ -70,14 +76,21 @@ pub(super) fn open(
             limit: None,
             queues: 1,
         });
-        files.push_disk(None, disk);
+        let shape = plan.arrives.as_ref().map(|arriving| arriving.shape);
+        let most = shape.and_then(|shape| shape.root_disk).unwrap_or(0);
+        files.push_disk(None, disk, most);
         if plan.spec.boot.kernel.is_none() {
             config.boot = BootSource::Disk(0);
         }
     }
     if plan.spec.guest.instance.is_some() {
         let drive = paths.config_drive();
-        let open = File::open(&drive);
+        // The one that stands here is another's, whose content comes.
+        let mut options = File::options();
+        let open = options
+            .read(true)
+            .write(plan.arrives.is_some())
+            .open(&drive);
         let file = open.map_err(failed(format!("opening {}", drive.display())))?;
         let (direct, bytes) = (false, 0);
         config.disks.push(DiskConfig {
@@ -94,13 +107,15 @@ pub(super) fn open(
                 direct,
                 bytes,
             },
+            MOST_DRIVE,
         );
     }
     for device in plan.devices.drain(..) {
         match device {
             OpenDevice::Disk(disk, open) => {
                 config.disks.push(disk_config(&disk, &open));
-                files.push_disk(Some(disk.id), open);
+                let most = disk.size.next_multiple_of(directory::BLOCK);
+                files.push_disk(Some(disk.id), open, most);
             }
             OpenDevice::Nic(nic, taps) => {
                 config.nets.push(net_config(&nic));

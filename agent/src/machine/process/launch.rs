@@ -11,6 +11,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use fractus_agent_api::guest::{GuestReport, Watchdog};
 use fractus_agent_api::machine::{MachineSpec, Pages, ServerId};
+use fractus_agent_api::migration::Shape;
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{
     BalloonConfig, BootSource, ConsolePortConfig, CpuConfig, CpuProfile, HOT_BLOCK,
@@ -93,11 +94,17 @@ impl HostLauncher {
         let paths = self.paths.machine(plan.id);
         let network = Making::network().map_err(failed("a network namespace"))?;
         let (config, files) = self.open(&mut plan, &paths)?;
+        let most = match plan.arrives {
+            Some(_) => files.most,
+            None => Vec::new(),
+        };
+        let largest = most.iter().copied().max().unwrap_or(0);
         let launch = Launch {
             id: plan.id,
+            most,
             jail: Some(JailConfig {
                 user: plan.user,
-                file_size: file_size(plan.most_mib, files.largest),
+                file_size: file_size(plan.most_mib, files.largest.max(largest)),
             }),
             config,
             files: files.roles,
@@ -159,7 +166,7 @@ impl HostLauncher {
             // Before the process has its launch, and so before it uses anything worth counting.
             let mut spec = plan.spec.clone();
             // What it goes on with may be more than what is wanted by now; it says how much, and is held to it.
-            if plan.goes_on {
+            if plan.goes_on || plan.arrives.is_some() {
                 spec.memory_mib = spec.memory_mib.max(plan.most_mib);
             }
             cgroups
@@ -209,6 +216,9 @@ impl HostLauncher {
         let at = |path: &Path| failed(format!("opening {}", path.display()));
         let mut files = Files::default();
         let mut config = machine_config(plan.id, &plan.spec)?;
+        if let Some(arriving) = &plan.arrives {
+            be_shaped(&mut config, &arriving.shape);
+        }
         if !self.stand_ins {
             let kvm = Path::new("/dev/kvm");
             files.push(
@@ -256,6 +266,10 @@ impl HostLauncher {
             let memory = paths.memory();
             files.push(FileRole::Kept, File::open(&memory).map_err(at(&memory))?);
         }
+        if let Some(arriving) = &plan.arrives {
+            let line = arriving.line.try_clone();
+            files.push(FileRole::Arrival, line.map_err(failed("the guest's line"))?);
+        }
         let words = paths.last_words();
         let mut options = File::options();
         options.write(true).create(true).truncate(true).mode(0o600);
@@ -279,6 +293,16 @@ fn be_like_any(pid: i32) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         done => done,
     }
+}
+
+/// As the process is made that has the guest now.
+fn be_shaped(config: &mut MachineConfig, shape: &Shape) {
+    (config.cpus.count, config.cpus.max) = (shape.vcpus, shape.max_vcpus);
+    config.memory.bytes = shape.memory_mib << 20;
+    config.hot_memory = shape.max_hot_memory_mib.map(|max| HotMemoryConfig {
+        max: max << 20,
+        bytes: 0,
+    });
 }
 
 /// Memory that it may have at most, MiB.
@@ -389,6 +413,7 @@ impl Launcher for Arc<HostLauncher> {
             failure: None,
             greeting: None,
             suspends: Some(true),
+            sends: Some(true),
         })
     }
 
@@ -408,6 +433,7 @@ impl Launcher for Arc<HostLauncher> {
                 failure: None,
                 greeting: None,
                 suspends: None,
+                sends: None,
             };
             // One that does not answer is alive all the same; it is asked again when it is heard.
             process.greeting = process.connect().await.ok();

@@ -20,7 +20,7 @@ use crate::agents::fleet::{HEARTBEAT_INTERVAL_S, SILENT_US};
 use crate::agents::host;
 use crate::agents::join::{self, JoinError};
 use crate::database::{self, Database};
-use crate::reconcile::machine;
+use crate::reconcile::{machine, migration};
 use crate::tls::{self, AuthorityError};
 
 /// What a call is answered with when it is refused.
@@ -217,8 +217,17 @@ pub(super) async fn image(
     Path(id): Path<Uuid>,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    let owned = machine::of_host(parts.database.reader(), member.host_id()).await?;
-    if !owned.iter().any(|machine| uses(&machine.wanted, id)) {
+    let (reader, host) = (parts.database.reader(), member.host_id());
+    let owned = machine::of_host(reader, host).await?;
+    let mut used = owned.iter().any(|machine| uses(&machine.wanted, id));
+    if !used {
+        // A guest that is to come there is another host's, and its machine is made already.
+        for server in migration::to_host(reader, host).await? {
+            let coming = machine::find(reader, server).await?;
+            used |= coming.is_some_and(|machine| uses(&machine.wanted, id));
+        }
+    }
+    if !used {
         let detail = format!("no machine of this host uses image {id}");
         return Err(Failure::new(StatusCode::FORBIDDEN, detail));
     }

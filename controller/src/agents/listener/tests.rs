@@ -24,7 +24,7 @@ use crate::database::testing::{self, TestDatabase};
 use crate::leader::{Me, Seat};
 use crate::operation::{Engine, Kinds};
 use crate::random::SystemRandom;
-use crate::reconcile::{Life, Machines, Observer, machine};
+use crate::reconcile::{Life, Machines, Observer, machine, migration};
 use crate::secret::MasterKey;
 
 struct Nobody;
@@ -217,6 +217,9 @@ fn wanted() -> Wanted {
         soft_reboots: 0,
         hard_reboots: 0,
         rebuilds: 0,
+        arrives: None,
+        departs: None,
+        continues: None,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,
@@ -419,11 +422,37 @@ async fn a_controller_that_does_not_lead_sends_agents_to_the_one_that_does() {
     bench.stop.cancel();
 }
 
+fn migration_to(
+    target: HostId,
+    server: ServerId,
+    source: HostId,
+    ended_at_us: Option<i64>,
+) -> migration::Model {
+    migration::Model {
+        id: 0,
+        uuid: Uuid::from_u128(5).to_string(),
+        server_id: server.to_string(),
+        source_id: source.to_string(),
+        source: "a".to_owned(),
+        target_id: Some(target.to_string()),
+        target: Some("b".to_owned()),
+        status: "preparing".to_owned(),
+        flavor_id: "1".to_owned(),
+        user_id: None,
+        project_id: None,
+        progress: None,
+        reason: None,
+        created_at_us: 1,
+        updated_at_us: 1,
+        ended_at_us,
+    }
+}
+
 #[tokio::test]
 async fn an_image_is_given_only_to_a_host_whose_machine_uses_it() {
     let bench = bench().await;
     let (owner, host) = bench.joined("a").await;
-    let (_, other) = bench.joined("b").await;
+    let (target, other) = bench.joined("b").await;
     let server = ServerId(Uuid::from_u128(1));
     let database = bench.test.database.clone();
     database
@@ -438,6 +467,19 @@ async fn an_image_is_given_only_to_a_host_whose_machine_uses_it() {
         .unwrap();
     let refused = other.image(IMAGE, 0).await.err().unwrap();
     assert_eq!(refused.status(), Some(StatusCode::FORBIDDEN));
+    // Nor to where its guest is to come, once that has come to nothing.
+    for (ended_at_us, given) in [(None, true), (Some(1), false)] {
+        let migration = migration_to(target, server, owner, ended_at_us);
+        let write = database.write(move |tx| {
+            let migration = migration.clone();
+            Box::pin(async move {
+                migration::row::Entity::delete_many().exec(tx).await?;
+                migration::insert(tx, migration).await
+            })
+        });
+        write.await.unwrap();
+        assert_eq!(other.image(IMAGE, 0).await.is_ok(), given);
+    }
     let fetch = async |offset| {
         let body = host.image(IMAGE, offset).await.unwrap();
         let chunks: Vec<Bytes> = body.bytes.try_collect().await.unwrap();

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::console::{self, Attach};
 use super::flavor::FLAVOR;
 use super::image::IMAGE;
-use super::{Kind, object, pair, query_value, row, rows};
+use super::{Kind, migration, object, pair, query_value, row, rows};
 use crate::cli::CliError;
 use crate::cli::output::{Output, Row};
 use crate::cli::session::{Service, Session};
@@ -86,6 +86,11 @@ pub enum Command {
         #[command(flatten)]
         wait: Wait,
     },
+    /// Bring servers to another host while they run (administrators)
+    Migrate(migration::Migrate),
+    /// Servers that go, or went, to another host while they run (administrators)
+    #[command(subcommand)]
+    Migration(migration::Command),
     /// What the server wrote to its serial console
     #[command(visible_alias = "console-log")]
     Log {
@@ -110,10 +115,10 @@ pub struct Named {
 pub struct Wait {
     /// Wait until it is done
     #[arg(long)]
-    wait: bool,
+    pub wait: bool,
     /// Longest wait
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
-    timeout: u64,
+    pub timeout: u64,
 }
 
 #[derive(Debug, Args)]
@@ -229,6 +234,8 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
             )
             .await
         }
+        Command::Migrate(migrate) => migrate.execute(session, output).await,
+        Command::Migration(command) => migration::execute(command, session, output).await,
         Command::Log { server, lines } => console::log(&server, lines, session, output).await,
         Command::Console(attach) => console::attach(attach, session, output).await,
     }

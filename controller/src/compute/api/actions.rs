@@ -14,7 +14,7 @@ use super::schemas::{closed, string, wrapped};
 use super::servers::schema::{self, Aged};
 use super::servers::view::{self, Occasion};
 use super::servers::{admit, create, find, metadata, shortest, write};
-use super::{consoles, origin};
+use super::{consoles, migrations, origin};
 use crate::compute::model::state::{Action, ServerState};
 use crate::compute::ops;
 use crate::compute::ops::change::{Change, Wish};
@@ -27,7 +27,7 @@ use crate::policy::Rule;
 const PATH: &str = "/v2.1/servers/{id}/action";
 
 /// Every action that is served, and who may do it.
-const ACTIONS: [(&str, Rule); 16] = [
+const ACTIONS: [(&str, Rule); 17] = [
     ("os-start", Rule::member("os_compute_api:servers:start")),
     ("os-stop", Rule::member("os_compute_api:servers:stop")),
     ("reboot", Rule::member("os_compute_api:servers:reboot")),
@@ -60,6 +60,10 @@ const ACTIONS: [(&str, Rule); 16] = [
     (
         "os-resetState",
         Rule::admin("os_compute_api:os-admin-actions:reset_state"),
+    ),
+    (
+        "os-migrateLive",
+        Rule::admin("os_compute_api:os-migrate-server:migrate_live"),
     ),
     (
         "os-getConsoleOutput",
@@ -127,6 +131,7 @@ async fn act(call: Call, Path(id): Path<String>, body: JsonBody) -> Result<Respo
         "rebuild" => rebuild(&call, &id, &body.0).await,
         "forceDelete" => force_delete(&call, &id).await,
         "os-resetState" => reset_state(&call, &id, &body.0).await,
+        "os-migrateLive" => migrations::migrate_live(&call, &id, &body.0).await,
         "os-getConsoleOutput" => consoles::output(&call, &id, &body.0).await,
         other => consoles::of_old(&call, &id, other, &body.0).await,
     }

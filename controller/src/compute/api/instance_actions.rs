@@ -56,6 +56,12 @@ fn names(kind: &str) -> (&str, &'static str) {
         "server_suspend" => ("suspend", "compute_suspend_instance"),
         "server_resume" => ("resume", "compute_resume_instance"),
         "server_rebuild" => ("rebuild", "compute_rebuild_instance"),
+        "server_live_migrate" => ("live-migration", "compute_live_migration"),
+        "server_live_migration_abort" => ("live_migration_cancel", "compute_live_migration_abort"),
+        "server_live_migration_force_complete" => (
+            "live_migration_force_complete",
+            "compute_live_migration_force_complete",
+        ),
         "server_lock" => ("lock", "api_lock"),
         "server_unlock" => ("unlock", "api_unlock"),
         other => (other, "compute_operation"),
@@ -171,7 +177,7 @@ async fn hostname(call: &Call, server: &str) -> Result<String, ApiError> {
     Ok(placed.map(|placed| placed.hostname).unwrap_or_default())
 }
 
-/// `host` is where the server is now: servers stay where they began.
+/// `host` is where the server is now, also of what was done to it elsewhere.
 fn event(call: &Call, row: &server::Model, action: &Action, host: &str) -> Value {
     let result = action.ended.as_ref().map(|end| {
         if end.failure.is_some() {

@@ -10,6 +10,7 @@ mod hosts;
 mod hypervisors;
 mod instance_actions;
 mod keypairs;
+pub mod migrations;
 mod quotas;
 pub mod schemas;
 mod servers;
@@ -33,6 +34,7 @@ pub fn routes() -> Routes {
     let routes = hosts::routes(routes);
     let routes = hypervisors::routes(routes);
     let routes = usages::routes(routes);
+    let routes = migrations::routes(routes);
     quotas::routes(routes)
 }
 

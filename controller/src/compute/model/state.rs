@@ -49,6 +49,8 @@ pub enum ServerState {
     SoftRebooting,
     HardRebooting(Standing),
     Rebuilding(Standing),
+    /// Its guest goes to another host, and runs, or is paused, meanwhile.
+    Migrating(Standing),
     Deleting(Standing),
     /// The row stays for a while, for those who look back.
     Deleted,
@@ -147,6 +149,8 @@ impl ServerState {
             Self::Suspending,
             Self::Resuming,
             Self::SoftRebooting,
+            Self::Migrating(Standing::Active),
+            Self::Migrating(Standing::Paused),
             Self::Deleted,
         ];
         let nested: [fn(Standing) -> Self; 4] = [
@@ -176,6 +180,7 @@ impl ServerState {
             Self::Stopping(standing)
             | Self::HardRebooting(standing)
             | Self::Rebuilding(standing)
+            | Self::Migrating(standing)
             | Self::Deleting(standing) => standing,
             Self::Deleted => return None,
         })
@@ -194,6 +199,7 @@ impl ServerState {
             Self::SoftRebooting => Some("rebooting"),
             Self::HardRebooting(_) => Some("rebooting_hard"),
             Self::Rebuilding(_) => Some("rebuilding"),
+            Self::Migrating(_) => Some("migrating"),
             Self::Deleting(_) => Some("deleting"),
             Self::Active
             | Self::Paused
@@ -220,6 +226,7 @@ impl ServerState {
             Self::SoftRebooting => "REBOOT",
             Self::HardRebooting(Standing::Active) => "HARD_REBOOT",
             Self::Rebuilding(_) => "REBUILD",
+            Self::Migrating(Standing::Active | Standing::Paused) => "MIGRATING",
             _ => standing.status(),
         };
         Projection {
@@ -253,6 +260,7 @@ impl ServerState {
             Self::Stopping(standing) => format!("stopping:{}", standing.word()),
             Self::HardRebooting(standing) => format!("hard_rebooting:{}", standing.word()),
             Self::Rebuilding(standing) => format!("rebuilding:{}", standing.word()),
+            Self::Migrating(standing) => format!("migrating:{}", standing.word()),
             Self::Deleting(standing) => format!("deleting:{}", standing.word()),
             Self::Active => "active".to_owned(),
             Self::Paused => "paused".to_owned(),
@@ -294,6 +302,9 @@ pub enum Action {
     Suspend,
     Resume,
     Rebuild,
+    LiveMigrate,
+    ForceComplete,
+    AbortMigration,
     Delete,
     ForceDelete,
     Lock,
@@ -310,7 +321,7 @@ pub enum Action {
 }
 
 impl Action {
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 25] = [
         Self::Start,
         Self::Stop,
         Self::SoftReboot,
@@ -320,6 +331,9 @@ impl Action {
         Self::Suspend,
         Self::Resume,
         Self::Rebuild,
+        Self::LiveMigrate,
+        Self::ForceComplete,
+        Self::AbortMigration,
         Self::Delete,
         Self::ForceDelete,
         Self::Lock,
@@ -346,6 +360,9 @@ impl Action {
             Self::Suspend => "suspend",
             Self::Resume => "resume",
             Self::Rebuild => "rebuild",
+            Self::LiveMigrate => "os-migrateLive",
+            Self::ForceComplete => "force_complete",
+            Self::AbortMigration => "abort live migration",
             Self::Delete => "delete",
             Self::ForceDelete => "forceDelete",
             Self::Lock => "lock",
@@ -393,6 +410,11 @@ pub enum Conflict {
         server: String,
         field: &'static str,
         value: &'static str,
+    },
+    #[error("Instance {server} is in an invalid state for '{action}'")]
+    NotUnderWay {
+        action: &'static str,
+        server: String,
     },
     #[error("Instance {server} is in an invalid state for '{action}'")]
     NeverLaunched {
@@ -451,6 +473,14 @@ pub fn admit(action: Action, situation: Situation<'_>) -> Result<(), Conflict> {
             value: task,
         });
     }
+    if matches!(action, Action::ForceComplete | Action::AbortMigration)
+        && projection.task_state.is_none()
+    {
+        return Err(Conflict::NotUnderWay {
+            action: action.word(),
+            server: server(),
+        });
+    }
     if needs_launch(action) && !situation.launched {
         return Err(Conflict::NeverLaunched {
             action: action.word(),
@@ -480,13 +510,16 @@ fn standings(action: Action) -> Option<&'static [Standing]> {
         Action::Unpause => Some(&[Paused]),
         Action::Resume => Some(&[Suspended]),
         Action::Rebuild => Some(&[Active, Stopped, Error]),
+        Action::LiveMigrate => Some(&[Active, Paused]),
         Action::UpdateMetadata
         | Action::DeleteMetadata
         | Action::UpdateTag
         | Action::UpdateTags
         | Action::DeleteTag
         | Action::DeleteTags => Some(&[Active, Paused, Suspended, Stopped]),
-        Action::Delete
+        Action::ForceComplete
+        | Action::AbortMigration
+        | Action::Delete
         | Action::ForceDelete
         | Action::Lock
         | Action::Unlock
@@ -506,7 +539,11 @@ fn passes_task(action: Action, state: ServerState) -> bool {
         | Action::Unpause
         | Action::Suspend
         | Action::Resume
-        | Action::Rebuild => false,
+        | Action::Rebuild
+        | Action::LiveMigrate => false,
+        Action::ForceComplete | Action::AbortMigration => {
+            matches!(state, ServerState::Migrating(_))
+        }
         // A hard reboot is the way out of a soft one, of a pause, or of a suspend, that hangs.
         Action::HardReboot => matches!(
             state,
@@ -517,7 +554,9 @@ fn passes_task(action: Action, state: ServerState) -> bool {
                 | ServerState::Suspending
                 | ServerState::Resuming
         ),
-        Action::RemoteConsole => !matches!(state, ServerState::Deleting(_)),
+        Action::RemoteConsole => {
+            !matches!(state, ServerState::Deleting(_) | ServerState::Migrating(_))
+        }
         _ => true,
     }
 }
@@ -541,6 +580,7 @@ fn needs_launch(action: Action) -> bool {
             | Action::Suspend
             | Action::Resume
             | Action::Rebuild
+            | Action::LiveMigrate
             | Action::UpdateMetadata
             | Action::DeleteMetadata
     )

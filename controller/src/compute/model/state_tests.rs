@@ -3,7 +3,7 @@
 use super::*;
 
 /// Columns of the table: every state, in the order of its rows' marks.
-const COLUMNS: [&str; 20] = [
+const COLUMNS: [&str; 21] = [
     "building:scheduling",
     "building:spawning",
     "active",
@@ -24,33 +24,37 @@ const COLUMNS: [&str; 20] = [
     "suspended",
     "suspending",
     "resuming",
+    "migrating:active",
 ];
 
 /// server state × action: `y` admitted (202), `v` refused for vm_state, `t` for task_state, `r` for
-/// not ready (409 each). The situation: placed once past scheduling, launched, not locked.
-const TABLE: [(Action, &str); 22] = [
-    (Action::Start, "rvvvyvtvvvvvtvvvvvvv"),
-    (Action::Stop, "rvyvvyvttvttvttvyvtv"),
-    (Action::SoftReboot, "vvyvvvvttvttvttvvvtv"),
-    (Action::HardReboot, "vvyyyyttyyyyyttvyyyy"),
-    (Action::Pause, "vvyvvvvttvttvttvvvtv"),
-    (Action::Unpause, "vvvyvvvvvtvvvvvvvvvv"),
-    (Action::Suspend, "vvyvvvvttvttvttvvvtv"),
-    (Action::Resume, "vvvvvvvvvvvvvvvvvyvt"),
-    (Action::Rebuild, "vvyvyytttvtttttvyvtv"),
-    (Action::Delete, "yyyyyyyyyyyyyyyyyyyy"),
-    (Action::ForceDelete, "yyyyyyyyyyyyyyyyyyyy"),
-    (Action::Lock, "yyyyyyyyyyyyyyyyyyyy"),
-    (Action::Unlock, "yyyyyyyyyyyyyyyyyyyy"),
-    (Action::ResetState, "yyyyyyyyyyyyyyyyyyyy"),
-    (Action::ConsoleOutput, "ryyyyyyyyyyyyyyyyyyy"),
-    (Action::RemoteConsole, "rryyrrryyyyyrytrrryr"),
-    (Action::UpdateMetadata, "vvyyyvyyyyyyyyyvvyyy"),
-    (Action::DeleteMetadata, "vvyyyvyyyyyyyyyvvyyy"),
-    (Action::UpdateTag, "vvyyyvyyyyyyyyyvvyyy"),
-    (Action::UpdateTags, "vvyyyvyyyyyyyyyvvyyy"),
-    (Action::DeleteTag, "vvyyyvyyyyyyyyyvvyyy"),
-    (Action::DeleteTags, "vvyyyvyyyyyyyyyvvyyy"),
+/// not ready, `n` for nothing that is under way (409 each). The situation: placed once past scheduling, launched, not locked.
+const TABLE: [(Action, &str); 25] = [
+    (Action::Start, "rvvvyvtvvvvvtvvvvvvvv"),
+    (Action::Stop, "rvyvvyvttvttvttvyvtvt"),
+    (Action::SoftReboot, "vvyvvvvttvttvttvvvtvt"),
+    (Action::HardReboot, "vvyyyyttyyyyyttvyyyyt"),
+    (Action::Pause, "vvyvvvvttvttvttvvvtvt"),
+    (Action::Unpause, "vvvyvvvvvtvvvvvvvvvvv"),
+    (Action::Suspend, "vvyvvvvttvttvttvvvtvt"),
+    (Action::Resume, "vvvvvvvvvvvvvvvvvyvtv"),
+    (Action::Rebuild, "vvyvyytttvtttttvyvtvt"),
+    (Action::LiveMigrate, "vvyyvvvtttttvttvvvtvt"),
+    (Action::ForceComplete, "ttnnnntttttttttnnntty"),
+    (Action::AbortMigration, "ttnnnntttttttttnnntty"),
+    (Action::Delete, "yyyyyyyyyyyyyyyyyyyyy"),
+    (Action::ForceDelete, "yyyyyyyyyyyyyyyyyyyyy"),
+    (Action::Lock, "yyyyyyyyyyyyyyyyyyyyy"),
+    (Action::Unlock, "yyyyyyyyyyyyyyyyyyyyy"),
+    (Action::ResetState, "yyyyyyyyyyyyyyyyyyyyy"),
+    (Action::ConsoleOutput, "ryyyyyyyyyyyyyyyyyyyy"),
+    (Action::RemoteConsole, "rryyrrryyyyyrytrrryrt"),
+    (Action::UpdateMetadata, "vvyyyvyyyyyyyyyvvyyyy"),
+    (Action::DeleteMetadata, "vvyyyvyyyyyyyyyvvyyyy"),
+    (Action::UpdateTag, "vvyyyvyyyyyyyyyvvyyyy"),
+    (Action::UpdateTags, "vvyyyvyyyyyyyyyvvyyyy"),
+    (Action::DeleteTag, "vvyyyvyyyyyyyyyvvyyyy"),
+    (Action::DeleteTags, "vvyyyvyyyyyyyyyvvyyyy"),
 ];
 
 fn situation(state: ServerState) -> Situation<'static> {
@@ -77,6 +81,7 @@ fn the_table_of_state_and_action_is_kept() {
                 }) => 'v',
                 Err(Conflict::State { .. }) => 't',
                 Err(Conflict::NotReady { .. }) => 'r',
+                Err(Conflict::NotUnderWay { .. }) => 'n',
                 Err(other) => panic!("{action:?} in {column}: {other}"),
             };
             assert_eq!(got, mark, "{action:?} in {column}");
@@ -193,6 +198,14 @@ fn the_projection_is_novas() {
     assert_eq!(
         projected("rebuilding:error"),
         ("REBUILD", "error", Some("rebuilding"), 0)
+    );
+    assert_eq!(
+        projected("migrating:active"),
+        ("MIGRATING", "active", Some("migrating"), 1)
+    );
+    assert_eq!(
+        projected("migrating:paused"),
+        ("MIGRATING", "paused", Some("migrating"), 3)
     );
     assert_eq!(
         projected("deleting:active"),

@@ -225,7 +225,7 @@ pub async fn refit(
 }
 
 /// What a machine takes of its host.
-fn amounts(spec: &MachineSpec) -> Amounts {
+pub(super) fn amounts(spec: &MachineSpec) -> Amounts {
     Amounts {
         vcpus: i64::from(spec.vcpus),
         memory_mib: i64::try_from(spec.memory_mib).unwrap_or(i64::MAX),

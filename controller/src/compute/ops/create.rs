@@ -170,6 +170,7 @@ impl Step for Place {
             amounts: state.amounts,
             host: state.host,
             excluded: Default::default(),
+            source: None,
         };
         let host = match self.0.machines.place(tx, &request).await {
             Ok(host) => host,
@@ -184,6 +185,9 @@ impl Step for Place {
             soft_reboots: 0,
             hard_reboots: 0,
             rebuilds: 0,
+            arrives: None,
+            departs: None,
+            continues: None,
             spec: state.spec.clone(),
         };
         let request_id = operation.origin.request_id.clone();

@@ -9,7 +9,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 
 use super::create::{gone, want_absent};
-use super::{RequestError, Tools, change, create, machine_id, to_error, to_state, turn};
+use super::{RequestError, Tools, change, create, machine_id, migrate, to_error, to_state, turn};
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
 use crate::event::Origin;
@@ -44,6 +44,7 @@ pub async fn request(app: &App, origin: Origin, id: &str) -> Result<(), RequestE
                     .collect();
                 operation::cancel(tx, &id, &kinds, "the server is deleted").await?;
                 let machine = machine_id(&id)?;
+                migrate::give_up(tx, machine, "the server is deleted").await?;
                 machine::change(tx, machine, request_id, now, Wanted::end).await?;
                 let change = to_state(ServerState::Deleting(standing), now);
                 server::update(tx, &id, change).await?;
@@ -130,6 +131,7 @@ impl Step for Destroy {
     ) -> Result<(), StepError> {
         want_absent(&self.0, operation, tx).await?;
         let server = machine_id(&operation.subject)?;
+        migrate::bury(tx, server, self.0.clock.now_us()).await?;
         Ok(machine::disown(tx, server, self.0.clock.now_us()).await?)
     }
 }

@@ -9,6 +9,7 @@ pub mod change;
 pub mod create;
 pub mod delete;
 pub mod instance;
+pub mod migrate;
 mod observe;
 
 use std::sync::Arc;
@@ -48,6 +49,7 @@ pub fn register(kinds: &mut Kinds, machines: &Machines, clock: &Arc<dyn Clock>) 
     };
     kinds.register(Arc::new(create::ServerCreate::new(tools.clone())));
     kinds.register(Arc::new(delete::ServerDelete::new(tools.clone())));
+    kinds.register(Arc::new(migrate::LiveMigrate::new(tools.clone())));
     for change in change::Change::ALL {
         kinds.register(Arc::new(change::ServerChange::new(change, tools.clone())));
     }

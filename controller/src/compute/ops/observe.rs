@@ -42,10 +42,7 @@ impl Observer for ServerObserver {
             if matches!(row.state(), ServerState::Deleting(_) | ServerState::Deleted) {
                 return None;
             }
-            Some(match fault(reason) {
-                None => to_state(ServerState::Stopped, now),
-                Some((message, details)) => to_error(message, details, now),
-            })
+            Some(ended(reason, now))
         })
         .await
     }
@@ -113,6 +110,14 @@ impl Observer for ServerObserver {
             (!over && !said).then(|| to_error(reason, Some(reason), now))
         })
         .await
+    }
+}
+
+/// What a server is whose guest has ended so.
+pub(super) fn ended(reason: &StopReason, now_us: i64) -> server::ActiveModel {
+    match fault(reason) {
+        None => to_state(ServerState::Stopped, now_us),
+        Some((message, details)) => to_error(message, details, now_us),
     }
 }
 

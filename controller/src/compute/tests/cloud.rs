@@ -18,8 +18,8 @@ use crate::agents::fleet::Fleet;
 use crate::agents::host;
 use crate::agents::simulated::{SimulatedAgents, SimulatedHost};
 use crate::clock::SystemClock;
+use crate::compute::ServerObserver;
 use crate::compute::testing::with;
-use crate::compute::{Compute, ServerObserver};
 use crate::database::testing::TestDatabase;
 use crate::database::{Database, WriteHook};
 use crate::http::{
@@ -102,6 +102,9 @@ pub struct Cloud {
     pub public: Public,
     pub app: App,
     pub host: Arc<SimulatedHost>,
+    pub agents: Arc<SimulatedAgents>,
+    fleet: Arc<Fleet>,
+    reconciler: Arc<Reconciler>,
     /// While true, the host takes intents and does nothing.
     pub frozen: watch::Sender<bool>,
     written: watch::Receiver<u64>,
@@ -164,7 +167,18 @@ impl Cloud {
         });
         let (frozen, freeze) = watch::channel(false);
         let stop = CancellationToken::new();
-        let host = join_host(&hooked, &agents, &fleet, &compute, freeze, &stop).await;
+        let (reconciler, wakes) = Reconciler::new(
+            hooked.clone(),
+            compute.machines.clone(),
+            Arc::clone(&compute.engine),
+            Arc::new(ServerObserver::new(SystemClock::shared())),
+            SystemClock::shared(),
+            SystemRandom::shared(),
+        );
+        let (looking, ended) = (Arc::clone(&reconciler), stop.clone());
+        tokio::spawn(async move { looking.run(wakes, ended).await });
+        let joined = (&hooked, &agents, &fleet, &reconciler);
+        let host = join_host(1, joined, freeze, &stop).await;
         compute.engine.start().await.unwrap();
         let public = Public::new(
             app.clone(),
@@ -177,6 +191,9 @@ impl Cloud {
             public,
             app,
             host,
+            agents,
+            fleet,
+            reconciler,
             frozen,
             written,
             stop,
@@ -185,6 +202,13 @@ impl Cloud {
         };
         cloud.furnish().await;
         cloud
+    }
+
+    /// Another host joins, `host-N`.
+    pub async fn join(&self, n: u128) -> Arc<SimulatedHost> {
+        let database = self.app.database();
+        let joined = (database, &self.agents, &self.fleet, &self.reconciler);
+        join_host(n, joined, self.frozen.subscribe(), &self.stop).await
     }
 
     /// Nobody carries on what is asked for from now on.
@@ -328,6 +352,27 @@ impl Cloud {
         self.call(who, Method::POST, &path, version, body).await
     }
 
+    /// The server's newest migration as `os-migrations` shows it, once it has this status.
+    pub async fn until_migration(&self, server: &str, wanted: &str) -> Value {
+        let mut written = self.written.clone();
+        let mut last = Value::Null;
+        let path = format!("/v2.1/os-migrations?instance_uuid={server}&limit=1");
+        let waited = tokio::time::timeout(PATIENCE, async {
+            loop {
+                written.mark_unchanged();
+                let answer = self.get("admin", &path, "2.96").await;
+                last = answer.json["migrations"][0].clone();
+                if last["status"] == wanted {
+                    return;
+                }
+                written.changed().await.unwrap();
+            }
+        })
+        .await;
+        assert!(waited.is_ok(), "the migration stays {last}");
+        last
+    }
+
     /// The server, once `agreed` agrees to it; asked again after every write.
     pub async fn until(&self, who: &str, id: &str, agreed: impl Fn(&Value) -> bool) -> Value {
         let mut written = self.written.clone();
@@ -396,46 +441,40 @@ pub const DISK: &str = "0a11ce00-0000-4000-8000-000000000002";
 
 /// One simulated host: what it takes, it does at once, and what it does, it reports.
 async fn join_host(
-    database: &Database,
-    agents: &Arc<SimulatedAgents>,
-    fleet: &Arc<Fleet>,
-    compute: &Compute,
+    n: u128,
+    (database, agents, fleet, reconciler): (
+        &Database,
+        &Arc<SimulatedAgents>,
+        &Arc<Fleet>,
+        &Arc<Reconciler>,
+    ),
     mut frozen: watch::Receiver<bool>,
     stop: &CancellationToken,
 ) -> Arc<SimulatedHost> {
-    let id = HostId(Uuid::from_u128(0xfeed_0000_0000_4000_8000_0000_0000_0001));
-    let inventory = SimulatedHost::inventory("host-1", 64, 1 << 20);
+    let id = HostId(Uuid::from_u128(
+        0xfeed_0000_0000_4000_8000_0000_0000_0000 + n,
+    ));
+    let inventory = SimulatedHost::inventory(&format!("host-{n}"), 64, 1 << 20);
+    let endpoint = format!("https://10.0.0.{n}:9001");
     let report = inventory.clone();
     let now = crate::clock::Clock::now_us(&SystemClock);
     database
         .write(move |tx| {
-            let report = report.clone();
-            Box::pin(
-                async move { host::insert(tx, id, "https://10.0.0.1:9001", &report, now).await },
-            )
+            let (report, endpoint) = (report.clone(), endpoint.clone());
+            Box::pin(async move { host::insert(tx, id, &endpoint, &report, now).await })
         })
         .await
         .unwrap();
-    fleet.admit(id, "https://10.0.0.1:9001");
+    fleet.admit(id, &format!("https://10.0.0.{n}:9001"));
     let (changed, mut changes) = tokio::sync::mpsc::unbounded_channel();
-    let host = SimulatedHost::new(id, inventory, Uuid::from_u128(7), move |_| {
+    let host = SimulatedHost::new(id, inventory, Uuid::from_u128(6 + n), move |_| {
         let _ = changed.send(());
     });
     let host = Arc::new(host);
     agents.add(Arc::clone(&host));
     fleet.full_report(id, &host.full_report(), now);
-    let (reconciler, wakes) = Reconciler::new(
-        database.clone(),
-        compute.machines.clone(),
-        Arc::clone(&compute.engine),
-        Arc::new(ServerObserver::new(SystemClock::shared())),
-        SystemClock::shared(),
-        SystemRandom::shared(),
-    );
-    let looking = Arc::clone(&reconciler);
-    let ended = stop.clone();
-    tokio::spawn(async move { looking.run(wakes, ended).await });
     let (pumped, fleet, ended) = (Arc::clone(&host), Arc::clone(fleet), stop.clone());
+    let reconciler = Arc::clone(reconciler);
     tokio::spawn(async move {
         loop {
             tokio::select! {

@@ -7,6 +7,7 @@ mod images;
 mod instance;
 mod lists;
 mod machines;
+mod migrations;
 mod servers;
 mod table;
 mod usages;

@@ -129,7 +129,7 @@ fn common(
             ("OS-DCF:diskConfig", json!(row.disk_config)),
         ],
     );
-    if matches!(status, "ACTIVE" | "BUILD" | "REBUILD") {
+    if matches!(status, "ACTIVE" | "BUILD" | "MIGRATING" | "REBUILD") {
         put(view, [("progress", json!(0))]);
     }
     if matches!(status, "ERROR" | "DELETED")

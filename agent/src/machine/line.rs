@@ -1,0 +1,185 @@
+//! The line by which a guest goes from one host to another: TCP, TLS with a key for this migration alone, and an end for
+//! each of the two machines' processes.
+//!
+//! TLS is the agents' part: a locked-down process opens nothing, and whoever takes one over has no key. What it costs is
+//! two copies, and that a line ends with its agent. kTLS would spare both, where the kernel has it.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fractus_agent_api::migration::StreamKey;
+use fractus_agent_api::tls::stream;
+use rustix::net::sockopt;
+use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+/// Until a connection stands and both sides know each other.
+const CONNECT: Duration = Duration::from_secs(10);
+/// A peer of whose host nothing has been heard for so long is gone. How long its process may be busy is not asked here.
+const SILENCE: Duration = Duration::from_secs(30);
+/// Strangers who are shaking hands at once.
+const STRANGERS: usize = 16;
+/// After this time what could not be accepted is tried again.
+const AGAIN: Duration = Duration::from_millis(50);
+/// Bytes that are copied at a time.
+const PIECE: usize = 256 << 10;
+
+/// Carries what the process's end says and hears. Ends when it is dropped.
+#[derive(Debug)]
+pub struct Line(JoinHandle<()>);
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Waits for the source on this address, on a port that is told; with the process's end.
+pub async fn listen(address: IpAddr, key: &StreamKey) -> io::Result<(u16, OwnedFd, Line)> {
+    let tls = stream::server(key).map_err(io::Error::other)?;
+    let listener = TcpListener::bind(SocketAddr::new(address, 0)).await?;
+    let port = listener.local_addr()?.port();
+    let (ours, theirs) = ends()?;
+    let acceptor = TlsAcceptor::from(Arc::new(tls));
+    let line = tokio::spawn(async move {
+        let mut greeting = JoinSet::new();
+        let stream = loop {
+            tokio::select! {
+                accepted = listener.accept(), if greeting.len() < STRANGERS => match accepted {
+                    Ok((tcp, from)) => {
+                        let acceptor = acceptor.clone();
+                        greeting.spawn(async move {
+                            be_careful(&tcp)?;
+                            let shaken = tokio::time::timeout(CONNECT, acceptor.accept(tcp)).await;
+                            let stream = shaken.map_err(io::Error::from).flatten();
+                            stream.inspect_err(|error| tracing::debug!(%from, %error, "a migration's port"))
+                        });
+                    }
+                    // Out of descriptors, most likely: let some go first.
+                    Err(_) => tokio::time::sleep(AGAIN).await,
+                },
+                // Whoever has the key is who is waited for.
+                Some(greeted) = greeting.join_next() => if let Ok(Ok(stream)) = greeted {
+                    break stream;
+                },
+            }
+        };
+        drop(greeting);
+        drop(listener);
+        carry(stream, ours).await;
+    });
+    Ok((port, theirs, Line(line)))
+}
+
+/// Goes to the target, `ADDRESS:PORT`; with the process's end.
+pub async fn connect(to: &str, key: &StreamKey) -> io::Result<(OwnedFd, Line)> {
+    let tls = stream::client(key).map_err(io::Error::other)?;
+    let name = stream::name().map_err(io::Error::other)?;
+    let connecting = async {
+        let tcp = TcpStream::connect(to).await?;
+        be_careful(&tcp)?;
+        TlsConnector::from(Arc::new(tls)).connect(name, tcp).await
+    };
+    let connected = tokio::time::timeout(CONNECT, connecting).await;
+    let stream = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    let (ours, theirs) = ends()?;
+    // It has a guest to serve, and waits with care.
+    rustix::io::ioctl_fionbio(&theirs, true)?;
+    let line = tokio::spawn(carry(stream, ours));
+    Ok((theirs, Line(line)))
+}
+
+/// Ours, and the process's.
+fn ends() -> io::Result<(UnixStream, OwnedFd)> {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    Ok((UnixStream::from_std(ours)?, theirs.into()))
+}
+
+/// Answers are small and awaited, and a host that lost its power says nothing.
+fn be_careful(tcp: &TcpStream) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(tcp, true)?;
+    sockopt::set_tcp_keepidle(tcp, SILENCE / 3)?;
+    sockopt::set_tcp_keepintvl(tcp, SILENCE / 3)?;
+    sockopt::set_tcp_keepcnt(tcp, 2)?;
+    Ok(())
+}
+
+async fn carry(mut stream: impl AsyncRead + AsyncWrite + Unpin, mut end: UnixStream) {
+    let carried = copy_bidirectional_with_sizes(&mut stream, &mut end, PIECE, PIECE).await;
+    match carried {
+        Ok((came, went)) => tracing::debug!(came, went, "a migration's line ended"),
+        Err(error) => tracing::debug!(%error, "a migration's line broke"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    fn key() -> StreamKey {
+        let pair = rcgen::KeyPair::generate().unwrap();
+        let made = rcgen::CertificateParams::new(vec!["migration.fractus".to_owned()]).unwrap();
+        StreamKey {
+            certificate: made.self_signed(&pair).unwrap().pem(),
+            key: pair.serialize_pem(),
+        }
+    }
+
+    const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_one_process_says_the_other_hears_and_nobody_else_gets_in() {
+        let (right, wrong) = (key(), key());
+        let (port, there, _line) = listen(HERE, &right).await.unwrap();
+        let to = format!("127.0.0.1:{port}");
+        // A stranger, and somebody with the key of another migration.
+        let stranger = TcpStream::connect(&to).await.unwrap();
+        let silent = TcpStream::connect(&to).await.unwrap();
+        drop(stranger);
+        match connect(&to, &wrong).await {
+            Err(_) => {}
+            // In TLS 1.3 the client is through before its certificate is looked at.
+            Ok((end, _line)) => {
+                let mut end = std::os::unix::net::UnixStream::from(end);
+                end.set_nonblocking(false).unwrap();
+                let heard = tokio::task::spawn_blocking(move || end.read(&mut [0]));
+                assert!(matches!(heard.await.unwrap(), Ok(0) | Err(_)));
+            }
+        }
+        let (here, line) = connect(&to, &right).await.unwrap();
+        let talk = tokio::task::spawn_blocking(move || {
+            let mut here = std::os::unix::net::UnixStream::from(here);
+            here.set_nonblocking(false).unwrap();
+            let mut there = std::os::unix::net::UnixStream::from(there);
+            let said: Vec<u8> = (0..3 << 20).map(|at: u32| (at / 7) as u8).collect();
+            let writes = {
+                let (mut here, said) = (here.try_clone().unwrap(), said.clone());
+                std::thread::spawn(move || here.write_all(&said).unwrap())
+            };
+            let mut heard = vec![0; said.len()];
+            there.read_exact(&mut heard).unwrap();
+            writes.join().unwrap();
+            assert!(said == heard);
+            there.write_all(b"yes").unwrap();
+            let mut answer = [0; 3];
+            here.read_exact(&mut answer).unwrap();
+            assert_eq!(&answer, b"yes");
+            (here, there)
+        });
+        let (_here, mut there) = talk.await.unwrap();
+        drop(silent);
+        drop(line);
+        let heard = tokio::task::spawn_blocking(move || there.read(&mut [0]));
+        assert!(matches!(heard.await.unwrap(), Ok(0) | Err(_)));
+    }
+}

@@ -1,0 +1,387 @@
+//! A machine of its own process, wherever its guest is on its way: here, being sent, or offered to another host.
+//!
+//! Whoever asks for what cannot be done meanwhile hears so; one that was offered stands still until it is told to stay
+//! or its process is ended.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use fractus_agent_api::machine::StopReason;
+use fractus_agent_api::migration::{self, Policy, Progress, State as Journey};
+use fractus_agent_api::size::Size;
+use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
+use fractus_vmm::machine::{self, Luggage, Machine, Offered, RunState, SendReport, Sender, Unsent};
+use fractus_vmm::stream::converge;
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::guest::{Guest, GuestError, GuestEvent, event};
+use super::paced::Paced;
+use super::protocol::{MachineEvent, State};
+
+/// Rounds that are told of: as many of the first as of the last.
+const ROUNDS: usize = 64;
+const PAGE: u64 = fractus_vmm::stream::PAGE as u64;
+
+pub struct Traveller {
+    stage: Stage,
+    /// Of the machine, wherever it is.
+    events: OwnedFd,
+    /// Never readable: what one asks for that was offered waits.
+    silence: OwnedFd,
+    /// It arrived from a host on which it did not run.
+    stands: bool,
+    /// It was ended while it was another host's, perhaps: nobody has been told.
+    let_go: bool,
+}
+
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one of it in a process, and a Sender is moved for each megabyte"
+)]
+enum Stage {
+    Here(Machine),
+    Sent(Sender<Paced>),
+    Offered(Offered),
+    /// Between two of them, and after what took it along failed.
+    Nowhere,
+}
+
+impl Traveller {
+    pub fn new(machine: Machine) -> io::Result<Self> {
+        Ok(Self {
+            events: machine.event_fd().try_clone_to_owned()?,
+            silence: eventfd(0, EventfdFlags::CLOEXEC)?,
+            stage: Stage::Here(machine),
+            stands: false,
+            let_go: false,
+        })
+    }
+
+    /// One that has arrived, and ran where it was, or not.
+    pub fn arrived(machine: Machine, ran: bool) -> io::Result<Self> {
+        Ok(Self {
+            stands: !ran,
+            ..Self::new(machine)?
+        })
+    }
+
+    fn machine(&self) -> Option<&Machine> {
+        match &self.stage {
+            Stage::Here(machine) => Some(machine),
+            Stage::Sent(sender) => Some(sender.machine()),
+            Stage::Offered(offered) => Some(offered.machine()),
+            Stage::Nowhere => None,
+        }
+    }
+
+    /// The machine, if it may be told anything.
+    fn free(&mut self) -> Result<&mut Machine, GuestError> {
+        match &mut self.stage {
+            Stage::Here(machine) => Ok(machine),
+            Stage::Sent(sender) => Ok(sender.machine_mut()),
+            Stage::Offered(_) => Err(travels("has been offered to another host")),
+            Stage::Nowhere => Err(travels("is gone")),
+        }
+    }
+
+    /// The machine, if its devices may come and go.
+    fn at_home(&mut self) -> Result<&mut Machine, GuestError> {
+        match self.stage {
+            Stage::Sent(_) => Err(travels("is being sent to another host")),
+            Stage::Here(_) | Stage::Offered(_) | Stage::Nowhere => self.free(),
+        }
+    }
+
+    fn not_sent(&mut self, unsent: Unsent) -> String {
+        let reason = super::chain(&unsent.error);
+        self.stage = Stage::Here(*unsent.machine);
+        reason
+    }
+}
+
+fn travels(what: &str) -> GuestError {
+    GuestError::Machine(format!("it {what}"))
+}
+
+impl Guest for Traveller {
+    fn start(&mut self) -> Result<(), GuestError> {
+        let stands = self.stands;
+        let machine = self.at_home()?;
+        match machine.state() {
+            RunState::Paused if stands => Ok(()),
+            // One that goes on from a file, or from another host.
+            RunState::Paused => Ok(machine.resume()?),
+            _ => Ok(machine.start()?),
+        }
+    }
+
+    fn pause(&mut self) -> Result<(), GuestError> {
+        Ok(self.free()?.pause()?)
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        Ok(self.free()?.resume()?)
+    }
+
+    fn press_power_button(&mut self) -> Result<(), GuestError> {
+        self.free()?.press_power_button();
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), GuestError> {
+        if let Stage::Offered(_) = self.stage {
+            // It must not run for that.
+            (self.stage, self.let_go) = (Stage::Nowhere, true);
+            return Ok(());
+        }
+        self.free()?.stop();
+        Ok(())
+    }
+
+    fn attach_disk(&mut self, config: DiskConfig, file: File) -> Result<String, GuestError> {
+        Ok(self.at_home()?.attach_disk(config, file)?)
+    }
+
+    fn attach_net(&mut self, config: NetConfig, files: NetFiles) -> Result<String, GuestError> {
+        Ok(self.at_home()?.attach_net(config, files)?)
+    }
+
+    fn detach(&mut self, device: &str) -> Result<(), GuestError> {
+        Ok(self.at_home()?.detach(device)?)
+    }
+
+    fn size(&self) -> Size {
+        let Some(machine) = self.machine() else {
+            return Size {
+                vcpus: 0,
+                vcpus_used: 0,
+                max_vcpus: None,
+                memory_mib: 0,
+                hot_memory_mib: 0,
+                hot_plugged_mib: 0,
+                max_hot_memory_mib: None,
+            };
+        };
+        let config = machine.config();
+        let hot = config.hot_memory;
+        Size {
+            vcpus: config.cpus.count,
+            vcpus_used: machine.vcpus_used(),
+            max_vcpus: config.cpus.max,
+            memory_mib: config.memory.bytes >> 20,
+            hot_memory_mib: hot.map_or(0, |hot| hot.bytes >> 20),
+            hot_plugged_mib: machine.hot_memory().unwrap_or(0) >> 20,
+            max_hot_memory_mib: hot.map(|hot| hot.max >> 20),
+        }
+    }
+
+    fn resize(&mut self, vcpus: u8, hot_memory: u64) -> Result<(), GuestError> {
+        let machine = self.at_home()?;
+        let config = machine.config();
+        let (count, hot) = (config.cpus.count, config.hot_memory);
+        if vcpus != count {
+            machine.set_vcpus(vcpus)?;
+        }
+        if hot_memory != hot.map_or(0, |hot| hot.bytes) {
+            machine.set_hot_memory(hot_memory)?;
+        }
+        Ok(())
+    }
+
+    fn names(&self) -> (Vec<String>, Vec<String>) {
+        let names = |machine: &Machine| (machine.disks().to_vec(), machine.nets().to_vec());
+        self.machine().map(names).unwrap_or_default()
+    }
+
+    fn write(&mut self, file: File, note: &[u8]) -> Result<(), GuestError> {
+        let written = self.at_home()?.snapshot(file, note);
+        let report = written.map_err(|error| GuestError::Machine(super::chain(&error)))?;
+        super::log::line(format_args!("{report:?}"));
+        Ok(())
+    }
+
+    fn send(
+        &mut self,
+        connection: UnixStream,
+        policy: Policy,
+        note: Vec<u8>,
+    ) -> Result<(), GuestError> {
+        self.at_home()?;
+        let Stage::Here(machine) = std::mem::replace(&mut self.stage, Stage::Nowhere) else {
+            return Err(travels("is gone"));
+        };
+        let luggage = Luggage {
+            owner: note,
+            disks: true,
+        };
+        match Sender::begin(machine, Paced::new(connection), by(policy), luggage) {
+            Ok(sender) => {
+                self.stage = Stage::Sent(sender);
+                Ok(())
+            }
+            Err(unsent) => Err(GuestError::Machine(self.not_sent(unsent))),
+        }
+    }
+
+    fn is_being_sent(&self) -> bool {
+        matches!(self.stage, Stage::Sent(_))
+    }
+
+    fn send_by(&mut self, policy: Option<Policy>, note: Option<Vec<u8>>) {
+        if let Stage::Sent(sender) = &mut self.stage {
+            if let Some(policy) = policy {
+                sender.set_policy(by(policy));
+            }
+            if let Some(note) = note {
+                sender.set_owner(note);
+            }
+        }
+    }
+
+    fn send_on(&mut self, tells: bool) -> Option<(Journey, Option<Progress>)> {
+        let mut sender = match std::mem::replace(&mut self.stage, Stage::Nowhere) {
+            Stage::Sent(sender) => sender,
+            other => {
+                self.stage = other;
+                return None;
+            }
+        };
+        sender.connection().allow();
+        match sender.advance() {
+            Ok(machine::Progress::Copying(sender)) => {
+                let now = tells.then(|| sender.progress());
+                let progress = now.map(|now| Progress {
+                    memory_left: now.memory_left,
+                    disk_left: now.disk_left,
+                    ..progress(now.report, now.elapsed)
+                });
+                self.stage = Stage::Sent(sender);
+                Some((Journey::Copying, progress))
+            }
+            Ok(machine::Progress::Offered(offered)) => {
+                let report = offered.report();
+                let mut progress = progress(report, report.whole);
+                let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+                progress.pause = Some(migration::Pause {
+                    stop_us: us(report.pause.stop),
+                    state_us: us(report.pause.state),
+                    send_us: us(report.pause.send),
+                    answer_us: us(report.pause.answer),
+                });
+                let journey = Journey::Offered {
+                    ran: offered.ran(),
+                    doubt: offered.doubt().map(|doubt| super::chain(doubt)),
+                };
+                self.stage = Stage::Offered(offered);
+                Some((journey, Some(progress)))
+            }
+            Err(unsent) => {
+                let reason = self.not_sent(unsent);
+                Some((Journey::Failed { reason }, None))
+            }
+        }
+    }
+
+    fn stay(&mut self) -> Result<(), GuestError> {
+        match std::mem::replace(&mut self.stage, Stage::Nowhere) {
+            Stage::Sent(sender) => {
+                self.stage = Stage::Here(sender.give_up());
+                Ok(())
+            }
+            offered @ Stage::Offered(_) => {
+                self.stage = offered;
+                self.take_back()
+            }
+            other => {
+                self.stage = other;
+                Ok(())
+            }
+        }
+    }
+
+    fn state(&self) -> State {
+        match self.machine().map(Machine::state) {
+            Some(RunState::Ready) => State::Ready,
+            Some(RunState::Running) => State::Running,
+            Some(RunState::Paused) => State::Paused,
+            Some(RunState::Stopped) | None => State::Stopped,
+        }
+    }
+
+    fn event_fd(&self) -> BorrowedFd<'_> {
+        match self.stage {
+            Stage::Here(_) | Stage::Sent(_) => self.events.as_fd(),
+            Stage::Offered(_) | Stage::Nowhere => self.silence.as_fd(),
+        }
+    }
+
+    fn next_event(&mut self) -> Option<GuestEvent> {
+        if std::mem::take(&mut self.let_go) {
+            let reason = StopReason::Requested;
+            return Some(GuestEvent::Machine(MachineEvent::Stopped { reason }));
+        }
+        self.free().ok()?.next_event().map(event)
+    }
+}
+
+impl Traveller {
+    fn take_back(&mut self) -> Result<(), GuestError> {
+        match std::mem::replace(&mut self.stage, Stage::Nowhere) {
+            Stage::Offered(offered) => {
+                self.stage = Stage::Here(offered.take_back()?);
+                Ok(())
+            }
+            other => {
+                self.stage = other;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// In the words of the stream.
+fn by(policy: Policy) -> converge::Policy {
+    converge::Policy {
+        downtime: Duration::from_millis(policy.downtime_ms),
+        longest: Duration::from_millis(policy.longest_ms),
+        limit: Duration::from_millis(policy.limit_ms),
+        at_limit: match policy.at_limit {
+            migration::AtLimit::Stop => converge::AtLimit::Stop,
+            migration::AtLimit::GiveUp => converge::AtLimit::GiveUp,
+        },
+    }
+}
+
+/// In the words of the wire.
+fn progress(report: &SendReport, elapsed: Duration) -> Progress {
+    let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let rounds = report.rounds.iter().map(|round| migration::Round {
+        memory_bytes: round.pages * PAGE,
+        disk_bytes: round.disk_pages * PAGE,
+        took_us: us(round.took),
+        left: round.left,
+        decision: match round.decision {
+            converge::Decision::Again => migration::Decision::Again,
+            converge::Decision::Stop => migration::Decision::Stop,
+            converge::Decision::GiveUp => migration::Decision::GiveUp,
+        },
+    });
+    let all = report.rounds.len();
+    let told = |(number, _): &(usize, _)| *number < ROUNDS / 2 || number + ROUNDS / 2 >= all;
+    Progress {
+        memory_total: report.memory,
+        memory_sent: report.totals.pages * PAGE,
+        memory_left: 0,
+        disk_total: report.disk,
+        disk_sent: report.disks.pages * PAGE,
+        disk_left: 0,
+        elapsed_us: us(elapsed),
+        rounds: (rounds.enumerate().filter(told))
+            .map(|(_, round)| round)
+            .collect(),
+        pause: None,
+    }
+}

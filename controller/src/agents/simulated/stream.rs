@@ -1,0 +1,181 @@
+//! Streams between two simulated hosts: nothing of them moves by itself, and each may break at any point.
+
+use fractus_agent_api::decision::Process;
+use fractus_agent_api::machine::ServerId;
+use fractus_agent_api::migration::{Decision, MigrationId, Round, State, Transit};
+
+use super::machine::Record;
+pub use super::machine::Soul;
+use super::{SimulatedAgents, SimulatedHost};
+
+/// What happens to a stream next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// A round is copied.
+    Round,
+    /// The guest stands still, and the target has it.
+    End,
+    /// It breaks before the guest was stopped.
+    Cut,
+    /// The target has the guest, and its answer is lost.
+    AnswerLost,
+    /// The last frames are lost, and with them what the target has.
+    EndLost,
+}
+
+impl SimulatedAgents {
+    /// Servers whose guest is being sent.
+    pub fn streams(&self) -> Vec<ServerId> {
+        let copying = |record: &Record| matches!(record.transit, Transit::Copying(_));
+        self.all()
+            .iter()
+            .flat_map(|host| host.those(copying))
+            .collect()
+    }
+
+    /// Something happens to the stream of a server. False if there is none: where the target is not there, it breaks.
+    pub fn stream(&self, server: ServerId, event: Event) -> bool {
+        let hosts = self.all();
+        let source = hosts
+            .iter()
+            .find_map(|host| Some((host, host.departing(server)?)));
+        let Some((source, id)) = source else {
+            return false;
+        };
+        let target = hosts.iter().find(|host| host.listens(server, id));
+        let event = match target {
+            Some(target) if source.key(server) == target.key(server) => event,
+            _ => Event::Cut,
+        };
+        let (now, ran, soul) = match source.with(server, |record| (record.process, record.soul)) {
+            Some((process, soul)) => (source.now_us(), process == Process::Running, soul),
+            None => return false,
+        };
+        let sent = match event {
+            Event::Round => Sent::Round,
+            Event::Cut => Sent::Broken,
+            Event::End => Sent::Offered(None),
+            Event::AnswerLost | Event::EndLost => {
+                Sent::Offered(Some("the connection has ended".to_owned()))
+            }
+        };
+        source.with(server, |record| record.sends(id, sent, now));
+        (source.changed)(source.id());
+        if let Some(target) = target {
+            target.with(server, |record| match event {
+                Event::Round => {}
+                Event::End | Event::AnswerLost => {
+                    record.transit = Transit::Arrived(id);
+                    (record.ran, record.soul) = (ran, soul);
+                    record.says(State::Arrived);
+                    record.changed_at_us = now;
+                }
+                Event::Cut | Event::EndLost => {
+                    record.lose();
+                    let reason = "the stream has ended too early".to_owned();
+                    record.says(State::Failed {
+                        reason: reason.clone(),
+                    });
+                    // One that is to be gone by now has not failed.
+                    let awaited = record.intent.wanted.arrives.is_some();
+                    record.failed = awaited.then_some(reason);
+                    record.changed_at_us = now;
+                }
+            });
+            (target.changed)(target.id());
+        }
+        true
+    }
+}
+
+/// What became of the source's end.
+enum Sent {
+    Round,
+    Broken,
+    /// With a doubt.
+    Offered(Option<String>),
+}
+
+impl Record {
+    fn sends(&mut self, id: MigrationId, sent: Sent, now_us: i64) {
+        self.changed_at_us = now_us;
+        match sent {
+            Sent::Round => {
+                if let Some(migration) = &mut self.migration {
+                    let progress = &mut migration.progress;
+                    progress.memory_total = 512 << 20;
+                    progress.memory_sent += 1 << 20;
+                    progress.rounds.push(Round {
+                        memory_bytes: 1 << 20,
+                        disk_bytes: 0,
+                        took_us: 1000,
+                        left: 4096,
+                        decision: Decision::Again,
+                    });
+                }
+            }
+            Sent::Broken => {
+                self.transit = Transit::None;
+                self.says(State::Failed {
+                    reason: "the stream has broken".to_owned(),
+                });
+            }
+            Sent::Offered(doubt) => {
+                self.ran = self.process == Process::Running;
+                self.process = Process::Paused;
+                self.transit = Transit::Offered(id);
+                self.says(State::Offered {
+                    ran: self.ran,
+                    doubt,
+                });
+            }
+        }
+    }
+}
+
+impl SimulatedHost {
+    /// Which guest is here, and for how long it has run; none: there is none, or it is between two hosts.
+    pub fn soul(&self, server: ServerId) -> Option<Soul> {
+        self.with(server, |record| record.has_guest().then_some(record.soul))?
+    }
+
+    /// Time passes for the guests that run.
+    pub fn tick(&self) {
+        for record in self.host().machines.values_mut() {
+            if record.process == Process::Running && record.has_guest() {
+                record.soul.ticks += 1;
+            }
+        }
+    }
+
+    fn departing(&self, server: ServerId) -> Option<MigrationId> {
+        self.with(server, |record| match record.transit {
+            Transit::Copying(id) => Some(id),
+            _ => None,
+        })?
+    }
+
+    fn listens(&self, server: ServerId, id: MigrationId) -> bool {
+        self.with(server, |record| record.transit == Transit::Arriving(id)) == Some(true)
+    }
+
+    /// Certificate and key that it was told for a stream of the server.
+    fn key(&self, server: ServerId) -> Option<(String, String)> {
+        self.with(server, |record| {
+            let wanted = &record.intent.wanted;
+            let arrives = wanted.arrives.as_ref().map(|arrival| &arrival.key);
+            let departs = wanted.departs.as_ref().map(|departure| &departure.key);
+            let key = arrives.or(departs)?;
+            let plain = key.key.starts_with("-----BEGIN PRIVATE KEY-----");
+            plain.then(|| (key.certificate.clone(), key.key.clone()))
+        })?
+    }
+
+    fn now_us(&self) -> i64 {
+        self.host().now_us
+    }
+
+    fn with<T>(&self, server: ServerId, what: impl FnOnce(&mut Record) -> T) -> Option<T> {
+        self.host().machines.get_mut(&server).map(what)
+    }
+}

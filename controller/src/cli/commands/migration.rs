@@ -1,0 +1,225 @@
+//! `fractus server migrate` and `fractus server migration`: guests that go to another host while they run.
+//! Administrators only.
+
+use std::time::{Duration, Instant};
+
+use clap::{Args, Subcommand};
+use http::Method;
+use serde_json::{Value, json};
+
+use super::server::{SERVER, Wait};
+use super::{query_value, row, rows};
+use crate::cli::CliError;
+use crate::cli::output::Output;
+use crate::cli::session::{Service, Session};
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    #[arg(required = true)]
+    servers: Vec<String>,
+    /// Where to; the scheduler chooses if not given
+    #[arg(long)]
+    host: Option<String>,
+    #[command(flatten)]
+    wait: Wait,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Migrations, the newest first
+    List {
+        /// Only those of this server
+        #[arg(long)]
+        server: Option<String>,
+        /// Only those from or to this host
+        #[arg(long)]
+        host: Option<String>,
+        /// Only those with this status, such as running
+        #[arg(long)]
+        status: Option<String>,
+    },
+    /// One migration: how far it is, and what it took
+    Show {
+        /// Its id or number
+        migration: String,
+    },
+    /// Let the guest stay where it is
+    Abort {
+        /// Its id or number
+        migration: String,
+    },
+    /// Stop the guest for as long as the rest takes
+    ForceComplete {
+        /// Its id or number
+        migration: String,
+    },
+}
+
+const COLUMNS: &[(&str, &str)] = &[
+    ("Number", "/id"),
+    ("ID", "/uuid"),
+    ("Server", "/instance_uuid"),
+    ("From", "/source_compute"),
+    ("To", "/dest_compute"),
+    ("Status", "/status"),
+    ("Created", "/created_at"),
+    ("Updated", "/updated_at"),
+];
+
+const FIELDS: &[(&str, &str)] = &[
+    ("id", "/id"),
+    ("number", "/number"),
+    ("server_id", "/server_id"),
+    ("status", "/status"),
+    ("reason", "/reason"),
+    ("from", "/source"),
+    ("to", "/target"),
+    ("created", "/created_at"),
+    ("ended", "/ended_at"),
+    ("memory_total", "/progress/memory_total"),
+    ("memory_sent", "/progress/memory_sent"),
+    ("memory_left", "/progress/memory_left"),
+    ("disk_total", "/progress/disk_total"),
+    ("disk_sent", "/progress/disk_sent"),
+    ("disk_left", "/progress/disk_left"),
+    ("elapsed_us", "/progress/elapsed_us"),
+    ("pause", "/progress/pause"),
+    ("rounds", "/progress/rounds"),
+];
+
+pub async fn execute(command: Command, session: &Session, output: &Output) -> Result<(), CliError> {
+    match command {
+        Command::List {
+            server,
+            host,
+            status,
+        } => {
+            let mut query: Vec<String> = Vec::new();
+            if let Some(server) = server {
+                query.push(format!(
+                    "instance_uuid={}",
+                    SERVER.id(session, &server).await?
+                ));
+            }
+            query.extend(host.map(|host| format!("host={}", query_value(&host))));
+            query.extend(status.map(|status| format!("status={}", query_value(&status))));
+            let path = format!("/os-migrations?{}", query.join("&"));
+            let found = session
+                .list(Service::Compute, path.trim_end_matches('?'), "migrations")
+                .await?;
+            let (header, rows) = rows(&found, COLUMNS);
+            output.rows(&header, rows)
+        }
+        Command::Show { migration } => {
+            let found = find(session, &migration).await?;
+            let path = format!("/migrations/{}", text(&found, "uuid"));
+            let whole = session.get(Service::Hosts, &path).await?;
+            output.fields(row(&whole["migration"], FIELDS))
+        }
+        Command::Abort { migration } => {
+            let path = path_of(&find(session, &migration).await?);
+            let aborted = session.call(Service::Compute, Method::DELETE, &path, None);
+            aborted.await.map(|_| ())
+        }
+        Command::ForceComplete { migration } => {
+            let path = format!("{}/action", path_of(&find(session, &migration).await?));
+            let body = Some(json!({"force_complete": null}));
+            let forced = session.call(Service::Compute, Method::POST, &path, body);
+            forced.await.map(|_| ())
+        }
+    }
+}
+
+fn text<'a>(item: &'a Value, name: &str) -> &'a str {
+    item[name].as_str().unwrap_or_default()
+}
+
+fn path_of(migration: &Value) -> String {
+    format!(
+        "/servers/{}/migrations/{}",
+        text(migration, "instance_uuid"),
+        migration["id"]
+    )
+}
+
+async fn find(session: &Session, wanted: &str) -> Result<Value, CliError> {
+    let all = session
+        .list(Service::Compute, "/os-migrations", "migrations")
+        .await?;
+    let number = wanted.parse::<i64>().ok();
+    let is_it = |found: &Value| {
+        text(found, "uuid") == wanted || number.is_some() && found["id"].as_i64() == number
+    };
+    all.into_iter()
+        .find(is_it)
+        .ok_or_else(|| CliError::NotFound {
+            kind: "migration",
+            wanted: wanted.to_owned(),
+        })
+}
+
+impl Migrate {
+    pub async fn execute(self, session: &Session, output: &Output) -> Result<(), CliError> {
+        let mut ids = Vec::new();
+        for server in &self.servers {
+            let id = SERVER.id(session, server).await?;
+            begin(&id, self.host.as_deref(), session).await?;
+            ids.push(id);
+        }
+        for id in ids.iter().filter(|_| self.wait.wait) {
+            arrived(id, self.wait.timeout, session, output).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Asks that the guest goes.
+pub async fn begin(id: &str, host: Option<&str>, session: &Session) -> Result<(), CliError> {
+    let body = json!({"os-migrateLive": {"host": host, "block_migration": "auto"}});
+    let path = format!("/servers/{id}/action");
+    let begun = session.call(Service::Compute, Method::POST, &path, Some(body));
+    begun.await.map(|_| ())
+}
+
+/// Looks until the server's newest migration has ended; where the guest is then.
+pub async fn arrived(
+    id: &str,
+    seconds: u64,
+    session: &Session,
+    output: &Output,
+) -> Result<String, CliError> {
+    let spinner = output.spinner(&format!("waiting for {id} to be elsewhere"));
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let path = format!("/os-migrations?instance_uuid={id}&limit=1");
+    let mut pause = Duration::from_millis(50);
+    let ended = loop {
+        let found = session.get(Service::Compute, &path).await?;
+        let newest = found["migrations"][0].clone();
+        let status = text(&newest, "status").to_owned();
+        match status.as_str() {
+            "completed" => break Ok(text(&newest, "dest_compute").to_owned()),
+            "error" | "failed" | "cancelled" => {
+                let path = format!("/migrations/{}", text(&newest, "uuid"));
+                let whole = session.get(Service::Hosts, &path).await?;
+                let reason = whole["migration"]["reason"].as_str();
+                break Err(CliError::Errored {
+                    what: format!("the migration of {id}"),
+                    reason: reason.unwrap_or(&status).to_owned(),
+                });
+            }
+            _ if Instant::now() >= end => {
+                break Err(CliError::Timeout {
+                    what: format!("the migration of {id}"),
+                    wanted: "completed".to_owned(),
+                    last: status,
+                    seconds,
+                });
+            }
+            _ => {}
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 3 / 2).min(Duration::from_secs(1));
+    };
+    spinner.finish_and_clear();
+    ended
+}

@@ -1,0 +1,80 @@
+//! How a migration is taken back, by the same row as its commit: whichever comes first is the only one.
+
+use fractus_agent_api::machine::{Observed, Power};
+use sea_orm::DatabaseTransaction;
+
+use super::{State, never_ran};
+use crate::compute::ops::{Tools, machine_id};
+use crate::operation::{Operation, Progress, StepError};
+use crate::reconcile::machine;
+
+/// Before anything is taken back its owner is asked once how it is, and not waited for.
+pub(super) async fn look_again(
+    tools: &Tools,
+    operation: &Operation,
+) -> Result<Progress, StepError> {
+    let server = machine_id(&operation.subject)?;
+    let known = machine::find(tools.machines.reader(), server).await?;
+    if let Some(owner) = known.and_then(|known| known.host) {
+        drop(tools.machines.ask(owner, server).await);
+    }
+    Ok(Progress::Done)
+}
+
+/// The guest is not to be sent any more; or is the source's again, if the target has lost it before it ran.
+pub(super) async fn take_back(
+    tools: &Tools,
+    operation: &mut Operation,
+    tx: &DatabaseTransaction,
+) -> Result<(), StepError> {
+    let now = tools.clock.now_us();
+    let mut state: State = operation.state()?;
+    let (id, server) = (state.migration, machine_id(&operation.subject)?);
+    let Some(known) = machine::find(tx, server).await? else {
+        return Ok(());
+    };
+    if known.is_tombstone() {
+        return Ok(());
+    }
+    let fleet = tools.machines.fleet();
+    if let Some(target) = known.host.filter(|host| Some(*host) == state.target)
+        && known.wanted.continues == Some(id)
+    {
+        let said = fleet.machine(target, server);
+        let lost = said.is_some_and(|said| {
+            (said.generation, said.revision) == known.age() && never_ran(&said, id)
+        });
+        // It may have been told something else since, and runs: there it stays then.
+        if lost || tools.machines.is_off(tx, target).await?.is_some() {
+            let wanted = known.wanted.clone();
+            machine::move_owner(tx, &known, state.source, &wanted, now).await?;
+            state.committed = false;
+        }
+        return operation.set_state(&state);
+    }
+    if known.host != Some(state.source) {
+        return Ok(());
+    }
+    let said = fleet.machine(state.source, server);
+    let ended = said.filter(|said| said.generation == known.generation);
+    let ended = ended.and_then(|said| match said.observed {
+        Observed::Stopped { reason } if known.wanted.power != Power::Stopped => Some(reason),
+        _ => None,
+    });
+    let departs = known.wanted.departs.as_ref().map(|departure| departure.id);
+    if departs == Some(id) || ended.is_some() {
+        let request_id = operation.origin.request_id.clone();
+        let stops = ended.is_some();
+        machine::change(tx, server, request_id, now, |wanted| {
+            wanted.departs = None;
+            if stops {
+                wanted.power = Power::Stopped;
+            }
+        })
+        .await?;
+    }
+    if ended.is_some() {
+        state.ended = ended;
+    }
+    operation.set_state(&state)
+}

@@ -1,0 +1,443 @@
+//! `server_live_migrate`: a guest goes to another host, and runs meanwhile. Its disks travel with it.
+//!
+//! ```text
+//!   place    a host is chosen, and what the server needs of it is taken
+//!   prepare  the target makes room and listens; commit: the source's intent is to send
+//!   send     the source offers, the target has it; commit: the owner's row moves, the only decision there is
+//!   resume   the target says that the guest goes on; commit: what the source was taken for is given back
+//! ```
+//!
+//! An abort changes the same row as the commit of *send*, so one of them is first and the other is none. What one
+//! of the hosts holds in vain is told to go, by the undo or by the reconciler. Nothing here decides by time while a
+//! guest is offered: its source lets it stand still until the row has said where it runs, and a target that cannot
+//! be asked is waited for, until it is heard, an operator declares it to be down, or the migration is cancelled.
+//!
+//! An offer whose answer was lost counts for nothing: the target is asked, and its word alone decides.
+
+mod back;
+mod steps;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use fractus_agent_api::host::HostId;
+use fractus_agent_api::machine::{
+    Generation, MachineReport, Observed, Power, Revision, ServerId, StopReason, Wanted,
+};
+use fractus_agent_api::migration::{AtLimit, MigrationId, Policy, Progress, StreamKey};
+use sea_orm::ActiveValue::Set;
+use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr};
+use serde::{Deserialize, Serialize};
+
+use self::steps::{Place, Prepare, Resume, Send};
+use super::{RequestError, Tools, change, machine_id, observe, to_error, to_state, turn};
+use crate::agents::host;
+use crate::compute::model::state::{ServerState, Standing};
+use crate::compute::store::server;
+use crate::event::Origin;
+use crate::http::App;
+use crate::operation::{self, Kind, Operation, Outcome, Step, StepError};
+use crate::reconcile::migration::{self, Status};
+use crate::reconcile::{machine, state_of};
+use crate::scheduler::Amounts;
+
+pub const KIND: &str = "server_live_migrate";
+
+/// Why one ended that its user did not want any more.
+pub const CANCELLED: &str = "the migration was cancelled";
+
+/// How long copying may take before the guest is stopped for the rest is [`Policy`]'s; of one that is to be done
+/// with: not at all.
+const AT_ONCE: Policy = Policy {
+    downtime_ms: 3_600_000,
+    longest_ms: 3_600_000,
+    limit_ms: 0,
+    at_limit: AtLimit::Stop,
+};
+
+/// What the operation knows.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct State {
+    migration: MigrationId,
+    /// Sealed; none: this controller has no master key.
+    key: Option<StreamKey>,
+    policy: Policy,
+    /// An administrator's choice.
+    host: Option<HostId>,
+    source: HostId,
+    #[serde(default)]
+    target: Option<HostId>,
+    /// What was wanted when the target was chosen, as far as it must not change.
+    #[serde(default)]
+    begun: Option<Begun>,
+    /// The guest is the target's.
+    #[serde(default)]
+    committed: bool,
+    /// The guest had ended by itself when the migration was given up.
+    #[serde(default)]
+    ended: Option<StopReason>,
+    /// What was seen when the target had settled.
+    #[serde(default)]
+    observed: Option<Observed>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Begun {
+    /// The source's.
+    generation: Generation,
+    /// The target was told in this one.
+    revision: Revision,
+    power: Power,
+    soft_reboots: u64,
+    hard_reboots: u64,
+    rebuilds: u64,
+}
+
+impl Begun {
+    fn of(machine: &machine::Machine) -> Self {
+        let wanted = &machine.wanted;
+        Self {
+            generation: machine.generation,
+            revision: machine.revision,
+            power: wanted.power,
+            soft_reboots: wanted.soft_reboots,
+            hard_reboots: wanted.hard_reboots,
+            rebuilds: wanted.rebuilds,
+        }
+    }
+
+    /// Nothing else has been asked of the guest since.
+    fn still_holds(&self, machine: &machine::Machine) -> bool {
+        let now = Self::of(machine);
+        Self {
+            revision: self.revision,
+            ..now
+        } == *self
+    }
+}
+
+/// A server is to go to another host.
+#[derive(Debug, Clone)]
+pub struct Wish {
+    /// The server's state as it was when this was admitted.
+    pub from: ServerState,
+    /// None: the scheduler's choice.
+    pub host: Option<HostId>,
+}
+
+/// Writes that the guest is to go, and the operation that brings it about.
+pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<(), RequestError> {
+    let compute = app.compute();
+    let server = machine_id(id)?;
+    let known = machine::find(app.database().reader(), server).await?;
+    let source = known.and_then(|known| known.host);
+    let source = source.ok_or(RequestError::Overtaken)?;
+    let key = crate::tls::stream_key()
+        .map_err(|error| StepError::fail(format!("a key for the stream: {error}")))?;
+    let migration = MigrationId(app.random().uuid());
+    let state = State {
+        migration,
+        key: compute.machines.seal_stream_key(&key),
+        policy: Policy::default(),
+        host: wish.host,
+        source,
+        target: None,
+        begun: None,
+        committed: false,
+        ended: None,
+        observed: None,
+    };
+    let prepared = compute.engine.prepare(KIND, id, &state, origin.clone())?;
+    let (subject, now) = (id.to_owned(), app.now_us());
+    app.database()
+        .write(move |tx| {
+            let (id, prepared, origin) = (subject.clone(), prepared.clone(), origin.clone());
+            Box::pin(async move {
+                let standing = wish.from.standing().unwrap_or(Standing::Error);
+                let change = to_state(ServerState::Migrating(standing), now);
+                if !server::turn(tx, &id, wish.from, change).await? {
+                    return Err(RequestError::Overtaken);
+                }
+                let known = machine::find(tx, server).await?;
+                let there = known.is_some_and(|known| {
+                    known.host == Some(source) && !known.is_tombstone() && known.confirmed
+                });
+                // One that is parked is an operator's to look at.
+                let open = migration::open(tx, server).await?;
+                if !there || !open.is_empty() {
+                    return Err(RequestError::Overtaken);
+                }
+                let row = server::find(tx, &id).await?;
+                let row = row.ok_or(RequestError::Overtaken)?;
+                migration::insert(
+                    tx,
+                    accepted(&row, migration, source, &origin, now, tx).await?,
+                )
+                .await?;
+                Ok(prepared.insert(tx).await?)
+            })
+        })
+        .await?;
+    compute.engine.wake(id);
+    Ok(())
+}
+
+/// What the server takes of a host; none: it is nowhere.
+pub async fn needs(
+    connection: &impl ConnectionTrait,
+    server: &str,
+) -> Result<Option<Amounts>, DbErr> {
+    let Ok(id) = machine_id(server) else {
+        return Ok(None);
+    };
+    let known = machine::find(connection, id).await?;
+    Ok(known.map(|known| change::amounts(&known.wanted.spec)))
+}
+
+async fn accepted(
+    server: &server::Model,
+    id: MigrationId,
+    source: HostId,
+    origin: &Origin,
+    now_us: i64,
+    tx: &DatabaseTransaction,
+) -> Result<migration::Model, DbErr> {
+    let host = host::find(tx, source).await?;
+    Ok(migration::Model {
+        id: 0,
+        uuid: id.to_string(),
+        server_id: server.id.clone(),
+        source_id: source.to_string(),
+        source: host.map(|host| host.hostname).unwrap_or_default(),
+        target_id: None,
+        target: None,
+        status: Status::Accepted.word().to_owned(),
+        flavor_id: server.flavor_id.clone(),
+        user_id: origin.user_id.clone(),
+        project_id: origin.project_id.clone(),
+        progress: None,
+        reason: None,
+        created_at_us: now_us,
+        updated_at_us: now_us,
+        ended_at_us: None,
+    })
+}
+
+/// Turns a migration back whose guest is not its target's yet; part of the transaction of what wants so. False if
+/// there is none: wake the engine afterwards otherwise.
+pub async fn give_up(
+    tx: &DatabaseTransaction,
+    server: ServerId,
+    reason: &str,
+) -> Result<bool, DbErr> {
+    let open = migration::open(tx, server).await?;
+    let over = |migration: &migration::Model| {
+        !matches!(
+            migration.status(),
+            Status::Accepted | Status::Preparing | Status::Running
+        )
+    };
+    if open.is_empty() || open.iter().any(over) {
+        return Ok(false);
+    }
+    Ok(operation::cancel(tx, &server.to_string(), &[KIND], reason).await? > 0)
+}
+
+/// The server is gone: what a parked migration of it still held is given back.
+pub(super) async fn bury(
+    tx: &DatabaseTransaction,
+    server: ServerId,
+    now_us: i64,
+) -> Result<(), DbErr> {
+    for parked in migration::open(tx, server).await? {
+        for held in parked.hosts() {
+            host::release(tx, held, server).await?;
+        }
+        let change = migration::ActiveModel {
+            ended_at_us: Set(Some(now_us)),
+            ..Default::default()
+        };
+        migration::update(tx, parked.migration(), change).await?;
+    }
+    Ok(())
+}
+
+/// The guest is stopped for the rest now, however long that takes. False if it is not being sent.
+pub async fn force_complete(
+    app: &App,
+    server: ServerId,
+    id: MigrationId,
+    request_id: Option<String>,
+) -> Result<bool, DbErr> {
+    let now = app.now_us();
+    let changed = app.database().write(move |tx| {
+        let request_id = request_id.clone();
+        Box::pin(async move {
+            let Some(known) = machine::find(tx, server).await? else {
+                return Ok(false);
+            };
+            let departs = |wanted: &Wanted| wanted.departs.as_ref().map(|departure| departure.id);
+            if departs(&known.wanted) != Some(id) {
+                return Ok(false);
+            }
+            machine::change(tx, server, request_id, now, |wanted| {
+                if let Some(departure) = &mut wanted.departs {
+                    departure.policy = AT_ONCE;
+                }
+            })
+            .await?;
+            Ok::<_, DbErr>(true)
+        })
+    });
+    let changed = changed.await?;
+    app.compute().engine.wake(&server.to_string());
+    Ok(changed)
+}
+
+/// The target will never run the guest: it has said so of this migration, has not said that it goes on, and runs no
+/// other that was begun in its place.
+fn never_ran(report: &MachineReport, id: MigrationId) -> bool {
+    use fractus_agent_api::migration::State::{Arrived, Arriving, Failed};
+    let over = matches!(
+        report.observed,
+        Observed::Failed { .. } | Observed::Stopped { .. } | Observed::Absent
+    );
+    let said_so = matches!(
+        state_of(report, id),
+        Some(Failed { .. } | Arriving { .. } | Arrived)
+    );
+    report.settled && over && said_so
+}
+
+/// Columns of its row with a change of how far it is.
+fn is_now(status: Status, now_us: i64) -> migration::ActiveModel {
+    migration::ActiveModel {
+        status: Set(status.word().to_owned()),
+        updated_at_us: Set(now_us),
+        ..Default::default()
+    }
+}
+
+/// JSON for the row; what cannot be written is left out.
+fn kept(progress: &Progress) -> Option<String> {
+    serde_json::to_string(progress).ok()
+}
+
+pub struct LiveMigrate {
+    tools: Tools,
+}
+
+impl LiveMigrate {
+    pub(super) fn new(tools: Tools) -> Self {
+        Self { tools }
+    }
+
+    /// What the server is after all, where nothing became of it.
+    async fn as_it_was(
+        &self,
+        operation: &Operation,
+        state: &State,
+        standing: Standing,
+        tx: &DatabaseTransaction,
+    ) -> Result<server::ActiveModel, StepError> {
+        let now = self.tools.clock.now_us();
+        if let Some(reason) = &state.ended {
+            return Ok(observe::ended(reason, now));
+        }
+        let server = machine_id(&operation.subject)?;
+        let known = machine::find(tx, server).await?;
+        let said = known.and_then(|known| {
+            let said = self.tools.machines.fleet().machine(known.host?, server)?;
+            ((said.generation, said.revision) == known.age()).then_some(said.observed)
+        });
+        Ok(match said {
+            Some(Observed::Failed { reason }) => {
+                let message = format!(
+                    "Neither host has the guest any more ({reason}); its disks are whole, reboot the server hard"
+                );
+                to_error(&message, Some(&reason), now)
+            }
+            _ => to_state(standing.settled(), now),
+        })
+    }
+
+    async fn end(
+        &self,
+        state: &State,
+        outcome: &Outcome,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let now = self.tools.clock.now_us();
+        let (status, reason) = match outcome {
+            Outcome::Done => (Status::Completed, None),
+            Outcome::Undone { reason } if reason == CANCELLED => (Status::Cancelled, Some(reason)),
+            Outcome::Undone { reason } if state.target.is_none() => (Status::Error, Some(reason)),
+            Outcome::Undone { reason } => (Status::Failed, Some(reason)),
+            Outcome::Parked { reason } => (Status::Error, Some(reason)),
+        };
+        let parked = matches!(outcome, Outcome::Parked { .. });
+        let change = migration::ActiveModel {
+            reason: Set(reason.cloned()),
+            // What both hosts hold of one that is parked is left alone.
+            ended_at_us: Set((!parked).then_some(now)),
+            ..is_now(status, now)
+        };
+        migration::update(tx, state.migration, change).await?;
+        tracing::info!(
+            migration = %state.migration, status = status.word(), reason = reason.map(String::as_str),
+            source = %state.source, target = state.target.map(tracing::field::display),
+            "a live migration has ended"
+        );
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Kind for LiveMigrate {
+    fn name(&self) -> &'static str {
+        KIND
+    }
+
+    fn version(&self) -> i32 {
+        1
+    }
+
+    fn steps(&self) -> Vec<Arc<dyn Step>> {
+        vec![
+            Arc::new(Place(self.tools.clone())),
+            Arc::new(Prepare(self.tools.clone())),
+            Arc::new(Send(self.tools.clone())),
+            Arc::new(Resume(self.tools.clone())),
+        ]
+    }
+
+    async fn finish(
+        &self,
+        operation: &Operation,
+        outcome: &Outcome,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let state: State = operation.state()?;
+        let now = self.tools.clock.now_us();
+        self.end(&state, outcome, tx).await?;
+        let Some(row) = server::find(tx, &operation.subject).await? else {
+            return Ok(());
+        };
+        // A delete, or an administrator's reset, has the last word.
+        let ServerState::Migrating(standing) = row.state() else {
+            return Ok(());
+        };
+        let change = match outcome {
+            Outcome::Parked { reason } => to_error(reason, Some(reason), now),
+            Outcome::Undone { .. } => self.as_it_was(operation, &state, standing, tx).await?,
+            Outcome::Done => match &state.observed {
+                Some(Observed::Running) => to_state(ServerState::Active, now),
+                Some(Observed::Paused) => to_state(ServerState::Paused, now),
+                Some(Observed::Failed { reason }) => to_error(reason, Some(reason), now),
+                // The reconciler says more.
+                _ => to_state(standing.settled(), now),
+            },
+        };
+        Ok(turn(tx, &operation.subject, |_| Some(change)).await?)
+    }
+}

@@ -1,0 +1,568 @@
+//! The four steps, and how each is taken back. See the table in [`super`].
+
+use async_trait::async_trait;
+use fractus_agent_api::host::HostId;
+use fractus_agent_api::machine::{MachineReport, Observed, Revision};
+use fractus_agent_api::migration::{Arrival, Departure, State as Stream};
+use sea_orm::ActiveValue::Set;
+use sea_orm::DatabaseTransaction;
+
+use super::back::{look_again, take_back};
+use super::{Begun, State, is_now, kept, never_ran};
+use crate::agents::host;
+use crate::compute::ops::{Tools, change, machine_id};
+use crate::operation::{Operation, Progress, Step, StepError};
+use crate::reconcile::machine::Machine;
+use crate::reconcile::migration::{self, Status};
+use crate::reconcile::{ASK_AGAIN, Converged, Dropped, NoHost, machine, state_of};
+use crate::scheduler::Request;
+
+/// A target that has not listened for so long will not.
+const LONGEST_PREPARE_US: i64 = 600_000_000;
+/// Beyond what the policy gives: a guest that is still not offered then stays.
+const LONGEST_SEND_US: i64 = 1_800_000_000;
+/// A target that cannot be told to drop what it has is left to the reconciler.
+const LONGEST_DROP_US: i64 = 60_000_000;
+
+/// The row, while it is the source's and nothing else was asked of the guest.
+async fn undisturbed(
+    tools: &Tools,
+    operation: &Operation,
+    state: &State,
+) -> Result<(Machine, Begun), StepError> {
+    let server = machine_id(&operation.subject)?;
+    let known = machine::find(tools.machines.reader(), server).await?;
+    expected(state, known)
+}
+
+fn expected(state: &State, known: Option<Machine>) -> Result<(Machine, Begun), StepError> {
+    let begun = state.begun.filter(|begun| {
+        known
+            .as_ref()
+            .is_some_and(|known| known.host == Some(state.source) && begun.still_holds(known))
+    });
+    match (known, begun) {
+        (Some(known), Some(begun)) => Ok((known, begun)),
+        _ => Err(StepError::fail(
+            "something else has been asked of the server meanwhile",
+        )),
+    }
+}
+
+fn target(state: &State) -> Result<HostId, StepError> {
+    let target = state.target;
+    target.ok_or_else(|| StepError::fail("no target was chosen"))
+}
+
+fn waited_us(tools: &Tools, operation: &Operation) -> i64 {
+    let now = tools.clock.now_us();
+    now.saturating_sub(operation.step_entered_at_us)
+}
+
+/// Chooses a host, takes what the server needs of it, and raises the revision above all that this host was told.
+pub(super) struct Place(pub(super) Tools);
+
+#[async_trait]
+impl Step for Place {
+    fn name(&self) -> &'static str {
+        "place"
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let (tools, now) = (&self.0, self.0.clock.now_us());
+        let mut state: State = operation.state()?;
+        if state.key.is_none() {
+            return Err(StepError::fail(
+                "this controller has no master key to seal the stream's key with",
+            ));
+        }
+        let server = machine_id(&operation.subject)?;
+        let known = machine::find(tx, server).await?;
+        let known = known.filter(|known| known.host == Some(state.source) && !known.is_tombstone());
+        let known = known.ok_or_else(|| StepError::fail("the server is not where it was"))?;
+        let request = Request {
+            server,
+            amounts: change::amounts(&known.wanted.spec),
+            host: state.host,
+            excluded: Default::default(),
+            source: Some(state.source),
+        };
+        let target = match tools.machines.place(tx, &request).await {
+            Ok(target) => target,
+            Err(NoHost::Database(error)) => return Err(error.into()),
+            Err(NoHost::Rejected(why)) => {
+                return Err(StepError::fail(format!("No valid host was found. {why}")));
+            }
+        };
+        let told = tools.machines.fleet().machine(target, server);
+        let told = told.filter(|told| told.generation == known.generation);
+        let above = told.map_or(Revision(0), |told| told.revision);
+        let request_id = operation.origin.request_id.clone();
+        let raised = machine::change_above(tx, server, above, request_id, now, |_| {}).await?;
+        state.begun = raised.as_ref().map(Begun::of);
+        state.target = Some(target);
+        let hostname = host::find(tx, target).await?.map(|row| row.hostname);
+        let change = migration::ActiveModel {
+            target_id: Set(Some(target.to_string())),
+            target: Set(hostname),
+            ..is_now(Status::Preparing, now)
+        };
+        migration::update(tx, state.migration, change).await?;
+        operation.set_state(&state)
+    }
+
+    /// The source goes on with its guest, and nothing is left on the target.
+    async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let state: State = operation.state()?;
+        let server = machine_id(&operation.subject)?;
+        let machines = &self.0.machines;
+        let Some(known) = machine::find(machines.reader(), server).await? else {
+            return Ok(Progress::Done);
+        };
+        let dropped = match (state.target, state.begun) {
+            (Some(target), Some(begun)) if known.host != Some(target) => {
+                machines.drop_at(target, &known, begun.revision).await?
+            }
+            _ => Dropped::Gone,
+        };
+        // A tombstone is the delete's to tell.
+        if known.host == Some(state.source) && !known.is_tombstone() {
+            match machines.converge(server).await {
+                Ok(Converged::Pending(_)) => return Ok(Progress::Wait(ASK_AGAIN)),
+                // One that has lost it: the outcome says so.
+                Ok(_) | Err(StepError::Fail { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        match dropped {
+            Dropped::Gone => Ok(Progress::Done),
+            Dropped::Working => Ok(Progress::Wait(ASK_AGAIN)),
+            Dropped::Unreachable(_) if waited_us(&self.0, operation) > LONGEST_DROP_US => {
+                Ok(Progress::Done)
+            }
+            Dropped::Unreachable(reason) => Err(StepError::retry(reason)),
+        }
+    }
+
+    async fn undo_commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let state: State = operation.state()?;
+        let server = machine_id(&operation.subject)?;
+        let known = machine::find(tx, server).await?;
+        let owner = known.and_then(|known| known.host);
+        if let Some(target) = state.target.filter(|target| owner != Some(*target)) {
+            host::release(tx, target, server).await?;
+        } else if owner.is_some() && owner == state.target {
+            host::release(tx, state.source, server).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The target makes room for the guest, and listens.
+pub(super) struct Prepare(pub(super) Tools);
+
+impl Prepare {
+    /// What the guest's process was made for.
+    async fn arrival(&self, operation: &Operation, state: &State) -> Result<Arrival, StepError> {
+        let server = machine_id(&operation.subject)?;
+        let machines = &self.0.machines;
+        let heard = machines.fleet().machine(state.source, server);
+        let said = match heard.filter(|heard| heard.shape.is_some()) {
+            Some(said) => Some(said),
+            None => machines.ask(state.source, server).await?,
+        };
+        let said = said.ok_or_else(|| StepError::fail("its host has no record of the server"))?;
+        if !matches!(said.observed, Observed::Running | Observed::Paused) {
+            let observed = said.observed;
+            return Err(StepError::fail(format!(
+                "the guest does not run any more: {observed:?}"
+            )));
+        }
+        let shape = said.shape.ok_or_else(|| {
+            StepError::fail(format!(
+                "the agent of host {}, or the machine's process there, is too old to send a guest that runs; \
+                 upgrade it, and reboot the server hard",
+                state.source
+            ))
+        })?;
+        Ok(Arrival {
+            id: state.migration,
+            key: state
+                .key
+                .clone()
+                .ok_or_else(|| StepError::fail("the stream has no key"))?,
+            shape,
+        })
+    }
+}
+
+#[async_trait]
+impl Step for Prepare {
+    fn name(&self) -> &'static str {
+        "prepare"
+    }
+
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let state: State = operation.state()?;
+        let (known, begun) = undisturbed(&self.0, operation, &state).await?;
+        let machines = &self.0.machines;
+        let target = target(&state)?;
+        if let Some(off) = machines.is_off(machines.reader(), target).await? {
+            return Err(StepError::fail(off));
+        }
+        if known.revision != begun.revision {
+            return Err(StepError::fail("the server was changed meanwhile"));
+        }
+        if waited_us(&self.0, operation) > LONGEST_PREPARE_US {
+            return Err(StepError::fail(format!("host {target} does not listen")));
+        }
+        let arrival = self.arrival(operation, &state).await?;
+        let heard = machines.fleet().machine(target, known.server);
+        let heard = heard.filter(|heard| {
+            (heard.generation, heard.revision) == known.age()
+                && state_of(heard, state.migration).is_some()
+        });
+        let said = match heard {
+            Some(heard) => heard,
+            None => machines.prepare(target, &known, arrival).await?,
+        };
+        match state_of(&said, state.migration) {
+            Some(Stream::Arriving { .. }) => return Ok(Progress::Done),
+            Some(Stream::Failed { reason }) => return Err(StepError::fail(reason.clone())),
+            _ => {}
+        }
+        match said.observed {
+            Observed::Failed { reason } => Err(StepError::fail(reason)),
+            // It was told in this very revision that there is to be nothing, and takes it for known.
+            Observed::Absent if said.settled => {
+                Err(StepError::fail(format!("host {target} takes no guest now")))
+            }
+            _ => Ok(Progress::Wait(ASK_AGAIN)),
+        }
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let now = self.0.clock.now_us();
+        let state: State = operation.state()?;
+        let server = machine_id(&operation.subject)?;
+        expected(&state, machine::find(tx, server).await?)?;
+        let target = target(&state)?;
+        let said = self.0.machines.fleet().machine(target, server);
+        let port = match said
+            .as_ref()
+            .and_then(|said| state_of(said, state.migration))
+        {
+            Some(Stream::Arriving { port }) => *port,
+            _ => return Err(StepError::retry("the target does not listen any more")),
+        };
+        let row = host::find(tx, target).await?;
+        let row = row.ok_or_else(|| StepError::fail(format!("host {target} was removed")))?;
+        let departure = Departure {
+            id: state.migration,
+            to: address(&row.endpoint, port)?,
+            key: state
+                .key
+                .ok_or_else(|| StepError::fail("the stream has no key"))?,
+            policy: state.policy,
+        };
+        let request_id = operation.origin.request_id.clone();
+        machine::change(tx, server, request_id, now, |wanted| {
+            (wanted.arrives, wanted.continues) = (None, None);
+            wanted.departs = Some(departure);
+        })
+        .await?;
+        Ok(migration::update(tx, state.migration, is_now(Status::Running, now)).await?)
+    }
+
+    async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
+        look_again(&self.0, operation).await
+    }
+
+    async fn undo_commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        take_back(&self.0, operation, tx).await
+    }
+}
+
+/// Where the target listens: at the address of its agent.
+fn address(endpoint: &str, port: u16) -> Result<String, StepError> {
+    let uri: http::Uri = endpoint
+        .parse()
+        .map_err(|error| StepError::fail(format!("the target's endpoint {endpoint}: {error}")))?;
+    let host = uri
+        .host()
+        .ok_or_else(|| StepError::fail(format!("the target's endpoint {endpoint} has no host")))?;
+    // The brackets of an IPv6 address stay.
+    Ok(format!("{host}:{port}"))
+}
+
+/// The source sends, and offers; the target has it.
+pub(super) struct Send(pub(super) Tools);
+
+impl Send {
+    /// What the source says of this migration, once it was told of it.
+    async fn source(&self, state: &State, known: &Machine) -> Result<MachineReport, StepError> {
+        let machines = &self.0.machines;
+        let told = |said: &MachineReport| match state_of(said, state.migration) {
+            // It holds whatever the policy is by now.
+            Some(Stream::Offered { .. }) => said.generation == known.generation,
+            said_so => {
+                (said.generation, said.revision) == known.age()
+                    && (said_so.is_some() || said.settled)
+            }
+        };
+        if let Some(said) = machines.fleet().machine(state.source, known.server)
+            && told(&said)
+        {
+            return Ok(said);
+        }
+        match machines.converge(known.server).await? {
+            Converged::Settled(said) | Converged::Pending(Some(said)) => Ok(said),
+            Converged::Pending(None) => Err(StepError::retry("the source has said nothing yet")),
+            Converged::NoOwner => Err(StepError::fail("the server has no host any more")),
+            Converged::Lost(lost) => Err(StepError::fail(format!(
+                "host {} was removed from the cloud",
+                lost.host
+            ))),
+        }
+    }
+
+    /// The guest is offered: whether the target has it. With a doubt only a fresh word of the target's counts.
+    async fn has_arrived(
+        &self,
+        state: &State,
+        known: &Machine,
+        doubt: Option<&String>,
+    ) -> Result<Progress, StepError> {
+        let (machines, id) = (&self.0.machines, state.migration);
+        let target = target(state)?;
+        let heard = machines.fleet().machine(target, known.server);
+        if doubt.is_none()
+            && let Some(Stream::Arrived) = heard.as_ref().and_then(|heard| state_of(heard, id))
+        {
+            return Ok(Progress::Done);
+        }
+        let said = machines.ask(target, known.server).await?;
+        let why = doubt.map_or_else(String::new, |doubt| format!(" ({doubt})"));
+        match said.as_ref().and_then(|said| state_of(said, id)) {
+            Some(Stream::Arrived) => Ok(Progress::Done),
+            Some(Stream::Arriving { .. }) if doubt.is_none() => Ok(Progress::Wait(ASK_AGAIN)),
+            Some(Stream::Failed { reason }) => Err(StepError::fail(format!("{reason}{why}"))),
+            _ => Err(StepError::fail(format!(
+                "the target does not have the guest{why}"
+            ))),
+        }
+    }
+}
+
+#[async_trait]
+impl Step for Send {
+    fn name(&self) -> &'static str {
+        "send"
+    }
+
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let state: State = operation.state()?;
+        let (known, _) = undisturbed(&self.0, operation, &state).await?;
+        let (machines, id) = (&self.0.machines, state.migration);
+        let target = target(&state)?;
+        if known.wanted.departs.as_ref().map(|departure| departure.id) != Some(id) {
+            return Err(StepError::fail("the guest is not to be sent any more"));
+        }
+        if let Some(off) = machines.is_off(machines.reader(), target).await? {
+            return Err(StepError::fail(off));
+        }
+        let said = self.source(&state, &known).await?;
+        match state_of(&said, id) {
+            Some(Stream::Offered { doubt, .. }) => {
+                return self.has_arrived(&state, &known, doubt.as_ref()).await;
+            }
+            Some(Stream::Failed { reason }) => return Err(StepError::fail(reason.clone())),
+            _ => {}
+        }
+        match said.observed {
+            Observed::Stopped { reason } => Err(StepError::fail(format!(
+                "the guest has ended while it was sent: {reason:?}"
+            ))),
+            Observed::Failed { reason } => Err(StepError::fail(reason)),
+            _ if self.is_overdue(operation, &known) => Err(StepError::fail(
+                "the guest was not offered in the time that it was given",
+            )),
+            _ => self.target_still_listens(&state, &known, target),
+        }
+    }
+
+    /// The commit point: the row, and with it the guest, is the target's.
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let now = self.0.clock.now_us();
+        let mut state: State = operation.state()?;
+        let server = machine_id(&operation.subject)?;
+        let (known, _) = expected(&state, machine::find(tx, server).await?)?;
+        let (target, id) = (target(&state)?, state.migration);
+        if known.wanted.departs.as_ref().map(|departure| departure.id) != Some(id) {
+            return Err(StepError::fail("the guest is not to be sent any more"));
+        }
+        let mut wanted = known.wanted.clone();
+        (wanted.arrives, wanted.departs) = (None, None);
+        wanted.continues = Some(id);
+        if !machine::move_owner(tx, &known, target, &wanted, now).await? {
+            return Err(StepError::fail("the server was changed meanwhile"));
+        }
+        state.committed = true;
+        let mut change = is_now(Status::PostMigrating, now);
+        let said = self.0.machines.fleet().machine(state.source, server);
+        if let Some(report) = said
+            .and_then(|said| said.migration)
+            .filter(|it| it.id == id)
+        {
+            let progress = &report.progress;
+            tracing::info!(
+                %server, migration = %id, memory = progress.memory_sent, disk = progress.disk_sent,
+                took_us = progress.elapsed_us, rounds = ?progress.rounds, pause = ?progress.pause,
+                "a guest was sent"
+            );
+            change.progress = Set(kept(progress));
+        }
+        migration::update(tx, id, change).await?;
+        operation.set_state(&state)
+    }
+
+    async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
+        look_again(&self.0, operation).await
+    }
+
+    async fn undo_commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        take_back(&self.0, operation, tx).await
+    }
+}
+
+impl Send {
+    fn is_overdue(&self, operation: &Operation, known: &Machine) -> bool {
+        let departure = known.wanted.departs.as_ref();
+        let limit_ms = departure.map_or(0, |departure| departure.policy.limit_ms);
+        let limit_us = i64::try_from(limit_ms.saturating_mul(1000)).unwrap_or(i64::MAX);
+        waited_us(&self.0, operation) > limit_us.saturating_add(LONGEST_SEND_US)
+    }
+
+    /// The guest is not offered: a target that has given up is one that it never will be.
+    fn target_still_listens(
+        &self,
+        state: &State,
+        known: &Machine,
+        target: HostId,
+    ) -> Result<Progress, StepError> {
+        let heard = self.0.machines.fleet().machine(target, known.server);
+        match heard
+            .as_ref()
+            .and_then(|heard| state_of(heard, state.migration))
+        {
+            Some(Stream::Failed { reason }) => Err(StepError::fail(reason.clone())),
+            _ => Ok(Progress::Wait(ASK_AGAIN)),
+        }
+    }
+}
+
+/// The target is told that the guest is its own, and says that it goes on.
+pub(super) struct Resume(pub(super) Tools);
+
+#[async_trait]
+impl Step for Resume {
+    fn name(&self) -> &'static str {
+        "resume"
+    }
+
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let state: State = operation.state()?;
+        let server = machine_id(&operation.subject)?;
+        let (machines, id) = (&self.0.machines, state.migration);
+        let target = target(&state)?;
+        let Some(known) = machine::find(machines.reader(), server).await? else {
+            return Ok(Progress::Done);
+        };
+        // Deleted meanwhile, or moved on by somebody else: it is theirs to carry on.
+        if known.is_tombstone() || known.host != Some(target) {
+            return Ok(Progress::Done);
+        }
+        if let Some(off) = machines.is_off(machines.reader(), target).await? {
+            return Err(StepError::fail(off));
+        }
+        let said = match machines.converge(server).await? {
+            Converged::Settled(said) | Converged::Pending(Some(said)) => said,
+            Converged::Lost(lost) => {
+                return Err(StepError::fail(format!(
+                    "host {} was removed from the cloud",
+                    lost.host
+                )));
+            }
+            Converged::Pending(None) | Converged::NoOwner => return Ok(Progress::Wait(ASK_AGAIN)),
+        };
+        if (said.generation, said.revision) != known.age() {
+            return Ok(Progress::Wait(ASK_AGAIN));
+        }
+        if never_ran(&said, id) {
+            let reason = match state_of(&said, id) {
+                Some(Stream::Failed { reason }) => reason.clone(),
+                _ => format!("the guest was lost on its way: {:?}", said.observed),
+            };
+            return Err(StepError::fail(reason));
+        }
+        let continued = state_of(&said, id) == Some(&Stream::Continued);
+        Ok(if continued || said.settled {
+            Progress::Done
+        } else {
+            Progress::Wait(ASK_AGAIN)
+        })
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let now = self.0.clock.now_us();
+        let mut state: State = operation.state()?;
+        let server = machine_id(&operation.subject)?;
+        let known = machine::find(tx, server).await?;
+        let owner = known.as_ref().and_then(|known| known.host);
+        if owner != Some(state.source) {
+            host::release(tx, state.source, server).await?;
+        }
+        let said = owner.and_then(|owner| self.0.machines.fleet().machine(owner, server));
+        let said = said.filter(|said| {
+            known.as_ref().is_some_and(|known| {
+                !known.is_tombstone() && known.age() == (said.generation, said.revision)
+            })
+        });
+        if let Some(said) = said {
+            // A guest that has ended since, or has failed, is the reconciler's to tell.
+            if said.settled && matches!(said.observed, Observed::Running | Observed::Paused) {
+                machine::settle(tx, &said, now).await?;
+            }
+            state.observed = Some(said.observed);
+        }
+        operation.set_state(&state)
+    }
+}

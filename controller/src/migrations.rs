@@ -1,0 +1,49 @@
+//! The API of live migrations (`/fractus/v1/migrations`): what each took, which no OpenStack answer has.
+//!
+//! | call | answer |
+//! |---|---|
+//! | `GET /v1/migrations/{uuid}` | `{"migration": {status, reason, progress: {memory_total, …, rounds, pause}, …}}` |
+//!
+//! Administrators only. While it is under way the progress is what its source last said.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use fractus_agent_api::migration::MigrationId;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::compute::api::migrations::progress;
+use crate::compute::model::time;
+use crate::http::{ApiError, App, Routes, Rule};
+use crate::reconcile::migration;
+
+/// Adds them to those of hosts: a service has one table.
+pub fn routes(hosts: Routes) -> Routes {
+    hosts.get(
+        "/v1/migrations/{id}",
+        Rule::admin("fractus:migrations:show"),
+        show,
+    )
+}
+
+async fn show(State(app): State<App>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    let missing = || ApiError::not_found(format!("Migration {id} could not be found."));
+    let uuid = Uuid::parse_str(&id).map_err(|_| missing())?;
+    let found = migration::find(app.database().reader(), MigrationId(uuid)).await?;
+    let found = found.ok_or_else(missing)?;
+    Ok(Json(json!({"migration": {
+        "id": found.uuid,
+        "number": found.id,
+        "server_id": found.server_id,
+        "source_id": found.source_id,
+        "source": found.source,
+        "target_id": found.target_id,
+        "target": found.target,
+        "status": found.status,
+        "reason": found.reason,
+        "created_at": time::micros(found.created_at_us),
+        "updated_at": time::micros(found.updated_at_us),
+        "ended_at": found.ended_at_us.map(time::micros),
+        "progress": progress(&app, &found),
+    }})))
+}

@@ -1,0 +1,370 @@
+//! Histories of guests between two hosts, each of which must go right.
+
+use std::sync::Arc;
+
+use fractus_agent_api::host::HostId;
+use fractus_agent_api::machine::{Observed, ServerId, StopReason};
+use fractus_agent_api::migration::State;
+use sea_orm::EntityTrait;
+use uuid::Uuid;
+
+use super::migration::Migrates;
+use super::requests;
+use super::scenarios::{ONE, active, fault, holder, state};
+use super::world::World;
+use crate::agents::host;
+use crate::agents::simulated::SimulatedHost;
+use crate::agents::simulated::stream::Event;
+use crate::compute::model::state::{ServerState, Standing};
+use crate::compute::ops::change::Change;
+use crate::operation::Advance;
+use crate::reconcile::machine;
+use crate::reconcile::migration::row;
+
+fn server_one() -> ServerId {
+    ServerId(ONE)
+}
+
+/// Of two hosts, with a server that is asked to go from the first to the second.
+async fn begun() -> (World, Arc<SimulatedHost>, Arc<SimulatedHost>) {
+    let mut world = active(2, &[ONE]).await;
+    world.migrates = Migrates::Only;
+    let source = holder(&world, ONE).unwrap();
+    let mut others = world.hosts.iter().filter(|host| host.id() != source.id());
+    let target = Arc::clone(others.next().unwrap());
+    world.check_guests();
+    let app = world.app();
+    assert!(requests::migrate(&app, ONE, None).await.unwrap());
+    assert_eq!(
+        state(&world, ONE).await,
+        ServerState::Migrating(Standing::Active)
+    );
+    (world, source, target)
+}
+
+/// All do what they can, but for the stream itself.
+async fn quietly(world: &mut World) {
+    for _ in 0..6 {
+        for host in &world.hosts {
+            if !world.network.is_frozen(host.id()) {
+                host.settle();
+            }
+        }
+        world.everybody_reports().await;
+        let engine = Arc::clone(&world.controller.as_ref().unwrap().engine);
+        for subject in world.open_subjects().await {
+            while engine.advance(&subject).await == Advance::Advanced {}
+        }
+        let reconciler = Arc::clone(&world.controller.as_ref().unwrap().reconciler);
+        reconciler.sweep().await;
+        world.check_processes();
+        world.check_guests();
+    }
+}
+
+/// Until the source sends.
+async fn sending() -> (World, Arc<SimulatedHost>, Arc<SimulatedHost>) {
+    let (mut world, source, target) = begun().await;
+    quietly(&mut world).await;
+    assert_eq!(world.network.hosts.streams(), [server_one()]);
+    (world, source, target)
+}
+
+async fn only_migration(world: &World) -> row::Model {
+    let mut all = row::Entity::find()
+        .all(world.database().reader())
+        .await
+        .unwrap();
+    assert_eq!(all.len(), 1);
+    all.remove(0)
+}
+
+fn stream(world: &World, event: Event) {
+    assert!(world.network.hosts.stream(server_one(), event));
+}
+
+async fn owner(world: &World) -> Option<HostId> {
+    let row = machine::find(world.database().reader(), server_one()).await;
+    row.unwrap().unwrap().host
+}
+
+#[tokio::test]
+async fn a_guest_goes_on_elsewhere_and_nothing_is_left_where_it_was() {
+    let (mut world, source, target) = sending().await;
+    let before = source.soul(server_one()).unwrap();
+    stream(&world, Event::Round);
+    quietly(&mut world).await;
+    assert_eq!(only_migration(&world).await.status, "running");
+    stream(&world, Event::End);
+    quietly(&mut world).await;
+    world.heal().await;
+    world.check_rest().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Active);
+    assert_eq!(target.soul(server_one()).unwrap().born, before.born);
+    assert!(source.remains().is_empty());
+    let migration = only_migration(&world).await;
+    assert_eq!(migration.status, "completed");
+    assert_eq!(migration.progress().unwrap().rounds.len(), 1);
+    // What comes after it says nothing of migrations any more.
+    let app = world.app();
+    assert!(requests::change(&app, ONE, Change::Pause).await.unwrap());
+    world.heal().await;
+    assert!(!target.wanted(server_one()).unwrap().migrates());
+    // And back, paused.
+    assert!(
+        requests::migrate(&app, ONE, Some(source.id()))
+            .await
+            .unwrap()
+    );
+    world.heal().await;
+    world.check_rest().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Paused);
+    assert_eq!(source.soul(server_one()).unwrap().born, before.born);
+    assert_eq!(
+        source.report(server_one()).unwrap().observed,
+        Observed::Paused
+    );
+}
+
+#[tokio::test]
+async fn an_answer_that_was_lost_is_settled_by_the_targets_word() {
+    for (event, moves) in [(Event::AnswerLost, true), (Event::EndLost, false)] {
+        let (mut world, source, target) = sending().await;
+        stream(&world, event);
+        quietly(&mut world).await;
+        world.heal().await;
+        world.check_rest().await;
+        assert_eq!(target.soul(server_one()).is_some(), moves, "{event:?}");
+        assert_eq!(source.soul(server_one()).is_some(), !moves, "{event:?}");
+        let status = if moves { "completed" } else { "failed" };
+        assert_eq!(only_migration(&world).await.status, status);
+    }
+}
+
+#[tokio::test]
+async fn an_offer_whose_target_cannot_be_asked_waits_for_it_or_for_an_operators_word() {
+    for declared in [false, true] {
+        let (mut world, source, target) = sending().await;
+        world.network.freeze(target.id());
+        stream(&world, Event::AnswerLost);
+        quietly(&mut world).await;
+        world.clock.advance(std::time::Duration::from_secs(86_400));
+        quietly(&mut world).await;
+        assert_eq!(source.soul(server_one()), None, "it stands still");
+        assert!(target.processes().is_empty());
+        if declared {
+            let down = target.id();
+            let write = world.database().write(move |tx| {
+                Box::pin(async move { host::set_forced_down(tx, down, true).await })
+            });
+            assert!(write.await.unwrap());
+            quietly(&mut world).await;
+            assert!(source.soul(server_one()).is_some(), "it goes on");
+        }
+        world.heal().await;
+        world.check_rest().await;
+        assert_eq!(target.soul(server_one()).is_some(), !declared);
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_its_target_loses_before_it_ran_goes_on_where_it_was() {
+    let (mut world, source, target) = sending().await;
+    stream(&world, Event::End);
+    world.everybody_reports().await;
+    // The row moves, and the target is not told yet.
+    world.network.freeze(target.id());
+    quietly(&mut world).await;
+    assert_eq!(owner(&world).await, Some(target.id()));
+    target.kill_agent();
+    target.start_agent(Uuid::from_u128(9));
+    world.network.thaw(target.id());
+    world.heal().await;
+    world.check_rest().await;
+    assert_eq!(owner(&world).await, Some(source.id()));
+    assert!(source.soul(server_one()).is_some());
+    assert_eq!(only_migration(&world).await.status, "failed");
+    assert_eq!(state(&world, ONE).await, ServerState::Active);
+}
+
+/// Its counters are what was wanted of it before it went, and no wish of its new host's.
+#[tokio::test]
+async fn a_guest_that_was_rebooted_and_rebuilt_before_is_not_begun_anew_where_it_was_lost() {
+    let mut world = active(2, &[ONE]).await;
+    for change in [Change::HardReboot, Change::Rebuild, Change::SoftReboot] {
+        assert!(requests::change(&world.app(), ONE, change).await.unwrap());
+        world.heal().await;
+    }
+    world.migrates = Migrates::Only;
+    let source = holder(&world, ONE).unwrap();
+    let mut others = world.hosts.iter().filter(|host| host.id() != source.id());
+    let target = Arc::clone(others.next().unwrap());
+    let before = source.soul(server_one()).unwrap();
+    assert!(requests::migrate(&world.app(), ONE, None).await.unwrap());
+    quietly(&mut world).await;
+    stream(&world, Event::End);
+    world.everybody_reports().await;
+    world.network.freeze(target.id());
+    quietly(&mut world).await;
+    assert_eq!(owner(&world).await, Some(target.id()));
+    target.kill_agent();
+    target.start_agent(Uuid::from_u128(9));
+    world.network.thaw(target.id());
+    world.heal().await;
+    world.check_rest().await;
+    assert_eq!(owner(&world).await, Some(source.id()));
+    assert_eq!(source.soul(server_one()).unwrap().born, before.born);
+}
+
+#[tokio::test]
+async fn a_guest_that_both_have_lost_is_an_error_with_whole_disks() {
+    let (mut world, source, target) = sending().await;
+    stream(&world, Event::End);
+    world.everybody_reports().await;
+    world.network.freeze(target.id());
+    world.network.freeze(source.id());
+    quietly(&mut world).await;
+    assert_eq!(owner(&world).await, Some(target.id()));
+    for host in [&source, &target] {
+        world.guests.killed.insert(server_one());
+        let detail = "killed".to_owned();
+        assert!(host.end_process(server_one(), StopReason::VmmFault { detail }));
+    }
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Error);
+    assert!(fault(&world, ONE).await.contains("its disks are whole"));
+    assert!(
+        holder(&world, ONE).is_none(),
+        "no other is begun in its place"
+    );
+    assert_eq!(owner(&world).await, Some(source.id()));
+    assert_eq!(source.disks(server_one()), 1);
+    // Its user begins it anew.
+    let app = world.app();
+    let asked = requests::change(&app, ONE, Change::HardReboot).await;
+    assert!(asked.unwrap());
+    world.heal().await;
+    world.check_rest().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Active);
+    assert_eq!(source.disks(server_one()), 1);
+}
+
+#[tokio::test]
+async fn a_source_that_offers_keeps_its_guest_until_the_new_owner_has_said_that_it_has_it() {
+    let (mut world, source, target) = sending().await;
+    stream(&world, Event::End);
+    world.everybody_reports().await;
+    world.network.freeze(target.id());
+    quietly(&mut world).await;
+    assert_eq!(owner(&world).await, Some(target.id()));
+    for _ in 0..5 {
+        world.round().await;
+        let said = source.report(server_one()).unwrap();
+        assert_eq!(said.observed, Observed::Offered);
+    }
+    world.heal().await;
+    world.check_rest().await;
+    assert!(source.remains().is_empty());
+    assert!(target.soul(server_one()).is_some());
+}
+
+#[tokio::test]
+async fn a_migration_is_cancelled_until_the_row_has_moved_and_not_after() {
+    let (mut world, source, _) = sending().await;
+    let app = world.app();
+    assert!(requests::abort(&app, ONE).await.unwrap());
+    world.heal().await;
+    world.check_rest().await;
+    assert_eq!(only_migration(&world).await.status, "cancelled");
+    assert!(source.soul(server_one()).is_some());
+
+    let (mut world, _, target) = sending().await;
+    stream(&world, Event::End);
+    world.everybody_reports().await;
+    world.network.freeze(target.id());
+    quietly(&mut world).await;
+    let app = world.app();
+    assert!(!requests::abort(&app, ONE).await.unwrap());
+    world.heal().await;
+    world.check_rest().await;
+    assert_eq!(only_migration(&world).await.status, "completed");
+}
+
+#[tokio::test]
+async fn a_server_that_is_deleted_on_its_way_is_gone_from_both_hosts() {
+    for committed in [false, true] {
+        let (mut world, source, target) = sending().await;
+        if committed {
+            stream(&world, Event::End);
+            world.everybody_reports().await;
+            world.network.freeze(target.id());
+            quietly(&mut world).await;
+            assert_eq!(owner(&world).await, Some(target.id()));
+        }
+        let app = world.app();
+        requests::delete(&app, ONE).await.unwrap();
+        world.heal().await;
+        world.check_rest().await;
+        assert_eq!(state(&world, ONE).await, ServerState::Deleted);
+        assert!(source.remains().is_empty() && target.remains().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_powers_itself_off_while_it_is_sent_stays_off() {
+    let (mut world, source, target) = sending().await;
+    world.guests.killed.insert(server_one());
+    assert!(source.end_process(server_one(), StopReason::GuestPowerOff));
+    world.heal().await;
+    world.check_rest().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Stopped);
+    assert!(target.remains().is_empty());
+    assert_eq!(owner(&world).await, Some(source.id()));
+}
+
+#[tokio::test]
+async fn a_host_that_reboots_with_a_guest_that_it_was_sending_starts_it_again() {
+    let (mut world, source, _) = sending().await;
+    world.guests.killed.insert(server_one());
+    source.reboot(Uuid::from_u128(5));
+    quietly(&mut world).await;
+    world.heal().await;
+    world.check_rest().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Active);
+    assert!(source.soul(server_one()).is_some());
+    assert_eq!(only_migration(&world).await.status, "failed");
+}
+
+#[tokio::test]
+async fn what_no_host_can_take_stays_where_it_is() {
+    let mut world = active(1, &[ONE]).await;
+    let app = world.app();
+    assert!(requests::migrate(&app, ONE, None).await.unwrap());
+    world.heal().await;
+    world.check_rest().await;
+    let migration = only_migration(&world).await;
+    assert_eq!(migration.status, "error");
+    let reason = migration.reason.unwrap();
+    assert!(
+        reason.contains("host0: the server is there already"),
+        "{reason}"
+    );
+    assert_eq!(state(&world, ONE).await, ServerState::Active);
+}
+
+#[tokio::test]
+async fn a_key_is_sealed_wherever_it_is_kept_and_open_only_on_its_way() {
+    let (world, source, _) = sending().await;
+    let told = source.wanted(server_one()).unwrap().departs.unwrap();
+    assert!(told.key.key.starts_with("-----BEGIN PRIVATE KEY-----"));
+    assert!(told.key.certificate.contains("BEGIN CERTIFICATE"));
+    assert_eq!(told.to, "simulated:49152");
+    let known = machine::find(world.database().reader(), server_one()).await;
+    let departs = known.unwrap().unwrap().wanted.departs.unwrap();
+    assert_eq!(departs.key.certificate, told.key.certificate);
+    let open = crate::operation::unfinished(world.database().reader(), None).await;
+    let kept = format!("{departs:?} {} {}", departs.key.key, open.unwrap()[0].state);
+    assert!(!kept.contains("PRIVATE KEY"));
+    let said = source.report(server_one()).unwrap().migration.unwrap();
+    assert_eq!(said.state, State::Copying);
+}
