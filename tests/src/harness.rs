@@ -8,6 +8,7 @@ pub mod client;
 mod cloud;
 mod guardian;
 mod machines;
+mod openstack;
 mod process;
 mod wait;
 
@@ -15,5 +16,6 @@ pub use client::{Answer, Client};
 pub use cloud::{Cloud, Options};
 pub use guardian::Guardian;
 pub use machines::{MachineProcess, processes as machine_processes};
+pub use openstack::OpenStack;
 pub use process::{Process, program};
 pub use wait::until;

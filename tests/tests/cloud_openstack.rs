@@ -2,64 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
-use std::path::PathBuf;
-use std::process::Command;
-
-use fractus_tests::harness::{Cloud, Options};
-use fractus_tests::tidy::checkout;
+use fractus_tests::harness::{Cloud, OpenStack, Options};
 use serde_json::Value;
-
-/// The client as a user of this cloud runs it.
-struct OpenStack {
-    program: PathBuf,
-    environment: Vec<(&'static str, String)>,
-}
-
-impl OpenStack {
-    fn new(cloud: &Cloud) -> Self {
-        let output = Command::new(checkout().join("scripts/python-env"))
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        let folder = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
-        Self {
-            program: folder.join("bin/openstack"),
-            environment: cloud.environment(),
-        }
-    }
-
-    fn run(&self, line: &str) -> std::process::Output {
-        Command::new(&self.program)
-            .args(line.split_whitespace())
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("HOME", "/nonexistent")
-            .envs(self.environment.iter().map(|(name, value)| (name, value)))
-            .output()
-            .unwrap()
-    }
-
-    /// Runs a command that must succeed.
-    fn done(&self, line: &str) -> String {
-        let output = self.run(line);
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(
-            output.status.success(),
-            "openstack {line}: {}\n{errors}",
-            output.status
-        );
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// Its answer as JSON.
-    fn json(&self, line: &str) -> Value {
-        serde_json::from_str(&self.done(&format!("{line} -f json"))).unwrap()
-    }
-}
 
 fn names(list: &Value) -> Vec<&str> {
     list.as_array()

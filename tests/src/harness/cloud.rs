@@ -175,8 +175,9 @@ impl Cloud {
         ] {
             arguments.extend([flag.to_owned(), value]);
         }
-        let output = tokio::process::Command::new(self.agent_program()?)
-            .args(&arguments)
+        let (program, first) = self.as_a_host(&agent.name)?;
+        let output = tokio::process::Command::new(program)
+            .args(first.iter().chain(&arguments))
             .kill_on_drop(true)
             .output()
             .await?;
@@ -217,7 +218,8 @@ impl Cloud {
     /// Starts an agent that has joined, also again after it was killed.
     pub fn start_agent(&mut self, index: usize) -> Result<()> {
         let agent = &self.agents[index];
-        let mut arguments = vec!["run".to_owned()];
+        let (program, mut arguments) = self.as_a_host(&agent.name)?;
+        arguments.push("run".to_owned());
         arguments.extend(self.folders(agent));
         for (flag, value) in [
             ("--listen", format!("127.0.0.1:{}", agent.port)),
@@ -228,11 +230,23 @@ impl Cloud {
             arguments.extend([flag.to_owned(), value]);
         }
         let log = self.folder.join(format!("{}.log", agent.name));
-        let program = self.agent_program()?;
         let environment = [("FRACTUS_LEAVE_HOST_SETTINGS", "true".to_owned())];
         let process = Process::start(&agent.name, &program, &arguments, &environment, &log)?;
         self.agents[index].process = Some(process);
         Ok(())
+    }
+
+    /// The agents' program, and what stands before its arguments: several are hosts of different names.
+    fn as_a_host(&self, name: &str) -> Result<(PathBuf, Vec<String>)> {
+        let program = self.agent_program()?;
+        if self.options.agents < 2 {
+            return Ok((program, Vec::new()));
+        }
+        let named = "hostname \"$1\" && shift && exec \"$@\"";
+        let program = program.display().to_string();
+        let words = ["--uts", "sh", "-c", named, "sh", name, &program];
+        let words = words.map(str::to_owned).to_vec();
+        Ok((PathBuf::from("unshare"), words))
     }
 
     fn agent_program(&self) -> Result<PathBuf> {
