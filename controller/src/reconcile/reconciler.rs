@@ -290,7 +290,12 @@ impl Reconciler {
         };
         let age = (report.generation, report.revision);
         if !machine.confirmed && age <= machine.age() {
-            return Verdict::Confirm;
+            // Whoever has offered a guest, or waits for one, does not say that it is his.
+            let between = report.observed == Observed::Arriving || transit::is_offered(&report);
+            return match between {
+                true => Verdict::Nothing,
+                false => Verdict::Confirm,
+            };
         }
         match age.cmp(&machine.age()) {
             std::cmp::Ordering::Less => Verdict::Tell(owner),
@@ -521,10 +526,15 @@ fn foreign(
         && (report.generation, report.revision) <= machine.age();
     // The guest that stands still there is the only one until the owner has said that it has it.
     let has_it = machine.settled
-        && machine
-            .report
-            .as_ref()
-            .is_some_and(|said| !matches!(said.observed, Observed::Failed { .. }));
+        && machine.report.as_ref().is_some_and(|said| {
+            !matches!(
+                said.observed,
+                Observed::Failed { .. }
+                    | Observed::Stopped {
+                        reason: StopReason::VmmFault { .. }
+                    }
+            )
+        });
     if transit::is_offered(report) && !has_it && !buried {
         return Verdict::Nothing;
     }

@@ -75,6 +75,9 @@ impl Machines {
         machine: &Machine,
         mut arrival: Arrival,
     ) -> Result<MachineReport, StepError> {
+        if !machine.confirmed {
+            return Err(StepError::fail("the database was restored meanwhile"));
+        }
         arrival.key = self.open_stream_key(arrival.id, &arrival.key)?;
         let mut put = self.open(machine)?;
         (put.wanted.departs, put.wanted.continues) = (None, None);
@@ -126,13 +129,18 @@ impl Machines {
     }
 
     /// Tells a host that does not own the server that nothing of it is to be there; `above` is the newest
-    /// revision that it was told. Idempotent.
+    /// revision that it was told. Idempotent. Nothing is told before a restored row was confirmed: what is there then
+    /// is the reconciler's to find.
     pub async fn drop_at(
         &self,
         host: HostId,
         machine: &Machine,
         above: Revision,
     ) -> Result<Dropped, StepError> {
+        // Of a restored database: the host may have it by a newer row than this one, which nobody has any more.
+        if !machine.confirmed {
+            return Ok(Dropped::Gone);
+        }
         let mut wanted = machine.wanted.clone();
         wanted.end();
         let put = PutMachine {

@@ -291,6 +291,15 @@ async fn reset_state(call: &Call, id: &str, body: &Value) -> Result<Response, Ap
         updated_at_us: Set(call.app.now_us()),
         ..Default::default()
     };
+    // One that was going elsewhere stays, if it can still be had back.
+    if let Ok(server) = ops::machine_id(&row.id) {
+        let given_up = call.app.database().write(move |tx| {
+            let reason = "the server's state was reset";
+            Box::pin(async move { ops::migrate::give_up(tx, server, reason).await })
+        });
+        given_up.await?;
+        call.app.compute().engine.wake(&row.id);
+    }
     write(call, &row.id, change).await?;
     Ok(accepted())
 }

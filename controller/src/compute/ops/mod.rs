@@ -84,7 +84,9 @@ impl From<RequestError> for ApiError {
 }
 
 /// The server's id as agents know it.
-fn machine_id(server: &str) -> Result<fractus_agent_api::machine::ServerId, StepError> {
+pub(in crate::compute) fn machine_id(
+    server: &str,
+) -> Result<fractus_agent_api::machine::ServerId, StepError> {
     Uuid::parse_str(server)
         .map(fractus_agent_api::machine::ServerId)
         .map_err(|error| StepError::fail(format!("server {server} has no UUID: {error}")))

@@ -1,12 +1,13 @@
 //! How a migration is taken back, by the same row as its commit: whichever comes first is the only one.
 
 use fractus_agent_api::machine::{Observed, Power};
+use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 
-use super::{State, never_ran};
+use super::{State, goes_on, kept, never_ran};
 use crate::compute::ops::{Tools, machine_id};
 use crate::operation::{Operation, Progress, StepError};
-use crate::reconcile::machine;
+use crate::reconcile::{ASK_AGAIN, Converged, machine, migration};
 
 /// Before anything is taken back its owner is asked once how it is, and not waited for.
 pub(super) async fn look_again(
@@ -19,6 +20,38 @@ pub(super) async fn look_again(
         drop(tools.machines.ask(owner, server).await);
     }
     Ok(Progress::Done)
+}
+
+/// While the row is the target's, its word alone says whether the guest was lost there: it is waited for, unless an
+/// operator has said that the host is off.
+pub(super) async fn hear_target(
+    tools: &Tools,
+    operation: &Operation,
+) -> Result<Progress, StepError> {
+    let state: State = operation.state()?;
+    let server = machine_id(&operation.subject)?;
+    let reader = tools.machines.reader();
+    let known = machine::find(reader, server).await?;
+    let theirs = known.filter(|known| {
+        known.host.is_some()
+            && known.host == state.target
+            && known.wanted.continues == Some(state.migration)
+            && known.confirmed
+            && !known.is_tombstone()
+    });
+    let Some(known) = theirs else {
+        return look_again(tools, operation).await;
+    };
+    if let Some(target) = known.host
+        && tools.machines.is_off(reader, target).await?.is_some()
+    {
+        return Ok(Progress::Done);
+    }
+    match tools.machines.converge(server).await {
+        Ok(Converged::Pending(_)) => Ok(Progress::Wait(ASK_AGAIN)),
+        Ok(_) | Err(StepError::Fail { .. }) => Ok(Progress::Done),
+        Err(error) => Err(error),
+    }
 }
 
 /// The guest is not to be sent any more; or is the source's again, if the target has lost it before it ran.
@@ -37,15 +70,25 @@ pub(super) async fn take_back(
         return Ok(());
     }
     let fleet = tools.machines.fleet();
+    let sent = fleet
+        .machine(state.source, server)
+        .and_then(|said| said.migration);
+    if let Some(sent) = sent.filter(|sent| sent.id == id) {
+        let change = migration::ActiveModel {
+            progress: Set(kept(&sent.progress)),
+            ..Default::default()
+        };
+        migration::update(tx, id, change).await?;
+    }
     if let Some(target) = known.host.filter(|host| Some(*host) == state.target)
         && known.wanted.continues == Some(id)
     {
         let said = fleet.machine(target, server);
-        let lost = said.is_some_and(|said| {
-            (said.generation, said.revision) == known.age() && never_ran(&said, id)
-        });
+        let said = said.filter(|said| (said.generation, said.revision) == known.age());
+        let lost = said.as_ref().is_some_and(|said| never_ran(said, id));
+        let runs = said.as_ref().is_some_and(|said| goes_on(said, id));
         // It may have been told something else since, and runs: there it stays then.
-        if lost || tools.machines.is_off(tx, target).await?.is_some() {
+        if lost || !runs && tools.machines.is_off(tx, target).await?.is_some() {
             let wanted = known.wanted.clone();
             machine::move_owner(tx, &known, state.source, &wanted, now).await?;
             state.committed = false;

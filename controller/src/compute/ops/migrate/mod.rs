@@ -309,6 +309,13 @@ fn never_ran(report: &MachineReport, id: MigrationId) -> bool {
     report.settled && over && said_so
 }
 
+/// The target has said that the guest runs there, or stands as it was wanted to.
+fn goes_on(report: &MachineReport, id: MigrationId) -> bool {
+    use fractus_agent_api::migration::State::Continued;
+    state_of(report, id) == Some(&Continued)
+        || matches!(report.observed, Observed::Running | Observed::Paused)
+}
+
 /// Columns of its row with a change of how far it is.
 fn is_now(status: Status, now_us: i64) -> migration::ActiveModel {
     migration::ActiveModel {
@@ -363,13 +370,22 @@ impl LiveMigrate {
 
     async fn end(
         &self,
+        server: &str,
         state: &State,
         outcome: &Outcome,
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
         let now = self.tools.clock.now_us();
+        let known = match machine_id(server) {
+            Ok(server) => machine::find(tx, server).await?,
+            Err(_) => None,
+        };
+        let owner = known.and_then(|known| known.host);
+        let moved = owner.is_some() && owner == state.target;
         let (status, reason) = match outcome {
             Outcome::Done => (Status::Completed, None),
+            // It is the target's, and something is wrong with it there.
+            Outcome::Undone { reason } if moved => (Status::Error, Some(reason)),
             Outcome::Undone { reason } if reason == CANCELLED => (Status::Cancelled, Some(reason)),
             Outcome::Undone { reason } if state.target.is_none() => (Status::Error, Some(reason)),
             Outcome::Undone { reason } => (Status::Failed, Some(reason)),
@@ -419,7 +435,7 @@ impl Kind for LiveMigrate {
     ) -> Result<(), StepError> {
         let state: State = operation.state()?;
         let now = self.tools.clock.now_us();
-        self.end(&state, outcome, tx).await?;
+        self.end(&operation.subject, &state, outcome, tx).await?;
         let Some(row) = server::find(tx, &operation.subject).await? else {
             return Ok(());
         };

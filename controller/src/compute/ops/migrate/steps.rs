@@ -7,8 +7,8 @@ use fractus_agent_api::migration::{Arrival, Departure, State as Stream};
 use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 
-use super::back::{look_again, take_back};
-use super::{Begun, State, is_now, kept, never_ran};
+use super::back::{hear_target, look_again, take_back};
+use super::{Begun, State, goes_on, is_now, kept, never_ran};
 use crate::agents::host;
 use crate::compute::ops::{Tools, change, machine_id};
 use crate::operation::{Operation, Progress, Step, StepError};
@@ -19,9 +19,9 @@ use crate::scheduler::Request;
 
 /// A target that has not listened for so long will not.
 const LONGEST_PREPARE_US: i64 = 600_000_000;
-/// Beyond what the policy gives: a guest that is still not offered then stays.
-const LONGEST_SEND_US: i64 = 1_800_000_000;
-/// A target that cannot be told to drop what it has is left to the reconciler.
+/// Beyond what the policy gives: a guest that is still not offered then stays. Its disks travel, which may take hours.
+const LONGEST_SEND_US: i64 = 86_400_000_000;
+/// A target that cannot be told to drop what it has, or a source that its guest stays, is left to the reconciler.
 const LONGEST_DROP_US: i64 = 60_000_000;
 
 /// The row, while it is the source's and nothing else was asked of the guest.
@@ -130,12 +130,16 @@ impl Step for Place {
             _ => Dropped::Gone,
         };
         // A tombstone is the delete's to tell.
-        if known.host == Some(state.source) && !known.is_tombstone() {
+        if known.host == Some(state.source) && !known.is_tombstone() && known.confirmed {
+            // The row says what is wanted: a source that is not heard is told by the reconciler when it is.
+            let late = waited_us(&self.0, operation) > LONGEST_DROP_US;
             match machines.converge(server).await {
-                Ok(Converged::Pending(_)) => return Ok(Progress::Wait(ASK_AGAIN)),
+                Ok(Converged::Pending(_)) if !late => return Ok(Progress::Wait(ASK_AGAIN)),
+                Err(error @ (StepError::Retry { .. } | StepError::Database(_))) if !late => {
+                    return Err(error);
+                }
                 // One that has lost it: the outcome says so.
-                Ok(_) | Err(StepError::Fail { .. }) => {}
-                Err(error) => return Err(error),
+                Ok(_) | Err(_) => {}
             }
         }
         match dropped {
@@ -387,7 +391,12 @@ impl Step for Send {
         if let Some(off) = machines.is_off(machines.reader(), target).await? {
             return Err(StepError::fail(off));
         }
-        let said = self.source(&state, &known).await?;
+        let said = match self.source(&state, &known).await {
+            Err(StepError::Retry { reason, .. }) if self.is_overdue(operation, &known) => {
+                return Err(StepError::fail(reason));
+            }
+            said => said?,
+        };
         match state_of(&said, id) {
             Some(Stream::Offered { doubt, .. }) => {
                 return self.has_arrived(&state, &known, doubt.as_ref()).await;
@@ -447,7 +456,7 @@ impl Step for Send {
     }
 
     async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
-        look_again(&self.0, operation).await
+        hear_target(&self.0, operation).await
     }
 
     async fn undo_commit(
@@ -462,7 +471,9 @@ impl Step for Send {
 impl Send {
     fn is_overdue(&self, operation: &Operation, known: &Machine) -> bool {
         let departure = known.wanted.departs.as_ref();
-        let limit_ms = departure.map_or(0, |departure| departure.policy.limit_ms);
+        let limit_ms = departure.map_or(0, |departure| {
+            departure.policy.limit_ms.max(departure.policy.longest_ms)
+        });
         let limit_us = i64::try_from(limit_ms.saturating_mul(1000)).unwrap_or(i64::MAX);
         waited_us(&self.0, operation) > limit_us.saturating_add(LONGEST_SEND_US)
     }
@@ -504,6 +515,12 @@ impl Step for Resume {
         };
         // Deleted meanwhile, or moved on by somebody else: it is theirs to carry on.
         if known.is_tombstone() || known.host != Some(target) {
+            return Ok(Progress::Done);
+        }
+        // What it has said itself counts for more than what is said of it.
+        let heard = machines.fleet().machine(target, server);
+        let heard = heard.filter(|said| (said.generation, said.revision) == known.age());
+        if heard.is_some_and(|said| said.settled && goes_on(&said, id)) {
             return Ok(Progress::Done);
         }
         if let Some(off) = machines.is_off(machines.reader(), target).await? {
