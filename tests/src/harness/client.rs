@@ -225,6 +225,8 @@ impl Answer {
     }
 }
 
+/// What Linux says last.
+pub const PANIC: &str = "end Kernel panic - not syncing";
 /// Longest wait for a server to get somewhere.
 const SETTLES: Duration = Duration::from_secs(60);
 
@@ -311,20 +313,25 @@ impl Client {
         wanted: &str,
         longest: Duration,
     ) -> Result<String> {
-        super::until(
-            &format!("{wanted:?} in the log of {server}"),
-            longest,
-            || async {
-                let text = self.console_log(server).await?;
-                let ended = text.rfind('\n').map_or(0, |end| end + 1);
-                if text[..ended].contains(wanted) {
-                    Ok(text)
-                } else {
-                    Err(text)
-                }
-            },
-        )
-        .await
+        let is_there = |text: &str| {
+            let ended = text.rfind('\n').map_or(0, |end| end + 1);
+            text[..ended].contains(wanted)
+        };
+        let what = format!("{wanted:?} in the log of {server}");
+        let seen = super::until(&what, longest, || async {
+            let text = self.console_log(server).await?;
+            // Of a guest whose kernel has panicked nothing more is to be waited for.
+            if is_there(&text) || text.contains(PANIC) {
+                Ok(text)
+            } else {
+                Err(text)
+            }
+        });
+        let text = seen.await?;
+        if !is_there(&text) {
+            bail!("{what}: its kernel panicked: {text}");
+        }
+        Ok(text)
     }
 
     /// What the server's guest has said so far; its last line may be half of one.

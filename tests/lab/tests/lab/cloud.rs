@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use fractus_lab::{Lab, Options, TinyGuest, variant};
+use fractus_tests::harness::client::PANIC;
 use fractus_tests::harness::{Client, until};
 use serde_json::{Value, json};
 
@@ -95,6 +96,7 @@ pub async fn prompted(client: &Client, server: &str, prompt: &str) {
     let what = format!("{prompt:?} on the console of {server}");
     let seen = until(&what, GUEST_ACTS, || async {
         let text = client.console_log(server).await?;
+        assert!(!text.contains(PANIC), "{what}: its kernel panicked: {text}");
         if text.contains(prompt) {
             Ok(())
         } else {
@@ -116,4 +118,12 @@ pub fn said<'a>(log: &'a str, mark: &str, name: &str) -> Option<&'a str> {
     let words = line.split_whitespace();
     let mut values = words.filter_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     values.next()
+}
+
+/// `few`, or what was promised.
+pub fn times(few: usize, promised: usize) -> usize {
+    match std::env::var_os("FRACTUS_FULL") {
+        Some(_) => promised,
+        None => few,
+    }
 }

@@ -8,6 +8,7 @@ mod debian;
 mod dmesg;
 mod host;
 mod hotplug;
+mod migrate;
 mod scenario;
 mod soak;
 mod suspend;

@@ -13,17 +13,9 @@ use serde_json::json;
 
 use crate::cloud::{
     act, create, debian_disk, debian_image, delete, flavor, lab, logged, prompted, said, settled,
-    tiny_image,
+    times, tiny_image,
 };
 use crate::terminal::Terminal;
-
-/// `few`, or what was promised.
-fn times(few: usize, promised: usize) -> usize {
-    match std::env::var_os("FRACTUS_FULL") {
-        Some(_) => promised,
-        None => few,
-    }
-}
 
 /// What an attempt did not bring about, as the panic says it that ended it.
 async fn attempt(what: impl Future<Output = ()>) -> Result<Duration, String> {
