@@ -121,9 +121,9 @@ struct Round {
     disk_content: u64,
     /// Bytes a second, of the last round that could tell.
     rate: Option<u64>,
-    /// Bytes that the round before left; none: it is the first.
-    left: Option<u64>,
-    /// Rounds in a row that left no less than the one before.
+    /// The fewest bytes that a round has left; none: there was none.
+    least: Option<u64>,
+    /// Rounds in a row that did not leave clearly less than that.
     stalled: u32,
 }
 
@@ -136,7 +136,7 @@ impl Round {
             content: 0,
             disk_content: 0,
             rate: None,
-            left: None,
+            least: None,
             stalled: 0,
         }
     }
@@ -326,8 +326,9 @@ impl<S: Read + Write> Sender<S> {
         let all = self.report.totals.pages + self.report.disks.pages;
         let on_average = || rate(all, self.began.elapsed());
         let rate = self.round.rate.unwrap_or_else(on_average);
-        self.round.stalled = match self.round.left {
-            Some(before) if left >= before => self.round.stalled + 1,
+        // By an eighth at least: what is left goes up and down with what the guest just does.
+        self.round.stalled = match self.round.least {
+            Some(least) if left >= least - least / 8 => self.round.stalled + 1,
             _ => 0,
         };
         let decision = decide(
@@ -349,7 +350,8 @@ impl<S: Read + Write> Sender<S> {
             left,
             decision,
         });
-        self.round.left = Some(left);
+        let least = self.round.least.map_or(left, |least| least.min(left));
+        self.round.least = Some(least);
         Ok(decision)
     }
 
@@ -358,7 +360,7 @@ impl<S: Read + Write> Sender<S> {
         self.journal.has_gone();
         self.round = Round {
             rate: self.round.rate,
-            left: self.round.left,
+            least: self.round.least,
             stalled: self.round.stalled,
             ..Round::first(Instant::now())
         };

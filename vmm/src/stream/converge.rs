@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// Rounds in a row that left no less than the one before: more of them bring nothing.
+/// Rounds in a row that left no less than the best before them: more of them bring nothing.
 const STALLED: u32 = 3;
 
 /// What whoever asks for a migration wants.
@@ -39,7 +39,7 @@ pub struct Standing {
     pub left: u64,
     /// Bytes a second that go to the other side, as far as is known; 0: nothing has been sent.
     pub rate: u64,
-    /// Rounds in a row that left no less than the one before.
+    /// Rounds in a row that left no less, or hardly less, than the best before them.
     pub stalled: u32,
 }
 
