@@ -68,6 +68,32 @@ impl Step for Place {
         "place"
     }
 
+    /// What an earlier migration has left of the server elsewhere goes first: that host may be chosen again, and
+    /// hears of both in this order.
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let server = machine_id(&operation.subject)?;
+        let machines = &self.0.machines;
+        let known = machine::find(machines.reader(), server).await?;
+        // Before the owner has said that it has the guest, another one's may be the only one.
+        let Some(known) = known.filter(|known| known.settled && known.confirmed) else {
+            return Ok(Progress::Done);
+        };
+        let mut goes = false;
+        for (holder, said) in machines.fleet().holders(server) {
+            let gone = said.settled && said.observed == Observed::Absent;
+            if Some(holder) == known.host || gone || said.generation >= known.generation {
+                continue;
+            }
+            let dropped = machines.drop_at(holder, &known, said.revision).await?;
+            goes |= dropped == Dropped::Working;
+        }
+        let waits = goes && waited_us(&self.0, operation) < LONGEST_DROP_US;
+        Ok(match waits {
+            true => Progress::Wait(ASK_AGAIN),
+            false => Progress::Done,
+        })
+    }
+
     async fn commit(
         &self,
         operation: &mut Operation,
