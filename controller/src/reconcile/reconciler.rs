@@ -551,8 +551,7 @@ fn foreign(
 fn told_to_arrive(machine: &Machine, holder: HostId, report: &MachineReport) -> Verdict {
     let arriving = match report.revision.cmp(&machine.revision) {
         std::cmp::Ordering::Less => true,
-        std::cmp::Ordering::Equal => transit::is_arriving(report),
-        std::cmp::Ordering::Greater => false,
+        std::cmp::Ordering::Equal | std::cmp::Ordering::Greater => transit::is_arriving(report),
     };
     if arriving {
         Verdict::Drop(holder, report.clone())

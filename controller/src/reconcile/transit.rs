@@ -64,8 +64,8 @@ impl Machines {
         })
     }
 
-    /// Tells the target, which does not own the server, that its guest is to come: in the owner's own generation
-    /// and revision. `arrival` with its key sealed.
+    /// Tells the target, which does not own the server, that its guest is to come: in the owner's own generation,
+    /// and in a revision above all that it was told in that. `arrival` with its key sealed.
     ///
     /// # Errors
     /// [`StepError::Fail`] when it never will.
@@ -83,6 +83,16 @@ impl Machines {
         (put.wanted.departs, put.wanted.continues) = (None, None);
         put.wanted.arrives = Some(arrival);
         put.version = machine::version(&put.wanted);
+        if let Some(said) = self.ask(target, machine.server).await?
+            && said.generation == put.generation
+            && said.revision >= put.revision
+        {
+            // Told already, or not done with what it had.
+            if said.observed != Observed::Absent || !said.settled {
+                return Ok(said);
+            }
+            put.revision = Revision(said.revision.0 + 1);
+        }
         let told = match self.agents().agent(target) {
             Ok(agent) => agent.put(machine.server, &put).await,
             Err(error) => Err(error),
@@ -143,14 +153,20 @@ impl Machines {
         }
         let mut wanted = machine.wanted.clone();
         wanted.end();
+        let least = Ord::max(machine.revision, Revision(above.0 + 1));
+        let said = self.fleet().machine(host, machine.server);
+        let said = said.filter(|said| {
+            said.generation == machine.generation && said.observed != Observed::Absent
+        });
+        let told = said.map_or(0, |said| said.revision.0 + 1);
         let put = PutMachine {
             version: VERSION,
             generation: machine.generation,
-            revision: Ord::max(machine.revision, Revision(above.0 + 1)),
+            revision: Ord::max(least, Revision(told)),
             wanted,
             request_id: machine.request_id.clone(),
         };
-        let age = (put.generation, put.revision);
+        let age = (put.generation, least);
         let gone = |report: &MachineReport| {
             report.settled
                 && report.observed == Observed::Absent

@@ -257,7 +257,8 @@ impl Step for Prepare {
         let arrival = self.arrival(operation, &state).await?;
         let heard = machines.fleet().machine(target, known.server);
         let heard = heard.filter(|heard| {
-            (heard.generation, heard.revision) == known.age()
+            heard.generation == known.generation
+                && heard.revision >= known.revision
                 && state_of(heard, state.migration).is_some()
         });
         let said = match heard {
