@@ -4,7 +4,7 @@
 //!
 //! | who | intent | what it does, and says |
 //! |---|---|---|
-//! | target | the owner's age, `arrives` | makes room, listens ([`State::Arriving`]), has the guest ([`State::Arrived`]) |
+//! | target | the owner's generation, a revision of its own, `arrives` | makes room, listens ([`State::Arriving`]), has the guest ([`State::Arrived`]) |
 //! | source | a newer revision, `departs` | sends its guest ([`State::Copying`]), which then stands still ([`State::Offered`]) |
 //! | target | the next generation, `continues` | lets the guest run: it is the owner's |
 //! | source | the next generation, absent | ends what it has |
