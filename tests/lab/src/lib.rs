@@ -14,6 +14,7 @@ mod host;
 mod image;
 mod kernel;
 mod lab;
+mod mended;
 mod modules;
 mod monitor;
 mod payload;

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::debian::{Tree, tree};
 use crate::image::HostImage;
+use crate::mended;
 use crate::segment::Ports;
 
 /// Bytes of a host's memory, in MiB.
@@ -92,7 +93,7 @@ pub fn shape(image: &HostImage) -> Result<Vec<String>> {
 /// Starts QEMU; the kernel kills it when this thread dies. `incoming`: it waits to be restored.
 pub fn start(image: &HostImage, files: &Files, ports: &Ports, incoming: bool) -> Result<Child> {
     let package = package()?;
-    let program = package.command(&package.path("usr/bin/qemu-system-x86_64"))?;
+    let program = package.command(&mended::program(&package)?)?;
     let log = std::fs::File::options()
         .create(true)
         .append(true)
