@@ -41,10 +41,8 @@ impl Complaints {
     /// to the console in the kernel's form, is not the kernel.
     fn from_console(text: &str) -> Self {
         let complaints = text.lines().filter_map(|line| {
-            let line = line.trim();
-            let (time, said) = line.strip_prefix('[')?.split_once(']')?;
-            time.trim().parse::<f64>().ok()?;
-            (!said.trim_start().starts_with("cloud-init[")).then(|| without_numbers(line))
+            let (said, message) = kernels(line)?;
+            (!said.trim_start().starts_with("cloud-init[")).then(|| without_numbers(message))
         });
         Self(complaints.collect())
     }
@@ -53,6 +51,20 @@ impl Complaints {
         let lines = self.0.iter().filter(|line| !other.0.contains(*line));
         lines.map(String::as_str).collect()
     }
+}
+
+/// The kernel's message in a line of a console, without and with its time. What others write to the console may stand
+/// before it: a message begins wherever they just are.
+fn kernels(line: &str) -> Option<(&str, &str)> {
+    let line = line.trim();
+    line.match_indices('[').find_map(|(at, _)| {
+        let message = line.get(at..)?;
+        let (time, said) = message.get(1..)?.split_once(']')?;
+        let (seconds, microseconds) = time.split_once('.')?;
+        let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+        let is_time = !seconds.trim().is_empty() && microseconds.len() == 6;
+        (is_time && digits(seconds.trim_start()) && digits(microseconds)).then_some((said, message))
+    })
 }
 
 /// Without the time, and every word of digits (also hexadecimal ones, from two digits on) as `#`.
@@ -248,7 +260,19 @@ async fn dmesg_of_debian_complains_of_nothing_that_qemu_is_not_blamed_for() {
 fn numbers_and_times_do_not_make_a_message_another_one() {
     let raw = "<4>[    0.123456] ACPI: bad table at 0x7f00, 12 entries\n<6>[    0.2] fine\n<12>[ 1.0] user space, too";
     let complaints = Complaints::from_raw(raw);
-    let console = "[    0.9] ACPI: bad table at 0xfeed, 7 entries\nnot the kernel\n[    1.2] cloud-init[9]: +--+\n[    1.5] user space, too";
+    let console = "[    0.900000] ACPI: bad table at 0xfeed, 7 entries\nnot the kernel\n\
+        [    1.200000] cloud-init[9]: +--+\n[    1.500000] user space, too";
     assert_eq!(complaints, Complaints::from_console(console));
     assert!(complaints.0.contains("ACPI: bad table at #, # entries"));
+}
+
+#[test]
+fn a_message_is_the_kernels_wherever_in_the_line_it_begins() {
+    let console = "\x1b[0;32m  OK  \x1b[0m] Started [sys]…er.[   29.023974] dm: bad table 7\r\n\
+        [   30.000001] cloud-init[12]: fine\n[12.5] no time\n[  OK  ] Reached target\n[    1.000000] odd\n";
+    let expected = ["dm: bad table #", "odd"].map(str::to_owned);
+    assert_eq!(
+        Complaints::from_console(console),
+        Complaints(expected.into())
+    );
 }
