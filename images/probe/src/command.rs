@@ -9,7 +9,7 @@ use crate::pci::Bus;
 use crate::serial::{self, Line};
 use crate::stack::{self, Stack};
 use crate::start_info::StartInfo;
-use crate::{clock, cpu, hot_memory, memory, misuse, nonce, smp};
+use crate::{churn, clock, cpu, hot_memory, memory, misuse, nonce, smp};
 
 const PAGE: u64 = 4096;
 const PAGES_PER_MIB: u64 = 256;
@@ -215,6 +215,7 @@ impl Probe {
             "touch" => self.touch(words, out),
             "dirty" => self.dirty(words, out),
             "weave" => self.weave(words, out),
+            "churn" => self.churn(words),
             "balloon" => self.balloon(words, out),
             "memory" => self.hot_memory(words, out),
             "slots" => self.slots(out),
@@ -590,13 +591,25 @@ impl Probe {
         Ok(())
     }
 
+    fn in_a_row(&self, pages: u64) -> Result<memory::Stretch, Refusal> {
+        memory::free(&self.info)
+            .find(|stretch| stretch.length >= pages * PAGE)
+            .ok_or(Refusal::Failed("no so much free memory in a row"))
+    }
+
+    fn churn(&self, words: &mut Words) -> Outcome {
+        let mib = words.number().ok_or(Refusal::Usage("MIB"))?;
+        let pages = mib * PAGES_PER_MIB;
+        churn::run(self.in_a_row(pages)?.start, pages);
+        Ok(())
+    }
+
     /// Numbers its writes, a page each in turn and the last word of it too, until something is typed; afterwards every
     /// page must hold the number of the last write to it, so one that was lost or came from another moment shows.
     fn weave(&self, words: &mut Words, out: &mut Line) -> Outcome {
-        let pages = words.number().ok_or(Refusal::Usage("MIB"))? * PAGES_PER_MIB;
-        let stretch = memory::free(&self.info)
-            .find(|stretch| stretch.length >= pages * PAGE && pages > 0)
-            .ok_or(Refusal::Failed("no so much free memory in a row"))?;
+        let mib = words.number().filter(|mib| *mib > 0);
+        let pages = mib.ok_or(Refusal::Usage("MIB"))? * PAGES_PER_MIB;
+        let stretch = self.in_a_row(pages)?;
         // The place of a number: neighbours lie apart, and each page has its turn (641 is a prime).
         let place = |number: u64| stretch.start + (number * 641 % pages) * PAGE;
         let look = |number: u64, out: &mut Line| {

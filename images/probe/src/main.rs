@@ -52,6 +52,9 @@
 //! | `dirty RATE_MIB SECONDS` | `ok dirty mib= us=`: that rate, over and over |
 //! | `weave MIB` | `ok weave writes=`: numbered writes all over that much memory until something is typed, then a look
 //! | | whether each page holds the last of its own |
+//! | `churn MIB` | `ok churn`: writes that much memory over and over, as fast as it can, until something is typed. Every
+//! | | second `churn second=N turns=N,… gaps_us=N,…`: of the last seconds (this one first) pages written, and the longest
+//! | | time between two of them (0 MiB: looks at the clock instead) |
 //! | `spin MS [CPU]` | `ok spin`; on another CPU at once, it goes on there |
 //! | `stamp spin\|MS\|off` | how every CPU looks at its TSC, for `gaps` |
 //! | `gaps` | `ok gaps US US …`: the largest gap each CPU saw since the last `gaps` |
@@ -72,6 +75,7 @@
 
 mod acpi;
 mod balloon;
+mod churn;
 mod clock;
 mod command;
 mod cpu;

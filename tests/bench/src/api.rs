@@ -26,20 +26,32 @@ const REQUESTS: usize = 20;
 fn in_a_cloud<T>(
     measure: impl AsyncFnOnce(&Cloud, &mut harness::Cloud) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
+    in_a_cloud_of(1, measure)
+}
+
+/// The same with so many hosts, of this machine all of them.
+pub fn in_a_cloud_of<T>(
+    agents: usize,
+    measure: impl AsyncFnOnce(&Cloud, &mut harness::Cloud) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     // The workspace builds rustls without a default provider. That there is one already is as good.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     runtime.block_on(interrupt::unless(async {
-        let mut harness = harness::Cloud::start(harness::Options::default()).await?;
+        let mut harness = harness::Cloud::start(harness::Options {
+            agents,
+            ..harness::Options::default()
+        })
+        .await?;
         let cloud = Cloud::login(&harness).await?;
         let outcome = measure(&cloud, &mut harness).await;
         outcome.with_context(|| harness.logs())
     }))
 }
 
-fn ms(time: Duration) -> f64 {
+pub fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
@@ -63,22 +75,27 @@ fn beside_openstack(mut figure: Figure, theirs: f64) -> Figure {
 }
 
 /// What servers are made of: an empty root disk, the probe as kernel.
-struct Makings {
+pub struct Makings {
     images: [String; 2],
     flavor: String,
 }
 
 impl Makings {
     async fn upload(cloud: &Cloud) -> anyhow::Result<Self> {
+        Self::with(cloud, "tick_ms=0", 256).await
+    }
+
+    /// Of a guest with that command line and so many MiB.
+    pub async fn with(cloud: &Cloud, command_line: &str, mib: u64) -> anyhow::Result<Self> {
         let kernel = cloud
             .upload("bench-probe", json!({}), std::fs::read(probe()?)?)
             .await?;
-        let properties = json!({"kernel_id": kernel, "os_command_line": "tick_ms=0"});
+        let properties = json!({"kernel_id": kernel, "os_command_line": command_line});
         let root = cloud
             .upload("bench-root", properties, vec![0; 1 << 20])
             .await?;
         let flavor = cloud
-            .flavor(&format!("bench-{}", std::process::id()))
+            .flavor(&format!("bench-{}-{mib}", std::process::id()), mib)
             .await?;
         Ok(Self {
             images: [root, kernel],
@@ -86,11 +103,11 @@ impl Makings {
         })
     }
 
-    async fn create(&self, cloud: &Cloud, name: &str) -> anyhow::Result<(String, Duration)> {
+    pub async fn create(&self, cloud: &Cloud, name: &str) -> anyhow::Result<(String, Duration)> {
         cloud.create(name, &self.images[0], &self.flavor).await
     }
 
-    async fn forget(self, cloud: &Cloud) -> anyhow::Result<()> {
+    pub async fn forget(self, cloud: &Cloud) -> anyhow::Result<()> {
         cloud.forget_flavor(&self.flavor).await?;
         for image in &self.images {
             cloud.forget_image(image).await?;

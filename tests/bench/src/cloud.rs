@@ -19,6 +19,7 @@ pub struct Cloud {
     identity: String,
     compute: String,
     image: String,
+    fractus: String,
     token: String,
 }
 
@@ -42,6 +43,7 @@ impl Cloud {
             identity: format!("{}/identity/v3", harness.url),
             compute: String::new(),
             image: String::new(),
+            fractus: format!("{}/fractus/v1", harness.url),
             token: String::new(),
         };
         let (token, body) = cloud.password().await?;
@@ -143,9 +145,9 @@ impl Cloud {
         Ok(id)
     }
 
-    /// A flavor with 1 vCPU and 256 MiB; its id.
-    pub async fn flavor(&self, name: &str) -> anyhow::Result<String> {
-        let body = json!({"flavor": {"name": name, "vcpus": 1, "ram": 256, "disk": 1}});
+    /// A flavor with 1 vCPU and so many MiB; its id.
+    pub async fn flavor(&self, name: &str, mib: u64) -> anyhow::Result<String> {
+        let body = json!({"flavor": {"name": name, "vcpus": 1, "ram": mib, "disk": 1}});
         let made = self
             .send(
                 Method::POST,
@@ -191,6 +193,58 @@ impl Cloud {
                 other => bail!("server {id} is {other:?}: {}", server["server"]["fault"]),
             }
         }
+    }
+
+    /// Has a server do something.
+    pub async fn act(&self, id: &str, action: Value) -> anyhow::Result<Value> {
+        let url = format!("{}/servers/{id}/action", self.compute);
+        self.send(Method::POST, &url, Some(&action)).await
+    }
+
+    /// Waits until a server is that.
+    pub async fn until(&self, id: &str, status: &str) -> anyhow::Result<()> {
+        let (url, began) = (format!("{}/servers/{id}", self.compute), Instant::now());
+        loop {
+            let server = self.send(Method::GET, &url, None).await?;
+            if server["server"]["status"] == status {
+                return Ok(());
+            }
+            if began.elapsed() > PATIENCE {
+                bail!("server {id} is not {status}: {server}");
+            }
+            // sleeps because the API has no other way to wait
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// What the server has said on its serial line, on the host that it is on.
+    pub async fn console(&self, id: &str) -> anyhow::Result<String> {
+        let said = self.act(id, json!({"os-getConsoleOutput": {}})).await?;
+        Ok(said["output"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Has a server go to another host, and waits until it is there: what that took, as the API says it.
+    pub async fn migrate(&self, id: &str) -> anyhow::Result<Value> {
+        let live = json!({"os-migrateLive": {"host": null, "block_migration": "auto"}});
+        self.act(id, live).await?;
+        let url = format!("{}/os-migrations?instance_uuid={id}&limit=1", self.compute);
+        let began = Instant::now();
+        let uuid = loop {
+            let all = self.send(Method::GET, &url, None).await?;
+            let newest = &all["migrations"][0];
+            match newest["status"].as_str() {
+                Some("completed") => break newest["uuid"].as_str().map(str::to_owned),
+                Some("error" | "failed" | "cancelled") => {
+                    bail!("a migration that failed: {newest}")
+                }
+                _ if began.elapsed() > PATIENCE => bail!("a migration without an end: {newest}"),
+                // sleeps because the API has no other way to wait
+                _ => tokio::time::sleep(LOOK).await,
+            }
+        };
+        let uuid = uuid.context("a migration without an id")?;
+        let url = format!("{}/migrations/{uuid}", self.fractus);
+        Ok(self.send(Method::GET, &url, None).await?["migration"].take())
     }
 
     /// Deletes a server and waits until it is gone.

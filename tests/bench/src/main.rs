@@ -10,6 +10,7 @@ mod figure;
 mod host;
 mod interrupt;
 mod lab;
+mod migrate;
 mod net;
 mod process;
 mod vmm;
@@ -69,6 +70,11 @@ const BENCHES: &[Bench] = &[
         name: "api-listing",
         about: "GET servers/detail with 10 servers",
         run: api::listing,
+    },
+    Bench {
+        name: "migrate",
+        about: "a guest of 1 GiB to another host, idle and writing 128 and 512 MiB over and over, beside QEMU's migration",
+        run: migrate::migrations,
     },
     Bench {
         name: "lab",

@@ -116,6 +116,21 @@ impl Running {
         Ok(())
     }
 
+    /// Reads on, after what is in `text`, until `found` finds something in it.
+    pub fn read_until<T>(
+        &mut self,
+        text: &mut String,
+        found: impl Fn(&str) -> Option<T>,
+    ) -> anyhow::Result<T> {
+        self.by = Instant::now() + LONG_PATIENCE;
+        loop {
+            if let Some(found) = found(text) {
+                return Ok(found);
+            }
+            text.push_str(&String::from_utf8_lossy(&self.read_some()?));
+        }
+    }
+
     /// Reads to the end of the output. A machine in a session of its own ends when its starter does, and
     /// holds the other end of this pipe until then.
     fn drain(&mut self) -> anyhow::Result<()> {
