@@ -19,7 +19,7 @@ struct Second {
 }
 
 /// Writes to `pages` pages from `start` on, one after the other and over again, until something is typed. A line a
-/// second; what it takes to say it counts for none.
+/// second; what it takes to say it counts for none, nor does what befalls the guest just then.
 pub fn run(start: u64, pages: u64) {
     let mut told = [Second { turns: 0, gap: 0 }; TOLD];
     let (mut number, mut place) = (0u64, 0);

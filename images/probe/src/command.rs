@@ -591,16 +591,17 @@ impl Probe {
         Ok(())
     }
 
-    fn in_a_row(&self, pages: u64) -> Result<memory::Stretch, Refusal> {
+    /// Free memory of so many MiB, or more.
+    fn in_a_row(&self, mib: u64) -> Result<memory::Stretch, Refusal> {
         memory::free(&self.info)
-            .find(|stretch| stretch.length >= pages * PAGE)
+            .find(|stretch| stretch.length >> 20 >= mib)
             .ok_or(Refusal::Failed("no so much free memory in a row"))
     }
 
     fn churn(&self, words: &mut Words) -> Outcome {
         let mib = words.number().ok_or(Refusal::Usage("MIB"))?;
-        let pages = mib * PAGES_PER_MIB;
-        churn::run(self.in_a_row(pages)?.start, pages);
+        let stretch = self.in_a_row(mib)?;
+        churn::run(stretch.start, mib * PAGES_PER_MIB);
         Ok(())
     }
 
@@ -608,8 +609,9 @@ impl Probe {
     /// page must hold the number of the last write to it, so one that was lost or came from another moment shows.
     fn weave(&self, words: &mut Words, out: &mut Line) -> Outcome {
         let mib = words.number().filter(|mib| *mib > 0);
-        let pages = mib.ok_or(Refusal::Usage("MIB"))? * PAGES_PER_MIB;
-        let stretch = self.in_a_row(pages)?;
+        let mib = mib.ok_or(Refusal::Usage("MIB"))?;
+        let stretch = self.in_a_row(mib)?;
+        let pages = mib * PAGES_PER_MIB;
         // The place of a number: neighbours lie apart, and each page has its turn (641 is a prime).
         let place = |number: u64| stretch.start + (number * 641 % pages) * PAGE;
         let look = |number: u64, out: &mut Line| {

@@ -217,14 +217,15 @@ impl Cloud {
         }
     }
 
-    /// What the server has said on its serial line, on the host that it is on.
+    /// The last lines that the server has said on its serial line, on the host that it is on.
     pub async fn console(&self, id: &str) -> anyhow::Result<String> {
-        let said = self.act(id, json!({"os-getConsoleOutput": {}})).await?;
+        let said = self.act(id, json!({"os-getConsoleOutput": {"length": 3}}));
+        let said = said.await?;
         Ok(said["output"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// Has a server go to another host, and waits until it is there: what that took, as the API says it.
-    pub async fn migrate(&self, id: &str) -> anyhow::Result<Value> {
+    /// Has a server go to another host, and asks every `look` until it is there: what that took, as the API says it.
+    pub async fn migrate(&self, id: &str, look: Duration) -> anyhow::Result<Value> {
         let live = json!({"os-migrateLive": {"host": null, "block_migration": "auto"}});
         self.act(id, live).await?;
         let url = format!("{}/os-migrations?instance_uuid={id}&limit=1", self.compute);
@@ -239,7 +240,7 @@ impl Cloud {
                 }
                 _ if began.elapsed() > PATIENCE => bail!("a migration without an end: {newest}"),
                 // sleeps because the API has no other way to wait
-                _ => tokio::time::sleep(LOOK).await,
+                _ => tokio::time::sleep(look).await,
             }
         };
         let uuid = uuid.context("a migration without an id")?;

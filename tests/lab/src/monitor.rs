@@ -11,6 +11,9 @@ use crate::wire::Lines;
 /// Longest wait for an answer; a monitor answers at once unless the machine does very much else.
 const ANSWERS: Duration = Duration::from_secs(60);
 
+/// So many of the last are kept.
+const EVENTS: usize = 64;
+
 #[derive(Debug)]
 pub struct Monitor {
     lines: Lines,
@@ -37,6 +40,9 @@ impl Monitor {
         let answer = self.lines.until(command, ANSWERS, |line| {
             let value: Value = serde_json::from_str(line).ok()?;
             if value.get("event").is_some() {
+                if events.len() == EVENTS {
+                    events.remove(0);
+                }
                 events.push(value);
                 return None;
             }

@@ -10,6 +10,7 @@ use serde_json::json;
 use crate::debian::{cache, used};
 use crate::host::Running;
 use crate::image::HostImage;
+use crate::mended;
 use crate::monitor::Monitor;
 use crate::qemu::{self, Files};
 use crate::segment::Segment;
@@ -24,7 +25,7 @@ const NUMBER: u8 = 240;
 pub fn ensure(image: &HostImage, segment: &Segment) -> Result<PathBuf> {
     let mut hasher = blake3::Hasher::new();
     hasher.update(image.hash.as_bytes());
-    hasher.update(qemu::package()?.versions()?.as_bytes());
+    hasher.update(mended::hash(&qemu::package()?)?.as_bytes());
     for argument in qemu::shape(image)? {
         hasher.update(argument.as_bytes());
     }

@@ -40,11 +40,8 @@ impl Complaints {
     /// From a console that only shows these (`loglevel=5`): `[    0.123456] text`. cloud-init, which writes
     /// to the console in the kernel's form, is not the kernel.
     fn from_console(text: &str) -> Self {
-        let complaints = text.lines().filter_map(|line| {
-            let (said, message) = kernels(line)?;
-            (!said.trim_start().starts_with("cloud-init[")).then(|| without_numbers(message))
-        });
-        Self(complaints.collect())
+        let complaints = text.lines().filter_map(kernels);
+        Self(complaints.map(without_numbers).collect())
     }
 
     fn not_in<'a>(&'a self, other: &Self) -> Vec<&'a str> {
@@ -53,9 +50,9 @@ impl Complaints {
     }
 }
 
-/// The kernel's message in a line of a console, without and with its time. What others write to the console may stand
-/// before it: a message begins wherever they just are.
-fn kernels(line: &str) -> Option<(&str, &str)> {
+/// The kernel's message in a line of a console. What others write to the console may stand before it: a message begins
+/// wherever they just are.
+fn kernels(line: &str) -> Option<&str> {
     let line = line.trim();
     line.match_indices('[').find_map(|(at, _)| {
         let message = line.get(at..)?;
@@ -63,7 +60,8 @@ fn kernels(line: &str) -> Option<(&str, &str)> {
         let (seconds, microseconds) = time.split_once('.')?;
         let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
         let is_time = !seconds.trim().is_empty() && microseconds.len() == 6;
-        (is_time && digits(seconds.trim_start()) && digits(microseconds)).then_some((said, message))
+        let is_time = is_time && digits(seconds.trim_start()) && digits(microseconds);
+        (is_time && !said.trim_start().starts_with("cloud-init[")).then_some(message)
     })
 }
 
@@ -269,8 +267,8 @@ fn numbers_and_times_do_not_make_a_message_another_one() {
 #[test]
 fn a_message_is_the_kernels_wherever_in_the_line_it_begins() {
     let console = "\x1b[0;32m  OK  \x1b[0m] Started [sys]…er.[   29.023974] dm: bad table 7\r\n\
-        [   30.000001] cloud-init[12]: fine\n[12.5] no time\n[  OK  ] Reached target\n[    1.000000] odd\n";
-    let expected = ["dm: bad table #", "odd"].map(str::to_owned);
+        [   30.000001] cloud-init[12]: fi[   31.000000] late\n[12.5] no time\n[  OK  ] Reached target\n[    1.000000] odd\n";
+    let expected = ["dm: bad table #", "late", "odd"].map(str::to_owned);
     assert_eq!(
         Complaints::from_console(console),
         Complaints(expected.into())
