@@ -41,21 +41,7 @@ async fn host_of(admin: &Client, server: &str) -> String {
 
 /// Waits until the newest migration of the server is that; gives it.
 async fn migration(admin: &Client, server: &str, status: &str) -> Value {
-    let path = format!("/compute/v2.1/os-migrations?instance_uuid={server}");
-    let what = format!("the migration of {server} is {status}");
-    let seen = until(&what, Duration::from_secs(60), || async {
-        let answer = admin
-            .get(&path)
-            .await
-            .map_err(|error| format!("{error:#}"))?;
-        let all = answer.body["migrations"].as_array().cloned();
-        let newest = all.and_then(|all| all.into_iter().max_by_key(|it| it["id"].as_i64()));
-        let newest = newest.unwrap_or_default();
-        match newest["status"] == status {
-            true => Ok(newest),
-            false => Err(answer.body.to_string()),
-        }
-    });
+    let seen = admin.until_migration(server, status, Duration::from_secs(60));
     seen.await.unwrap()
 }
 

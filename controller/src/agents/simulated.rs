@@ -42,6 +42,8 @@ struct Host {
     down: bool,
     inventory: Option<HostReport>,
     now_us: i64,
+    /// What somebody else tells it right after it has next been asked of a machine.
+    overtaking: Option<(ServerId, PutMachine)>,
 }
 
 impl SimulatedHost {
@@ -120,6 +122,12 @@ impl SimulatedHost {
             record.take(intent);
         }
         host.report(id).ok_or(Refusal::Unknown)
+    }
+
+    /// Once it has been asked of the machine, and before whoever asked says what follows from the answer, somebody
+    /// else tells it this.
+    pub fn overtake(&self, id: ServerId, put: PutMachine) {
+        self.host().overtaking = Some((id, put));
     }
 
     /// Carries out the next step of one machine. False if there was none to do.
@@ -394,7 +402,13 @@ impl Agent for SimulatedHost {
     }
 
     async fn get(&self, id: ServerId) -> Result<MachineReport, AgentError> {
-        self.report(id).ok_or(AgentError::Refused(Refusal::Unknown))
+        let report = self.report(id);
+        let overtaking = self.host().overtaking.take_if(|(of, _)| *of == id);
+        if let Some((_, put)) = overtaking {
+            self.take(id, &put)?;
+            (self.changed)(self.id);
+        }
+        report.ok_or(AgentError::Refused(Refusal::Unknown))
     }
 
     async fn list(&self) -> Result<FullReport, AgentError> {

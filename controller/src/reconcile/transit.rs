@@ -100,7 +100,15 @@ impl Machines {
         match told {
             Ok(report) => {
                 self.fleet().answered(target, &report, self.now_us());
+                if report.settled && report.observed == Observed::Absent {
+                    return Err(overtaken(target));
+                }
                 Ok(report)
+            }
+            Err(AgentError::Refused(Refusal::Stale { generation, .. }))
+                if generation == put.generation =>
+            {
+                Err(overtaken(target))
             }
             Err(AgentError::NoHost { host }) => match self.lost_or_not_met(host).await {
                 Ok(_) => Err(StepError::fail(format!(
@@ -215,6 +223,14 @@ impl Machines {
             Some(_) => None,
         })
     }
+}
+
+/// Between the look at what the target was told last and the intent, it was told in the same revision or a newer one
+/// that nothing is to be there: of what an earlier migration had left. The next intent is above that.
+fn overtaken(target: HostId) -> StepError {
+    soon(format!(
+        "host {target} was told meanwhile that it is to have nothing of the server"
+    ))
 }
 
 /// Asked again in a moment: guests stand still meanwhile.

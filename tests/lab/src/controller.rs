@@ -139,3 +139,12 @@ impl Controller {
         ]
     }
 }
+
+/// A test that fails says what its controller did then.
+impl Drop for Controller {
+    fn drop(&mut self) {
+        if std::thread::panicking() && self.process.is_some() {
+            println!("{}", self.log());
+        }
+    }
+}

@@ -285,6 +285,46 @@ impl Client {
             .map_err(|fault| anyhow::anyhow!("server {server} went to ERROR: {fault}"))
     }
 
+    /// Waits until the newest migration of the server has this status; gives it as `os-migrations` shows it.
+    ///
+    /// # Errors
+    /// When it does not get there, or has ended otherwise: with the reason, of an administrator's client.
+    pub async fn until_migration(
+        &self,
+        server: &str,
+        wanted: &str,
+        limit: Duration,
+    ) -> Result<Value> {
+        let path = format!("/compute/v2.1/os-migrations?instance_uuid={server}");
+        let what = format!("the migration of server {server} is {wanted}");
+        let seen = super::until(&what, limit, || async {
+            let answer = self
+                .get(&path)
+                .await
+                .map_err(|error| format!("{error:#}"))?;
+            let all = answer.body["migrations"].as_array().cloned();
+            let newest = all.and_then(|all| all.into_iter().max_by_key(|it| it["id"].as_i64()));
+            let newest = newest.unwrap_or_default();
+            let status = newest["status"].as_str().unwrap_or_default();
+            let over = ["completed", "failed", "error", "cancelled"].contains(&status);
+            match status == wanted {
+                true => Ok(Ok(newest)),
+                false if over => Ok(Err(newest)),
+                false => Err(answer.body.to_string()),
+            }
+        });
+        let ended = match seen.await? {
+            Ok(there) => return Ok(there),
+            Err(ended) => ended,
+        };
+        let path = format!(
+            "/fractus/v1/migrations/{}",
+            ended["uuid"].as_str().unwrap_or_default()
+        );
+        let whole = self.get(&path).await?;
+        anyhow::bail!("{what}: it is over: {}", whole.body)
+    }
+
     /// Waits until there is no such server any more.
     pub async fn until_gone(&self, server: &str) -> Result<()> {
         let path = format!("/compute/v2.1/servers/{server}");

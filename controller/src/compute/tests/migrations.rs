@@ -1,5 +1,8 @@
 //! Live migrations as clients ask for them and see them.
 
+use fractus_agent_api::VERSION;
+use fractus_agent_api::machine::{PutMachine, Revision};
+
 use super::*;
 use crate::agents::simulated::stream::Event;
 
@@ -79,6 +82,41 @@ async fn a_server_goes_to_another_host_and_is_active_there() {
     assert_eq!(actions["instanceActions"][0]["action"], "live-migration");
     while !cloud.host.remains().is_empty() {
         tokio::task::yield_now().await;
+    }
+}
+
+/// What an earlier migration has left is told to go by the reconciler, perhaps in the very moment in which a guest is
+/// to come there again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_is_told_meanwhile_to_have_nothing_takes_the_guest_all_the_same() {
+    for above in 0..2 {
+        let cloud = Cloud::new().await;
+        let id = cloud.running("one", "web").await;
+        let target = cloud.join(2).await;
+        let mut wanted = cloud.host.wanted(machine(&id)).unwrap();
+        wanted.end();
+        let held = cloud.host.report(machine(&id)).unwrap();
+        // The migration's own intent is in the revision after the one that runs.
+        let put = PutMachine {
+            version: VERSION,
+            generation: held.generation,
+            revision: Revision(held.revision.0 + 1 + above),
+            wanted,
+            request_id: None,
+        };
+        target.overtake(machine(&id), put.clone());
+        let answer = cloud.act("admin", &id, "2.96", live(Some("host-2"))).await;
+        assert_eq!(status(&answer), 202, "{}", answer.json);
+        cloud.until_migration(&id, "running").await;
+        until_streams(&cloud, &id).await;
+        let told = target.report(machine(&id)).unwrap();
+        assert!(told.revision > put.revision, "{told:?} after {put:?}");
+        assert!(cloud.agents.stream(machine(&id), Event::End));
+        let server = cloud
+            .until("admin", &id, |server| server["status"] == "ACTIVE")
+            .await;
+        assert_eq!(server["OS-EXT-SRV-ATTR:host"], "host-2");
+        cloud.until_migration(&id, "completed").await;
     }
 }
 

@@ -4,7 +4,7 @@ use fractus_lab::TinyGuest;
 use fractus_tests::harness::Client;
 use serde_json::json;
 
-use crate::cloud::{act, create, flavor, lab, logged, said, settled, tiny_image};
+use crate::cloud::{GUEST_ACTS, act, create, flavor, lab, logged, said, settled, tiny_image};
 use crate::terminal::Terminal;
 
 /// Writes files with sums of them, one after the other, until it is told to stop.
@@ -41,6 +41,9 @@ async fn guest_goes_to_another_host_and_back_at_work() {
         let to = &lab.hosts[(round + 1) % 2].name;
         let live = json!({"os-migrateLive": {"host": to, "block_migration": "auto"}});
         act(&admin, &server, live).await;
+        let over = admin.until_migration(&server, "completed", GUEST_ACTS);
+        let over = over.await.unwrap();
+        assert_eq!(over["dest_compute"], *to, "round {round}: {over}");
         settled(&admin, &server, "ACTIVE").await;
         assert_eq!(host_of(&admin, &server).await, *to, "round {round}");
         terminal = Terminal::shell(&admin, &server).await;

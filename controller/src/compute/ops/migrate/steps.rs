@@ -200,17 +200,20 @@ impl Step for Place {
 pub(super) struct Prepare(pub(super) Tools);
 
 impl Prepare {
-    /// What the guest's process was made for.
+    /// What the guest's process was made for. A guest that has just come may be known of only by what was said before
+    /// it ran: then its host is asked.
     async fn arrival(&self, operation: &Operation, state: &State) -> Result<Arrival, StepError> {
         let server = machine_id(&operation.subject)?;
         let machines = &self.0.machines;
+        let runs =
+            |said: &MachineReport| matches!(said.observed, Observed::Running | Observed::Paused);
         let heard = machines.fleet().machine(state.source, server);
-        let said = match heard.filter(|heard| heard.shape.is_some()) {
+        let said = match heard.filter(|heard| runs(heard) && heard.shape.is_some()) {
             Some(said) => Some(said),
             None => machines.ask(state.source, server).await?,
         };
         let said = said.ok_or_else(|| StepError::fail("its host has no record of the server"))?;
-        if !matches!(said.observed, Observed::Running | Observed::Paused) {
+        if !runs(&said) {
             let observed = said.observed;
             return Err(StepError::fail(format!(
                 "the guest does not run any more: {observed:?}"
@@ -272,10 +275,6 @@ impl Step for Prepare {
         }
         match said.observed {
             Observed::Failed { reason } => Err(StepError::fail(reason)),
-            // It was told in this very revision that there is to be nothing, and takes it for known.
-            Observed::Absent if said.settled => {
-                Err(StepError::fail(format!("host {target} takes no guest now")))
-            }
             _ => Ok(Progress::Wait(ASK_AGAIN)),
         }
     }
