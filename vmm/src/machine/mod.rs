@@ -9,6 +9,7 @@
 //! keeps of the files: a reset does not attach again but calls `Device::reset`.
 
 mod build;
+mod disk_copy;
 mod event;
 mod hotplug;
 mod receive;
@@ -47,6 +48,7 @@ use crate::work::Spawner;
 use vcpus::UsedVcpus;
 
 pub use build::BuildError;
+pub use disk_copy::{DiskCopyError, DiskCopyReport, DiskCopying};
 pub use event::{Event, Registers, RunState, StopReason};
 pub use receive::{Arrived, Landing, ReceiveReport, receive};
 pub use send::{

@@ -1,8 +1,9 @@
-//! A disk beside its device: what its guest writes is taken down, and its content goes to another host or comes from
-//! one.
+//! A disk beside its device: what its guest writes is taken down, and its content goes to another host, comes from
+//! one, or is copied to another file.
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -80,6 +81,22 @@ impl DiskCopy {
         Ok(pages)
     }
 
+    /// Has `to` share the blocks of the disk, which takes no time; false: the file system has no such thing. What
+    /// the guest writes meanwhile may be in it or not.
+    pub fn share_with(&self, to: &DiskTarget) -> io::Result<bool> {
+        let (disk, file) = (&*self.disk.file, &*to.disk.file);
+        match rustix::fs::ioctl_ficlone(file.as_fd(), disk.as_fd()) {
+            Ok(()) => {}
+            Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::XDEV | Errno::INVAL | Errno::NOSYS) => {
+                return Ok(false);
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+        to.is_settled.store(false, Ordering::Relaxed);
+        file.set_len(to.disk.geometry().capacity)?;
+        Ok(true)
+    }
+
     /// Some pages of a block, each whole: what lies beyond the disk is zero.
     pub fn read(&self, number: u64, mask: Mask) -> io::Result<Vec<u8>> {
         let mut pages = vec![0; mask.count() as usize * PAGE];
@@ -150,6 +167,12 @@ impl DiskTarget {
         }
         let is_settled = AtomicBool::new(true);
         Ok(Self { disk, is_settled })
+    }
+
+    /// Of what has come nothing is left.
+    pub(super) fn empty_again(&self) -> io::Result<()> {
+        self.disk.file.set_len(0)?;
+        self.disk.file.set_len(self.disk.geometry().capacity)
     }
 
     /// What has come so far is durable.

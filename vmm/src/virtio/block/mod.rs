@@ -6,6 +6,7 @@
 
 pub mod backend;
 mod buffer;
+mod copier;
 mod copy;
 mod file;
 pub mod filter;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 pub use backend::{DiskBackend, Geometry};
 pub use buffer::Buffer;
+pub use copier::{DiskCopier, Finish};
 pub use copy::{DiskCopy, DiskLog, DiskTarget};
 pub use file::{DiskFile, DiskFileError};
 pub use pool::Pool;

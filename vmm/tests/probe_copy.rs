@@ -1,0 +1,146 @@
+//! A guest's disk copied to a file while the guest writes to it.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a fault fails the test"
+)]
+
+mod probe_guest;
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::time::Duration;
+
+use fractus_vmm::machine::{DiskCopyError, DiskCopyReport, RunState};
+use fractus_vmm::stream::converge::{AtLimit, Policy};
+use probe_guest::{Guest, Setup, fields, pattern};
+use rstest::rstest;
+
+const POLICY: Policy = Policy {
+    downtime: Duration::from_millis(20),
+    // Generous: a loaded machine is no failure.
+    longest: Duration::from_secs(30),
+    limit: Duration::from_secs(5),
+    at_limit: AtLimit::Stop,
+};
+
+const BYTES: u64 = (24 << 20) + 512;
+
+fn file(direct: bool) -> File {
+    let mut options = File::options();
+    options.read(true).write(true);
+    let direct = if direct { libc::O_DIRECT } else { 0 };
+    options.custom_flags(libc::O_TMPFILE | direct);
+    options.open(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+fn copied(guest: &mut Guest, to: &File) -> Result<DiskCopyReport, DiskCopyError> {
+    let mut copying = guest.machine.copy_disk(0, to, POLICY)?;
+    loop {
+        if let Some(report) = copying.advance(&mut guest.machine)? {
+            println!("{report:?}");
+            return Ok(report);
+        }
+    }
+}
+
+fn read(file: &File, offset: u64, length: usize) -> Vec<u8> {
+    // Past the cache it wants to be aligned; what is read here is in it.
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
+    let mut bytes = vec![0; length];
+    let file = File::open(path).unwrap();
+    file.read_exact_at(&mut bytes, offset).unwrap();
+    bytes
+}
+
+/// It writes 4 MiB over and over, each time with another seed: at one moment there are two seeds at most, and they
+/// follow each other.
+#[rstest]
+fn the_copy_of_a_disk_that_is_written_to_is_of_one_moment(#[values(false, true)] direct: bool) {
+    const AT: u64 = 1 << 20;
+    const LENGTH: usize = 4 << 20;
+    let disk = file(direct);
+    disk.set_len(BYTES).unwrap();
+    let mut guest = Setup::new().disk(&disk, |disk| disk.direct = direct).boot();
+    guest.ok("disk-write 0 8388608 1048576 11");
+    guest.ok(&format!("disk-write 0 {} 512 13", BYTES - 512));
+    guest.ok(&format!("disk-write 0 {AT} {LENGTH} 19"));
+    let mut seen = 0;
+    for _ in 0..3 {
+        guest.send(&format!("loudly disk-write 0 {AT} {LENGTH} 20 again"));
+        guest.line("begun disk-write");
+        let to = file(direct);
+        let report = copied(&mut guest, &to).unwrap();
+        assert_eq!(guest.machine.state(), RunState::Running);
+        guest.send("");
+        let said = guest.line("ok disk-write");
+        let last: u64 = fields(&said)["seed"].parse().unwrap();
+        seen += report.last + report.rounds.iter().skip(1).map(|it| it.pages).sum::<u64>();
+
+        assert_eq!(to.metadata().unwrap().len(), BYTES);
+        assert!(to.metadata().unwrap().blocks() * 512 < 12 << 20);
+        assert!(read(&to, 8 << 20, 1 << 20) == pattern(11, 8 << 20, 1 << 20));
+        assert!(read(&to, BYTES - 512, 512) == pattern(13, BYTES - 512, 512));
+        let there = read(&to, AT, LENGTH);
+        let written: Vec<Vec<u8>> = (19..=last).map(|seed| pattern(seed, AT, LENGTH)).collect();
+        let mut seeds = BTreeSet::new();
+        for at in (0..LENGTH).step_by(512) {
+            let is = |pattern: &Vec<u8>| pattern[at..at + 512] == there[at..at + 512];
+            let Some(seed) = written.iter().position(is) else {
+                panic!("what lies at {at} was never written");
+            };
+            seeds.insert(seed);
+        }
+        let (first, newest) = (seeds.first().unwrap(), seeds.last().unwrap());
+        assert!(newest - first <= 1, "{seeds:?}");
+        guest.ok(&format!("disk-write 0 {AT} {LENGTH} 19"));
+    }
+    assert!(seen > 0, "it wrote nothing meanwhile");
+}
+
+#[test]
+fn a_paused_guest_stays_paused_and_one_that_ends_has_no_copy() {
+    let disk = file(false);
+    disk.set_len(BYTES).unwrap();
+    let mut guest = Setup::new().disk(&disk, |_| {}).boot();
+    guest.ok("disk-write 0 0 65536 3");
+    guest.machine.pause().unwrap();
+    let to = file(false);
+    let report = copied(&mut guest, &to).unwrap();
+    assert_eq!((report.pause, report.last), (Duration::ZERO, 0));
+    assert_eq!(guest.machine.state(), RunState::Paused);
+    assert!(read(&to, 0, 65536) == pattern(3, 0, 65536));
+    guest.machine.resume().unwrap();
+    guest.ok("echo alive");
+
+    let nothing = guest.machine.copy_disk(1, &to, POLICY);
+    assert!(matches!(nothing, Err(DiskCopyError::NoDisk { index: 1 })));
+    let mut copying = guest.machine.copy_disk(0, &to, POLICY).unwrap();
+    guest.machine.stop();
+    while guest.machine.state() != RunState::Stopped {
+        guest.machine.wait_event(Duration::from_secs(30));
+    }
+    let over = copying.advance(&mut guest.machine);
+    assert!(matches!(over, Err(DiskCopyError::Over)), "{over:?}");
+}
+
+/// What it is to be copied to has no room: the guest notices nothing.
+#[test]
+fn a_copy_that_fails_costs_the_guest_nothing() {
+    let disk = file(false);
+    disk.set_len(BYTES).unwrap();
+    let mut guest = Setup::new().disk(&disk, |_| {}).boot();
+    guest.ok("disk-write 0 0 1048576 3");
+    let full = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    assert!(copied(&mut guest, &full).is_err());
+    guest.ok("disk-write 0 0 1048576 4");
+    copied(&mut guest, &file(false)).unwrap();
+    guest.ok("disk-check 0 0 1048576 4");
+}
