@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use fractus_agent_api::copy::CopyId;
 use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::machine::{ImageRef, ServerId};
 
@@ -120,6 +121,19 @@ impl MachinePaths {
     /// The same while it is being written: not to be believed.
     pub fn new_memory(&self) -> PathBuf {
         self.folder.join("memory.new")
+    }
+
+    /// What names of copies of the root disk begin with, whole or not.
+    pub const COPY: &str = "copy-";
+
+    /// Of the root disk, whole.
+    pub fn copy(&self, id: CopyId) -> PathBuf {
+        self.folder.join(format!("{}{id}.raw", Self::COPY))
+    }
+
+    /// The same while it is being written: not to be believed.
+    pub fn new_copy(&self, id: CopyId) -> PathBuf {
+        self.folder.join(format!("{}{id}.new", Self::COPY))
     }
 
     /// ISO 9660, made anew at each start.

@@ -7,6 +7,7 @@
 //! path, except when run by hand ([`by_hand`]).
 
 pub mod by_hand;
+mod copying;
 mod devices;
 pub mod guest;
 pub mod jail;
@@ -299,6 +300,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         unheard: false,
         to_tell,
         suspend: None,
+        copying: None,
         sent: Default::default(),
         broken: None,
         abandoned: false,

@@ -12,12 +12,13 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+use crate::copy;
 use crate::device::{MOST_DISKS, MOST_NICS};
 use crate::guest;
 use crate::machine::{
     Generation, MachineSpec, Power, PutMachine, Refusal, Revision, StopReason, Wanted,
 };
-use crate::migration::{self, MigrationId, Transit};
+use crate::migration::{MigrationId, Transit};
 
 /// What an agent has persisted of a machine's intent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -63,6 +64,9 @@ pub enum Intake {
     Same,
 }
 
+/// Of `PutMachine::version`.
+const NEWEST_PUT: u32 = copy::PUT_VERSION;
+
 /// Whether `put` is taken by an agent that holds `held`.
 ///
 /// # Errors
@@ -70,18 +74,21 @@ pub enum Intake {
 /// agent of this version.
 pub fn intake(held: Option<&Intent>, put: &PutMachine) -> Result<Intake, Refusal> {
     let invalid = |detail: String| Err(Refusal::Invalid { detail });
-    if put.version == 0 || put.version > migration::PUT_VERSION {
+    if put.version == 0 || put.version > NEWEST_PUT {
         return invalid(format!(
-            "version {} of the body; this agent knows up to {}",
-            put.version,
-            migration::PUT_VERSION
+            "version {} of the body; this agent knows up to {NEWEST_PUT}",
+            put.version
         ));
     }
-    if put.wanted.migrates() && put.version < migration::PUT_VERSION {
+    let takes = put.wanted.version();
+    if put.version < takes {
+        let what = match put.wanted.copy {
+            Some(_) => "a copy",
+            None => "a migration",
+        };
         return invalid(format!(
-            "a migration in a body of version {}; it takes {}",
-            put.version,
-            migration::PUT_VERSION
+            "{what} in a body of version {}; it takes {takes}",
+            put.version
         ));
     }
     if let Some(held) = held {
@@ -370,13 +377,13 @@ fn in_transit(wanted: &Wanted, done: &Done, seen: &Seen<'_>) -> Option<Step> {
 mod migration_tests;
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
     use crate::machine::{Boot, ImageFormat, ImageRef, MachineSpec, Pages, RootDisk};
 
-    pub(super) fn wanted(power: Power, soft: u64, hard: u64, rebuilds: u64) -> Wanted {
+    pub(crate) fn wanted(power: Power, soft: u64, hard: u64, rebuilds: u64) -> Wanted {
         Wanted {
             power,
             soft_reboots: soft,
@@ -385,6 +392,7 @@ mod tests {
             arrives: None,
             departs: None,
             continues: None,
+            copy: None,
             spec: MachineSpec {
                 vcpus: 1,
                 max_vcpus: None,
@@ -619,7 +627,7 @@ mod tests {
         wrong.wanted.spec.vcpus = 65;
         assert!(matches!(model.put(&wrong), Err(Refusal::Invalid { .. })));
         wrong = put(1, 1, wanted(Power::Running, 0, 0, 0));
-        wrong.version = migration::PUT_VERSION + 1;
+        wrong.version = NEWEST_PUT + 1;
         assert!(matches!(model.put(&wrong), Err(Refusal::Invalid { .. })));
         assert_eq!(model.intent, None);
     }

@@ -13,6 +13,7 @@
 //! | `PUT /v1/machines/{id}` | `PutMachine` -> `MachineReport`, or 409 `Refusal` |
 //! | `GET /v1/machines/{id}` | -> `MachineReport`, or 404 `Refusal` |
 //! | `GET /v1/machines/{id}/console-log?length=N` | -> the last N lines, `application/octet-stream` |
+//! | `GET /v1/machines/{id}/copies/{copy}` | -> its bytes as pieces ([`crate::copy`]), or 404 `Refusal` |
 //! | `GET /v1/machines/{id}/console` | WebSocket, binary frames both ways: the serial line |
 //! | `GET /metrics` | -> Prometheus text |
 //!

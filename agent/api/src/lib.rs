@@ -5,6 +5,7 @@
 //! controller speaks to an agent one release older, so fields are only ever added, with defaults.
 
 pub mod client;
+pub mod copy;
 pub mod decision;
 pub mod device;
 pub mod guest;

@@ -5,9 +5,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::copy::{self, CopyId, CopyReport};
 use crate::device::{DeviceReport, Disk, Nic};
 use crate::guest::{GuestOptions, GuestReport};
-use crate::migration::{Arrival, Departure, MigrationId, MigrationReport, Shape};
+use crate::migration::{self, Arrival, Departure, MigrationId, MigrationReport, Shape};
 use crate::size::SizeReport;
 
 /// A server of the cloud; the machine that runs it has the same id.
@@ -73,6 +74,9 @@ pub struct Wanted {
     /// The guest is the one that stands still here, after this migration, and no other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub continues: Option<MigrationId>,
+    /// A copy of the root disk is to be had ([`crate::copy`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<CopyId>,
     pub spec: MachineSpec,
 }
 
@@ -82,7 +86,17 @@ impl Wanted {
     pub fn end(&mut self) {
         self.power = Power::Absent;
         (self.arrives, self.departs, self.continues) = (None, None, None);
+        self.copy = None;
         self.spec.guest.instance = None;
+    }
+
+    /// `PutMachine::version` of a body that says this: an agent that does not know what it speaks of refuses it.
+    pub fn version(&self) -> u32 {
+        match (self.copy.is_some(), self.migrates()) {
+            (true, _) => copy::PUT_VERSION,
+            (false, true) => migration::PUT_VERSION,
+            (false, false) => crate::VERSION,
+        }
     }
 }
 
@@ -231,6 +245,9 @@ pub struct MachineReport {
     pub shape: Option<Shape>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationReport>,
+    /// Of the copy that `revision` wants.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<CopyReport>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

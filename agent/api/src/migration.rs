@@ -229,15 +229,17 @@ pub enum Transit {
 }
 
 impl Wanted {
-    /// The one after the other says something of a migration, and nothing else: a guest that has ended meanwhile is
-    /// not wanted back for that.
+    /// The one after the other says something of a migration or a copy, and nothing else: a guest that has ended
+    /// meanwhile is not wanted back for that.
     pub fn is_for_same_guest(&self, next: &Wanted) -> bool {
         let plain = |wanted: &Wanted| {
             let mut wanted = wanted.clone();
             (wanted.arrives, wanted.departs, wanted.continues) = (None, None, None);
+            wanted.copy = None;
             wanted
         };
-        (self.migrates() || next.migrates()) && plain(self) == plain(next)
+        let says = self.migrates() || next.migrates() || self.copy != next.copy;
+        says && plain(self) == plain(next)
     }
 
     /// Whether it says anything of a migration.

@@ -1,6 +1,6 @@
 //! The calls of the agent's table.
 
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::{StatusCode, header};
@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
 use axum::{Extension, Router};
 use fractus_agent_api::VERSION;
+use fractus_agent_api::copy::{CopyId, CopyState};
 use fractus_agent_api::host::FullReport;
 use fractus_agent_api::identity::Peer;
 use fractus_agent_api::machine::{PutMachine, Refusal, ServerId};
@@ -17,6 +18,7 @@ use serde::Deserialize;
 use tracing::Instrument;
 use uuid::Uuid;
 
+use super::sparse;
 use crate::console::live::{Consoles, Watcher};
 use crate::console::ring;
 use crate::host::inventory::Inventory;
@@ -58,6 +60,7 @@ pub fn router<L: Launcher>(api: Api<L>) -> Router {
         .route("/v1/machines/{id}", get(one::<L>).put(put::<L>))
         .route("/v1/machines/{id}/console-log", get(console_log::<L>))
         .route("/v1/machines/{id}/console", get(console::<L>))
+        .route("/v1/machines/{id}/copies/{copy}", get(copy::<L>))
         .route("/metrics", get(metrics::<L>))
         .layer(DefaultBodyLimit::max(BODY))
         .layer(from_fn(controllers_only))
@@ -138,6 +141,33 @@ async fn put<L: Launcher>(
     let put: PutMachine = serde_json::from_slice(&body).map_err(|e| invalid(e.to_string()))?;
     let report = api.machines.put(server(&id)?, put).await.map_err(Refused)?;
     Ok(Json(report).into_response())
+}
+
+/// The bytes of a copy that the machine's report speaks of.
+async fn copy<L: Launcher>(
+    State(api): State<Api<L>>,
+    Path((id, copy)): Path<(String, String)>,
+) -> Result<Response, Refused> {
+    let id = server(&id)?;
+    let report = api.machines.get(id).ok_or(Refused(Refusal::Unknown))?;
+    let copy = Uuid::try_parse(&copy).map_err(|_| Refused(Refusal::Unknown))?;
+    let said = report.copy.filter(|said| said.id.0 == copy);
+    match said.map(|said| said.state) {
+        Some(CopyState::Made { .. }) => {}
+        Some(CopyState::Copying) => {
+            let state = "being copied".to_owned();
+            return Err(Refused(Refusal::WrongState { state }));
+        }
+        Some(CopyState::Failed { .. }) | None => return Err(Refused(Refusal::Unknown)),
+    }
+    let path = api.paths.machine(id).copy(CopyId(copy));
+    let pieces = sparse::pieces(path).await.map_err(|error| {
+        Refused(Refusal::Unavailable {
+            detail: error.to_string(),
+        })
+    })?;
+    let kind = [(header::CONTENT_TYPE, "application/octet-stream")];
+    Ok((kind, Body::from_stream(pieces)).into_response())
 }
 
 #[derive(Deserialize)]

@@ -9,9 +9,10 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use fractus_agent_api::copy::CopyId;
 use fractus_agent_api::device::{Disk, DiskSource, Nic};
 use fractus_agent_api::guest::InstanceData;
-use fractus_agent_api::machine::{Boot, ImageRef, RootDisk};
+use fractus_agent_api::machine::{Boot, ImageFormat, ImageRef, RootDisk};
 use uuid::Uuid;
 
 use crate::clock::now_us;
@@ -130,6 +131,31 @@ impl Makings for HostMakings {
             size: bytes,
         };
         self.disk(paths, &disk, Old::Replace, progress).await
+    }
+
+    async fn copy_disk(&self, paths: &MachinePaths, copy: CopyId) -> Result<u64, MakeError> {
+        let turn = self.cache.turn().await;
+        let (cancel, cancelled) = Cancel::new();
+        let (from, to) = (paths.disk(), paths.copy(copy));
+        let made = apart("copying the root disk", move || {
+            let _turn = turn;
+            let open = |source| VolumeError::Open {
+                path: from.clone(),
+                source,
+            };
+            let disk = fs::File::open(&from).map_err(open)?;
+            let bytes = disk.metadata().map_err(open)?.len();
+            let image = Some((disk, ImageFormat::Raw));
+            directory::make(&to, Old::Replace, bytes, image, &cancelled)?;
+            let open = |source| VolumeError::Open {
+                path: to.clone(),
+                source,
+            };
+            Ok(fs::metadata(&to).map_err(open)?.len())
+        })
+        .await;
+        drop(cancel);
+        made
     }
 
     async fn open_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<OpenDisk, MakeError> {

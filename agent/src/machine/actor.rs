@@ -10,6 +10,7 @@
 //! before that); a newer intent, or a new start of the agent, tries anew. A guest that went down by
 //! itself stays down until a newer intent.
 
+mod copy;
 mod devices;
 mod guest;
 mod migrate;
@@ -32,6 +33,7 @@ use tokio::task::unconstrained;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use self::copy::Copying;
 use self::devices::Devices;
 use self::guest::Guest;
 use self::migrate::Travel;
@@ -114,6 +116,8 @@ pub struct Actor<L: Launcher> {
     sizes: Sizes,
     /// What the process said of which attempt to suspend its guest.
     suspended: Option<(Uuid, Result<(), String>)>,
+    /// Its disk is copied.
+    copying: Copying,
     /// Its guest comes or goes.
     travel: Travel,
     /// The process is built, and waits for its `Go`.
@@ -180,6 +184,7 @@ impl<L: Launcher> Actor<L> {
             devices: Devices::default(),
             sizes: Sizes::default(),
             suspended: None,
+            copying: Copying::default(),
             travel: Travel::default(),
             ready: false,
             interrupted: false,
@@ -205,6 +210,7 @@ impl<L: Launcher> Actor<L> {
     /// What the record says was there: is it still?
     /// While that cannot be told, nothing is done.
     async fn take_up(&mut self) -> Result<(), Over> {
+        self.find_copy();
         let Some(recorded) = self.record.process else {
             self.remove_memory();
             return Ok(());
@@ -267,6 +273,9 @@ impl<L: Launcher> Actor<L> {
                 }
                 if self.policy_is_new() {
                     return self.say_policy().await;
+                }
+                if let Some(step) = self.next_copy() {
+                    return self.carry_copy(step).await;
                 }
                 self.publish();
                 self.rest().await
@@ -442,7 +451,9 @@ impl<L: Launcher> Actor<L> {
             if !same_guest {
                 self.record.stop = None;
             }
-            if let Some(process) = &mut self.record.process {
+            if let Some(process) = &mut self.record.process
+                && !same_guest
+            {
                 process.held = false;
             }
             if self.record.intent.wanted.power != Power::Absent {
@@ -464,6 +475,7 @@ impl<L: Launcher> Actor<L> {
             );
             self.failed = None;
             self.interrupted = false;
+            self.copying.try_anew();
             self.devices.try_anew();
             self.sizes.try_anew();
             self.shutdown_by = None;
@@ -481,11 +493,15 @@ impl<L: Launcher> Actor<L> {
             }
             Heard::Moving(moving) => self.moved(Some(moving)),
             Heard::Suspended(attempt, what) => self.suspended = Some((attempt, what)),
+            Heard::Copied(attempt, what) => self.copied(attempt, what),
             Heard::Status(status) => {
                 if let Some(said) = status.guest {
                     self.guest_has_said(&said);
                 }
                 self.meetings += u64::from(status.fresh);
+                if status.fresh {
+                    self.lose_copy();
+                }
                 self.devices.told(status.devices, status.fresh);
                 self.sized(status.size, status.fresh);
                 self.moved(status.moving);
@@ -559,6 +575,7 @@ impl<L: Launcher> Actor<L> {
             .is_some_and(|at| at.elapsed() < patience);
         let (ran, boot) = recorded.map_or((false, None), |p| (p.ran, Some(p.boot_id)));
         self.phase = Phase::None;
+        self.lose_copy();
         self.travel.end();
         self.forget_arrival();
         self.start_by = None;
@@ -629,6 +646,8 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
     }
 }
 
+#[cfg(test)]
+mod copy_tests;
 #[cfg(test)]
 mod devices_tests;
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use async_trait::async_trait;
+use fractus_agent_api::copy::CopyId;
 use fractus_agent_api::device::{DeviceId, DeviceKind, Disk, Nic};
 use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{Boot, RootDisk};
@@ -100,6 +101,9 @@ pub trait Makings: Send + Sync + 'static {
         bytes: u64,
         progress: &Progress,
     ) -> Result<(), MakeError>;
+
+    /// A copy of the root disk, which no guest has now, stands in its place afterwards, whole; its bytes.
+    async fn copy_disk(&self, paths: &MachinePaths, copy: CopyId) -> Result<u64, MakeError>;
 
     /// Opens a disk besides the root disk, which no guest has now; made where there is none.
     async fn open_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<OpenDisk, MakeError>;

@@ -155,6 +155,8 @@ pub enum Heard {
     Event(MachineEvent),
     DeviceRefused(DeviceId, String),
     ResizeRefused(String),
+    /// What became of this attempt to copy its root disk.
+    Copied(Uuid, Result<(), String>),
     /// What became of this attempt to suspend its guest.
     Suspended(Uuid, Result<(), String>),
     /// How far its guest is that is being sent.
@@ -211,6 +213,19 @@ pub trait Process: Send + 'static {
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
 
+    /// Has it copy its root disk, which has `bytes`, to `file`, while its guest runs; what it says of this attempt
+    /// answers. An attempt of before is given up.
+    async fn copy(
+        &mut self,
+        attempt: Uuid,
+        file: File,
+        bytes: u64,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError>;
+
+    /// Has it copy nothing any more.
+    async fn no_copy(&mut self, request_id: Option<&str>) -> Result<(), ProcessError>;
+
     /// Has it send its guest by `line`, or, without one, by another policy; what it says of this migration answers
     /// the former.
     async fn send(
@@ -251,6 +266,8 @@ pub struct HostProcess {
     suspends: Option<bool>,
     /// Whether it can send it, likewise.
     sends: Option<bool>,
+    /// Whether it can copy its root disk, likewise.
+    copies: Option<bool>,
 }
 
 /// A process that was adopted while it was busy is asked again after this time.
@@ -272,11 +289,13 @@ impl HostProcess {
                 size,
                 suspends,
                 sends,
+                copies,
                 moving,
                 ..
             } if version <= VERSION => {
                 self.control = Some(control);
                 (self.suspends, self.sends) = (Some(suspends), Some(sends));
+                self.copies = Some(copies);
                 let status = Status {
                     state,
                     guest,
@@ -364,6 +383,9 @@ impl HostProcess {
             FromMachine::ResizeRefused { detail } => Some(Heard::ResizeRefused(detail)),
             FromMachine::Suspended { attempt, error } => {
                 Some(Heard::Suspended(attempt, error.map_or(Ok(()), Err)))
+            }
+            FromMachine::Copied { attempt, error } => {
+                Some(Heard::Copied(attempt, error.map_or(Ok(()), Err)))
             }
             FromMachine::DeviceRefused { id, detail } => Some(Heard::DeviceRefused(id, detail)),
             // The end of the process says so too, and once is enough.
@@ -468,6 +490,31 @@ impl Process for HostProcess {
             attempt,
         };
         self.say(&message, &[file.as_fd()]).await
+    }
+
+    async fn copy(
+        &mut self,
+        attempt: Uuid,
+        file: File,
+        bytes: u64,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        if !self.copies.ok_or(ProcessError::Mute)? {
+            let text = "the machine's process was started by an agent that could not copy its disk; that can be done \
+                        once it has been stopped";
+            return Err(ProcessError::NotNow(text.to_owned()));
+        }
+        self.let_write(bytes)?;
+        let message = ToMachine::Copy {
+            request_id: request_id.map(str::to_owned),
+            attempt,
+        };
+        self.say(&message, &[file.as_fd()]).await
+    }
+
+    async fn no_copy(&mut self, request_id: Option<&str>) -> Result<(), ProcessError> {
+        let request_id = request_id.map(str::to_owned);
+        self.say(&ToMachine::NoCopy { request_id }, &[]).await
     }
 
     async fn send(

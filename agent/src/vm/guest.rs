@@ -34,6 +34,12 @@ pub trait Guest {
     fn names(&self) -> (Vec<String>, Vec<String>);
     /// Writes all that a paused guest is to a file, which is on its disk then, and `note` with it.
     fn write(&mut self, file: File, note: &[u8]) -> Result<(), GuestError>;
+    /// Begins to copy its root disk, its first, to a file, whose content goes. Not while it is being sent.
+    fn copy(&mut self, file: File) -> Result<(), GuestError>;
+    /// Copies some more; once it is over, whether the copy is whole in the file and on its disk. None: there is more to
+    /// copy, or nothing.
+    fn copy_on(&mut self) -> Option<Result<(), GuestError>>;
+    fn copy_no_more(&mut self);
     /// Begins to send it, with `note`, disks and all, by a connection whose own timeouts bound each wait. It is not
     /// to get or lose devices meanwhile.
     fn send(

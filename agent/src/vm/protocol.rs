@@ -108,6 +108,16 @@ pub enum ToMachine {
     Stay {
         request_id: Option<String>,
     },
+    /// Copy the root disk, as it is at one moment, to the file that comes with this packet, whose content goes; an
+    /// attempt of before is given up. Answered by `Copied`. Only to processes that say that they can.
+    Copy {
+        request_id: Option<String>,
+        attempt: Uuid,
+    },
+    /// Copy nothing any more.
+    NoCopy {
+        request_id: Option<String>,
+    },
     /// Ask the guest to let a device go, again if it was asked before. Answered likewise; another
     /// `Status` follows when it has gone.
     Detach {
@@ -142,6 +152,9 @@ pub enum FromMachine {
         /// Whether it knows `Send`.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         sends: bool,
+        /// Whether it knows `Copy`.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        copies: bool,
         /// What became of the last.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         moving: Option<Moving>,
@@ -151,6 +164,13 @@ pub enum FromMachine {
     /// The guest's memory is in the file that came with this attempt, and on its disk; or it is not, and the
     /// machine is as before.
     Suspended {
+        attempt: Uuid,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    },
+    /// The copy of the root disk is whole in the file that came with this attempt, and on its disk; or there is none.
+    /// The guest does what it did.
+    Copied {
         attempt: Uuid,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<String>,
@@ -388,6 +408,11 @@ mod tests {
                 policy: Policy::default(),
             },
             ToMachine::Stay { request_id: None },
+            ToMachine::Copy {
+                request_id: Some("req-1".to_owned()),
+                attempt: DEVICE.0,
+            },
+            ToMachine::NoCopy { request_id: None },
         ]
     }
 
@@ -430,6 +455,7 @@ mod tests {
             size: None,
             suspends: true,
             sends: true,
+            copies: false,
             moving: Some(Moving {
                 state: migration::State::Offered {
                     ran: true,
@@ -469,6 +495,7 @@ mod tests {
             }),
             suspends: false,
             sends: false,
+            copies: false,
             moving: None,
         }
     }
@@ -490,6 +517,7 @@ mod tests {
                 size: None,
                 suspends: false,
                 sends: false,
+                copies: false,
                 moving: None,
             },
             FromMachine::Status {
@@ -505,6 +533,7 @@ mod tests {
                 size: None,
                 suspends: false,
                 sends: false,
+                copies: false,
                 moving: None,
             },
             with_devices(),
@@ -534,6 +563,7 @@ mod tests {
                 size: None,
                 suspends: true,
                 sends: false,
+                copies: false,
                 moving: None,
             },
             FromMachine::Suspended {
@@ -546,6 +576,26 @@ mod tests {
             },
             FromMachine::Moving(moving()),
             offered(),
+            FromMachine::Status {
+                version: 1,
+                id: ID,
+                state: State::Running,
+                guest: None,
+                devices: None,
+                size: None,
+                suspends: true,
+                sends: true,
+                copies: true,
+                moving: None,
+            },
+            FromMachine::Copied {
+                attempt: DEVICE.0,
+                error: None,
+            },
+            FromMachine::Copied {
+                attempt: DEVICE.0,
+                error: Some("disk full".into()),
+            },
         ]
     }
 

@@ -142,8 +142,9 @@ const MAIN: &[i64] = &[
     libc::SYS_fsync,
     libc::SYS_io_uring_enter,
     libc::SYS_lseek,
-    // Disks are read when their guest is sent to another host.
+    // Disks are read when their guest is sent to another host, and copied to a file.
     libc::SYS_preadv,
+    libc::SYS_pwritev,
     // What a disk or network needs that comes while the machine runs; the spawner makes its threads.
     libc::SYS_statx,
     libc::SYS_eventfd2,
@@ -240,6 +241,9 @@ const TUN_ATTACH: &[u64] = &[
     0x4004_54d8, // TUNSETVNETHDRSZ
 ];
 
+/// FICLONE, by which a file that came open has the blocks of a disk.
+const FICLONE: u64 = 0x4004_9409;
+
 /// FIONBIO, by which the standard library makes a descriptor non-blocking.
 const FIONBIO: u64 = 0x5421;
 
@@ -283,7 +287,7 @@ fn ioctls(kind: Kind) -> Vec<u64> {
     match kind {
         Kind::Block | Kind::Vsock => Vec::new(),
         Kind::Net => [TUN_RUNTIME, &vhost::RUNTIME].concat(),
-        Kind::Main => [KVM_RUNTIME, TUN_ATTACH, &[FIONBIO]].concat(),
+        Kind::Main => [KVM_RUNTIME, TUN_ATTACH, &[FIONBIO, FICLONE]].concat(),
         Kind::Vcpu | Kind::Console => [KVM_RUNTIME, &[FIONBIO]].concat(),
         Kind::Spawner => [ioctls(Kind::Block), ioctls(Kind::Net)].concat(),
     }

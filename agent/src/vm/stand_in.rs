@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
@@ -20,6 +21,7 @@ use fractus_agent_api::migration::{Policy, Progress, State as Journey};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig, NetFiles};
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::VmError;
@@ -39,6 +41,8 @@ pub struct StandIn {
     bell: OwnedFd,
     /// Lines that the reading thread heard.
     lines: Receiver<String>,
+    /// What became of copying its disk.
+    copied: Option<io::Result<()>>,
     /// Where it is being sent, and what goes with it.
     sent: Option<(UnixStream, Vec<u8>)>,
     /// It was offered, and ran before that.
@@ -109,7 +113,7 @@ struct Held {
     /// It came while the stand-in ran.
     later: bool,
     /// Open for as long as it is there.
-    _files: Vec<File>,
+    files: Vec<File>,
 }
 
 /// Disks that may come while it runs, and networks.
@@ -132,7 +136,7 @@ impl StandIn {
             name,
             asked: false,
             later: false,
-            _files: files,
+            files,
         });
         let devices = devices.collect();
         let serial = File::from(serial);
@@ -164,6 +168,7 @@ impl StandIn {
             events: VecDeque::new(),
             bell,
             lines,
+            copied: None,
             sent: None,
             offered: None,
             stands: false,
@@ -238,7 +243,7 @@ impl StandIn {
             name: name.clone(),
             asked: false,
             later: true,
-            _files: files,
+            files,
         });
         Ok(name)
     }
@@ -278,6 +283,23 @@ impl StandIn {
         self.state = State::Stopped;
         Some(said(MachineEvent::Stopped { reason }))
     }
+}
+
+/// Through the host's cache, so that no buffer has to be aligned.
+fn copy(disk: &File, to: &File) -> io::Result<()> {
+    for file in [disk, to] {
+        rustix::fs::fcntl_setfl(file, OFlags::empty())?;
+    }
+    let (mut at, mut buffer) = (0, vec![0; 64 << 10]);
+    loop {
+        let length = disk.read_at(&mut buffer, at)?;
+        let Some(bytes) = buffer.get(..length).filter(|bytes| !bytes.is_empty()) else {
+            break;
+        };
+        to.write_all_at(bytes, at)?;
+        at += length as u64;
+    }
+    to.sync_all()
 }
 
 fn ring(bell: &OwnedFd) -> Result<(), GuestError> {
@@ -383,6 +405,23 @@ impl Guest for StandIn {
         // Whoever is suspended is to run when it goes on.
         file.write_all(&self.packed(note, true)?)?;
         Ok(file.sync_all()?)
+    }
+
+    fn copy(&mut self, file: File) -> Result<(), GuestError> {
+        let disk = self.devices.iter().find(|held| held.name == "disk0");
+        let disk = disk.and_then(|held| held.files.first());
+        let disk = disk.ok_or(io::Error::from(io::ErrorKind::NotFound))?;
+        // Nobody writes to it meanwhile.
+        self.copied = Some(copy(disk, &file));
+        Ok(())
+    }
+
+    fn copy_on(&mut self) -> Option<Result<(), GuestError>> {
+        Some(self.copied.take()?.map_err(GuestError::from))
+    }
+
+    fn copy_no_more(&mut self) {
+        self.copied = None;
     }
 
     fn send(

@@ -3,7 +3,7 @@
 //! A state machine at rest in `poll`. It must never block elsewhere: a console that does not read
 //! loses bytes (the log has them), an agent that does not read loses its connection and comes back. The exception is a
 //! guest that is sent to another host: a megabyte at a turn, for as long as [`super::paced`] lets that take, and as its
-//! disks take to be read.
+//! disks take to be read; likewise one whose disk is copied.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -60,6 +60,8 @@ pub struct Supervisor {
     pub to_tell: bool,
     /// The guest is to be suspended, to this file.
     pub suspend: Option<(uuid::Uuid, OwnedFd)>,
+    /// Its root disk is being copied, in this attempt.
+    pub copying: Option<uuid::Uuid>,
     /// What became of sending it to another host.
     pub sent: Sent,
     /// It cannot go on, and this is why.
@@ -167,6 +169,7 @@ impl Supervisor {
                 self.accept(&mut others);
             }
             self.send_on();
+            self.copy_on();
         }
     }
 
@@ -208,7 +211,8 @@ impl Supervisor {
             true => Some(Duration::ZERO),
             false => {
                 let leave = self.leave.as_ref().and_then(Leave::left);
-                let all = [self.pace.left(), self.lean.left(), leave, self.to_send()];
+                let more = self.copying.map(|_| Duration::ZERO).or(self.to_send());
+                let all = [self.pace.left(), self.lean.left(), leave, more];
                 all.into_iter().flatten().min()
             }
         };
@@ -398,20 +402,11 @@ impl Supervisor {
         log::line(format_args!("agent: {message:?}"));
         self.lean.happened();
         let done = match message {
-            ToMachine::Hello { .. } | ToMachine::Status => {
-                self.tell(&self.status());
-                Ok(())
-            }
+            ToMachine::Hello { .. } | ToMachine::Status => self.tell_status(),
             ToMachine::Go => self.guest.start(),
             // Repeated, because the agent did not hear that it was done.
-            ToMachine::Pause { .. } if self.guest.state() == State::Paused => {
-                self.tell(&self.status());
-                Ok(())
-            }
-            ToMachine::Resume { .. } if self.guest.state() == State::Running => {
-                self.tell(&self.status());
-                Ok(())
-            }
+            ToMachine::Pause { .. } if self.guest.state() == State::Paused => self.tell_status(),
+            ToMachine::Resume { .. } if self.guest.state() == State::Running => self.tell_status(),
             ToMachine::Pause { request_id } => {
                 log::request(request_id);
                 self.only_in(State::Running)
@@ -470,7 +465,12 @@ impl Supervisor {
                 policy,
             } => {
                 log::request(request_id);
+                self.copy_no_more("its guest is to be sent to another host");
                 self.send(migration, policy, files)
+            }
+            copies @ (ToMachine::Copy { .. } | ToMachine::NoCopy { .. }) => {
+                self.obey_about_copies(copies, files);
+                Ok(())
             }
             ToMachine::Stay { request_id } => {
                 log::request(request_id);
@@ -489,6 +489,11 @@ impl Supervisor {
                 detail: error.to_string(),
             });
         }
+    }
+
+    fn tell_status(&mut self) -> Result<(), GuestError> {
+        self.tell(&self.status());
+        Ok(())
     }
 
     /// The loop does it, which has the serial line at hand.
@@ -523,6 +528,7 @@ impl Supervisor {
             size: Some(self.guest.size()),
             suspends: true,
             sends: true,
+            copies: true,
             moving: self.sent.moving.clone(),
         }
     }

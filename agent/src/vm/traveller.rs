@@ -13,7 +13,9 @@ use fractus_agent_api::machine::StopReason;
 use fractus_agent_api::migration::{self, Policy, Progress, State as Journey};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
-use fractus_vmm::machine::{self, Luggage, Machine, Offered, RunState, SendReport, Sender, Unsent};
+use fractus_vmm::machine::{
+    self, DiskCopying, Luggage, Machine, Offered, RunState, SendReport, Sender, Unsent,
+};
 use fractus_vmm::stream::converge;
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -27,6 +29,8 @@ const PAGE: u64 = fractus_vmm::stream::PAGE as u64;
 
 pub struct Traveller {
     stage: Stage,
+    /// Of the machine, which is here then.
+    copying: Option<DiskCopying>,
     /// Of the machine, wherever it is.
     events: OwnedFd,
     /// Never readable: what one asks for that was offered waits.
@@ -55,6 +59,7 @@ impl Traveller {
             events: machine.event_fd().try_clone_to_owned()?,
             silence: eventfd(0, EventfdFlags::CLOEXEC)?,
             stage: Stage::Here(machine),
+            copying: None,
             stands: false,
             let_go: false,
         })
@@ -201,6 +206,36 @@ impl Guest for Traveller {
         let report = written.map_err(|error| GuestError::Machine(super::chain(&error)))?;
         super::log::line(format_args!("{report:?}"));
         Ok(())
+    }
+
+    fn copy(&mut self, file: File) -> Result<(), GuestError> {
+        let copying = self.at_home()?.copy_disk(0, &file, by(Policy::default()));
+        let copying = copying.map_err(|error| GuestError::Machine(super::chain(&error)))?;
+        self.copying = Some(copying);
+        Ok(())
+    }
+
+    fn copy_on(&mut self) -> Option<Result<(), GuestError>> {
+        let mut copying = self.copying.take()?;
+        let machine = match self.at_home() {
+            Ok(machine) => machine,
+            Err(error) => return Some(Err(error)),
+        };
+        match copying.advance(machine) {
+            Ok(None) => {
+                self.copying = Some(copying);
+                None
+            }
+            Ok(Some(report)) => {
+                super::log::line(format_args!("{report:?}"));
+                Some(Ok(()))
+            }
+            Err(error) => Some(Err(GuestError::Machine(super::chain(&error)))),
+        }
+    }
+
+    fn copy_no_more(&mut self) {
+        self.copying = None;
     }
 
     fn send(

@@ -451,6 +451,7 @@ pub fn wanted(kernel: &ImageRef, power: Power) -> Wanted {
         arrives: None,
         departs: None,
         continues: None,
+        copy: None,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,
@@ -478,7 +479,7 @@ pub fn wanted(kernel: &ImageRef, power: Power) -> Wanted {
 
 pub fn put(revision: u64, wanted: Wanted) -> PutMachine {
     PutMachine {
-        version: 1,
+        version: wanted.version(),
         generation: Generation(1),
         revision: Revision(revision),
         wanted,

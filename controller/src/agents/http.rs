@@ -8,14 +8,15 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use fractus_agent_api::client::CallError;
 use fractus_agent_api::client::agent::AgentClient;
+use fractus_agent_api::copy::CopyId;
 use fractus_agent_api::host::{FullReport, HostId, HostReport};
 use fractus_agent_api::machine::{MachineReport, PutMachine, ServerId};
 use fractus_agent_api::tls::Credentials;
-use futures::{SinkExt, StreamExt, future};
+use futures::{SinkExt, StreamExt, future, stream};
 use tokio_tungstenite::tungstenite::Message;
 
 use super::fleet::Fleet;
-use super::{Agent, AgentError, Agents, Console};
+use super::{Agent, AgentError, Agents, Console, CopyPart, CopyStream};
 
 /// Agents at the addresses that their heartbeats gave.
 pub struct HttpAgents {
@@ -119,6 +120,27 @@ impl Agent for HttpAgent {
     async fn console_log(&self, id: ServerId, lines: Option<u64>) -> Result<Bytes, AgentError> {
         let log = self.client.console_log(id, lines).await;
         log.map(Bytes::from).map_err(|error| self.error(error))
+    }
+
+    async fn copy(&self, id: ServerId, copy: CopyId) -> Result<CopyStream, AgentError> {
+        let body = self.client.copy(id, copy).await;
+        let body = body.map_err(|error| self.error(error))?;
+        let host = self.host;
+        let parts = stream::unfold(Some(body), move |body| async move {
+            let mut body = body?;
+            Some(match body.next().await {
+                Ok(Ok(pieces)) => {
+                    let pieces = pieces.into_iter().map(CopyPart::Piece).map(Ok);
+                    (pieces.collect(), Some(body))
+                }
+                Ok(Err(size)) => (vec![Ok(CopyPart::End(size))], None),
+                Err(error) => {
+                    let detail = error.to_string();
+                    (vec![Err(AgentError::Unreachable { host, detail })], None)
+                }
+            })
+        });
+        Ok(parts.flat_map(stream::iter).boxed())
     }
 
     async fn console(&self, id: ServerId) -> Result<Console, AgentError> {

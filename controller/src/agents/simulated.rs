@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use bytes::Bytes;
 use fractus_agent_api::VERSION;
+use fractus_agent_api::copy::{CopyId, Piece};
 use fractus_agent_api::decision::{self, Intake, Intent, Process};
 use fractus_agent_api::host::{Changes, CpuReport, FullReport, HostId, HostReport};
 use fractus_agent_api::machine::{
@@ -19,8 +20,8 @@ use fractus_agent_api::machine::{
 use futures::{SinkExt, StreamExt};
 use uuid::Uuid;
 
-use self::machine::Record;
-use super::{Agent, AgentError, Agents, Console};
+use self::machine::{COPIED, Record};
+use super::{Agent, AgentError, Agents, Console, CopyPart, CopyStream};
 
 /// A simulated host with its agent.
 pub struct SimulatedHost {
@@ -40,6 +41,8 @@ struct Host {
     sequence: u64,
     pushed: BTreeMap<ServerId, MachineReport>,
     down: bool,
+    /// No copy of a disk has room here.
+    full: bool,
     inventory: Option<HostReport>,
     now_us: i64,
     /// What somebody else tells it right after it has next been asked of a machine.
@@ -135,9 +138,9 @@ impl SimulatedHost {
         let stepped = {
             let mut host = self.host();
             let now = host.now_us;
-            let down = host.down;
+            let (down, full) = (host.down, host.full);
             match host.machines.get_mut(&id) {
-                Some(record) if !down => record.step(now),
+                Some(record) if !down => record.step(now) || record.step_of_copies(full),
                 _ => false,
             }
         };
@@ -221,6 +224,7 @@ impl SimulatedHost {
         let mut host = self.host();
         for record in host.machines.values_mut() {
             record.failed = None;
+            record.copy_failed = None;
             record.agent_ended();
         }
         host.down = false;
@@ -300,6 +304,16 @@ impl SimulatedHost {
             record.failed = Some(reason.to_owned());
         }
         (self.changed)(self.id);
+    }
+
+    /// No copy of a disk has room here from now on, or any has again.
+    pub fn set_full(&self, full: bool) {
+        self.host().full = full;
+    }
+
+    /// The copy of the server's disk that is here.
+    pub fn copied(&self, id: ServerId) -> Option<CopyId> {
+        self.host().machines.get(&id)?.copy
     }
 
     /// Loses all records, as if the host had been installed anew.
@@ -429,6 +443,20 @@ impl Agent for SimulatedHost {
             usize::try_from(lines).unwrap_or(usize::MAX)
         });
         Ok(Bytes::from(all[all.len().saturating_sub(lines)..].concat()))
+    }
+
+    /// Which disk it is, a little behind the copy's beginning.
+    async fn copy(&self, id: ServerId, copy: CopyId) -> Result<CopyStream, AgentError> {
+        if self.copied(id) != Some(copy) {
+            return Err(AgentError::Refused(Refusal::Unknown));
+        }
+        let text = format!("disk {} of {id}", self.disks(id));
+        let piece = Piece {
+            offset: 4096,
+            bytes: text.into(),
+        };
+        let parts = [CopyPart::Piece(piece), CopyPart::End(COPIED)];
+        Ok(futures::stream::iter(parts.map(Ok)).boxed())
     }
 
     async fn console(&self, id: ServerId) -> Result<Console, AgentError> {

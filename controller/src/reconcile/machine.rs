@@ -4,12 +4,10 @@
 //! Generations are `epoch << 32 | counter`. A database restored from a backup begins a new epoch
 //! ([`begin_epoch`]), above every generation that was ever given out.
 
-use fractus_agent_api::VERSION;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{
     Generation, MachineReport, Power, PutMachine, Revision, ServerId, Wanted,
 };
-use fractus_agent_api::migration;
 use sea_orm::entity::prelude::*;
 use sea_orm::sea_query::{Expr, OnConflict};
 use sea_orm::{DatabaseTransaction, QueryOrder, QuerySelect, Set};
@@ -176,13 +174,10 @@ pub async fn own(
     find(tx, server).await
 }
 
-/// Of the body that says so: an agent that knows nothing of migrations must not take one that speaks of them.
+/// Of the body that says so: an agent that knows nothing of migrations, or copies, must not take one that speaks of
+/// them.
 pub(super) fn version(wanted: &Wanted) -> u32 {
-    if wanted.migrates() {
-        migration::PUT_VERSION
-    } else {
-        VERSION
-    }
+    wanted.version()
 }
 
 /// Changes what is wanted and raises the revision; `None` if the server has no machine. Reads and

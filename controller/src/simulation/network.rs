@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use fractus_agent_api::copy::CopyId;
 use fractus_agent_api::host::{Changes, FullReport, Heartbeat, HostId, HostReport};
 use fractus_agent_api::machine::{MachineReport, PutMachine, ServerId};
 use rand::rngs::StdRng;
@@ -14,7 +15,7 @@ use sea_orm::{DbErr, RuntimeErr};
 use tokio::sync::watch;
 
 use crate::agents::simulated::{SimulatedAgents, SimulatedHost};
-use crate::agents::{Agent, AgentError, Agents, Console};
+use crate::agents::{Agent, AgentError, Agents, Console, CopyStream};
 use crate::database::WriteHook;
 
 /// The life of one controller: ends at its n-th effect from now, and from then on nothing that it
@@ -312,6 +313,12 @@ impl Agent for Wire {
 
     async fn console_log(&self, id: ServerId, lines: Option<u64>) -> Result<Bytes, AgentError> {
         self.host.console_log(id, lines).await
+    }
+
+    async fn copy(&self, id: ServerId, copy: CopyId) -> Result<CopyStream, AgentError> {
+        self.effect().await?;
+        self.reach()?;
+        self.host.copy(id, copy).await
     }
 
     async fn console(&self, id: ServerId) -> Result<Console, AgentError> {

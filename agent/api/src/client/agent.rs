@@ -1,6 +1,7 @@
 //! A controller's view of one agent.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::Method;
 use rustls::pki_types::ServerName;
@@ -11,6 +12,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 
 use super::{CONNECT, CallError, ClientError, Transport, address};
+use crate::copy::{CopyId, Piece, Unpacker};
 use crate::host::{FullReport, HostId, HostReport};
 use crate::machine::{MachineReport, PutMachine, ServerId};
 use crate::tls::{self, Credentials, Expected};
@@ -18,6 +20,36 @@ use crate::tls::{self, Credentials, Expected};
 /// The serial line of a machine: binary messages both ways. The stream closes when the machine ends
 /// or the agent does.
 pub type Console = WebSocketStream<TlsStream<TcpStream>>;
+
+/// How long an agent may send nothing of what it is asked for.
+const STALL: Duration = Duration::from_secs(60);
+
+/// A copy that comes in.
+#[derive(Debug)]
+pub struct CopyBody {
+    client: AgentClient,
+    response: reqwest::Response,
+    unpacker: Unpacker,
+}
+
+impl CopyBody {
+    /// What has come next, perhaps none; the size of the whole once all has.
+    pub async fn next(&mut self) -> Result<Result<Vec<Piece>, u64>, CallError> {
+        let call = "GET copy";
+        let damaged = |error: crate::copy::CopyError| CallError::Body {
+            call,
+            endpoint: self.client.transport.endpoint.clone(),
+            detail: error.to_string(),
+        };
+        let chunk = tokio::time::timeout(STALL, self.response.chunk()).await;
+        let chunk = chunk.map_err(|_| self.client.stalled(call))?;
+        let chunk = chunk.map_err(|error| self.client.transport.lost(call, &error))?;
+        match chunk {
+            Some(bytes) => self.unpacker.push(&bytes).map(Ok).map_err(damaged),
+            None => self.unpacker.finish().map(Err).map_err(damaged),
+        }
+    }
+}
 
 /// Calls one agent, whose certificate must be that of `host`.
 #[derive(Debug, Clone)]
@@ -90,6 +122,29 @@ impl AgentClient {
         let request = self.transport.request(Method::GET, &path);
         let mut response = self.transport.send(call, request).await?;
         self.transport.read(call, &mut response).await
+    }
+
+    /// The bytes of a copy that the agent says it has. A minute without any is the end of it.
+    pub async fn copy(&self, id: ServerId, copy: CopyId) -> Result<CopyBody, CallError> {
+        let call = "GET copy";
+        let url = format!("{}/v1/machines/{id}/copies/{copy}", self.transport.endpoint);
+        // As long as it takes: each wait has its own limit.
+        let request = self.transport.http.get(url);
+        let sent = tokio::time::timeout(STALL, self.transport.send(call, request)).await;
+        let response = sent.map_err(|_| self.stalled(call))??;
+        Ok(CopyBody {
+            client: self.clone(),
+            response,
+            unpacker: Unpacker::default(),
+        })
+    }
+
+    fn stalled(&self, call: &'static str) -> CallError {
+        CallError::Deadline {
+            call,
+            endpoint: self.transport.endpoint.clone(),
+            limit: STALL,
+        }
     }
 
     /// Attaches to the serial line. Several watchers see the same output.

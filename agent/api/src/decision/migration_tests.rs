@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::tests::wanted;
 use super::*;
+use crate::migration;
 use crate::migration::{Arrival, Departure, Policy, Shape, StreamKey};
 
 fn id(number: u128) -> MigrationId {

@@ -53,6 +53,7 @@ impl<L: Launcher> Actor<L> {
         let done = self.next() == Step::Settled && self.phase != Phase::Starting && !moves;
         let changing =
             self.devices_are_pending() || self.sizes.is_pending() || self.next_size().is_some();
+        let changing = changing || !self.copy_is_settled();
         let settled = self.failed.is_some() || done && !changing;
         let observed = match (&self.failed, self.phase) {
             (Some(reason), _) => Observed::Failed {
@@ -101,6 +102,7 @@ impl<L: Launcher> Actor<L> {
         now.nics = self.device_reports(DeviceKind::Nic);
         now.size = self.size_report();
         (now.shape, now.migration) = (self.shape(), self.migration_report());
+        now.copy = self.copy_report();
         if now != before {
             self.reports.send_replace(now);
             let _ = self.surroundings.changed.send(self.record.id);
@@ -130,5 +132,6 @@ pub(super) fn report(record: &Record, observed: Observed, settled: bool) -> Mach
         size: None,
         shape: None,
         migration: None,
+        copy: None,
     }
 }

@@ -265,6 +265,7 @@ impl<L: Launcher> Actor<L> {
         match process.kill().await {
             Ok(_) => {
                 self.phase = Phase::None;
+                self.lose_copy();
                 self.travel.end();
                 self.forget_arrival();
                 (self.start_by, self.shutdown_by, self.pressed_at) = (None, None, None);
@@ -298,6 +299,7 @@ impl<L: Launcher> Actor<L> {
         match removed {
             Ok(()) => {
                 self.record.gone_at_us = Some(now_us());
+                self.forget_copies();
                 self.record.kept = None;
                 // One that an earlier agent has taken has it still.
                 self.record.forget_guest();

@@ -209,7 +209,7 @@ pub fn memory_takes(most_mib: u64) -> Duration {
 }
 
 /// Anew, for nobody else to read.
-fn create(path: &Path) -> std::io::Result<File> {
+pub(super) fn create(path: &Path) -> std::io::Result<File> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -220,7 +220,7 @@ fn create(path: &Path) -> std::io::Result<File> {
 }
 
 /// On the disk when this returns.
-fn rename(from: &Path, to: &Path) -> std::io::Result<()> {
+pub(super) fn rename(from: &Path, to: &Path) -> std::io::Result<()> {
     fs::rename(from, to)?;
     match to.parent() {
         Some(folder) => File::open(folder)?.sync_all(),

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use async_trait::async_trait;
+use fractus_agent_api::copy::CopyId;
 use fractus_agent_api::decision::Done;
 use fractus_agent_api::decision::size::Resize;
 use fractus_agent_api::device::{DeviceId, Disk, Nic};
@@ -58,6 +59,8 @@ pub(super) enum Told {
     Detach(DeviceId),
     Resize(Resize),
     Suspend(Uuid),
+    Copy(Uuid),
+    NoCopy,
     /// With a line, or not.
     Send(MigrationId, Policy, bool),
     Stay,
@@ -124,6 +127,22 @@ impl Process for Double {
         if let Some(answer) = answer {
             self.0.say(Heard::Suspended(attempt, answer));
         }
+        Ok(())
+    }
+
+    async fn copy(
+        &mut self,
+        attempt: Uuid,
+        _: File,
+        _: u64,
+        _: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        self.1.lock().unwrap().push(Told::Copy(attempt));
+        Ok(())
+    }
+
+    async fn no_copy(&mut self, _: Option<&str>) -> Result<(), ProcessError> {
+        self.1.lock().unwrap().push(Told::NoCopy);
         Ok(())
     }
 
@@ -220,6 +239,14 @@ impl Makings for NoMakings {
         Ok(())
     }
 
+    async fn copy_disk(&self, paths: &MachinePaths, copy: CopyId) -> Result<u64, MakeError> {
+        let made = std::fs::copy(paths.disk(), paths.copy(copy));
+        made.map_err(|source| MakeError::Io {
+            what: "the copy".to_owned(),
+            source,
+        })
+    }
+
     async fn open_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<OpenDisk, MakeError> {
         Ok(directory::open_or_make(
             &paths.data_disk(disk.id),
@@ -263,6 +290,7 @@ fn wanted(power: Power) -> Wanted {
         arrives: None,
         departs: None,
         continues: None,
+        copy: None,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,

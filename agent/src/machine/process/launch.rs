@@ -414,6 +414,7 @@ impl Launcher for Arc<HostLauncher> {
             greeting: None,
             suspends: Some(true),
             sends: Some(true),
+            copies: Some(true),
         })
     }
 
@@ -434,6 +435,7 @@ impl Launcher for Arc<HostLauncher> {
                 greeting: None,
                 suspends: None,
                 sends: None,
+                copies: None,
             };
             // One that does not answer is alive all the same; it is asked again when it is heard.
             process.greeting = process.connect().await.ok();

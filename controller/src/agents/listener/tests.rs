@@ -220,6 +220,7 @@ fn wanted() -> Wanted {
         arrives: None,
         departs: None,
         continues: None,
+        copy: None,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,

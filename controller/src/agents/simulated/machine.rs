@@ -1,5 +1,6 @@
 //! A machine of a simulated host: what its agent keeps on its disk, and its process, as a few fields.
 
+use fractus_agent_api::copy::{self, Copies, CopyId, CopyReport, CopyState, CopyStep};
 use fractus_agent_api::decision::{self, Done, Intent, Process, Seen, Step};
 use fractus_agent_api::guest::GuestReport;
 use fractus_agent_api::host::HostId;
@@ -33,6 +34,9 @@ pub(super) struct Record {
     /// What became of the migration that its intents spoke of last.
     pub(super) migration: Option<MigrationReport>,
     pub(super) soul: Soul,
+    /// Of its disk, on disk itself.
+    pub(super) copy: Option<CopyId>,
+    pub(super) copy_failed: Option<(CopyId, String)>,
     host: HostId,
 }
 
@@ -43,6 +47,9 @@ pub struct Soul {
     pub born: (HostId, u64),
     pub ticks: u64,
 }
+
+/// Bytes of every copy.
+pub(super) const COPIED: u64 = 1 << 20;
 
 /// Where every one listens for a guest.
 const PORT: u16 = 49_152;
@@ -69,6 +76,8 @@ impl Record {
                 born: (host, 0),
                 ticks: 0,
             },
+            copy: None,
+            copy_failed: None,
             host,
         }
     }
@@ -87,9 +96,10 @@ impl Record {
             .filter(|known| ids.contains(&Some(known.id)));
         if !self.intent.wanted.is_for_same_guest(&intent.wanted) {
             self.stop = None;
+            self.held = false;
         }
         self.intent = intent;
-        self.held = false;
+        self.copy_failed = None;
         self.failed = None;
     }
 
@@ -107,7 +117,9 @@ impl Record {
             id,
             generation: self.intent.generation,
             revision: self.intent.revision,
-            settled: self.next() == Step::Settled && !on_its_way,
+            settled: self.next() == Step::Settled
+                && !on_its_way
+                && copy::is_settled(&self.intent.wanted, &self.copies()),
             observed: self.observed(),
             soft_reboots: self.done.soft_reboots,
             hard_reboots: self.done.hard_reboots,
@@ -124,7 +136,44 @@ impl Record {
             size: None,
             shape: (self.process != Process::None).then_some(shape),
             migration: self.migration.clone(),
+            copy: self.copy_report(),
         }
+    }
+
+    fn copies(&self) -> Copies {
+        Copies {
+            made: self.copy,
+            begun: None,
+            failed: self.copy_failed.as_ref().map(|(id, _)| *id),
+        }
+    }
+
+    fn copy_report(&self) -> Option<CopyReport> {
+        let id = self.intent.wanted.copy?;
+        let state = match &self.copy_failed {
+            _ if self.copy == Some(id) => CopyState::Made { bytes: COPIED },
+            Some((failed, reason)) if *failed == id => CopyState::Failed {
+                reason: reason.clone(),
+            },
+            _ => CopyState::Copying,
+        };
+        Some(CopyReport { id, state })
+    }
+
+    /// What is to be done of copies, once the rest is; `full`: there is no room for any.
+    pub(super) fn step_of_copies(&mut self, full: bool) -> bool {
+        if self.next() != Step::Settled || self.transit != Transit::None {
+            return false;
+        }
+        match copy::next(&self.intent.wanted, &self.copies()) {
+            None => return false,
+            Some(CopyStep::Drop) => self.copy = None,
+            Some(CopyStep::Make(id)) if full => {
+                self.copy_failed = Some((id, "the host has no room left".to_owned()));
+            }
+            Some(CopyStep::Make(id)) => self.copy = Some(id),
+        }
+        true
     }
 
     /// The process is there, and its guest is not between two hosts.
@@ -181,7 +230,7 @@ impl Record {
     }
 
     pub(super) fn remains(&self) -> bool {
-        self.disk || self.process != Process::None || self.kept.is_some()
+        self.disk || self.process != Process::None || self.kept.is_some() || self.copy.is_some()
     }
 
     pub(super) fn next(&self) -> Step {
@@ -244,6 +293,7 @@ impl Record {
             }
             Step::Remove => {
                 self.disk = false;
+                self.copy = None;
                 self.kept = None;
             }
             Step::Arrive | Step::GoOn | Step::Depart | Step::Stay | Step::Lost => {

@@ -188,6 +188,7 @@ impl Step for Place {
             arrives: None,
             departs: None,
             continues: None,
+            copy: None,
             spec: state.spec.clone(),
         };
         let request_id = operation.origin.request_id.clone();
