@@ -7,10 +7,10 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use serde_json::{Map, Value, json};
 
-use super::model::{Image, Row, Status, refuse_fixed};
+use super::model::{Image, Status, refuse_fixed};
 use super::patch::{self, MEDIA_TYPES};
 use super::store::StoreError;
-use super::{data, filter, member, schema, store};
+use super::{data, filter, member, schema, snapshot, store};
 use crate::http::{
     ApiError, App, Caller, Direction, JsonBody, PageRequest, PageRules, Query, RequestContext,
     Routes, Rule, Service,
@@ -237,7 +237,7 @@ async fn create(
         Some(id) => id.to_ascii_lowercase(),
         None => app.random().uuid().to_string(),
     };
-    let mut image = new_image(id, caller.scope()?.id.clone(), app.now_us());
+    let mut image = snapshot::new(id, caller.scope()?.id.clone(), app.now_us());
     for (name, value) in attributes.iter().filter(|(name, _)| *name != "id") {
         patch::set(&mut image, name, value, &caller)?;
     }
@@ -253,37 +253,6 @@ async fn create(
         HeaderValue::from_static(data::IMPORT_METHODS[0]),
     );
     Ok(answer)
-}
-
-fn new_image(id: String, owner: String, now_us: i64) -> Image {
-    let row = Row {
-        id,
-        name: None,
-        status: Status::Queued.name().to_owned(),
-        visibility: "shared".to_owned(),
-        disk_format: None,
-        container_format: None,
-        size: None,
-        virtual_size: None,
-        checksum: None,
-        os_hash_value: None,
-        blake3: None,
-        content_format: None,
-        protected: false,
-        os_hidden: false,
-        min_ram: 0,
-        min_disk: 0,
-        owner,
-        blob: None,
-        created_at_us: now_us,
-        updated_at_us: now_us,
-        deleted_at_us: None,
-    };
-    Image {
-        row,
-        properties: Vec::new(),
-        tags: Vec::new(),
-    }
 }
 
 async fn show(

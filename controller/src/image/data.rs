@@ -6,24 +6,20 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
 use futures::StreamExt;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use md5::Md5;
 use sha2::{Digest, Sha512};
 
-use super::Images;
-use super::blob::{BlobError, Incoming};
+use super::blob::BlobError;
 use super::format::{self, Format};
+use super::intake::Intake;
 use super::model::{Image, Status};
 use super::store::{self, StoreError, Upload, Uploaded};
 use crate::http::{ApiError, App, Caller, JsonBody};
 
 /// Ways to bring bytes in besides `PUT file`. Nothing is fetched from addresses that users name.
 pub const IMPORT_METHODS: [&str; 1] = ["glance-direct"];
-
-/// Bytes of an upload between two looks at what is free.
-const LOOK_EVERY: u64 = 64 << 20;
 
 pub(super) async fn upload(
     State(app): State<App>,
@@ -183,15 +179,8 @@ async fn store_bytes(
     key: &str,
     body: Body,
 ) -> Result<Uploaded, ApiError> {
-    let claimed = image.row.disk_format.as_deref().unwrap_or("raw");
     let images = app.images();
-    room(images).await?;
-    let owner = &image.row.owner;
-    let mut left = left(images, owner).await?;
-    let mut coming = images.coming.begin(owner);
-    let mut looked_at = 0;
-    let mut incoming = images.blobs.begin(key).await.map_err(StoreError::Blob)?;
-    let mut seen = Seen::default();
+    let mut intake = Intake::begin(images, image, key).await?;
     let mut stream = body.into_data_stream();
     let stall = images.limits.stall;
     while let Some(chunk) = tokio::time::timeout(stall, stream.next())
@@ -202,43 +191,9 @@ async fn store_bytes(
             tracing::debug!(%error, "an upload was cut off");
             ApiError::bad_request("The upload was cut off; nothing of it was kept.")
         })?;
-        seen.take(&chunk, claimed)?;
-        if seen.size > images.limits.image {
-            return Err(too_large(images.limits.image));
-        }
-        let together = coming.is_now(seen.size);
-        if let Some(left) = left.filter(|left| together > *left) {
-            return Err(StoreError::over_quota(together, left).into());
-        }
-        if seen.size - looked_at >= LOOK_EVERY {
-            room(images).await?;
-            left = self::left(images, owner).await?;
-            looked_at = seen.size;
-        }
-        write(incoming.as_mut(), chunk).await?;
+        intake.take(chunk).await?;
     }
-    let uploaded = seen.finish(claimed)?;
-    incoming.finish().await.map_err(StoreError::Blob)?;
-    Ok(uploaded)
-}
-
-/// Refuses to go on when no more than the reserve is free.
-async fn room(images: &Images) -> Result<(), StoreError> {
-    let free = images.blobs.free().await.map_err(StoreError::Blob)?;
-    if free.is_some_and(|free| free < images.limits.reserve) {
-        return Err(StoreError::Blob(BlobError::Full));
-    }
-    Ok(())
-}
-
-/// Bytes that the project may still add, those that are coming in included. Other controllers' uploads
-/// are not seen: the last word is spoken when the bytes become the image's.
-async fn left(images: &Images, owner: &str) -> Result<Option<u64>, StoreError> {
-    let Some(quota) = images.limits.project else {
-        return Ok(None);
-    };
-    let (used, _) = store::usage(images.database.reader(), owner).await?;
-    Ok(Some(quota.saturating_sub(used.unsigned_abs())))
+    intake.finish().await
 }
 
 fn stalled(after: Duration) -> ApiError {
@@ -251,20 +206,16 @@ fn stalled(after: Duration) -> ApiError {
     )
 }
 
-fn too_large(most: u64) -> ApiError {
+pub(super) fn too_large(most: u64) -> ApiError {
     ApiError::new(
         StatusCode::PAYLOAD_TOO_LARGE,
         format!("An image has at most {most} bytes; nothing of this one was kept."),
     )
 }
 
-async fn write(incoming: &mut dyn Incoming, chunk: Bytes) -> Result<(), StoreError> {
-    incoming.write(chunk).await.map_err(StoreError::Blob)
-}
-
 /// What has come in so far.
 #[derive(Default)]
-struct Seen {
+pub(super) struct Seen {
     prefix: Vec<u8>,
     inspected: Option<format::Inspected>,
     size: u64,
@@ -274,7 +225,12 @@ struct Seen {
 }
 
 impl Seen {
-    fn take(&mut self, chunk: &[u8], claimed: &str) -> Result<(), ApiError> {
+    /// Bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(super) fn take(&mut self, chunk: &[u8], claimed: &str) -> Result<(), ApiError> {
         self.size += chunk.len() as u64;
         self.md5.update(chunk);
         self.sha512.update(chunk);
@@ -307,7 +263,7 @@ impl Seen {
         Ok(inspected)
     }
 
-    fn finish(mut self, claimed: &str) -> Result<Uploaded, ApiError> {
+    pub(super) fn finish(mut self, claimed: &str) -> Result<Uploaded, ApiError> {
         let inspected = match self.inspected {
             Some(inspected) => inspected,
             None => self.inspect(claimed)?,

@@ -12,10 +12,12 @@ mod filter;
 pub mod format;
 #[cfg(test)]
 mod format_fuzz;
+mod intake;
 mod member;
 pub mod model;
 mod patch;
 mod schema;
+pub mod snapshot;
 pub mod store;
 #[cfg(test)]
 mod tests;
@@ -31,7 +33,8 @@ use uuid::Uuid;
 
 pub use api::routes;
 pub use blob::BlobStore;
-pub use model::{Image, Status};
+pub use intake::Intake;
+pub use model::{Image, Row, Status};
 
 use self::coming::Coming;
 use crate::database::Database;

@@ -363,18 +363,21 @@ pub async fn insert(database: &Database, image: Image) -> Result<(), StoreError>
     database
         .write(move |tx| {
             let image = image.clone();
-            Box::pin(async move {
-                let id = image.row.id.clone();
-                if image::Entity::find_by_id(&id).one(tx).await?.is_some() {
-                    let words = format!("Image ID {id} already exists!");
-                    return Err(StoreError::Refused(ApiError::conflict(words)));
-                }
-                image.row.into_active_model().insert(tx).await?;
-                insert_parts(tx, &id, image.properties, image.tags).await?;
-                Ok(())
-            })
+            Box::pin(async move { insert_within(tx, image).await })
         })
         .await
+}
+
+/// The same in the caller's transaction.
+pub async fn insert_within(tx: &impl ConnectionTrait, image: Image) -> Result<(), StoreError> {
+    let id = image.row.id.clone();
+    if image::Entity::find_by_id(&id).one(tx).await?.is_some() {
+        let words = format!("Image ID {id} already exists!");
+        return Err(StoreError::Refused(ApiError::conflict(words)));
+    }
+    image.row.into_active_model().insert(tx).await?;
+    insert_parts(tx, &id, image.properties, image.tags).await?;
+    Ok(())
 }
 
 async fn insert_parts(

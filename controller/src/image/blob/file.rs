@@ -86,6 +86,7 @@ impl BlobStore for FileStore {
             .map_err(|e| failed("making", &part, e))?;
         Ok(Box::new(IncomingFile {
             file: Some(file),
+            length: 0,
             part,
             target,
             folder: self.folder.clone(),
@@ -152,6 +153,8 @@ impl BlobStore for FileStore {
 struct IncomingFile {
     /// `None` once finished.
     file: Option<fs::File>,
+    /// Bytes so far.
+    length: u64,
     part: PathBuf,
     target: PathBuf,
     folder: PathBuf,
@@ -163,9 +166,22 @@ impl Incoming for IncomingFile {
         let Some(file) = self.file.as_mut() else {
             return Ok(());
         };
+        self.length += bytes.len() as u64;
         file.write_all(&bytes)
             .await
             .map_err(|e| failed("writing", &self.part, e))
+    }
+
+    /// A hole.
+    async fn skip(&mut self, length: u64) -> Result<(), BlobError> {
+        let Some(file) = self.file.as_mut() else {
+            return Ok(());
+        };
+        self.length += length;
+        file.seek(io::SeekFrom::Start(self.length))
+            .await
+            .map_err(|e| failed("writing", &self.part, e))?;
+        Ok(())
     }
 
     async fn finish(mut self: Box<Self>) -> Result<(), BlobError> {
@@ -174,6 +190,10 @@ impl Incoming for IncomingFile {
         };
         let outcome = async {
             file.flush()
+                .await
+                .map_err(|e| failed("writing", &self.part, e))?;
+            // It may end in a hole.
+            file.set_len(self.length)
                 .await
                 .map_err(|e| failed("writing", &self.part, e))?;
             file.sync_all()

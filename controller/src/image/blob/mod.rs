@@ -62,6 +62,9 @@ pub trait BlobStore: Send + Sync + fmt::Debug {
 pub trait Incoming: Send {
     async fn write(&mut self, bytes: Bytes) -> Result<(), BlobError>;
 
+    /// So many zeroes, which need not take any room.
+    async fn skip(&mut self, length: u64) -> Result<(), BlobError>;
+
     /// Makes it durable and visible.
     async fn finish(self: Box<Self>) -> Result<(), BlobError>;
 }
