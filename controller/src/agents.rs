@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use fractus_agent_api::copy::{CopyId, Piece};
 use fractus_agent_api::host::{FullReport, HostId, HostReport};
 use fractus_agent_api::machine::{MachineReport, PutMachine, Refusal, ServerId};
 use futures::Sink;
@@ -39,8 +40,22 @@ pub trait Agent: Send + Sync + 'static {
     /// The last `lines` of the serial log, or all that is kept.
     async fn console_log(&self, id: ServerId, lines: Option<u64>) -> Result<Bytes, AgentError>;
 
+    /// The bytes of a copy that the agent has said it has.
+    async fn copy(&self, id: ServerId, copy: CopyId) -> Result<CopyStream, AgentError>;
+
     /// Attaches to the serial line.
     async fn console(&self, id: ServerId) -> Result<Console, AgentError>;
+}
+
+/// A copy that comes in: its pieces in their order, and its end.
+pub type CopyStream = BoxStream<'static, Result<CopyPart, AgentError>>;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CopyPart {
+    /// What lies before it and has not come is zero.
+    Piece(Piece),
+    /// All has come: bytes of the whole.
+    End(u64),
 }
 
 /// A live serial line.

@@ -478,3 +478,42 @@ async fn a_migration_is_listed_shown_and_ended_by_its_id_or_number() {
     let missing = cloud.run(&["server", "migration", "show", "8"]).await;
     assert!(matches!(missing, Err(CliError::NotFound { .. })));
 }
+
+#[tokio::test]
+async fn an_image_of_a_server_is_made_and_waited_for() {
+    const SHOT: &str = "5407c0de-0000-4000-8000-000000000001";
+    let server = json!({"id": SERVER, "name": "web", "status": "ACTIVE"});
+    let image = |status: &str| json!({"id": SHOT, "name": "web", "status": status});
+    for (status, works) in [("active", true), ("queued", false)] {
+        let one = format!("/compute/v2.1/servers/{SERVER}");
+        let cloud = Cloud::start(&[
+            (&format!("GET {one}"), 200, json!({"server": server})),
+            (
+                &format!("POST {one}/action"),
+                202,
+                json!({"image_id": SHOT}),
+            ),
+            (&format!("GET /image/v2/images/{SHOT}"), 200, image(status)),
+        ])
+        .await;
+        let line = [
+            "server",
+            "image",
+            "create",
+            SERVER,
+            "--property",
+            "a=b",
+            "--wait",
+            "--timeout",
+            "1",
+        ];
+        let done = cloud.run(&line).await;
+        assert_eq!(done.is_ok(), works, "{done:?}");
+        let body = json!({"createImage": {"name": "web", "metadata": {"a": "b"}}});
+        let asked = cloud.asked();
+        assert!(
+            asked.iter().any(|(_, _, _, sent)| *sent == body),
+            "{asked:?}"
+        );
+    }
+}

@@ -211,6 +211,7 @@ impl Things {
             let given = match action {
                 "reboot" => json!({"type": "HARD"}),
                 "rebuild" => json!({"imageRef": image}),
+                "createImage" => json!({"name": "of-one"}),
                 "os-getConsoleOutput" => json!({}),
                 "os-getSerialConsole" => json!({"type": "serial"}),
                 "os-getVNCConsole" => json!({"type": "novnc"}),

@@ -86,7 +86,7 @@ impl Controller {
         )
         .with_key(master);
         let mut kinds = Kinds::default();
-        compute::register(&mut kinds, &machines, &clock);
+        compute::register(&mut kinds, &machines, &images, &clock, &random);
         let engine = Engine::new(lead.clone(), kinds, Arc::clone(&clock), Arc::clone(&random));
         let (reconciler, wakes) = Reconciler::new(
             lead.clone(),

@@ -10,6 +10,7 @@ use super::world::World;
 use crate::agents::host;
 use crate::compute::model::state::ServerState;
 use crate::compute::store::server;
+use crate::image::store::image;
 use crate::operation;
 use crate::reconcile::machine::{self, Machine};
 
@@ -67,6 +68,7 @@ impl World {
         let open = operation::unfinished(reader, None).await.unwrap();
         assert!(open.is_empty(), "seed {seed}: stuck or parked: {open:?}");
         self.check_migrations().await;
+        self.check_images().await;
         let mut alive = BTreeSet::new();
         for id in &self.servers {
             let server = ServerId(*id);
@@ -89,6 +91,28 @@ impl World {
             }
         }
         self.check_hosts(&alive).await;
+    }
+
+    /// An image of a server's disk has its bytes, or is gone; and no host keeps a copy.
+    async fn check_images(&self) {
+        let seed = self.seed;
+        let rows = image::Entity::find().all(self.database().reader()).await;
+        for row in rows.unwrap() {
+            let gone = row.deleted_at_us.is_some();
+            let whole = row.status == "active" && row.size == Some(1 << 20);
+            assert!(gone || whole, "seed {seed}: an image is left {row:?}");
+        }
+        for host in &self.hosts {
+            for server in host.machines() {
+                let copy = host.copied(server);
+                assert_eq!(
+                    copy,
+                    None,
+                    "seed {seed}: {} keeps a copy of {server}",
+                    host.id()
+                );
+            }
+        }
     }
 
     fn check_server(&self, server: ServerId, state: ServerState, machine: Option<&Machine>) {

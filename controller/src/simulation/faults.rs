@@ -151,6 +151,7 @@ pub(super) async fn ask(app: &App, kind: &str, id: Uuid) {
         "server_create" => return drop(requests::create(app, id).await),
         "server_delete" => return drop(requests::delete(app, id).await),
         "server_live_migrate" => return drop(requests::migrate(app, id, None).await),
+        "server_create_image" => return drop(requests::image(app, id).await),
         "server_start" => Change::Start,
         "server_stop" => Change::Stop,
         "server_soft_reboot" => Change::SoftReboot,

@@ -13,10 +13,11 @@ use crate::compute::model::state::{self, Action, Build, ServerState, Situation};
 use crate::compute::ops::change::{self, Change, Wish};
 use crate::compute::ops::create::{self, NewServer};
 use crate::compute::ops::migrate::{self, CANCELLED};
-use crate::compute::ops::{RequestError, delete};
+use crate::compute::ops::{RequestError, delete, image};
 use crate::compute::store::server;
 use crate::event::Origin;
 use crate::http::App;
+use crate::image::snapshot;
 use crate::reconcile::migration;
 use crate::scheduler::Amounts;
 
@@ -170,6 +171,37 @@ pub async fn migrate(app: &App, id: Uuid, host: Option<HostId>) -> Result<bool, 
         host,
     };
     match migrate::request(app, origin(), &id, wish).await {
+        Ok(()) => Ok(true),
+        Err(RequestError::Overtaken) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Asks for an image of the server's disk if its state admits it; false if it does not.
+pub async fn image(app: &App, id: Uuid) -> Result<bool, RequestError> {
+    let id = id.to_string();
+    let Some(row) = server::find(app.database().reader(), &id).await? else {
+        return Ok(false);
+    };
+    let situation = Situation {
+        server: &id,
+        state: row.state(),
+        placed: true,
+        launched: row.launched_at_us.is_some(),
+        locked: false,
+    };
+    if state::admit(Action::CreateImage, situation).is_err() {
+        return Ok(false);
+    }
+    let image_id = app.random().uuid().to_string();
+    let mut picture = snapshot::new(image_id, row.project_id.clone(), app.now_us());
+    picture.row.disk_format = Some("raw".to_owned());
+    picture.properties = vec![("instance_uuid".to_owned(), id.clone())];
+    let wish = image::Wish {
+        from: row.state(),
+        image: picture,
+    };
+    match image::request(app, origin(), &id, wish).await {
         Ok(()) => Ok(true),
         Err(RequestError::Overtaken) => Ok(false),
         Err(error) => Err(error),

@@ -205,8 +205,12 @@ impl World {
             Arc::clone(&clock),
         )
         .with_key(self.master.clone());
+        let blobs = FileStore::open(self.folder.path(), "simulated")
+            .await
+            .unwrap();
+        let images = Images::new(database.clone(), Arc::new(blobs));
         let mut kinds = Kinds::default();
-        register(&mut kinds, &machines, &clock);
+        register(&mut kinds, &machines, &images, &clock, &random);
         let kinds = (self.kinds)(kinds);
         let engine = Engine::new(lead.clone(), kinds, Arc::clone(&clock), Arc::clone(&random));
         let (reconciler, wakes) = Reconciler::new(
@@ -217,13 +221,10 @@ impl World {
             Arc::clone(&clock),
             Arc::clone(&random),
         );
-        let blobs = FileStore::open(self.folder.path(), "simulated")
-            .await
-            .unwrap();
         let hosts = self.membership.clone();
         let app = App::new(AppParts {
             public_url: PublicUrl::parse("http://127.0.0.1:5000").unwrap(),
-            images: Images::new(database.clone(), Arc::new(blobs)),
+            images,
             database,
             clock,
             random,
@@ -311,6 +312,10 @@ impl World {
             92..94 => self.kill_or_start_agent(),
             94..96 => self.freeze_or_thaw(),
             96 => self.reboot_host(),
+            97 if self.random.random_bool(0.5) => {
+                let full = self.random.random_bool(0.5);
+                self.any_host().set_full(full);
+            }
             97 => self.end_a_guest(),
             98 => {
                 self.network.deliver_late();
@@ -336,6 +341,10 @@ impl World {
         let Some(id) = self.servers.choose(&mut self.random).copied() else {
             return;
         };
+        if self.migrates != Migrates::Only && self.random.random_bool(0.15) {
+            let outcome = requests::image(&app, id).await;
+            return self.note(format!("image of {id}: {:?}", outcome.ok()));
+        }
         if self.random.random_bool(0.12) {
             let outcome = requests::delete(&app, id).await.is_ok();
             return self.note(format!("delete {id}: {outcome}"));

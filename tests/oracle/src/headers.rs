@@ -80,7 +80,12 @@ fn form(service: Service, name: &str, value: &str) -> Option<String> {
         "location" => {
             let (_, rest) = value.split_once("://")?;
             let path = rest.find('/').map_or("", |slash| &rest[slash..]);
-            path.strip_prefix('/')?.strip_prefix(service.name())?
+            let path = path.strip_prefix('/')?;
+            // An image that is made of a server is of the other service.
+            let image = path
+                .strip_prefix(Service::Image.name())
+                .filter(|rest| service == Service::Compute && rest.starts_with("/images/"));
+            path.strip_prefix(service.name()).or(image)?
         }
         "www-authenticate" => {
             let uri = value.strip_prefix("Keystone uri=\"")?.strip_suffix('"')?;
@@ -167,6 +172,8 @@ mod tests {
             "",
             "elsewhere"
         );
+        let image = format!("https://cloud/image/images/{uuid}");
+        assert_eq!(form("location", &image), "/images/{uuid}");
         assert_eq!(
             form("openstack-api-version", "compute 2.96"),
             "compute 2.{n}"

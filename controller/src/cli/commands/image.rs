@@ -1,6 +1,7 @@
 //! `fractus image`. Uploads and downloads are streams: an image is never whole in memory.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use futures::{StreamExt, TryStreamExt};
@@ -138,6 +139,51 @@ fn fields(image: &Value) -> Row {
         .collect();
     shown.push(("properties", Value::Object(properties)));
     shown
+}
+
+pub(super) async fn show(id: &str, session: &Session, output: &Output) -> Result<(), CliError> {
+    let path = format!("/images/{id}");
+    output.fields(fields(&session.get(Service::Image, &path).await?))
+}
+
+/// Looks until the image has its bytes; one that is gone will not get any.
+pub(super) async fn until_active(
+    id: &str,
+    seconds: u64,
+    session: &Session,
+    output: &Output,
+) -> Result<(), CliError> {
+    let spinner = output.spinner(&format!("waiting for image {id} to be active"));
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let mut pause = Duration::from_millis(20);
+    let outcome = loop {
+        let status = match session.get(Service::Image, &format!("/images/{id}")).await {
+            Ok(image) => image["status"].as_str().unwrap_or_default().to_owned(),
+            Err(CliError::Refused { status: 404, .. }) => {
+                break Err(CliError::Errored {
+                    what: id.to_owned(),
+                    reason: "it could not be made; the server's actions say why".to_owned(),
+                });
+            }
+            Err(error) => break Err(error),
+        };
+        if status == "active" {
+            break Ok(());
+        }
+        if Instant::now() >= end {
+            break Err(CliError::Timeout {
+                what: id.to_owned(),
+                wanted: "active".to_owned(),
+                last: status,
+                seconds,
+            });
+        }
+        // Sleeps because nothing tells a client of a change.
+        tokio::time::sleep(pause).await;
+        pause = (pause * 3 / 2).min(Duration::from_secs(1));
+    };
+    spinner.finish_and_clear();
+    outcome
 }
 
 impl Create {

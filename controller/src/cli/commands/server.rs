@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::console::{self, Attach};
 use super::flavor::FLAVOR;
-use super::image::IMAGE;
+use super::image::{self, IMAGE};
 use super::{Kind, migration, object, pair, query_value, row, rows};
 use crate::cli::CliError;
 use crate::cli::output::{Output, Row};
@@ -86,6 +86,9 @@ pub enum Command {
         #[command(flatten)]
         wait: Wait,
     },
+    /// Images of servers' disks
+    #[command(subcommand)]
+    Image(Picture),
     /// Bring servers to another host while they run (administrators)
     Migrate(migration::Migrate),
     /// Servers that go, or went, to another host while they run (administrators)
@@ -101,6 +104,22 @@ pub enum Command {
     },
     /// Attach this terminal to a server's serial console
     Console(Attach),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Picture {
+    /// Make an image of a server's root disk, as it is at one moment; the server goes on
+    Create {
+        server: String,
+        /// Of the image; the server's own if not given
+        #[arg(long)]
+        name: Option<String>,
+        /// Of the image; may be given several times
+        #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+        property: Vec<(String, String)>,
+        #[command(flatten)]
+        wait: Wait,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -234,6 +253,7 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
             )
             .await
         }
+        Command::Image(picture) => picture.execute(session, output).await,
         Command::Migrate(migrate) => migrate.execute(session, output).await,
         Command::Migration(command) => migration::execute(command, session, output).await,
         Command::Log { server, lines } => console::log(&server, lines, session, output).await,
@@ -322,6 +342,34 @@ impl Create {
             until(&id, "ACTIVE", self.wait.timeout, session, output).await?;
         }
         show(&id, session, output).await
+    }
+}
+
+impl Picture {
+    async fn execute(self, session: &Session, output: &Output) -> Result<(), CliError> {
+        let Self::Create {
+            server,
+            name,
+            property,
+            wait,
+        } = self;
+        let server = SERVER.find(session, &server).await?;
+        let text = |name: &str| server[name].as_str().unwrap_or_default().to_owned();
+        let (id, name) = (text("id"), name.unwrap_or_else(|| text("name")));
+        let mut image = json!({"name": name});
+        if !property.is_empty() {
+            image["metadata"] = object(&property);
+        }
+        let path = format!("/servers/{id}/action");
+        let body = Some(json!({"createImage": image}));
+        let made = session
+            .call(Service::Compute, Method::POST, &path, body)
+            .await?;
+        let image = made["image_id"].as_str().unwrap_or_default().to_owned();
+        if wait.wait {
+            image::until_active(&image, wait.timeout, session, output).await?;
+        }
+        image::show(&image, session, output).await
     }
 }
 

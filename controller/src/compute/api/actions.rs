@@ -14,7 +14,7 @@ use super::schemas::{closed, string, wrapped};
 use super::servers::schema::{self, Aged};
 use super::servers::view::{self, Occasion};
 use super::servers::{admit, create, find, metadata, shortest, write};
-use super::{consoles, migrations, origin};
+use super::{consoles, images, migrations, origin};
 use crate::compute::model::state::{Action, ServerState};
 use crate::compute::ops;
 use crate::compute::ops::change::{Change, Wish};
@@ -22,12 +22,13 @@ use crate::compute::store::{keypair, server};
 use crate::event::{self, Event, Phase};
 use crate::http::schema::Schema;
 use crate::http::{ApiError, JsonBody, Routes};
+use crate::operation;
 use crate::policy::Rule;
 
 const PATH: &str = "/v2.1/servers/{id}/action";
 
 /// Every action that is served, and who may do it.
-const ACTIONS: [(&str, Rule); 17] = [
+const ACTIONS: [(&str, Rule); 18] = [
     ("os-start", Rule::member("os_compute_api:servers:start")),
     ("os-stop", Rule::member("os_compute_api:servers:stop")),
     ("reboot", Rule::member("os_compute_api:servers:reboot")),
@@ -53,6 +54,10 @@ const ACTIONS: [(&str, Rule); 17] = [
         Rule::member("os_compute_api:os-lock-server:unlock"),
     ),
     ("rebuild", Rule::member("os_compute_api:servers:rebuild")),
+    (
+        "createImage",
+        Rule::member("os_compute_api:servers:create_image"),
+    ),
     (
         "forceDelete",
         Rule::member("os_compute_api:os-deferred-delete:force"),
@@ -129,6 +134,7 @@ async fn act(call: Call, Path(id): Path<String>, body: JsonBody) -> Result<Respo
         "lock" => lock(&call, &id, &body.0).await,
         "unlock" => unlock(&call, &id).await,
         "rebuild" => rebuild(&call, &id, &body.0).await,
+        "createImage" => images::create(&call, &id, &body.0).await,
         "forceDelete" => force_delete(&call, &id).await,
         "os-resetState" => reset_state(&call, &id, &body.0).await,
         "os-migrateLive" => migrations::migrate_live(&call, &id, &body.0).await,
@@ -293,9 +299,14 @@ async fn reset_state(call: &Call, id: &str, body: &Value) -> Result<Response, Ap
     };
     // One that was going elsewhere stays, if it can still be had back.
     if let Ok(server) = ops::machine_id(&row.id) {
+        let id = row.id.clone();
         let given_up = call.app.database().write(move |tx| {
             let reason = "the server's state was reset";
-            Box::pin(async move { ops::migrate::give_up(tx, server, reason).await })
+            let id = id.clone();
+            Box::pin(async move {
+                operation::cancel(tx, &id, &[ops::image::KIND], reason).await?;
+                ops::migrate::give_up(tx, server, reason).await
+            })
         });
         given_up.await?;
         call.app.compute().engine.wake(&row.id);

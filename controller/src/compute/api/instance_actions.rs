@@ -56,6 +56,7 @@ fn names(kind: &str) -> (&str, &'static str) {
         "server_suspend" => ("suspend", "compute_suspend_instance"),
         "server_resume" => ("resume", "compute_resume_instance"),
         "server_rebuild" => ("rebuild", "compute_rebuild_instance"),
+        "server_create_image" => ("createImage", "compute_snapshot_instance"),
         "server_live_migrate" => ("live-migration", "compute_live_migration"),
         "server_live_migration_abort" => ("live_migration_cancel", "compute_live_migration_abort"),
         "server_live_migration_force_complete" => (

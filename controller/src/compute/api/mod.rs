@@ -8,6 +8,7 @@ mod consoles;
 mod flavors;
 mod hosts;
 mod hypervisors;
+mod images;
 mod instance_actions;
 mod keypairs;
 pub mod migrations;

@@ -27,6 +27,31 @@ pub enum Build {
     Spawning,
 }
 
+/// How far an image of a server's disk is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Shot {
+    Pending,
+    /// Its host copies the disk.
+    Taking,
+    Taken,
+    /// The copy comes into the store.
+    Uploading,
+}
+
+impl Shot {
+    const ALL: [Self; 4] = [Self::Pending, Self::Taking, Self::Taken, Self::Uploading];
+
+    /// Nova's.
+    fn task(self) -> &'static str {
+        match self {
+            Self::Pending => "image_snapshot_pending",
+            Self::Taking => "image_snapshot",
+            Self::Taken => "image_pending_upload",
+            Self::Uploading => "image_uploading",
+        }
+    }
+}
+
 /// The one state of a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ServerState {
@@ -51,6 +76,8 @@ pub enum ServerState {
     Rebuilding(Standing),
     /// Its guest goes to another host, and runs, or is paused, meanwhile.
     Migrating(Standing),
+    /// Its disk becomes an image.
+    Imaging(Standing, Shot),
     Deleting(Standing),
     /// The row stays for a while, for those who look back.
     Deleted,
@@ -159,7 +186,16 @@ impl ServerState {
             Self::Rebuilding,
             Self::Deleting,
         ];
-        plain.into_iter().chain(
+        let imaging = Shot::ALL.into_iter().flat_map(|shot| {
+            let standings = [
+                Standing::Active,
+                Standing::Paused,
+                Standing::Suspended,
+                Standing::Stopped,
+            ];
+            standings.map(|standing| Self::Imaging(standing, shot))
+        });
+        plain.into_iter().chain(imaging).chain(
             nested
                 .into_iter()
                 .flat_map(|make| Standing::ALL.into_iter().map(make)),
@@ -181,6 +217,7 @@ impl ServerState {
             | Self::HardRebooting(standing)
             | Self::Rebuilding(standing)
             | Self::Migrating(standing)
+            | Self::Imaging(standing, _)
             | Self::Deleting(standing) => standing,
             Self::Deleted => return None,
         })
@@ -200,6 +237,7 @@ impl ServerState {
             Self::HardRebooting(_) => Some("rebooting_hard"),
             Self::Rebuilding(_) => Some("rebuilding"),
             Self::Migrating(_) => Some("migrating"),
+            Self::Imaging(_, shot) => Some(shot.task()),
             Self::Deleting(_) => Some("deleting"),
             Self::Active
             | Self::Paused
@@ -261,6 +299,7 @@ impl ServerState {
             Self::HardRebooting(standing) => format!("hard_rebooting:{}", standing.word()),
             Self::Rebuilding(standing) => format!("rebuilding:{}", standing.word()),
             Self::Migrating(standing) => format!("migrating:{}", standing.word()),
+            Self::Imaging(standing, shot) => format!("{}:{}", shot.task(), standing.word()),
             Self::Deleting(standing) => format!("deleting:{}", standing.word()),
             Self::Active => "active".to_owned(),
             Self::Paused => "paused".to_owned(),
@@ -302,6 +341,7 @@ pub enum Action {
     Suspend,
     Resume,
     Rebuild,
+    CreateImage,
     LiveMigrate,
     ForceComplete,
     AbortMigration,
@@ -321,7 +361,7 @@ pub enum Action {
 }
 
 impl Action {
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::Start,
         Self::Stop,
         Self::SoftReboot,
@@ -331,6 +371,7 @@ impl Action {
         Self::Suspend,
         Self::Resume,
         Self::Rebuild,
+        Self::CreateImage,
         Self::LiveMigrate,
         Self::ForceComplete,
         Self::AbortMigration,
@@ -360,6 +401,7 @@ impl Action {
             Self::Suspend => "suspend",
             Self::Resume => "resume",
             Self::Rebuild => "rebuild",
+            Self::CreateImage => "createImage",
             Self::LiveMigrate => "os-migrateLive",
             Self::ForceComplete => "force_complete",
             Self::AbortMigration => "abort live migration",
@@ -380,11 +422,12 @@ impl Action {
     }
 
     /// True if a lock stops it for those who are not administrators. Tags are told apart from metadata
-    /// here as nova does: whoever may see a locked server may label it.
+    /// here as nova does: whoever may see a locked server may label it, or make an image of it.
     pub fn minds_lock(self) -> bool {
         !matches!(
             self,
-            Self::Lock
+            Self::CreateImage
+                | Self::Lock
                 | Self::Unlock
                 | Self::ResetState
                 | Self::ConsoleOutput
@@ -511,6 +554,7 @@ fn standings(action: Action) -> Option<&'static [Standing]> {
         Action::Resume => Some(&[Suspended]),
         Action::Rebuild => Some(&[Active, Stopped, Error]),
         Action::LiveMigrate => Some(&[Active, Paused]),
+        Action::CreateImage => Some(&[Active, Paused, Suspended, Stopped]),
         Action::UpdateMetadata
         | Action::DeleteMetadata
         | Action::UpdateTag
@@ -540,6 +584,7 @@ fn passes_task(action: Action, state: ServerState) -> bool {
         | Action::Suspend
         | Action::Resume
         | Action::Rebuild
+        | Action::CreateImage
         | Action::LiveMigrate => false,
         Action::ForceComplete | Action::AbortMigration => {
             matches!(state, ServerState::Migrating(_))
@@ -580,6 +625,7 @@ fn needs_launch(action: Action) -> bool {
             | Action::Suspend
             | Action::Resume
             | Action::Rebuild
+            | Action::CreateImage
             | Action::LiveMigrate
             | Action::UpdateMetadata
             | Action::DeleteMetadata

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Columns of the table: every state, in the order of its rows' marks.
-const COLUMNS: [&str; 21] = [
+const COLUMNS: [&str; 25] = [
     "building:scheduling",
     "building:spawning",
     "active",
@@ -25,36 +25,41 @@ const COLUMNS: [&str; 21] = [
     "suspending",
     "resuming",
     "migrating:active",
+    "image_snapshot_pending:active",
+    "image_snapshot:active",
+    "image_pending_upload:active",
+    "image_uploading:active",
 ];
 
 /// server state × action: `y` admitted (202), `v` refused for vm_state, `t` for task_state, `r` for
 /// not ready, `n` for nothing that is under way (409 each). The situation: placed once past scheduling, launched, not locked.
-const TABLE: [(Action, &str); 25] = [
-    (Action::Start, "rvvvyvtvvvvvtvvvvvvvv"),
-    (Action::Stop, "rvyvvyvttvttvttvyvtvt"),
-    (Action::SoftReboot, "vvyvvvvttvttvttvvvtvt"),
-    (Action::HardReboot, "vvyyyyttyyyyyttvyyyyt"),
-    (Action::Pause, "vvyvvvvttvttvttvvvtvt"),
-    (Action::Unpause, "vvvyvvvvvtvvvvvvvvvvv"),
-    (Action::Suspend, "vvyvvvvttvttvttvvvtvt"),
-    (Action::Resume, "vvvvvvvvvvvvvvvvvyvtv"),
-    (Action::Rebuild, "vvyvyytttvtttttvyvtvt"),
-    (Action::LiveMigrate, "vvyyvvvtttttvttvvvtvt"),
-    (Action::ForceComplete, "ttnnnntttttttttnnntty"),
-    (Action::AbortMigration, "ttnnnntttttttttnnntty"),
-    (Action::Delete, "yyyyyyyyyyyyyyyyyyyyy"),
-    (Action::ForceDelete, "yyyyyyyyyyyyyyyyyyyyy"),
-    (Action::Lock, "yyyyyyyyyyyyyyyyyyyyy"),
-    (Action::Unlock, "yyyyyyyyyyyyyyyyyyyyy"),
-    (Action::ResetState, "yyyyyyyyyyyyyyyyyyyyy"),
-    (Action::ConsoleOutput, "ryyyyyyyyyyyyyyyyyyyy"),
-    (Action::RemoteConsole, "rryyrrryyyyyrytrrryrt"),
-    (Action::UpdateMetadata, "vvyyyvyyyyyyyyyvvyyyy"),
-    (Action::DeleteMetadata, "vvyyyvyyyyyyyyyvvyyyy"),
-    (Action::UpdateTag, "vvyyyvyyyyyyyyyvvyyyy"),
-    (Action::UpdateTags, "vvyyyvyyyyyyyyyvvyyyy"),
-    (Action::DeleteTag, "vvyyyvyyyyyyyyyvvyyyy"),
-    (Action::DeleteTags, "vvyyyvyyyyyyyyyvvyyyy"),
+const TABLE: [(Action, &str); 26] = [
+    (Action::Start, "rvvvyvtvvvvvtvvvvvvvvvvvv"),
+    (Action::Stop, "rvyvvyvttvttvttvyvtvttttt"),
+    (Action::SoftReboot, "vvyvvvvttvttvttvvvtvttttt"),
+    (Action::HardReboot, "vvyyyyttyyyyyttvyyyyttttt"),
+    (Action::Pause, "vvyvvvvttvttvttvvvtvttttt"),
+    (Action::Unpause, "vvvyvvvvvtvvvvvvvvvvvvvvv"),
+    (Action::Suspend, "vvyvvvvttvttvttvvvtvttttt"),
+    (Action::Resume, "vvvvvvvvvvvvvvvvvyvtvvvvv"),
+    (Action::Rebuild, "vvyvyytttvtttttvyvtvttttt"),
+    (Action::CreateImage, "vvyyyvtttttttttvvyttttttt"),
+    (Action::LiveMigrate, "vvyyvvvtttttvttvvvtvttttt"),
+    (Action::ForceComplete, "ttnnnntttttttttnnnttytttt"),
+    (Action::AbortMigration, "ttnnnntttttttttnnnttytttt"),
+    (Action::Delete, "yyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::ForceDelete, "yyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::Lock, "yyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::Unlock, "yyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::ResetState, "yyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::ConsoleOutput, "ryyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::RemoteConsole, "rryyrrryyyyyrytrrryrtyyyy"),
+    (Action::UpdateMetadata, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
+    (Action::DeleteMetadata, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
+    (Action::UpdateTag, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
+    (Action::UpdateTags, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
+    (Action::DeleteTag, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
+    (Action::DeleteTags, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
 ];
 
 fn situation(state: ServerState) -> Situation<'static> {
@@ -225,6 +230,10 @@ fn a_status_finds_the_states_that_show_it() {
         [
             "stopped",
             "starting",
+            "image_snapshot_pending:stopped",
+            "image_snapshot:stopped",
+            "image_pending_upload:stopped",
+            "image_uploading:stopped",
             "stopping:stopped",
             "hard_rebooting:stopped",
             "deleting:stopped"

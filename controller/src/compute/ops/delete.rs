@@ -9,7 +9,9 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 
 use super::create::{gone, want_absent};
-use super::{RequestError, Tools, change, create, machine_id, migrate, to_error, to_state, turn};
+use super::{
+    RequestError, Tools, change, create, image, machine_id, migrate, to_error, to_state, turn,
+};
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
 use crate::event::Origin;
@@ -39,7 +41,8 @@ pub async fn request(app: &App, origin: Origin, id: &str) -> Result<(), RequestE
                     ServerState::Deleting(_) => return Ok(()),
                     state => state.standing().unwrap_or(Standing::Error),
                 };
-                let kinds: Vec<&str> = std::iter::once(create::KIND)
+                let kinds: Vec<&str> = [create::KIND, image::KIND]
+                    .into_iter()
                     .chain(change::kinds())
                     .collect();
                 operation::cancel(tx, &id, &kinds, "the server is deleted").await?;

@@ -8,6 +8,7 @@ pub mod boot;
 pub mod change;
 pub mod create;
 pub mod delete;
+pub mod image;
 pub mod instance;
 pub mod migrate;
 mod observe;
@@ -22,7 +23,9 @@ use super::model::state::ServerState;
 use super::store::server;
 use crate::clock::Clock;
 use crate::http::ApiError;
+use crate::image::Images;
 use crate::operation::{Engine, Kinds, StepError};
+use crate::random::Random;
 use crate::reconcile::Machines;
 
 pub use observe::ServerObserver;
@@ -38,15 +41,26 @@ pub struct Compute {
 #[derive(Clone)]
 struct Tools {
     machines: Machines,
+    images: Images,
     clock: Arc<dyn Clock>,
+    random: Arc<dyn Random>,
 }
 
 /// Adds compute's kinds of operations.
-pub fn register(kinds: &mut Kinds, machines: &Machines, clock: &Arc<dyn Clock>) {
+pub fn register(
+    kinds: &mut Kinds,
+    machines: &Machines,
+    images: &Images,
+    clock: &Arc<dyn Clock>,
+    random: &Arc<dyn Random>,
+) {
     let tools = Tools {
         machines: machines.clone(),
+        images: images.clone(),
         clock: Arc::clone(clock),
+        random: Arc::clone(random),
     };
+    kinds.register(Arc::new(image::CreateImage::new(tools.clone())));
     kinds.register(Arc::new(create::ServerCreate::new(tools.clone())));
     kinds.register(Arc::new(delete::ServerDelete::new(tools.clone())));
     kinds.register(Arc::new(migrate::LiveMigrate::new(tools.clone())));

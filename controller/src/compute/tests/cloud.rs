@@ -144,7 +144,8 @@ impl Cloud {
         let store = FileStore::open(blobs.path(), "c").await.unwrap();
         let fleet = Arc::new(Fleet::default());
         let agents = Arc::new(SimulatedAgents::default());
-        let compute = with(&hooked, Arc::clone(&agents), Arc::clone(&fleet));
+        let images = Images::new(hooked.clone(), Arc::new(store));
+        let compute = with(&hooked, &images, Arc::clone(&agents), Arc::clone(&fleet));
         let key = MasterKey::ephemeral().unwrap();
         let realm = Realm::open(hooked.clone(), SystemClock::shared(), key)
             .await
@@ -161,7 +162,7 @@ impl Cloud {
                 ("reader", identity(USER, ONE, "reader")),
                 ("two", identity(OTHER, TWO, "member")),
             ]))),
-            images: Images::new(hooked.clone(), Arc::new(store)),
+            images,
             compute: compute.clone(),
             hosts: crate::hosts::Hosts::idle(&hooked).await.unwrap(),
         });

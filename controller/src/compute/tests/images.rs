@@ -1,12 +1,16 @@
-//! What becomes of servers whose image is deleted.
+//! What becomes of servers whose image is deleted, and of images that are made of servers.
 
+use fractus_agent_api::copy::CopyId;
+use futures::TryStreamExt;
 use http::StatusCode;
 use sea_orm::sea_query::Expr;
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::cloud::{Cloud, DISK, KERNEL};
-use crate::image::store::image;
+use super::cloud::{Answer, Cloud, DISK, KERNEL, ONE, USER};
+use super::machine;
+use crate::image::model::Image;
+use crate::image::store::{self, image};
 
 /// As `DELETE /v2/images/{id}` leaves it.
 async fn delete(cloud: &Cloud, ids: &'static [&'static str]) {
@@ -48,4 +52,207 @@ async fn a_server_runs_on_without_its_image_and_cannot_be_made_anew_from_it() {
         .until("one", &id, |server| server["status"] == "ACTIVE")
         .await;
     assert_eq!(server["image"]["id"], DISK);
+}
+
+fn taken(name: &str) -> Value {
+    json!({"createImage": {"name": name, "metadata": {"purpose": "test"}}})
+}
+
+fn image_id(answer: &Answer) -> String {
+    assert_eq!(answer.status, StatusCode::ACCEPTED, "{}", answer.json);
+    answer.json["image_id"].as_str().unwrap().to_owned()
+}
+
+async fn find(cloud: &Cloud, id: &str) -> Option<Image> {
+    store::find(cloud.app.database().reader(), id)
+        .await
+        .unwrap()
+}
+
+/// Until nothing is under way with the server; what it is then.
+async fn at_rest(cloud: &Cloud, id: &str, status: &str) -> Value {
+    cloud
+        .until("one", id, |server| server["status"] == status)
+        .await
+}
+
+/// Whether the server's last action of this name has failed.
+async fn has_failed(cloud: &Cloud, id: &str) -> bool {
+    let path = format!("/v2.1/servers/{id}/os-instance-actions");
+    let actions = cloud.get("one", &path, "2.96").await.json["instanceActions"].clone();
+    let actions = actions.as_array().unwrap().clone();
+    let newest = actions.iter().find(|it| it["action"] == "createImage");
+    newest.unwrap()["message"] == "Error"
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_a_server_is_there_at_once_and_has_its_disk_in_the_end() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    cloud.frozen.send_replace(true);
+    let answer = cloud.act("one", &id, "2.45", taken("shot")).await;
+    let made = image_id(&answer);
+    assert!(!answer.headers.contains_key("location"));
+    let image = find(&cloud, &made).await.unwrap();
+    assert_eq!(image.row.status, "queued");
+    let path = format!("/v2.1/servers/{id}");
+    let server = cloud.get("one", &path, "2.96").await.json["server"].clone();
+    assert_eq!(server["status"], "ACTIVE");
+    let task = server["OS-EXT-STS:task_state"].as_str().unwrap();
+    assert!(task.starts_with("image_snapshot"), "{task}");
+    // One at a time, and nothing else meanwhile.
+    let again = cloud.act("one", &id, "2.45", taken("again")).await;
+    assert_eq!(again.status, StatusCode::CONFLICT);
+    let words = format!("Cannot 'createImage' instance {id} while it is in task_state image_");
+    assert!(again.message().starts_with(&words), "{}", again.message());
+    cloud.frozen.send_replace(false);
+
+    at_rest(&cloud, &id, "ACTIVE").await;
+    assert!(!has_failed(&cloud, &id).await);
+    let image = find(&cloud, &made).await.unwrap();
+    let row = &image.row;
+    assert_eq!((row.status.as_str(), row.size), ("active", Some(1 << 20)));
+    assert_eq!(row.name.as_deref(), Some("shot"));
+    assert_eq!(row.disk_format.as_deref(), Some("raw"));
+    assert_eq!(row.container_format.as_deref(), Some("bare"));
+    assert_eq!((row.min_disk, row.visibility.as_str()), (1, "private"));
+    assert_eq!(row.owner, ONE);
+    for (name, value) in [
+        ("base_image_ref", DISK),
+        ("instance_uuid", &id),
+        ("image_type", "snapshot"),
+        ("user_id", USER),
+        ("purpose", "test"),
+        ("kernel_id", KERNEL),
+    ] {
+        assert_eq!(image.property(name), Some(value), "{name}");
+    }
+    let (size, bytes) = cloud
+        .app
+        .images()
+        .open(made.parse().unwrap())
+        .await
+        .unwrap()
+        .unwrap();
+    let bytes: Vec<bytes::Bytes> = bytes.try_collect().await.unwrap();
+    let bytes = bytes.concat();
+    assert_eq!((size, bytes.len()), (1 << 20, 1 << 20));
+    let content = format!("disk 1 of {id}");
+    assert_eq!(&bytes[4096..4096 + content.len()], content.as_bytes());
+    assert!(bytes[..4096].iter().all(|byte| *byte == 0));
+    let hash = blake3::hash(&bytes).to_hex().to_string();
+    assert_eq!(row.blake3.as_deref(), Some(hash.as_str()));
+    assert_eq!(cloud.host.copied(machine(&id)), None);
+    // And another server can be made of it.
+    let body = json!({"server": {
+        "name": "two", "imageRef": made, "flavorRef": "1", "networks": "none",
+    }});
+    let other = cloud
+        .call("one", http::Method::POST, "/v2.1/servers", "2.96", body)
+        .await;
+    assert_eq!(other.status, StatusCode::ACCEPTED, "{}", other.json);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn before_2_45_its_address_is_told_instead() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    for (action, status) in [
+        (json!({"os-stop": null}), "SHUTOFF"),
+        (json!({"os-start": null}), "ACTIVE"),
+        (json!({"suspend": null}), "SUSPENDED"),
+    ] {
+        cloud.act("one", &id, "", action).await;
+        at_rest(&cloud, &id, status).await;
+        let answer = cloud.act("one", &id, "", taken("shot")).await;
+        assert_eq!(answer.status, StatusCode::ACCEPTED, "{}", answer.json);
+        assert_eq!(answer.json, Value::Null);
+        let location = answer.headers["location"].to_str().unwrap();
+        let (at, made) = location.rsplit_once('/').unwrap();
+        assert_eq!(at, "http://cloud:5000/image/images");
+        at_rest(&cloud, &id, status).await;
+        let image = find(&cloud, made).await.unwrap();
+        assert_eq!(image.row.status, "active");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_cannot_be_made_is_gone_and_the_server_is_as_before() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    cloud.host.set_full(true);
+    let made = image_id(&cloud.act("one", &id, "2.96", taken("shot")).await);
+    at_rest(&cloud, &id, "ACTIVE").await;
+    assert!(has_failed(&cloud, &id).await);
+    assert_eq!(find(&cloud, &made).await, None);
+    cloud.host.set_full(false);
+
+    // Its user deletes the image meanwhile.
+    cloud.frozen.send_replace(true);
+    let made = image_id(&cloud.act("one", &id, "2.96", taken("shot")).await);
+    let gone = made.clone();
+    let images = cloud.app.images().clone();
+    images.discard(&gone, 3).await.unwrap();
+    cloud.frozen.send_replace(false);
+    at_rest(&cloud, &id, "ACTIVE").await;
+    assert!(has_failed(&cloud, &id).await);
+    assert_eq!(cloud.host.copied(machine(&id)), None);
+
+    // It goes with a server that is deleted meanwhile.
+    cloud.frozen.send_replace(true);
+    let made = image_id(&cloud.act("one", &id, "2.96", taken("shot")).await);
+    let deleted = cloud
+        .act("one", &id, "", json!({"forceDelete": null}))
+        .await;
+    assert_eq!(deleted.status, StatusCode::ACCEPTED);
+    cloud.frozen.send_replace(false);
+    cloud.until_gone("one", &id).await;
+    assert_eq!(find(&cloud, &made).await, None);
+    assert_eq!(cloud.host.remains(), vec![]);
+    assert_eq!(cloud.host.copied(machine(&id)), None::<CopyId>);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_a_request_is_said_in_novas_words() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    let pairs: serde_json::Map<String, Value> =
+        (0..129).map(|n| (format!("k{n}"), json!("v"))).collect();
+    for (given, status, words) in [
+        (json!({}), 400, "'name' is a required property"),
+        (json!({"name": ""}), 400, "name"),
+        (json!({"name": "x", "rotation": 1}), 400, "rotation"),
+        (
+            json!({"name": "x", "metadata": {"": ""}}),
+            400,
+            "Invalid input for field/attribute metadata. Value: {'': ''}. '' does not match any of the regexes: \
+             '^[a-zA-Z0-9-_:. ]{1,255}$'",
+        ),
+        (json!({"name": "x", "metadata": {"size": "1"}}), 400, "size"),
+        (
+            json!({"name": "x", "metadata": {"min_disk": "1"}}),
+            400,
+            "min_disk",
+        ),
+        (
+            json!({"name": "x", "metadata": pairs}),
+            403,
+            "Image metadata limit exceeded",
+        ),
+    ] {
+        let refused = cloud
+            .act("one", &id, "2.96", json!({"createImage": given}))
+            .await;
+        assert_eq!(refused.status.as_u16(), status, "{}", refused.json);
+        assert!(refused.message().contains(words), "{}", refused.message());
+    }
+    let missing = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+    let refused = cloud.act("one", missing, "", taken("x")).await;
+    assert_eq!(refused.status, StatusCode::NOT_FOUND);
+    let words = format!("Instance {missing} could not be found.");
+    assert_eq!(refused.message(), words);
+    // A lock is no reason: the server is not changed.
+    cloud.act("one", &id, "", json!({"lock": null})).await;
+    image_id(&cloud.act("one", &id, "2.96", taken("locked")).await);
+    at_rest(&cloud, &id, "ACTIVE").await;
 }

@@ -1,0 +1,558 @@
+//! `server_create_image`: the server's root disk, as it is at one moment, becomes an image.
+//!
+//! | step | what it does | the server's task |
+//! |---|---|---|
+//! | (request) | the image is there, queued, and the host is told to copy the disk | image_snapshot_pending |
+//! | begin | | image_snapshot |
+//! | copy | waits until the host has the copy | image_pending_upload |
+//! | upload | | image_uploading |
+//! | fetch | brings the bytes into the store; the image is active | |
+//! | release | the host drops its copy | none |
+//!
+//! Whatever fails takes all of it back: the host drops what it has, the image is gone, and the server is as before. The
+//! bytes come a piece at each turn ([`Fetching`]), so that a controller that ends need not wait for all of them, and one
+//! that is to give up does; another begins anew.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use fractus_agent_api::copy::{CopyId, CopyState};
+use fractus_agent_api::machine::{MachineReport, Observed, Refusal};
+use futures::StreamExt;
+use sea_orm::DatabaseTransaction;
+use serde::{Deserialize, Serialize};
+
+use super::{RequestError, Tools, machine_id, to_error, to_state, turn};
+use crate::agents::{AgentError, CopyPart, CopyStream};
+use crate::compute::model::state::{ServerState, Shot, Standing};
+use crate::compute::store::server;
+use crate::event::Origin;
+use crate::http::{ApiError, App};
+use crate::image::snapshot::Standing as Stands;
+use crate::image::store::StoreError;
+use crate::image::{Image, Images, Intake};
+use crate::operation::{Kind, Operation, OperationId, Outcome, Progress, Step, StepError};
+use crate::reconcile::{ASK_AGAIN, Converged, machine};
+
+pub const KIND: &str = "server_create_image";
+
+/// A copy, or its bytes, that has not come for so long will not.
+const LONGEST_US: i64 = 86_400_000_000;
+/// A host that does not drop its copy is left to the reconciler.
+const LONGEST_DROP_US: i64 = 60_000_000;
+/// How long bytes are fetched in a turn.
+const TURN: Duration = Duration::from_secs(1);
+/// Zeroes that are hashed at a time.
+const ZEROES: u64 = 4 << 20;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct State {
+    image: String,
+    copy: CopyId,
+    /// The image has its bytes, and stays.
+    #[serde(default)]
+    whole: bool,
+}
+
+/// What a request wants of one server.
+#[derive(Debug, Clone)]
+pub struct Wish {
+    /// The server's state as it was when this was admitted.
+    pub from: ServerState,
+    /// To be filled.
+    pub image: Image,
+}
+
+/// Writes the image, that a copy of the disk is wanted, and the operation that brings it in.
+pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<(), RequestError> {
+    let engine = &app.compute().engine;
+    let server = machine_id(id)?;
+    let request_id = origin.request_id.clone();
+    let copy = CopyId(app.random().uuid());
+    let state = State {
+        image: wish.image.row.id.clone(),
+        copy,
+        whole: false,
+    };
+    let prepared = engine.prepare(KIND, id, &state, origin)?;
+    let (subject, now) = (id.to_owned(), app.now_us());
+    app.database()
+        .write(move |tx| {
+            let (id, prepared, wish) = (subject.clone(), prepared.clone(), wish.clone());
+            let request_id = request_id.clone();
+            Box::pin(async move {
+                let standing = wish.from.standing().unwrap_or(Standing::Error);
+                let change = to_state(ServerState::Imaging(standing, Shot::Pending), now);
+                if !server::turn(tx, &id, wish.from, change).await? {
+                    return Err(RequestError::Overtaken);
+                }
+                let known = machine::find(tx, server).await?;
+                let there = known.is_some_and(|known| {
+                    known.host.is_some() && !known.is_tombstone() && known.confirmed
+                });
+                if !there {
+                    return Err(RequestError::Overtaken);
+                }
+                machine::change(tx, server, request_id, now, |wanted| {
+                    wanted.copy = Some(copy);
+                })
+                .await?;
+                Images::add(tx, wish.image).await.map_err(unwritten)?;
+                Ok(prepared.insert(tx).await?)
+            })
+        })
+        .await?;
+    engine.wake(id);
+    Ok(())
+}
+
+/// Its id is new, and so nothing but the database can be in its way.
+fn unwritten(error: StoreError) -> RequestError {
+    match error {
+        StoreError::Database(error) => error.into(),
+        other => StepError::fail(other.to_string()).into(),
+    }
+}
+
+/// Bytes that come in, by operation. In memory: whoever does not find his begins anew.
+type Fetches = Arc<Mutex<HashMap<OperationId, Fetching>>>;
+
+/// One image's bytes on their way from a host.
+struct Fetching {
+    key: String,
+    parts: CopyStream,
+    intake: Intake,
+    /// What has come and is not in the store yet: zeroes up to here, and then this.
+    upto: u64,
+    piece: Option<Bytes>,
+    is_all: bool,
+}
+
+/// What a turn of it came to.
+enum Fetched {
+    Some(Fetching),
+    All(Fetching),
+}
+
+impl Fetching {
+    fn new(key: String, parts: CopyStream, intake: Intake) -> Self {
+        Self {
+            key,
+            parts,
+            intake,
+            upto: 0,
+            piece: None,
+            is_all: false,
+        }
+    }
+
+    /// For a turn's time.
+    async fn some(mut self) -> Result<Fetched, StepError> {
+        let began = Instant::now();
+        while began.elapsed() < TURN {
+            let gap = self.upto.saturating_sub(self.intake.size()).min(ZEROES);
+            if gap > 0 {
+                self.intake.take_zeroes(gap).await.map_err(refused)?;
+            } else if let Some(bytes) = self.piece.take() {
+                self.intake.take(bytes).await.map_err(refused)?;
+            } else if self.is_all {
+                return Ok(Fetched::All(self));
+            } else {
+                self.hear().await?;
+            }
+        }
+        Ok(Fetched::Some(self))
+    }
+
+    async fn hear(&mut self) -> Result<(), StepError> {
+        let part = self.parts.next().await;
+        let part = part.ok_or_else(|| StepError::retry("the copy ends in the middle"))?;
+        match part.map_err(|error| StepError::retry(error.to_string()))? {
+            CopyPart::Piece(piece) => {
+                (self.upto, self.piece) = (piece.offset, Some(piece.bytes));
+            }
+            CopyPart::End(size) => (self.upto, self.is_all) = (size, true),
+        }
+        Ok(())
+    }
+}
+
+/// What the store says of the image's bytes: no room, no quota, or that it is out of order.
+fn refused(error: ApiError) -> StepError {
+    match error.status().is_server_error() {
+        true => StepError::retry(error.cause().unwrap_or(error.message()).to_owned()),
+        false => StepError::fail(error.message().to_owned()),
+    }
+}
+
+fn unstored(error: StoreError) -> StepError {
+    match error {
+        StoreError::Database(error) => error.into(),
+        other => refused(other.into()),
+    }
+}
+
+fn waited_us(tools: &Tools, operation: &Operation) -> i64 {
+    let now = tools.clock.now_us();
+    now.saturating_sub(operation.step_entered_at_us)
+}
+
+pub struct CreateImage {
+    tools: Tools,
+    fetches: Fetches,
+}
+
+impl CreateImage {
+    pub(super) fn new(tools: Tools) -> Self {
+        let fetches = Fetches::default();
+        Self { tools, fetches }
+    }
+}
+
+#[async_trait]
+impl Kind for CreateImage {
+    fn name(&self) -> &'static str {
+        KIND
+    }
+
+    fn version(&self) -> i32 {
+        1
+    }
+
+    fn steps(&self) -> Vec<Arc<dyn Step>> {
+        let tools = || self.tools.clone();
+        vec![
+            Arc::new(Begin(tools())),
+            Arc::new(Copy(tools())),
+            Arc::new(Upload(tools())),
+            Arc::new(Fetch(tools(), Arc::clone(&self.fetches))),
+            Arc::new(Release(tools())),
+        ]
+    }
+
+    async fn finish(
+        &self,
+        operation: &Operation,
+        outcome: &Outcome,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let now = self.tools.clock.now_us();
+        // The action's event says why there is no image.
+        turn(tx, &operation.subject, |row| match (row.state(), outcome) {
+            (ServerState::Imaging(..), Outcome::Parked { reason }) => {
+                Some(to_error(reason, Some(reason), now))
+            }
+            (ServerState::Imaging(standing, _), _) => Some(to_state(standing.settled(), now)),
+            // A delete, or an administrator's reset, has the last word.
+            _ => None,
+        })
+        .await?;
+        Ok(())
+    }
+}
+
+/// How far the server is, for its user.
+async fn is_at(
+    tools: &Tools,
+    operation: &Operation,
+    shot: Shot,
+    tx: &DatabaseTransaction,
+) -> Result<(), StepError> {
+    let now = tools.clock.now_us();
+    turn(tx, &operation.subject, |row| match row.state() {
+        ServerState::Imaging(standing, _) => {
+            Some(to_state(ServerState::Imaging(standing, shot), now))
+        }
+        _ => None,
+    })
+    .await?;
+    Ok(())
+}
+
+/// The host need not keep the copy any more.
+async fn let_go(
+    tools: &Tools,
+    operation: &Operation,
+    state: &State,
+    tx: &DatabaseTransaction,
+) -> Result<(), StepError> {
+    let server = machine_id(&operation.subject)?;
+    let known = machine::find(tx, server).await?;
+    if known.is_some_and(|known| known.wanted.copy == Some(state.copy)) {
+        let (request_id, now) = (operation.origin.request_id.clone(), tools.clock.now_us());
+        machine::change(tx, server, request_id, now, |wanted| wanted.copy = None).await?;
+    }
+    Ok(())
+}
+
+/// Has the host drop what it has, if it can be had to soon.
+async fn dropped(tools: &Tools, operation: &Operation) -> Result<Progress, StepError> {
+    let server = machine_id(&operation.subject)?;
+    let known = machine::find(tools.machines.reader(), server).await?;
+    // A tombstone is the delete's to tell.
+    if known.is_none_or(|known| known.is_tombstone() || known.wanted.copy.is_some()) {
+        return Ok(Progress::Done);
+    }
+    let late = waited_us(tools, operation) > LONGEST_DROP_US;
+    match tools.machines.converge(server).await {
+        Ok(Converged::Pending(_)) if !late => Ok(Progress::Wait(ASK_AGAIN)),
+        Err(error @ (StepError::Retry { .. } | StepError::Database(_))) if !late => Err(error),
+        // Of one that is lost, or says no, there is nothing to be had.
+        Ok(_) | Err(_) => Ok(Progress::Done),
+    }
+}
+
+/// The image and the copy go in the end, whichever step has failed.
+struct Begin(Tools);
+
+#[async_trait]
+impl Step for Begin {
+    fn name(&self) -> &'static str {
+        "begin"
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        is_at(&self.0, operation, Shot::Taking, tx).await
+    }
+
+    async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let state: State = operation.state()?;
+        if !state.whole {
+            let gone = self.0.images.discard(&state.image, self.0.clock.now_us());
+            gone.await.map_err(unstored)?;
+        }
+        dropped(&self.0, operation).await
+    }
+
+    async fn undo_commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let state: State = operation.state()?;
+        let_go(&self.0, operation, &state, tx).await
+    }
+}
+
+/// Whether the host has the copy; none: not yet.
+async fn is_copied(
+    tools: &Tools,
+    operation: &Operation,
+    state: &State,
+) -> Result<Option<()>, StepError> {
+    if tools.images.stands(&state.image).await.map_err(unstored)? == Stands::Gone {
+        return Err(StepError::fail("the image was deleted meanwhile"));
+    }
+    let late = waited_us(tools, operation) > LONGEST_US;
+    let server = machine_id(&operation.subject)?;
+    let known = machine::find(tools.machines.reader(), server).await?;
+    if known.is_none_or(|known| known.wanted.copy != Some(state.copy)) {
+        return Err(StepError::fail(
+            "something else has been asked of the server meanwhile",
+        ));
+    }
+    let said = match tools.machines.converge(server).await {
+        Ok(Converged::Settled(report)) => of_copy(&report, state.copy)?,
+        Ok(Converged::NoOwner) => return Err(StepError::fail("the server has no host")),
+        Ok(Converged::Lost(lost)) => {
+            let reason = format!("host {} was removed from the cloud", lost.host);
+            return Err(StepError::fail(reason));
+        }
+        Ok(Converged::Pending(_)) => None,
+        Err(StepError::Retry { reason, .. }) if late => return Err(StepError::fail(reason)),
+        Err(StepError::Fail { reason }) => {
+            return Err(StepError::fail(format!(
+                "the disk cannot be copied there; an agent of before has to be upgraded first: {reason}"
+            )));
+        }
+        Err(error) => return Err(error),
+    };
+    match said {
+        None if late => Err(StepError::fail("the disk was not copied in a day")),
+        said => Ok(said),
+    }
+}
+
+/// Of one that has settled.
+fn of_copy(report: &MachineReport, copy: CopyId) -> Result<Option<()>, StepError> {
+    let said = report.copy.as_ref().filter(|said| said.id == copy);
+    match (said.map(|said| &said.state), &report.observed) {
+        (Some(CopyState::Made { .. }), _) => Ok(Some(())),
+        (Some(CopyState::Failed { reason }), _) => Err(StepError::fail(reason.clone())),
+        (_, Observed::Failed { reason }) => Err(StepError::fail(reason.clone())),
+        (_, _) => Err(StepError::fail("the server's host knows of no copy")),
+    }
+}
+
+/// Waits for the host.
+struct Copy(Tools);
+
+#[async_trait]
+impl Step for Copy {
+    fn name(&self) -> &'static str {
+        "copy"
+    }
+
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let state: State = operation.state()?;
+        let copied = is_copied(&self.0, operation, &state).await?;
+        Ok(copied.map_or(Progress::Wait(ASK_AGAIN), |()| Progress::Done))
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        is_at(&self.0, operation, Shot::Taken, tx).await
+    }
+
+    async fn undo_commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let state: State = operation.state()?;
+        let_go(&self.0, operation, &state, tx).await
+    }
+}
+
+/// Says that the bytes are coming.
+struct Upload(Tools);
+
+#[async_trait]
+impl Step for Upload {
+    fn name(&self) -> &'static str {
+        "upload"
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        is_at(&self.0, operation, Shot::Uploading, tx).await
+    }
+}
+
+/// Brings the bytes in.
+struct Fetch(Tools, Fetches);
+
+impl Fetch {
+    fn fetches(&self) -> std::sync::MutexGuard<'_, HashMap<OperationId, Fetching>> {
+        self.1.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From the beginning; none: not yet, or nothing is to be fetched any more.
+    async fn begin(
+        &self,
+        operation: &Operation,
+        state: &State,
+    ) -> Result<Option<Fetching>, StepError> {
+        let (tools, images) = (&self.0, &self.0.images);
+        if is_copied(tools, operation, state).await?.is_none() {
+            return Ok(None);
+        }
+        let server = machine_id(&operation.subject)?;
+        let known = machine::find(tools.machines.reader(), server).await?;
+        let Some(host) = known.and_then(|known| known.host) else {
+            return Ok(None);
+        };
+        let agent = tools.machines.agents().agent(host);
+        let agent = agent.map_err(|error| StepError::retry(error.to_string()))?;
+        let parts = match agent.copy(server, state.copy).await {
+            Ok(parts) => parts,
+            // It was lost with its host's power, and will be made again.
+            Err(AgentError::Refused(Refusal::Unknown | Refusal::WrongState { .. })) => {
+                tools.machines.ask(host, server).await?;
+                return Ok(None);
+            }
+            Err(error) => return Err(StepError::retry(error.to_string())),
+        };
+        let key = tools.random.uuid().simple();
+        let key = format!("{}.{key}", images.blobs.holder());
+        let begun = images.begin_filling(&state.image, &key, tools.clock.now_us());
+        let intake = begun.await.map_err(refused)?;
+        Ok(intake.map(|intake| Fetching::new(key, parts, intake)))
+    }
+}
+
+#[async_trait]
+impl Step for Fetch {
+    fn name(&self) -> &'static str {
+        "fetch"
+    }
+
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let state: State = operation.state()?;
+        let images = &self.0.images;
+        match images.stands(&state.image).await.map_err(unstored)? {
+            Stands::Whole => return Ok(Progress::Done),
+            Stands::Gone => return Err(StepError::fail("the image was deleted meanwhile")),
+            Stands::Awaited => {}
+        }
+        if waited_us(&self.0, operation) > LONGEST_US {
+            return Err(StepError::fail("the disk's copy was not fetched in a day"));
+        }
+        let begun = self.fetches().remove(&operation.id);
+        let fetching = match begun {
+            Some(fetching) => fetching,
+            None => match self.begin(operation, &state).await? {
+                Some(fetching) => fetching,
+                None => return Ok(Progress::Wait(ASK_AGAIN)),
+            },
+        };
+        match fetching.some().await? {
+            Fetched::Some(fetching) => {
+                self.fetches().insert(operation.id, fetching);
+                Ok(Progress::Wait(Duration::ZERO))
+            }
+            Fetched::All(Fetching { key, intake, .. }) => {
+                let found = intake.finish().await.map_err(refused)?;
+                let now = self.0.clock.now_us();
+                let ended = images.end_filling(&state.image, &key, found, now).await;
+                match ended.map_err(refused)? {
+                    true => Ok(Progress::Done),
+                    false => Ok(Progress::Wait(Duration::ZERO)),
+                }
+            }
+        }
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let mut state: State = operation.state()?;
+        let_go(&self.0, operation, &state, tx).await?;
+        state.whole = true;
+        operation.set_state(&state)
+    }
+
+    async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
+        self.fetches().remove(&operation.id);
+        Ok(Progress::Done)
+    }
+}
+
+/// The host drops its copy.
+struct Release(Tools);
+
+#[async_trait]
+impl Step for Release {
+    fn name(&self) -> &'static str {
+        "release"
+    }
+
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        dropped(&self.0, operation).await
+    }
+}
