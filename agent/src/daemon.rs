@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use uuid::Uuid;
 
 use crate::api::listener::{self, ListenError};
@@ -20,7 +20,7 @@ use crate::host::cgroup::Cgroups;
 use crate::host::credentials::Identity;
 use crate::host::huge_pages;
 use crate::host::inventory::Inventory;
-use crate::host::makings::HostMakings;
+use crate::host::makings::{COPIES, HostMakings};
 use crate::host::push::{Cloud, Push};
 use crate::host::renew;
 use crate::image::Cache;
@@ -185,6 +185,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 cache,
                 boot_id,
                 bridge: config.bridge.clone(),
+                copies: Arc::new(Semaphore::new(COPIES)),
             }),
             shutdown: config.shutdown,
             listen: config.listen.ip(),

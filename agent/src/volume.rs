@@ -3,5 +3,6 @@
 
 pub mod directory;
 pub mod iso;
+pub mod room;
 
 pub use directory::{OpenDisk, VolumeError};

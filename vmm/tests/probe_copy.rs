@@ -14,17 +14,20 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::time::Duration;
 
-use fractus_vmm::machine::{DiskCopyError, DiskCopyReport, RunState};
+use fractus_vmm::machine::{DiskCopyError, DiskCopyPolicy, DiskCopyReport, RunState};
 use fractus_vmm::stream::converge::{AtLimit, Policy};
 use probe_guest::{Guest, Setup, fields, pattern};
 use rstest::rstest;
 
-const POLICY: Policy = Policy {
-    downtime: Duration::from_millis(20),
-    // Generous: a loaded machine is no failure.
-    longest: Duration::from_secs(30),
-    limit: Duration::from_secs(5),
-    at_limit: AtLimit::Stop,
+const POLICY: DiskCopyPolicy = DiskCopyPolicy {
+    converge: Policy {
+        downtime: Duration::from_millis(20),
+        // Generous: a loaded machine is no failure.
+        longest: Duration::from_secs(30),
+        limit: Duration::from_secs(5),
+        at_limit: AtLimit::Stop,
+    },
+    reserve: 0,
 };
 
 const BYTES: u64 = (24 << 20) + 512;
@@ -38,7 +41,15 @@ fn file(direct: bool) -> File {
 }
 
 fn copied(guest: &mut Guest, to: &File) -> Result<DiskCopyReport, DiskCopyError> {
-    let mut copying = guest.machine.copy_disk(0, to, POLICY)?;
+    copied_by(guest, to, POLICY)
+}
+
+fn copied_by(
+    guest: &mut Guest,
+    to: &File,
+    policy: DiskCopyPolicy,
+) -> Result<DiskCopyReport, DiskCopyError> {
+    let mut copying = guest.machine.copy_disk(0, to, policy)?;
     loop {
         if let Some(report) = copying.advance(&mut guest.machine)? {
             println!("{report:?}");
@@ -143,4 +154,32 @@ fn a_copy_that_fails_costs_the_guest_nothing() {
     guest.ok("disk-write 0 0 1048576 4");
     copied(&mut guest, &file(false)).unwrap();
     guest.ok("disk-check 0 0 1048576 4");
+}
+
+/// It writes all the time, and nobody may stop it: there is no copy, and it has not stood still.
+#[test]
+fn a_guest_that_writes_too_fast_is_not_stopped_for_its_copy() {
+    let disk = file(false);
+    disk.set_len(BYTES).unwrap();
+    let mut guest = Setup::new().disk(&disk, |_| {}).boot();
+    guest.ok("disk-write 0 1048576 4194304 19");
+    guest.send("loudly disk-write 0 1048576 4194304 20 again");
+    guest.line("begun disk-write");
+    let mut policy = POLICY;
+    policy.converge.downtime = Duration::ZERO;
+    policy.converge.at_limit = AtLimit::GiveUp;
+    let late = copied_by(&mut guest, &file(false), policy);
+    assert!(matches!(late, Err(DiskCopyError::Late { .. })), "{late:?}");
+    assert_eq!(guest.machine.state(), RunState::Running);
+    guest.send("");
+    guest.line("ok disk-write");
+
+    let mut policy = POLICY;
+    policy.reserve = u64::MAX;
+    let full = copied_by(&mut guest, &file(false), policy);
+    assert!(
+        matches!(full, Err(DiskCopyError::NoRoom { .. })),
+        "{full:?}"
+    );
+    guest.ok("echo alive");
 }

@@ -393,6 +393,7 @@ pub(crate) mod tests {
             departs: None,
             continues: None,
             copy: None,
+            copies: 0,
             spec: MachineSpec {
                 vcpus: 1,
                 max_vcpus: None,

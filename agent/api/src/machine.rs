@@ -77,7 +77,14 @@ pub struct Wanted {
     /// A copy of the root disk is to be had ([`crate::copy`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy: Option<CopyId>,
+    /// Copies that have been wanted so far: who has not heard of one knows by this that there was one.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub copies: u64,
     pub spec: MachineSpec,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 impl Wanted {
@@ -88,6 +95,12 @@ impl Wanted {
         (self.arrives, self.departs, self.continues) = (None, None, None);
         self.copy = None;
         self.spec.guest.instance = None;
+    }
+
+    /// A copy of the root disk is to be had, in place of any of before.
+    pub fn have_copy(&mut self, copy: CopyId) {
+        self.copy = Some(copy);
+        self.copies += 1;
     }
 
     /// `PutMachine::version` of a body that says this: an agent that does not know what it speaks of refuses it.

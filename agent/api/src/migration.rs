@@ -235,10 +235,12 @@ impl Wanted {
         let plain = |wanted: &Wanted| {
             let mut wanted = wanted.clone();
             (wanted.arrives, wanted.departs, wanted.continues) = (None, None, None);
-            wanted.copy = None;
+            (wanted.copy, wanted.copies) = (None, 0);
             wanted
         };
-        let says = self.migrates() || next.migrates() || self.copy != next.copy;
+        // A copy that was withdrawn before it was heard of has left its count.
+        let copies = (self.copy, self.copies) != (next.copy, next.copies);
+        let says = self.migrates() || next.migrates() || copies;
         says && plain(self) == plain(next)
     }
 

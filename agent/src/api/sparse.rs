@@ -4,17 +4,22 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use fractus_agent_api::copy::{pack, pack_end};
 use futures::Stream;
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::io::Errno;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 /// Bytes of a piece at most, and pieces that wait to be taken.
 const CHUNK: usize = 256 << 10;
 const WAITING: usize = 4;
+
+/// Who takes nothing for so long is gone.
+const STALL: Duration = Duration::from_secs(60);
 
 /// The whole file, which must not change. Read for as long as somebody takes it.
 pub async fn pieces(path: PathBuf) -> io::Result<impl Stream<Item = io::Result<Bytes>>> {
@@ -25,17 +30,21 @@ pub async fn pieces(path: PathBuf) -> io::Result<impl Stream<Item = io::Result<B
     });
     let (file, size) = opened.await.map_err(io::Error::other)??;
     let (sender, mut receiver) = mpsc::channel(WAITING);
-    tokio::task::spawn_blocking(move || {
-        let read = read(&file, size, |bytes| sender.blocking_send(Ok(bytes)).is_ok());
-        if let Err(error) = read {
-            let _ = sender.blocking_send(Err(error));
-        }
-        // Nobody reads it again.
-        let _ = fadvise(&file, 0, None, Advice::DontNeed);
-    });
+    tokio::task::spawn_blocking(move || send(&file, size, &sender, STALL));
     Ok(futures::stream::poll_fn(move |context| {
         receiver.poll_recv(context)
     }))
+}
+
+/// Until nobody takes any more: what comes then has no end, and so is none.
+fn send(file: &File, size: u64, to: &mpsc::Sender<io::Result<Bytes>>, stall: Duration) {
+    let runtime = Handle::current();
+    let give = |part| runtime.block_on(to.send_timeout(part, stall)).is_ok();
+    if let Err(error) = read(file, size, |bytes| give(Ok(bytes))) {
+        give(Err(error));
+    }
+    // Nobody reads it again.
+    let _ = fadvise(file, 0, None, Advice::DontNeed);
 }
 
 /// Until `give` says that nobody takes any more.
@@ -103,5 +112,23 @@ mod tests {
             bytes.filter(|it| **it == byte).count()
         };
         assert_eq!((of(5), of(7)), (4096, 512));
+    }
+
+    #[tokio::test]
+    async fn one_who_takes_nothing_is_not_waited_for_for_ever() {
+        let file = tempfile::tempfile().unwrap();
+        let size = ((WAITING + 8) * CHUNK) as u64;
+        file.write_all_at(&vec![7; size as usize], 0).unwrap();
+        let (sender, mut receiver) = mpsc::channel(WAITING);
+        let stall = Duration::from_millis(1);
+        let sending = tokio::task::spawn_blocking(move || send(&file, size, &sender, stall));
+        sending.await.unwrap();
+        let mut unpacker = Unpacker::default();
+        let mut pieces = 0;
+        while let Some(bytes) = receiver.recv().await {
+            pieces += unpacker.push(&bytes.unwrap()).unwrap().len();
+        }
+        assert_eq!(pieces, WAITING);
+        assert!(unpacker.finish().is_err());
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -12,16 +12,18 @@ use base64::engine::general_purpose::STANDARD;
 use fractus_agent_api::copy::CopyId;
 use fractus_agent_api::device::{Disk, DiskSource, Nic};
 use fractus_agent_api::guest::InstanceData;
-use fractus_agent_api::machine::{Boot, ImageFormat, ImageRef, RootDisk};
+use fractus_agent_api::machine::{Boot, ImageRef, RootDisk};
+use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use crate::clock::now_us;
 use crate::image::cache::{Cache, link_or_copy};
-use crate::machine::make::{MakeError, Makings, Progress};
+use crate::machine::make::{CopyTurn, MakeError, Makings, Progress};
 use crate::network;
 use crate::paths::MachinePaths;
 use crate::volume::directory::{self, Cancel, Old};
 use crate::volume::iso;
+use crate::volume::room::Room;
 use crate::volume::{OpenDisk, VolumeError};
 
 /// What cloud-init looks for.
@@ -34,7 +36,12 @@ pub struct HostMakings {
     pub boot_id: Uuid,
     /// Of this host, which machines' network devices are put on.
     pub bridge: Option<String>,
+    /// Of root disks, at once: they take of the storage what its guests want of it.
+    pub copies: Arc<Semaphore>,
 }
+
+/// Root disks that are copied at once.
+pub const COPIES: usize = 2;
 
 fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> MakeError {
     let what = what.into();
@@ -133,25 +140,33 @@ impl Makings for HostMakings {
         self.disk(paths, &disk, Old::Replace, progress).await
     }
 
+    fn copy_turn(&self) -> Option<CopyTurn> {
+        let turn = Arc::clone(&self.copies).try_acquire_owned();
+        turn.ok().map(|turn| CopyTurn(Some(turn)))
+    }
+
+    fn copy_has_room(&self, paths: &MachinePaths) -> Result<(), MakeError> {
+        let path = paths.disk();
+        let io = || failed(path.display().to_string());
+        let disk = fs::File::open(&path).map_err(io())?;
+        let bytes = disk.metadata().map_err(io())?.blocks() * 512;
+        let room = Room::beside(&disk).map_err(io())?;
+        Ok(room.takes(bytes).map_err(VolumeError::from)?)
+    }
+
     async fn copy_disk(&self, paths: &MachinePaths, copy: CopyId) -> Result<u64, MakeError> {
+        // The semaphore is never closed.
+        let copies = Arc::clone(&self.copies).acquire_owned().await.ok();
         let turn = self.cache.turn().await;
         let (cancel, cancelled) = Cancel::new();
         let (from, to) = (paths.disk(), paths.copy(copy));
         let made = apart("copying the root disk", move || {
-            let _turn = turn;
-            let open = |source| VolumeError::Open {
+            let _turns = (copies, turn);
+            let disk = fs::File::open(&from).map_err(|source| VolumeError::Open {
                 path: from.clone(),
                 source,
-            };
-            let disk = fs::File::open(&from).map_err(open)?;
-            let bytes = disk.metadata().map_err(open)?.len();
-            let image = Some((disk, ImageFormat::Raw));
-            directory::make(&to, Old::Replace, bytes, image, &cancelled)?;
-            let open = |source| VolumeError::Open {
-                path: to.clone(),
-                source,
-            };
-            Ok(fs::metadata(&to).map_err(open)?.len())
+            })?;
+            Ok(directory::copy_disk(disk, &to, &cancelled)?)
         })
         .await;
         drop(cancel);

@@ -277,6 +277,10 @@ impl<L: Launcher> Actor<L> {
                 if let Some(step) = self.next_copy() {
                     return self.carry_copy(step).await;
                 }
+                if self.strays() {
+                    self.end_stray().await;
+                    return Ok(());
+                }
                 self.publish();
                 self.rest().await
             }
@@ -351,10 +355,15 @@ impl<L: Launcher> Actor<L> {
 
     /// At rest, or until the guest has begun.
     async fn rest(&mut self) -> Result<(), Over> {
+        self.rest_until(None).await
+    }
+
+    /// The same, and until then at most.
+    async fn rest_until(&mut self, most: Option<Instant>) -> Result<(), Over> {
         let devices_by = self.devices.deadline().filter(|_| self.process.is_some());
         let size_by = self.sizes.deadline(self.size_is_untold());
         let tend_by = devices_by.into_iter().chain(size_by);
-        let by = tend_by.chain(self.start_by).min();
+        let by = tend_by.chain(self.start_by).chain(most).min();
         if self.wait(by).await? != Woken::Deadline {
             return Ok(());
         }
@@ -501,6 +510,9 @@ impl<L: Launcher> Actor<L> {
                 self.meetings += u64::from(status.fresh);
                 if status.fresh {
                     self.lose_copy();
+                    if self.adopted {
+                        self.copying.may_stray();
+                    }
                 }
                 self.devices.told(status.devices, status.fresh);
                 self.sized(status.size, status.fresh);

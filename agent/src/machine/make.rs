@@ -7,7 +7,7 @@ use fractus_agent_api::copy::CopyId;
 use fractus_agent_api::device::{DeviceId, DeviceKind, Disk, Nic};
 use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{Boot, RootDisk};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use uuid::Uuid;
 
 use crate::image::ImageError;
@@ -58,6 +58,10 @@ impl OpenDevice {
     }
 }
 
+/// Free again when dropped.
+#[derive(Debug)]
+pub struct CopyTurn(pub Option<OwnedSemaphorePermit>);
+
 /// Says to the outside which step is on.
 #[derive(Debug, Clone)]
 pub struct Progress(watch::Sender<String>);
@@ -101,6 +105,12 @@ pub trait Makings: Send + Sync + 'static {
         bytes: u64,
         progress: &Progress,
     ) -> Result<(), MakeError>;
+
+    /// A place among those whose root disk is copied, if one is free.
+    fn copy_turn(&self) -> Option<CopyTurn>;
+
+    /// Whether this host has room for a copy of the root disk.
+    fn copy_has_room(&self, paths: &MachinePaths) -> Result<(), MakeError>;
 
     /// A copy of the root disk, which no guest has now, stands in its place afterwards, whole; its bytes.
     async fn copy_disk(&self, paths: &MachinePaths, copy: CopyId) -> Result<u64, MakeError>;

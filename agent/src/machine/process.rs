@@ -513,6 +513,9 @@ impl Process for HostProcess {
     }
 
     async fn no_copy(&mut self, request_id: Option<&str>) -> Result<(), ProcessError> {
+        if !self.copies.ok_or(ProcessError::Mute)? {
+            return Ok(());
+        }
         let request_id = request_id.map(str::to_owned);
         self.say(&ToMachine::NoCopy { request_id }, &[]).await
     }

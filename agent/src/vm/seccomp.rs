@@ -145,6 +145,8 @@ const MAIN: &[i64] = &[
     // Disks are read when their guest is sent to another host, and copied to a file.
     libc::SYS_preadv,
     libc::SYS_pwritev,
+    // Whether there is room for the copy.
+    libc::SYS_fstatfs,
     // What a disk or network needs that comes while the machine runs; the spawner makes its threads.
     libc::SYS_statx,
     libc::SYS_eventfd2,

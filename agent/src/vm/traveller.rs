@@ -14,7 +14,8 @@ use fractus_agent_api::migration::{self, Policy, Progress, State as Journey};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
 use fractus_vmm::machine::{
-    self, DiskCopying, Luggage, Machine, Offered, RunState, SendReport, Sender, Unsent,
+    self, DiskCopyPolicy, DiskCopying, Luggage, Machine, Offered, RunState, SendReport, Sender,
+    Unsent,
 };
 use fractus_vmm::stream::converge;
 use rustix::event::{EventfdFlags, eventfd};
@@ -22,10 +23,20 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::guest::{Guest, GuestError, GuestEvent, event};
 use super::paced::Paced;
 use super::protocol::{MachineEvent, State};
+use crate::volume::room::Room;
 
 /// Rounds that are told of: as many of the first as of the last.
 const ROUNDS: usize = 64;
 const PAGE: u64 = fractus_vmm::stream::PAGE as u64;
+
+/// Nobody has asked the guest whether an image is worth standing still for: it is not for more than a second, and one
+/// that writes too fast for that has none.
+const COPY: converge::Policy = converge::Policy {
+    downtime: Duration::from_millis(500),
+    longest: Duration::from_secs(1),
+    limit: Duration::from_secs(1800),
+    at_limit: converge::AtLimit::GiveUp,
+};
 
 pub struct Traveller {
     stage: Stage,
@@ -209,7 +220,12 @@ impl Guest for Traveller {
     }
 
     fn copy(&mut self, file: File) -> Result<(), GuestError> {
-        let copying = self.at_home()?.copy_disk(0, &file, by(Policy::default()));
+        let reserve = Room::beside(&file)?.reserve();
+        let policy = DiskCopyPolicy {
+            converge: COPY,
+            reserve,
+        };
+        let copying = self.at_home()?.copy_disk(0, &file, policy);
         let copying = copying.map_err(|error| GuestError::Machine(super::chain(&error)))?;
         self.copying = Some(copying);
         Ok(())

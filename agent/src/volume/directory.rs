@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +19,7 @@ use imago::{FormatAccess, FormatDriverBuilder};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
+use super::room::{NoRoom, Room};
 use crate::image::cache::is_full;
 
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +36,8 @@ pub enum VolumeError {
     Qcow2 { detail: String },
     #[error("{path} is no file: a disk is kept in one")]
     NoFile { path: PathBuf },
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
     #[error("no longer wanted")]
     Cancelled,
 }
@@ -56,6 +59,8 @@ impl Drop for Cancel {
 }
 
 const CHUNK: usize = 1 << 20;
+/// Bytes of a copy between two looks at what is free.
+const LOOK_EVERY: u64 = 64 << 20;
 /// A disk has whole ones, bytes.
 pub const BLOCK: u64 = 4096;
 
@@ -76,6 +81,48 @@ pub fn make(
     image: Option<(File, ImageFormat)>,
     cancelled: &AtomicBool,
 ) -> Result<(), VolumeError> {
+    let goes_on = |_: &File, _| match cancelled.load(Ordering::Relaxed) {
+        true => Err(VolumeError::Cancelled),
+        false => Ok(()),
+    };
+    make_while(path, old, size, image, &goes_on)
+}
+
+/// Makes a copy of `disk` at `path`, and leaves others room: it is refused, and ends, where that would not be. Its
+/// bytes. Blocks.
+pub fn copy_disk(disk: File, path: &Path, cancelled: &AtomicBool) -> Result<u64, VolumeError> {
+    let io = |source| VolumeError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let about = disk.metadata().map_err(io)?;
+    Room::beside(&disk)
+        .map_err(io)?
+        .takes(about.blocks() * 512)?;
+    let goes_on = |copy: &File, at: u64| {
+        if cancelled.load(Ordering::Relaxed) {
+            return Err(VolumeError::Cancelled);
+        }
+        if at.is_multiple_of(LOOK_EVERY) {
+            Room::beside(copy).map_err(io)?.takes(0)?;
+        }
+        Ok(())
+    };
+    let image = Some((disk, ImageFormat::Raw));
+    make_while(path, Old::Replace, about.len(), image, &goes_on)?;
+    Ok(fs::metadata(path).map_err(io)?.len())
+}
+
+/// Asked before each chunk of the new file, which begins there, and at the end.
+type GoesOn<'a> = &'a dyn Fn(&File, u64) -> Result<(), VolumeError>;
+
+fn make_while(
+    path: &Path,
+    old: Old,
+    size: u64,
+    image: Option<(File, ImageFormat)>,
+    goes_on: GoesOn<'_>,
+) -> Result<(), VolumeError> {
     let io = |source| match is_full(&source) {
         true => VolumeError::Full { size },
         false => VolumeError::Io {
@@ -94,15 +141,13 @@ pub fn make(
             .map_err(io)?;
         let content = match image {
             None => 0,
-            Some((image, ImageFormat::Raw)) => copy_raw(&image, &disk, cancelled, &io)?,
-            Some((image, ImageFormat::Qcow2)) => copy_qcow2(image, &disk, cancelled, &io)?,
+            Some((image, ImageFormat::Raw)) => copy_raw(&image, &disk, goes_on, &io)?,
+            Some((image, ImageFormat::Qcow2)) => copy_qcow2(image, &disk, goes_on, &io)?,
         };
         disk.set_len(size.max(content).next_multiple_of(BLOCK))
             .map_err(io)?;
         disk.sync_all().map_err(io)?;
-        if cancelled.load(Ordering::Relaxed) {
-            return Err(VolumeError::Cancelled);
-        }
+        goes_on(&disk, size)?;
         match old {
             Old::Replace => fs::rename(&beside, path).map_err(io),
             Old::Keep => match renameat_with(CWD, &beside, CWD, path, RenameFlags::NOREPLACE) {
@@ -190,7 +235,7 @@ pub fn delete(path: &Path) -> Result<(), VolumeError> {
 fn copy_raw(
     image: &File,
     disk: &File,
-    cancelled: &AtomicBool,
+    goes_on: GoesOn<'_>,
     io: &dyn Fn(io::Error) -> VolumeError,
 ) -> Result<u64, VolumeError> {
     let length = image.metadata().map_err(io)?.len();
@@ -199,7 +244,7 @@ fn copy_raw(
         return Ok(length);
     }
     disk.set_len(length).map_err(io)?;
-    copy(length, disk, cancelled, io, |buffer, at| {
+    copy(length, disk, goes_on, io, |buffer, at| {
         image.read_exact_at(buffer, at)
     })?;
     Ok(length)
@@ -208,7 +253,7 @@ fn copy_raw(
 fn copy_qcow2(
     image: File,
     disk: &File,
-    cancelled: &AtomicBool,
+    goes_on: GoesOn<'_>,
     io: &dyn Fn(io::Error) -> VolumeError,
 ) -> Result<u64, VolumeError> {
     let unusable = |e: io::Error| VolumeError::Qcow2 {
@@ -229,7 +274,7 @@ fn copy_qcow2(
         });
     }
     disk.set_len(length).map_err(io)?;
-    copy(length, disk, cancelled, io, |buffer, at| {
+    copy(length, disk, goes_on, io, |buffer, at| {
         image.read(buffer, at)
     })?;
     Ok(length)
@@ -264,16 +309,14 @@ fn refuse_outside_files(image: &File) -> Result<(), VolumeError> {
 fn copy(
     length: u64,
     disk: &File,
-    cancelled: &AtomicBool,
+    goes_on: GoesOn<'_>,
     io: &dyn Fn(io::Error) -> VolumeError,
     read: impl Fn(&mut [u8], u64) -> io::Result<()>,
 ) -> Result<(), VolumeError> {
     let mut buffer = vec![0; CHUNK];
     let mut at = 0;
     while at < length {
-        if cancelled.load(Ordering::Relaxed) {
-            return Err(VolumeError::Cancelled);
-        }
+        goes_on(disk, at)?;
         let now = CHUNK.min((length - at) as usize);
         let Some(chunk) = buffer.get_mut(..now) else {
             break;

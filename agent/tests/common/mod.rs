@@ -452,6 +452,7 @@ pub fn wanted(kernel: &ImageRef, power: Power) -> Wanted {
         departs: None,
         continues: None,
         copy: None,
+        copies: 0,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,

@@ -1,7 +1,8 @@
 //! A disk copied to a file as it is at one moment, while the guest runs.
 //!
 //! In rounds under the log of what is written, as for a migration, which [`decide`] ends; then the guest stands still for
-//! what is left. Where the file system lets files share their blocks, that takes the rounds' place.
+//! what is left. Where the file system lets files share their blocks, that takes the rounds' place, or the first one's
+//! where it takes longer than a guest may stand still.
 
 use std::fs::File;
 use std::io;
@@ -10,11 +11,15 @@ use std::time::{Duration, Instant};
 use super::snapshot::Round;
 use super::{Machine, MachineError, RunState};
 use crate::stream::PAGE;
-use crate::stream::converge::{Decision, Policy, Standing, decide};
+use crate::stream::converge::{AtLimit, Decision, Policy, Standing, decide};
 use crate::virtio::block::{DiskCopier, Finish};
 
 /// Copied at a time; whoever owns the machine looks after it in between.
 const PIECE: usize = 1 << 20;
+/// Bytes between two looks at what is free.
+const LOOK_EVERY: u64 = 64 << 20;
+/// So many rounds in a row that left no less than the best before them: the guest writes faster than it is copied.
+const STALLED: u32 = 3;
 /// So many of the first are told of.
 const ROUNDS: usize = 64;
 
@@ -36,6 +41,18 @@ pub enum DiskCopyError {
         longest.as_secs_f32()
     )]
     Late { longest: Duration },
+    #[error("{free} bytes are free where the copy is, and {reserve} are to stay so")]
+    NoRoom { free: u64, reserve: u64 },
+}
+
+/// How a disk is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskCopyPolicy {
+    /// When the guest is stopped, for how long, and what becomes of one that writes too fast. The limit counts from the
+    /// end of the first round, which takes as long as the disk is large.
+    pub converge: Policy,
+    /// Bytes that stay free where the copy is.
+    pub reserve: u64,
 }
 
 /// What a copy took.
@@ -58,9 +75,13 @@ pub struct DiskCopyReport {
 #[derive(Debug)]
 pub struct DiskCopying {
     copier: DiskCopier,
-    policy: Policy,
+    policy: DiskCopyPolicy,
     shares: bool,
     began: Instant,
+    /// When the first round was over.
+    seen_whole: Option<Instant>,
+    /// Since what is free was last looked at.
+    unlooked: u64,
     round: Round,
     round_began: Instant,
     /// What the best round left, and how many since left no less.
@@ -76,15 +97,24 @@ impl Machine {
         &self,
         index: usize,
         file: &File,
-        policy: Policy,
+        policy: DiskCopyPolicy,
     ) -> Result<DiskCopying, DiskCopyError> {
         let name = self.disks().get(index);
         let device = name.and_then(|name| self.devices.iter().find(|it| it.id() == name));
         let disk = device.and_then(|device| device.disk());
         let disk = disk.ok_or(DiskCopyError::NoDisk { index })?;
         let mut copier = DiskCopier::begin(&disk, file).map_err(DiskCopyError::Begin)?;
-        // Once without a pause: it says whether there is such a thing, and has the storage do most of it now.
-        let shares = copier.share()?;
+        // Once without a pause: it says whether there is such a thing and how long it takes, and has the storage do most
+        // of it now.
+        let began = Instant::now();
+        let shares = match sharing(copier.share()?, began.elapsed(), &policy.converge) {
+            Sharing::InPause => true,
+            Sharing::AsFirstRound => {
+                copier.has_shared();
+                false
+            }
+            Sharing::None => false,
+        };
         let report = DiskCopyReport {
             bytes: copier.bytes(),
             ..DiskCopyReport::default()
@@ -93,7 +123,9 @@ impl Machine {
             copier,
             policy,
             shares,
-            began: Instant::now(),
+            began,
+            seen_whole: None,
+            unlooked: LOOK_EVERY,
             round: NOTHING,
             round_began: Instant::now(),
             least: None,
@@ -124,6 +156,35 @@ impl Machine {
     }
 }
 
+/// One that would not be waited for at the limit need not be waited for until then.
+fn or_give_up(policy: &Policy, standing: &Standing) -> Decision {
+    match decide(policy, standing) {
+        Decision::Again if policy.at_limit == AtLimit::GiveUp && standing.stalled >= STALLED => {
+            Decision::GiveUp
+        }
+        decision => decision,
+    }
+}
+
+/// What a first clone of the disk's blocks, beside the running guest, is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    /// There is no such thing.
+    None,
+    /// The next will be as fast, and can be had while the guest stands still.
+    InPause,
+    /// Nobody can wait for another; what was written since is copied.
+    AsFirstRound,
+}
+
+fn sharing(is_shared: bool, took: Duration, policy: &Policy) -> Sharing {
+    match is_shared {
+        false => Sharing::None,
+        true if took < policy.downtime => Sharing::InPause,
+        true => Sharing::AsFirstRound,
+    }
+}
+
 const NOTHING: Round = Round {
     pages: 0,
     took: Duration::ZERO,
@@ -149,23 +210,47 @@ impl DiskCopying {
                 return self.end(pause);
             }
         }
+        self.look()?;
         if let Some(pages) = self.copier.some(PIECE)? {
             self.round.pages += pages;
+            self.unlooked += pages * PAGE as u64;
             return Ok(None);
         }
         // Not in the pause.
         self.copier.settle()?;
         self.round.took = self.round_began.elapsed();
-        if machine.state == RunState::Running && self.after_round() == Decision::Again {
-            return Ok(None);
+        if machine.state == RunState::Paused {
+            // Nobody writes, and so nothing has to be waited for.
+            if self.copier.next_round() > 0 {
+                return Ok(None);
+            }
+            return self.end(Duration::ZERO);
         }
-        let longest = self.policy.longest;
+        let longest = self.policy.converge.longest;
+        match self.after_round() {
+            Decision::Again => return Ok(None),
+            Decision::GiveUp => return Err(DiskCopyError::Late { longest }),
+            Decision::Stop => {}
+        }
         let (finish, pause) = machine.while_at_rest(|| self.copier.finish(longest))?;
         match finish? {
             Finish::Whole(last) => self.report.last += last,
             Finish::Late => return Err(DiskCopyError::Late { longest }),
         }
         self.end(pause)
+    }
+
+    /// Others want room on that storage, too.
+    fn look(&mut self) -> Result<(), DiskCopyError> {
+        if self.unlooked < LOOK_EVERY {
+            return Ok(());
+        }
+        self.unlooked = 0;
+        let (free, reserve) = (self.copier.free()?, self.policy.reserve);
+        match free < reserve {
+            true => Err(DiskCopyError::NoRoom { free, reserve }),
+            false => Ok(()),
+        }
     }
 
     fn after_round(&mut self) -> Decision {
@@ -182,15 +267,14 @@ impl DiskCopying {
         if self.report.rounds.len() < ROUNDS {
             self.report.rounds.push(round);
         }
-        decide(
-            &self.policy,
-            &Standing {
-                elapsed: self.began.elapsed(),
-                left,
-                rate: u64::try_from(rate).unwrap_or(u64::MAX),
-                stalled: self.stalled,
-            },
-        )
+        let seen_whole = *self.seen_whole.get_or_insert(self.round_began);
+        let standing = Standing {
+            elapsed: seen_whole.elapsed(),
+            left,
+            rate: u64::try_from(rate).unwrap_or(u64::MAX),
+            stalled: self.stalled,
+        };
+        or_give_up(&self.policy.converge, &standing)
     }
 
     fn end(&mut self, pause: Duration) -> Result<Option<DiskCopyReport>, DiskCopyError> {
@@ -198,5 +282,42 @@ impl DiskCopying {
         self.report.pause = pause;
         self.report.whole = self.began.elapsed();
         Ok(Some(std::mem::take(&mut self.report)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+    const POLICY: Policy = Policy {
+        downtime: Duration::from_millis(500),
+        longest: Duration::from_secs(1),
+        limit: Duration::from_secs(1800),
+        at_limit: AtLimit::GiveUp,
+    };
+
+    #[test]
+    fn blocks_are_shared_within_the_pause_only_where_that_is_known_to_be_short() {
+        assert_eq!(sharing(false, MS, &POLICY), Sharing::None);
+        assert_eq!(sharing(true, 499 * MS, &POLICY), Sharing::InPause);
+        assert_eq!(sharing(true, 500 * MS, &POLICY), Sharing::AsFirstRound);
+    }
+
+    #[test]
+    fn one_that_writes_too_fast_is_never_stopped_for_it() {
+        let mut standing = Standing {
+            elapsed: Duration::ZERO,
+            left: 1 << 30,
+            rate: 100 << 20,
+            stalled: 0,
+        };
+        assert_eq!(or_give_up(&POLICY, &standing), Decision::Again);
+        standing.stalled = STALLED;
+        assert_eq!(or_give_up(&POLICY, &standing), Decision::GiveUp);
+        (standing.stalled, standing.elapsed) = (0, POLICY.limit);
+        assert_eq!(or_give_up(&POLICY, &standing), Decision::GiveUp);
+        standing.left = 40 << 20;
+        assert_eq!(or_give_up(&POLICY, &standing), Decision::Stop);
     }
 }

@@ -48,7 +48,7 @@ use crate::work::Spawner;
 use vcpus::UsedVcpus;
 
 pub use build::BuildError;
-pub use disk_copy::{DiskCopyError, DiskCopyReport, DiskCopying};
+pub use disk_copy::{DiskCopyError, DiskCopyPolicy, DiskCopyReport, DiskCopying};
 pub use event::{Event, Registers, RunState, StopReason};
 pub use receive::{Arrived, Landing, ReceiveReport, receive};
 pub use send::{

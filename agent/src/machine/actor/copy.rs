@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use super::suspend::{create, rename};
 use super::{AGAIN, Actor, Over, Phase, blocking};
+use crate::machine::make::CopyTurn;
 use crate::machine::process::{Launcher, Process, ProcessError};
 use crate::paths::MachinePaths;
 use crate::volume::directory;
@@ -25,6 +26,8 @@ pub(super) struct Copying {
     made: Option<(CopyId, u64)>,
     begun: Option<Begun>,
     failed: Option<(CopyId, String)>,
+    /// The process may be at one that an earlier agent has told it of.
+    stray: bool,
 }
 
 /// What the process was told of last.
@@ -34,6 +37,7 @@ struct Begun {
     attempt: Uuid,
     /// Whoever has it open still is to have nothing of it.
     file: File,
+    _turn: CopyTurn,
 }
 
 impl Copying {
@@ -48,6 +52,11 @@ impl Copying {
     /// A newer intent is held.
     pub(super) fn try_anew(&mut self) {
         self.failed = None;
+    }
+
+    /// The process was met that an earlier agent has started.
+    pub(super) fn may_stray(&mut self) {
+        self.stray = true;
     }
 }
 
@@ -89,6 +98,22 @@ impl<L: Launcher> Actor<L> {
         if let Some(begun) = self.copying.begun.take() {
             let _ = blocking(|| begun.file.set_len(0));
             self.sweep_copies(self.copying.made.map(|(id, _)| id));
+        }
+    }
+
+    /// Nobody wants a copy whose file nobody has any more. One that is begun has ended it.
+    pub(super) fn strays(&self) -> bool {
+        self.copying.stray && self.process.is_some() && self.copying.begun.is_none()
+    }
+
+    pub(super) async fn end_stray(&mut self) {
+        self.copying.stray = false;
+        let request_id = self.record.request_id.clone();
+        if let Some(process) = &mut self.process
+            && let Err(error) = process.no_copy(request_id.as_deref()).await
+        {
+            // When it is met again it is told again.
+            tracing::warn!(machine = %self.record.id, %error, "not told to copy no more");
         }
     }
 
@@ -188,6 +213,14 @@ impl<L: Launcher> Actor<L> {
             self.copy_failed(id, "the machine has no root disk".to_owned());
             return Ok(());
         }
+        let makings = self.surroundings.makings.clone();
+        let Some(turn) = makings.copy_turn() else {
+            return self.rest_until(Some(Instant::now() + AGAIN)).await;
+        };
+        if let Err(error) = blocking(|| makings.copy_has_room(&self.paths)) {
+            self.copy_failed(id, error.to_string());
+            return Ok(());
+        }
         self.sweep_copies(None);
         let path = self.paths.new_copy(id);
         let made = blocking(|| {
@@ -224,7 +257,9 @@ impl<L: Launcher> Actor<L> {
             id,
             attempt,
             file: ours,
+            _turn: turn,
         });
+        self.copying.stray = false;
         self.publish();
         Ok(())
     }

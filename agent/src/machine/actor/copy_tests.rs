@@ -16,6 +16,7 @@ fn wants(revision: u64, power: Power, copy: Option<CopyId>) -> Message {
     let (Message::Put(mut put, answer), _) = put(revision, power);
     put.version = PUT_VERSION;
     put.wanted.copy = copy;
+    put.wanted.copies = u64::from(copy.is_some());
     Message::Put(put, answer)
 }
 
@@ -169,4 +170,65 @@ async fn of_a_guest_that_ends_meanwhile_the_disk_that_it_left_is_copied() {
     assert_eq!(there(&stage), Vec::<String>::new());
     stage.actor.take(wants(4, Power::Absent, None));
     stage.settle(Observed::Absent).await;
+}
+
+#[tokio::test]
+async fn a_host_without_room_says_so_before_the_process_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = Stage::running(folder.path()).await;
+    fs::write(stage.actor.paths.folder().join("full"), b"").unwrap();
+    stage.actor.take(wants(2, Power::Running, Some(ONE)));
+    turn(&mut stage).await;
+    let Some(CopyState::Failed { reason }) = state(&stage) else {
+        panic!("{:?}", state(&stage));
+    };
+    assert!(reason.contains("no room"), "{reason}");
+    assert_eq!(attempts(&stage), Vec::<Uuid>::new());
+    assert!(stage.reports.borrow().settled);
+}
+
+/// The copy was wanted at revision 2 and withdrawn at 3, and of 2 nobody heard.
+#[tokio::test]
+async fn a_copy_that_came_and_went_unheard_is_no_wish_for_a_guest_that_has_ended() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = Stage::running(folder.path()).await;
+    let reason = StopReason::GuestPowerOff;
+    stage.words.say(Heard::Ended(End::Said(reason.clone())));
+    stage.hear_all();
+    let (Message::Put(mut put, answer), _) = put(3, Power::Running);
+    put.wanted.copies = 1;
+    stage.actor.take(Message::Put(put, answer));
+    turn(&mut stage).await;
+    let report = stage.reports.borrow().clone();
+    assert_eq!(
+        (report.observed, report.starts),
+        (Observed::Stopped { reason }, 1)
+    );
+    // The same once more, at another revision, is a wish.
+    let (Message::Put(mut again, answer), _) = super::tests::put(4, Power::Running);
+    again.wanted.copies = 1;
+    stage.actor.take(Message::Put(again, answer));
+    stage.settle(Observed::Running).await;
+    assert_eq!(stage.reports.borrow().starts, 2);
+}
+
+/// Whoever comes after an agent that has told it to copy does not know of that.
+#[tokio::test]
+async fn an_adopted_process_is_told_once_to_copy_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = Stage::running(folder.path()).await;
+    stage.actor.copying.may_stray();
+    turn(&mut stage).await;
+    let told = stage.told.lock().unwrap().clone();
+    let count = told.iter().filter(|told| **told == Told::NoCopy).count();
+    assert_eq!(count, 1);
+    assert!(stage.reports.borrow().settled);
+    // One that is to copy something else is told of that, which ends the other.
+    stage.actor.copying.may_stray();
+    stage.actor.take(wants(2, Power::Running, Some(ONE)));
+    turn(&mut stage).await;
+    assert!(matches!(
+        stage.told.lock().unwrap().last(),
+        Some(Told::Copy(_))
+    ));
 }

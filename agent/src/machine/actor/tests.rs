@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::*;
-use crate::machine::make::{MakeError, OpenDevice, Progress};
+use crate::machine::make::{CopyTurn, MakeError, OpenDevice, Progress};
 use crate::machine::process::{Plan, ProcessError, Status};
 use crate::machine::record::{ProcessRecord, VERSION};
 use crate::paths::Paths;
@@ -239,6 +239,21 @@ impl Makings for NoMakings {
         Ok(())
     }
 
+    fn copy_turn(&self) -> Option<CopyTurn> {
+        Some(CopyTurn(None))
+    }
+
+    /// None where a test says so.
+    fn copy_has_room(&self, paths: &MachinePaths) -> Result<(), MakeError> {
+        match paths.folder().join("full").exists() {
+            true => Err(MakeError::Io {
+                what: "no room".to_owned(),
+                source: std::io::ErrorKind::StorageFull.into(),
+            }),
+            false => Ok(()),
+        }
+    }
+
     async fn copy_disk(&self, paths: &MachinePaths, copy: CopyId) -> Result<u64, MakeError> {
         let made = std::fs::copy(paths.disk(), paths.copy(copy));
         made.map_err(|source| MakeError::Io {
@@ -291,6 +306,7 @@ fn wanted(power: Power) -> Wanted {
         departs: None,
         continues: None,
         copy: None,
+        copies: 0,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,

@@ -133,3 +133,33 @@ fn a_disk_is_opened_as_it_stands_and_only_ever_made_larger() {
     assert!(error.contains("disk.raw"), "{error}");
     assert!(delete(&path).is_err() && path.is_dir());
 }
+
+/// As a host that has no room for it is told of no copy, and has nothing of it.
+#[test]
+fn a_copy_ends_when_it_is_not_wanted_or_has_no_room_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let from = folder.path().join("root.raw");
+    fs::write(&from, vec![7; 3 << 20]).unwrap();
+    let to = folder.path().join("copy.raw");
+    let open = || File::open(&from).unwrap();
+    let cancelled = AtomicBool::new(true);
+    assert!(matches!(
+        copy_disk(open(), &to, &cancelled),
+        Err(VolumeError::Cancelled)
+    ));
+    let no_room = |_: &File, at: u64| match at {
+        0 => Ok(()),
+        _ => Room { free: 0, total: 1 }
+            .takes(1)
+            .map_err(VolumeError::from),
+    };
+    let image = Some((open(), ImageFormat::Raw));
+    let refused = make_while(&to, Old::Replace, 3 << 20, image, &no_room);
+    assert!(
+        matches!(refused, Err(VolumeError::NoRoom(_))),
+        "{refused:?}"
+    );
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    assert_eq!(copy_disk(open(), &to, &going()).unwrap(), 3 << 20);
+    assert_eq!(fs::read(&to).unwrap(), fs::read(&from).unwrap());
+}

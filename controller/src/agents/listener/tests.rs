@@ -221,6 +221,7 @@ fn wanted() -> Wanted {
         departs: None,
         continues: None,
         copy: None,
+        copies: 0,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,

@@ -189,6 +189,7 @@ impl Step for Place {
             departs: None,
             continues: None,
             copy: None,
+            copies: 0,
             spec: state.spec.clone(),
         };
         let request_id = operation.origin.request_id.clone();

@@ -63,6 +63,17 @@ impl DiskCopier {
         shared
     }
 
+    /// What the file shares need not be copied: only what is written since the disk was begun to be looked at.
+    pub fn has_shared(&mut self) {
+        self.pending = PageSet::new(self.bytes());
+        (self.block, self.is_fresh) = (0, false);
+    }
+
+    /// Bytes that are free where the file is.
+    pub fn free(&self) -> io::Result<u64> {
+        self.target.free()
+    }
+
     /// Copies about so many bytes of this round; how many pages these were. None: the round is over.
     pub fn some(&mut self, bytes: usize) -> io::Result<Option<u64>> {
         let (mut copied, mut left) = (0, bytes);
@@ -235,6 +246,25 @@ mod tests {
             drop(copier);
             prop_assert!(!disk.written.is_kept());
         }
+    }
+
+    /// As where the file system lets them share blocks, and takes its time for it.
+    #[test]
+    fn what_is_written_while_the_blocks_are_shared_is_copied() {
+        let disk = Disk::new(8 << 20);
+        disk.does(&Write(0, 4096, 1));
+        let target = tempfile::tempfile().unwrap();
+        let mut copier = DiskCopier::begin(&disk.copy, &target).unwrap();
+        disk.does(&Write(100, 100, 2));
+        target.write_all_at(&content(&disk.file), 0).unwrap();
+        disk.does(&Write(150, 100, 3));
+        disk.does(&Write(2000, 100, 0));
+        copier.has_shared();
+        assert!(copier.some(1 << 20).unwrap().is_none());
+        assert!(copier.next_round() < 64);
+        disk.does(&Write(8000, 8, 4));
+        copier.finish(Duration::from_secs(60)).unwrap();
+        assert!(content(&target) == content(&disk.file));
     }
 
     #[test]

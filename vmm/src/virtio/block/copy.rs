@@ -175,6 +175,12 @@ impl DiskTarget {
         self.disk.file.set_len(self.disk.geometry().capacity)
     }
 
+    /// Bytes that are free where it is.
+    pub(super) fn free(&self) -> io::Result<u64> {
+        let about = rustix::fs::fstatvfs(&*self.disk.file)?;
+        Ok(about.f_bavail.saturating_mul(about.f_frsize))
+    }
+
     /// What has come so far is durable.
     pub fn settle(&self) -> io::Result<()> {
         if !self.is_settled.swap(true, Ordering::Relaxed) {
