@@ -1,6 +1,7 @@
 //! Bytes on their way into the store: hashed, measured and looked at as they come.
 
 use bytes::Bytes;
+use tokio::runtime::{Handle, RuntimeFlavor};
 
 use super::Images;
 use super::blob::{BlobError, Incoming};
@@ -14,6 +15,17 @@ use crate::http::ApiError;
 const LOOK_EVERY: u64 = 64 << 20;
 /// Zeroes are hashed so many at a time.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Bytes that take long enough to hash to be in others' way.
+const MUCH: usize = 128 << 10;
+
+/// Other tasks of this thread go on in another one meanwhile.
+fn hashing<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}
 
 /// One image's bytes. Dropped before [`finish`](Self::finish), nothing of them is left.
 pub struct Intake {
@@ -53,21 +65,29 @@ impl Intake {
 
     /// What comes next.
     pub async fn take(&mut self, bytes: Bytes) -> Result<(), ApiError> {
-        self.seen.take(&bytes, &self.claimed)?;
+        let (seen, claimed) = (&mut self.seen, &self.claimed);
+        match bytes.len() < MUCH {
+            true => seen.take(&bytes, claimed)?,
+            false => hashing(|| seen.take(&bytes, claimed))?,
+        }
         self.look().await?;
         Ok(self.incoming.write(bytes).await.map_err(StoreError::Blob)?)
     }
 
     /// So many zeroes come next; they take no room where the store can leave them out.
     pub async fn take_zeroes(&mut self, count: u64) -> Result<(), ApiError> {
-        let mut left = count;
-        while left > 0 {
-            let now = usize::try_from(left).unwrap_or(usize::MAX);
-            let zeroes = ZEROES.get(..now).unwrap_or(&ZEROES);
-            self.seen.take(zeroes, &self.claimed)?;
-            self.look().await?;
-            left -= zeroes.len() as u64;
-        }
+        let (seen, claimed) = (&mut self.seen, &self.claimed);
+        hashing(|| {
+            let mut left = count;
+            while left > 0 {
+                let now = usize::try_from(left).unwrap_or(usize::MAX);
+                let zeroes = ZEROES.get(..now).unwrap_or(&ZEROES);
+                seen.take(zeroes, claimed)?;
+                left -= zeroes.len() as u64;
+            }
+            Ok::<_, ApiError>(())
+        })?;
+        self.look().await?;
         let skipped = self.incoming.skip(count).await;
         Ok(skipped.map_err(StoreError::Blob)?)
     }

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::{Path, State};
 use http::StatusCode;
-use sea_orm::{ActiveModelTrait, EntityTrait, IntoActiveModel, Set};
+use sea_orm::{ActiveModelTrait, ConnectionTrait, DbErr, EntityTrait, IntoActiveModel, Set};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -119,21 +119,31 @@ pub(super) async fn create(
                         format!("The limit of {MOST_MEMBERS} members has been exceeded."),
                     )));
                 }
-                let member = Model {
-                    image_id: id,
-                    member_id: project,
-                    status: "pending".to_owned(),
-                    created_at_us: now_us,
-                    updated_at_us: now_us,
-                };
-                Entity::insert(member.clone().into_active_model())
-                    .exec_without_returning(tx)
-                    .await?;
-                Ok(member)
+                Ok(insert(tx, id, project, now_us).await?)
             })
         })
         .await?;
     Ok(Json(view(&member)))
+}
+
+/// A new member, who has not answered yet.
+pub(super) async fn insert(
+    tx: &impl ConnectionTrait,
+    image_id: String,
+    member_id: String,
+    now_us: i64,
+) -> Result<Model, DbErr> {
+    let member = Model {
+        image_id,
+        member_id,
+        status: "pending".to_owned(),
+        created_at_us: now_us,
+        updated_at_us: now_us,
+    };
+    Entity::insert(member.clone().into_active_model())
+        .exec_without_returning(tx)
+        .await?;
+    Ok(member)
 }
 
 #[derive(Deserialize)]

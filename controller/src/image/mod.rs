@@ -35,6 +35,7 @@ pub use api::routes;
 pub use blob::BlobStore;
 pub use intake::Intake;
 pub use model::{Image, Row, Status};
+pub use patch::MOST_PROPERTIES;
 
 use self::coming::Coming;
 use crate::database::Database;

@@ -256,7 +256,7 @@ pub fn set(image: &mut Image, name: &str, value: &Value, caller: &Caller) -> Res
 }
 
 /// Properties an image has at most (glance's image_property_quota).
-const MOST_PROPERTIES: usize = 128;
+pub const MOST_PROPERTIES: usize = 128;
 
 #[cfg(test)]
 mod tests {

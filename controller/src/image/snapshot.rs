@@ -8,7 +8,7 @@ use sea_orm::{ActiveModelTrait, DatabaseTransaction, EntityTrait, IntoActiveMode
 use super::data;
 use super::intake::{self, Intake};
 use super::store::{self, Ended, StoreError, Upload, Uploaded};
-use super::{Image, Images, Row, Status};
+use super::{Image, Images, Row, Status, member};
 use crate::http::ApiError;
 
 /// An image that has no bytes yet.
@@ -53,9 +53,19 @@ pub enum Standing {
 }
 
 impl Images {
-    /// Writes a new image in the caller's transaction.
-    pub async fn add(tx: &DatabaseTransaction, image: Image) -> Result<(), StoreError> {
-        store::insert_within(tx, image).await
+    /// Writes a new image in the caller's transaction, which another project may see too; it answers as any other
+    /// member does.
+    pub async fn add(
+        tx: &DatabaseTransaction,
+        image: Image,
+        shared_with: Option<String>,
+    ) -> Result<(), StoreError> {
+        let (id, now_us) = (image.row.id.clone(), image.row.created_at_us);
+        store::insert_within(tx, image).await?;
+        if let Some(project) = shared_with {
+            member::insert(tx, id, project, now_us).await?;
+        }
+        Ok(())
     }
 
     /// Whether an image of so many bytes can become its project's, as far as can be told now.
@@ -105,10 +115,15 @@ impl Images {
                 Ok(Some(image))
             })
         });
-        match taken.await? {
-            Some(image) => Ok(Some(Intake::begin(self, &image, key).await?)),
-            None => Ok(None),
+        let Some(image) = taken.await? else {
+            return Ok(None);
+        };
+        // Nobody would find them any more, now that the row names others.
+        if let Some(old) = image.row.blob.as_deref().filter(|old| *old != key) {
+            let removed = self.blobs.remove(old).await;
+            removed.map_err(StoreError::Blob)?;
         }
+        Ok(Some(Intake::begin(self, &image, key).await?))
     }
 
     /// What was filled under this key is the image's. False: it is another's by now, and these bytes are gone.
@@ -133,14 +148,16 @@ impl Images {
         Ok(whole)
     }
 
-    /// There is no such image afterwards, protected or not, and nothing of its bytes. Idempotent.
+    /// There is no such image afterwards, protected or not, and nothing of its bytes; but one that is whole by now
+    /// stays, whoever has filled it and whether he knows or not. Idempotent.
     pub async fn discard(&self, id: &str, now_us: i64) -> Result<(), StoreError> {
         let wanted = id.to_owned();
         let dropped = self.database.write(move |tx| {
             let id = wanted.clone();
             Box::pin(async move {
                 let row = store::image::Entity::find_by_id(&id).one(tx).await?;
-                let Some(row) = row.filter(|row| row.deleted_at_us.is_none()) else {
+                let there = |row: &Row| row.deleted_at_us.is_none() && row.size.is_none();
+                let Some(row) = row.filter(there) else {
                     return Ok::<_, StoreError>(None);
                 };
                 let blob = row.blob.clone();

@@ -118,6 +118,8 @@ macro_rules! on_both {
     };
 }
 
+mod snapshot;
+
 struct Answer {
     status: StatusCode,
     headers: http::HeaderMap,

@@ -200,6 +200,7 @@ pub async fn image(app: &App, id: Uuid) -> Result<bool, RequestError> {
     let wish = image::Wish {
         from: row.state(),
         image: picture,
+        shared_with: None,
     };
     match image::request(app, origin(), &id, wish).await {
         Ok(()) => Ok(true),

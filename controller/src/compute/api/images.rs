@@ -19,11 +19,12 @@ use crate::compute::store::server;
 use crate::http::schema::Schema;
 use crate::http::{ApiError, Service};
 use crate::image::model::refuse_fixed;
-use crate::image::{Image, snapshot, store};
+use crate::image::{Image, MOST_PROPERTIES, snapshot, store};
 
 /// Properties of the image that the server booted from which its disk's image does not have: nova's, by its
-/// configuration's default and by its code.
-const NOT_INHERITED: [&str; 9] = [
+/// configuration's default and by its code; and how it boots, which the server's own plan says: the image may have
+/// been changed since.
+const NOT_INHERITED: [&str; 12] = [
     "cache_in_nova",
     "bittorrent",
     "cinder_encryption_key_id",
@@ -33,6 +34,9 @@ const NOT_INHERITED: [&str; 9] = [
     "img_signature_hash_method",
     "img_signature_key_type",
     "block_device_mapping",
+    "kernel_id",
+    "ramdisk_id",
+    "os_command_line",
 ];
 
 /// Attributes of an image that are no properties.
@@ -77,6 +81,9 @@ pub async fn create(call: &Call, id: &str, body: &Value) -> Result<Response, Api
     };
     let name = given["name"].as_str().unwrap_or_default();
     let image = new_image(call, &row, name, properties).await?;
+    if image.properties.len() > MOST_PROPERTIES {
+        return Err(ApiError::forbidden("Image metadata limit exceeded"));
+    }
     let project = image.row.owner.clone();
     let room = call.app.images().may_have(&project, disk.size).await;
     room.map_err(|error| match error.status() {
@@ -84,8 +91,12 @@ pub async fn create(call: &Call, id: &str, body: &Value) -> Result<Response, Api
         _ => error,
     })?;
     let image_id = image.row.id.clone();
-    let from = row.state();
-    request(&call.app, origin(call), &row.id, Wish { from, image }).await?;
+    let wish = Wish {
+        from: row.state(),
+        shared_with: (project != row.project_id).then(|| row.project_id.clone()),
+        image,
+    };
+    request(&call.app, origin(call), &row.id, wish).await?;
     if call.at_least(45) {
         let answer = Json(json!({"image_id": image_id}));
         return Ok((StatusCode::ACCEPTED, answer).into_response());
@@ -127,14 +138,11 @@ async fn new_image(
     set("instance_uuid", &server.id);
     set("image_type", "snapshot");
     set("user_id", &call.caller.identity().user_id);
-    let another = call.project()? != server.project_id;
-    if another {
-        set("instance_owner", &server.project_id);
-    }
     properties.extend(given);
     image.properties = properties.into_iter().collect();
     let row = &mut image.row;
     row.name = Some(name.to_owned());
+    let another = row.owner != server.project_id;
     row.visibility = if another { "shared" } else { "private" }.to_owned();
     (row.disk_format, row.container_format) = (Some("raw".to_owned()), Some("bare".to_owned()));
     let (min_disk, min_ram) = base.map_or((0, 0), |base| (base.row.min_disk, base.row.min_ram));

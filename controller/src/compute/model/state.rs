@@ -192,6 +192,8 @@ impl ServerState {
                 Standing::Paused,
                 Standing::Suspended,
                 Standing::Stopped,
+                // Its guest has ended by a fault meanwhile.
+                Standing::Error,
             ];
             standings.map(|standing| Self::Imaging(standing, shot))
         });

@@ -10,7 +10,7 @@ use sea_orm::DatabaseTransaction;
 use serde::{Deserialize, Serialize};
 
 use super::create::settle;
-use super::{RequestError, Tools, boot, instance, machine_id, to_error, to_state, turn};
+use super::{RequestError, Tools, boot, image, instance, machine_id, to_error, to_state, turn};
 use crate::agents::host;
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
@@ -97,9 +97,12 @@ impl Change {
             Self::HardReboot => {
                 wanted.power = Power::Running;
                 wanted.hard_reboots += 1;
+                wanted.copy = None;
             }
             Self::Rebuild => {
                 wanted.rebuilds += 1;
+                // It would be one of another disk.
+                wanted.copy = None;
                 // A stopped server stays stopped, with its new disk.
                 wanted.power = if standing == Standing::Stopped {
                     Power::Stopped
@@ -170,8 +173,11 @@ pub async fn request(
                 }
                 if wish.change == Change::HardReboot {
                     // The way out of what hangs: whatever it was, it is not waited for any more.
-                    let others: Vec<&str> = kinds().collect();
+                    let others: Vec<&str> = kinds().chain([image::KIND]).collect();
                     operation::cancel(tx, &id, &others, "the server is rebooted").await?;
+                }
+                if wish.change == Change::Rebuild {
+                    operation::cancel(tx, &id, &[image::KIND], "the server is rebuilt").await?;
                 }
                 let server = machine_id(&id)?;
                 // A tombstone stays one, whatever the row's state says (an administrator's reset, a

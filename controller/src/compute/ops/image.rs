@@ -13,28 +13,29 @@
 //! bytes come a piece at each turn ([`Fetching`]), so that a controller that ends need not wait for all of them, and one
 //! that is to give up does; another begins anew.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+mod fetching;
+
+use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use fractus_agent_api::copy::{CopyId, CopyState};
-use fractus_agent_api::machine::{MachineReport, Observed, Refusal};
-use futures::StreamExt;
+use fractus_agent_api::machine::{MachineReport, Observed, Power, Refusal};
 use sea_orm::DatabaseTransaction;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 
-use super::{RequestError, Tools, machine_id, to_error, to_state, turn};
-use crate::agents::{AgentError, CopyPart, CopyStream};
+use self::fetching::{Fetched, Fetches, Fetching};
+use super::{RequestError, Tools, machine_id, observe, to_error, to_state, turn};
+use crate::agents::AgentError;
 use crate::compute::model::state::{ServerState, Shot, Standing};
 use crate::compute::store::server;
 use crate::event::Origin;
 use crate::http::{ApiError, App};
 use crate::image::snapshot::Standing as Stands;
 use crate::image::store::StoreError;
-use crate::image::{Image, Images, Intake};
-use crate::operation::{Kind, Operation, OperationId, Outcome, Progress, Step, StepError};
+use crate::image::{Image, Images};
+use crate::operation::{Kind, Operation, Outcome, Progress, Step, StepError};
 use crate::reconcile::{ASK_AGAIN, Converged, machine};
 
 pub const KIND: &str = "server_create_image";
@@ -43,18 +44,13 @@ pub const KIND: &str = "server_create_image";
 const LONGEST_US: i64 = 86_400_000_000;
 /// A host that does not drop its copy is left to the reconciler.
 const LONGEST_DROP_US: i64 = 60_000_000;
-/// How long bytes are fetched in a turn.
-const TURN: Duration = Duration::from_secs(1);
-/// Zeroes that are hashed at a time.
-const ZEROES: u64 = 4 << 20;
+/// Images whose bytes come in at once; all of them are hashed here.
+const AT_ONCE: usize = 2;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct State {
     image: String,
     copy: CopyId,
-    /// The image has its bytes, and stays.
-    #[serde(default)]
-    whole: bool,
 }
 
 /// What a request wants of one server.
@@ -64,6 +60,8 @@ pub struct Wish {
     pub from: ServerState,
     /// To be filled.
     pub image: Image,
+    /// The server's project, where the image is another's.
+    pub shared_with: Option<String>,
 }
 
 /// Writes the image, that a copy of the disk is wanted, and the operation that brings it in.
@@ -75,7 +73,6 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
     let state = State {
         image: wish.image.row.id.clone(),
         copy,
-        whole: false,
     };
     let prepared = engine.prepare(KIND, id, &state, origin)?;
     let (subject, now) = (id.to_owned(), app.now_us());
@@ -90,17 +87,21 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
                     return Err(RequestError::Overtaken);
                 }
                 let known = machine::find(tx, server).await?;
-                let there = known.is_some_and(|known| {
+                let there = known.as_ref().is_some_and(|known| {
                     known.host.is_some() && !known.is_tombstone() && known.confirmed
                 });
                 if !there {
                     return Err(RequestError::Overtaken);
                 }
+                if known.is_some_and(|known| known.wanted.copy.is_some()) {
+                    return Err(RequestError::ImageUnderWay);
+                }
                 machine::change(tx, server, request_id, now, |wanted| {
-                    wanted.copy = Some(copy);
+                    wanted.have_copy(copy);
                 })
                 .await?;
-                Images::add(tx, wish.image).await.map_err(unwritten)?;
+                let added = Images::add(tx, wish.image, wish.shared_with).await;
+                added.map_err(unwritten)?;
                 Ok(prepared.insert(tx).await?)
             })
         })
@@ -114,69 +115,6 @@ fn unwritten(error: StoreError) -> RequestError {
     match error {
         StoreError::Database(error) => error.into(),
         other => StepError::fail(other.to_string()).into(),
-    }
-}
-
-/// Bytes that come in, by operation. In memory: whoever does not find his begins anew.
-type Fetches = Arc<Mutex<HashMap<OperationId, Fetching>>>;
-
-/// One image's bytes on their way from a host.
-struct Fetching {
-    key: String,
-    parts: CopyStream,
-    intake: Intake,
-    /// What has come and is not in the store yet: zeroes up to here, and then this.
-    upto: u64,
-    piece: Option<Bytes>,
-    is_all: bool,
-}
-
-/// What a turn of it came to.
-enum Fetched {
-    Some(Fetching),
-    All(Fetching),
-}
-
-impl Fetching {
-    fn new(key: String, parts: CopyStream, intake: Intake) -> Self {
-        Self {
-            key,
-            parts,
-            intake,
-            upto: 0,
-            piece: None,
-            is_all: false,
-        }
-    }
-
-    /// For a turn's time.
-    async fn some(mut self) -> Result<Fetched, StepError> {
-        let began = Instant::now();
-        while began.elapsed() < TURN {
-            let gap = self.upto.saturating_sub(self.intake.size()).min(ZEROES);
-            if gap > 0 {
-                self.intake.take_zeroes(gap).await.map_err(refused)?;
-            } else if let Some(bytes) = self.piece.take() {
-                self.intake.take(bytes).await.map_err(refused)?;
-            } else if self.is_all {
-                return Ok(Fetched::All(self));
-            } else {
-                self.hear().await?;
-            }
-        }
-        Ok(Fetched::Some(self))
-    }
-
-    async fn hear(&mut self) -> Result<(), StepError> {
-        let part = self.parts.next().await;
-        let part = part.ok_or_else(|| StepError::retry("the copy ends in the middle"))?;
-        match part.map_err(|error| StepError::retry(error.to_string()))? {
-            CopyPart::Piece(piece) => {
-                (self.upto, self.piece) = (piece.offset, Some(piece.bytes));
-            }
-            CopyPart::End(size) => (self.upto, self.is_all) = (size, true),
-        }
-        Ok(())
     }
 }
 
@@ -203,12 +141,16 @@ fn waited_us(tools: &Tools, operation: &Operation) -> i64 {
 pub struct CreateImage {
     tools: Tools,
     fetches: Fetches,
+    turns: Arc<Semaphore>,
 }
 
 impl CreateImage {
     pub(super) fn new(tools: Tools) -> Self {
-        let fetches = Fetches::default();
-        Self { tools, fetches }
+        Self {
+            tools,
+            fetches: Fetches::default(),
+            turns: Arc::new(Semaphore::new(AT_ONCE)),
+        }
     }
 }
 
@@ -228,7 +170,11 @@ impl Kind for CreateImage {
             Arc::new(Begin(tools())),
             Arc::new(Copy(tools())),
             Arc::new(Upload(tools())),
-            Arc::new(Fetch(tools(), Arc::clone(&self.fetches))),
+            Arc::new(Fetch {
+                tools: tools(),
+                fetches: self.fetches.clone(),
+                turns: Arc::clone(&self.turns),
+            }),
             Arc::new(Release(tools())),
         ]
     }
@@ -240,17 +186,50 @@ impl Kind for CreateImage {
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
         let now = self.tools.clock.now_us();
+        let state: State = operation.state()?;
+        let server = machine_id(&operation.subject)?;
+        let known = machine::find(tx, server).await?;
+        let wanted = known.as_ref().and_then(|known| known.wanted.copy);
+        if wanted.is_some_and(|copy| copy != state.copy) {
+            // Another image is being made since: what the server is, is that one's.
+            return Ok(());
+        }
+        let said = known.and_then(|known| {
+            let said = self.tools.machines.fleet().machine(known.host?, server)?;
+            let is_of_now = (said.generation, said.revision) == known.age();
+            (is_of_now && said.settled).then_some((said, known.wanted.power))
+        });
         // The action's event says why there is no image.
         turn(tx, &operation.subject, |row| match (row.state(), outcome) {
             (ServerState::Imaging(..), Outcome::Parked { reason }) => {
                 Some(to_error(reason, Some(reason), now))
             }
-            (ServerState::Imaging(standing, _), _) => Some(to_state(standing.settled(), now)),
+            (ServerState::Imaging(standing, _), _) => Some(is_now(standing, said.as_ref(), now)),
             // A delete, or an administrator's reset, has the last word.
             _ => None,
         })
         .await?;
         Ok(())
+    }
+}
+
+/// What the server is by its host's last word: its guest may have ended, or been stopped by its watchdog, while the
+/// reconciler left it to the operation. What follows from that, the reconciler sees to.
+fn is_now(
+    standing: Standing,
+    said: Option<&(MachineReport, Power)>,
+    now: i64,
+) -> server::ActiveModel {
+    let Some((report, power)) = said else {
+        return to_state(standing.settled(), now);
+    };
+    let lives = matches!(power, Power::Running | Power::Paused | Power::Suspended);
+    match (&report.observed, report.guest.panicked) {
+        (Observed::Stopped { reason }, _) if lives => observe::ended(reason, now),
+        (Observed::Failed { reason }, _) => to_error(reason, Some(reason), now),
+        (Observed::Paused, _) if standing == Standing::Active => to_state(ServerState::Paused, now),
+        (Observed::Running, true) if standing == Standing::Active => observe::crashed(now),
+        _ => to_state(standing.settled(), now),
     }
 }
 
@@ -324,10 +303,9 @@ impl Step for Begin {
 
     async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
         let state: State = operation.state()?;
-        if !state.whole {
-            let gone = self.0.images.discard(&state.image, self.0.clock.now_us());
-            gone.await.map_err(unstored)?;
-        }
+        // One that is whole stays: its bytes were the image's before this operation could write so.
+        let gone = self.0.images.discard(&state.image, self.0.clock.now_us());
+        gone.await.map_err(unstored)?;
         dropped(&self.0, operation).await
     }
 
@@ -443,20 +421,23 @@ impl Step for Upload {
 }
 
 /// Brings the bytes in.
-struct Fetch(Tools, Fetches);
+struct Fetch {
+    tools: Tools,
+    fetches: Fetches,
+    turns: Arc<Semaphore>,
+}
 
 impl Fetch {
-    fn fetches(&self) -> std::sync::MutexGuard<'_, HashMap<OperationId, Fetching>> {
-        self.1.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// From the beginning; none: not yet, or nothing is to be fetched any more.
     async fn begin(
         &self,
         operation: &Operation,
         state: &State,
     ) -> Result<Option<Fetching>, StepError> {
-        let (tools, images) = (&self.0, &self.0.images);
+        let (tools, images) = (&self.tools, &self.tools.images);
+        let Ok(turn) = Arc::clone(&self.turns).try_acquire_owned() else {
+            return Ok(None);
+        };
         if is_copied(tools, operation, state).await?.is_none() {
             return Ok(None);
         }
@@ -480,7 +461,7 @@ impl Fetch {
         let key = format!("{}.{key}", images.blobs.holder());
         let begun = images.begin_filling(&state.image, &key, tools.clock.now_us());
         let intake = begun.await.map_err(refused)?;
-        Ok(intake.map(|intake| Fetching::new(key, parts, intake)))
+        Ok(intake.map(|intake| Fetching::new(key, parts, intake, turn)))
     }
 }
 
@@ -492,16 +473,16 @@ impl Step for Fetch {
 
     async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
         let state: State = operation.state()?;
-        let images = &self.0.images;
+        let images = &self.tools.images;
         match images.stands(&state.image).await.map_err(unstored)? {
             Stands::Whole => return Ok(Progress::Done),
             Stands::Gone => return Err(StepError::fail("the image was deleted meanwhile")),
             Stands::Awaited => {}
         }
-        if waited_us(&self.0, operation) > LONGEST_US {
+        if waited_us(&self.tools, operation) > LONGEST_US {
             return Err(StepError::fail("the disk's copy was not fetched in a day"));
         }
-        let begun = self.fetches().remove(&operation.id);
+        let begun = self.fetches.take(operation.id);
         let fetching = match begun {
             Some(fetching) => fetching,
             None => match self.begin(operation, &state).await? {
@@ -511,12 +492,12 @@ impl Step for Fetch {
         };
         match fetching.some().await? {
             Fetched::Some(fetching) => {
-                self.fetches().insert(operation.id, fetching);
+                self.fetches.keep(operation.id, fetching);
                 Ok(Progress::Wait(Duration::ZERO))
             }
             Fetched::All(Fetching { key, intake, .. }) => {
                 let found = intake.finish().await.map_err(refused)?;
-                let now = self.0.clock.now_us();
+                let now = self.tools.clock.now_us();
                 let ended = images.end_filling(&state.image, &key, found, now).await;
                 match ended.map_err(refused)? {
                     true => Ok(Progress::Done),
@@ -531,14 +512,12 @@ impl Step for Fetch {
         operation: &mut Operation,
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
-        let mut state: State = operation.state()?;
-        let_go(&self.0, operation, &state, tx).await?;
-        state.whole = true;
-        operation.set_state(&state)
+        let state: State = operation.state()?;
+        let_go(&self.tools, operation, &state, tx).await
     }
 
     async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
-        self.fetches().remove(&operation.id);
+        self.fetches.take(operation.id);
         Ok(Progress::Done)
     }
 }

@@ -79,6 +79,9 @@ pub enum RequestError {
     /// Somebody else changed the server since it was read.
     #[error("the server was changed by another request at the same time; look at it and try again")]
     Overtaken,
+    /// Its host copies the disk for another, or has not let go of that yet.
+    #[error("an image of the server is being made, or taken back; try again when that is over")]
+    ImageUnderWay,
     #[error("{0}")]
     OverQuota(String),
     /// Its host has no room for what the server is to become.
@@ -89,7 +92,9 @@ pub enum RequestError {
 impl From<RequestError> for ApiError {
     fn from(error: RequestError) -> Self {
         match error {
-            RequestError::Overtaken | RequestError::NoRoom(_) => Self::conflict(error.to_string()),
+            RequestError::Overtaken | RequestError::ImageUnderWay | RequestError::NoRoom(_) => {
+                Self::conflict(error.to_string())
+            }
             RequestError::OverQuota(words) => Self::forbidden(words),
             RequestError::Database(error) => error.into(),
             RequestError::Prepare(error) => Self::internal(error),

@@ -9,7 +9,7 @@ use sea_orm::{DatabaseTransaction, DbErr};
 
 use super::{to_error, to_state, turn};
 use crate::clock::Clock;
-use crate::compute::model::state::ServerState;
+use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
 use crate::reconcile::{Life, Observer};
 
@@ -42,7 +42,8 @@ impl Observer for ServerObserver {
             if matches!(row.state(), ServerState::Deleting(_) | ServerState::Deleted) {
                 return None;
             }
-            Some(ended(reason, now))
+            let end = ended(reason, now);
+            Some(still_imaging(row, end))
         })
         .await
     }
@@ -59,10 +60,7 @@ impl Observer for ServerObserver {
         let now = self.clock.now_us();
         turn(tx, &machine.to_string(), |row| match row.state() {
             ServerState::Active if life.paused => Some(to_state(ServerState::Paused, now)),
-            ServerState::Active if life.guest.panicked => Some(server::ActiveModel {
-                state: Set(ServerState::Crashed.key()),
-                ..to_error(PANICKED, None, now)
-            }),
+            ServerState::Active if life.guest.panicked => Some(crashed(now)),
             ServerState::Crashed if !life.guest.panicked => {
                 Some(to_state(ServerState::Active, now))
             }
@@ -107,9 +105,32 @@ impl Observer for ServerObserver {
             // Said before: when it happened stays as it was.
             let said =
                 row.state() == ServerState::Error && row.fault_details.as_deref() == Some(reason);
-            (!over && !said).then(|| to_error(reason, Some(reason), now))
+            let error = || still_imaging(row, to_error(reason, Some(reason), now));
+            (!over && !said).then(error)
         })
         .await
+    }
+}
+
+/// An image is made of the disk all the same: what the server has become, it is beside that.
+fn still_imaging(row: &server::Model, change: server::ActiveModel) -> server::ActiveModel {
+    let ServerState::Imaging(_, shot) = row.state() else {
+        return change;
+    };
+    let becomes = change.state.try_as_ref();
+    let becomes = becomes.and_then(|key| ServerState::from_key(key)?.standing());
+    let standing = becomes.unwrap_or(Standing::Error);
+    server::ActiveModel {
+        state: Set(ServerState::Imaging(standing, shot).key()),
+        ..change
+    }
+}
+
+/// A server whose guest's kernel has panicked.
+pub(super) fn crashed(now_us: i64) -> server::ActiveModel {
+    server::ActiveModel {
+        state: Set(ServerState::Crashed.key()),
+        ..to_error(PANICKED, None, now_us)
     }
 }
 
