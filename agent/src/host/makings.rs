@@ -166,7 +166,7 @@ impl Makings for HostMakings {
                 path: from.clone(),
                 source,
             })?;
-            Ok(directory::copy_disk(disk, &to, &cancelled)?)
+            directory::copy_disk(disk, &to, &cancelled)
         })
         .await;
         drop(cancel);
