@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -30,6 +31,11 @@ pub trait Device: Send + Sync {
     /// interrupt, and nothing is in flight.
     fn pause(&self) -> Result<(), DeviceError> {
         Ok(())
+    }
+
+    /// The same, and gives up where that takes longer: what is in flight then goes on.
+    fn pause_within(&self, _longest: Duration) -> Result<(), DeviceError> {
+        self.pause()
     }
 
     /// Goes on where `pause` stopped it. Also called once, before the first vCPU runs.

@@ -145,12 +145,20 @@ fn a_copy_that_fails_costs_the_guest_nothing() {
     disk.set_len(BYTES).unwrap();
     let mut guest = Setup::new().disk(&disk, |_| {}).boot();
     guest.ok("disk-write 0 0 1048576 3");
-    let full = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/full")
-        .unwrap();
-    assert!(copied(&mut guest, &full).is_err());
+    // In the middle of it nothing can be written there any more.
+    let sealable = rustix::fs::MemfdFlags::ALLOW_SEALING;
+    let full = File::from(rustix::fs::memfd_create("full", sealable).unwrap());
+    let mut copying = guest.machine.copy_disk(0, &full, POLICY).unwrap();
+    rustix::fs::fcntl_add_seals(&full, rustix::fs::SealFlags::WRITE).unwrap();
+    let failed = loop {
+        match copying.advance(&mut guest.machine) {
+            Ok(None) => {}
+            other => break other,
+        }
+    };
+    assert!(matches!(failed, Err(DiskCopyError::Copy(_))), "{failed:?}");
+    drop(copying);
+    assert_eq!(guest.machine.state(), RunState::Running);
     guest.ok("disk-write 0 0 1048576 4");
     copied(&mut guest, &file(false)).unwrap();
     guest.ok("disk-check 0 0 1048576 4");

@@ -18,8 +18,9 @@ use tokio::sync::mpsc;
 const CHUNK: usize = 256 << 10;
 const WAITING: usize = 4;
 
-/// Who takes nothing for so long is gone.
-const STALL: Duration = Duration::from_secs(60);
+/// Who takes nothing for so long is gone. Long: between two pieces may lie terabytes of zeroes, which whoever takes them
+/// has to hash. One whose connection is dead is known sooner.
+const STALL: Duration = Duration::from_secs(6 * 3600);
 
 /// The whole file, which must not change. Read for as long as somebody takes it.
 pub async fn pieces(path: PathBuf) -> io::Result<impl Stream<Item = io::Result<Bytes>>> {

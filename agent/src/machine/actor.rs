@@ -510,7 +510,7 @@ impl<L: Launcher> Actor<L> {
                 self.meetings += u64::from(status.fresh);
                 if status.fresh {
                     self.lose_copy();
-                    if self.adopted {
+                    if self.adopted || self.copying.is_untold() {
                         self.copying.may_stray();
                     }
                 }

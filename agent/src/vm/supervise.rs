@@ -457,6 +457,8 @@ impl Supervisor {
                 attempt,
             } => {
                 log::request(request_id);
+                // Its disks are made durable, and not what is copied of them.
+                self.copy_no_more("its guest is suspended");
                 self.is_to_suspend(attempt, files)
             }
             ToMachine::Send {

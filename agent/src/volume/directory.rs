@@ -4,6 +4,7 @@
 //! whole. A qcow2 image is converted; one that names a backing or data file is refused, since those
 //! would be files of the host.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
@@ -16,7 +17,7 @@ use fractus_agent_api::machine::ImageFormat;
 use imago::file::File as ImagoFile;
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder};
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{Advice, CWD, RenameFlags, SeekFrom, fadvise, renameat_with, seek};
 use rustix::io::Errno;
 
 use super::room::{NoRoom, Room};
@@ -96,20 +97,26 @@ pub fn copy_disk(disk: File, path: &Path, cancelled: &AtomicBool) -> Result<u64,
         source,
     };
     let about = disk.metadata().map_err(io)?;
-    Room::beside(&disk)
-        .map_err(io)?
-        .takes(about.blocks() * 512)?;
+    Room::beside(&disk).map_err(io)?.takes(0)?;
+    let looked_at = Cell::new(0);
     let goes_on = |copy: &File, at: u64| {
         if cancelled.load(Ordering::Relaxed) {
             return Err(VolumeError::Cancelled);
         }
-        if at.is_multiple_of(LOOK_EVERY) {
-            Room::beside(copy).map_err(io)?.takes(0)?;
-        }
-        Ok(())
+        // Room for all of it, once blocks cannot be shared; and then that others still have some.
+        let bytes = match at {
+            0 => about.blocks() * 512,
+            _ if at.saturating_sub(looked_at.get()) < LOOK_EVERY => return Ok(()),
+            _ => 0,
+        };
+        looked_at.set(at);
+        Ok(Room::beside(copy).map_err(io)?.takes(bytes)?)
     };
-    let image = Some((disk, ImageFormat::Raw));
+    let image = disk.try_clone().map_err(io)?;
+    let image = Some((image, ImageFormat::Raw));
     make_while(path, Old::Replace, about.len(), image, &goes_on)?;
+    // Nobody reads it again soon.
+    let _ = fadvise(&disk, 0, None, Advice::DontNeed);
     Ok(fs::metadata(path).map_err(io)?.len())
 }
 
@@ -244,9 +251,14 @@ fn copy_raw(
         return Ok(length);
     }
     disk.set_len(length).map_err(io)?;
-    copy(length, disk, goes_on, io, |buffer, at| {
-        image.read_exact_at(buffer, at)
-    })?;
+    let data = |at| match seek(image, SeekFrom::Data(at)) {
+        Ok(data) => data.max(at),
+        Err(Errno::NXIO) => length,
+        // What does not know of holes is all data; what cannot be read says so then.
+        Err(_) => at,
+    };
+    let read = |buffer: &mut [u8], at| image.read_exact_at(buffer, at);
+    copy(length, disk, goes_on, io, data, read)?;
     Ok(length)
 }
 
@@ -274,9 +286,8 @@ fn copy_qcow2(
         });
     }
     disk.set_len(length).map_err(io)?;
-    copy(length, disk, goes_on, io, |buffer, at| {
-        image.read(buffer, at)
-    })?;
+    let read = |buffer: &mut [u8], at| image.read(buffer, at);
+    copy(length, disk, goes_on, io, |at| at, read)?;
     Ok(length)
 }
 
@@ -305,18 +316,23 @@ fn refuse_outside_files(image: &File) -> Result<(), VolumeError> {
     Ok(())
 }
 
-/// Leaves out what is zero: the disk is sparse.
+/// Leaves out what is zero: the disk is sparse. `data` says where the next may be that is not, at this place or behind.
 fn copy(
     length: u64,
     disk: &File,
     goes_on: GoesOn<'_>,
     io: &dyn Fn(io::Error) -> VolumeError,
+    data: impl Fn(u64) -> u64,
     read: impl Fn(&mut [u8], u64) -> io::Result<()>,
 ) -> Result<(), VolumeError> {
     let mut buffer = vec![0; CHUNK];
     let mut at = 0;
     while at < length {
         goes_on(disk, at)?;
+        at = data(at);
+        if at >= length {
+            break;
+        }
         let now = CHUNK.min((length - at) as usize);
         let Some(chunk) = buffer.get_mut(..now) else {
             break;

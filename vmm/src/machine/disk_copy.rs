@@ -134,20 +134,23 @@ impl Machine {
         })
     }
 
-    /// The guest stands still for `work` and no longer, if it runs; how long that was.
+    /// The guest stands still for `work` and no longer, if it runs; how long that was. The work is told when that has
+    /// been for too long: its devices, too, must have come to rest by then.
     fn while_at_rest<T>(
         &mut self,
-        work: impl FnOnce() -> T,
+        longest: Duration,
+        work: impl FnOnce(Instant) -> T,
     ) -> Result<(T, Duration), MachineError> {
-        if self.state != RunState::Running {
-            return Ok((work(), Duration::ZERO));
-        }
         let began = Instant::now();
-        if let Err(error) = self.rest() {
+        let until = began + longest;
+        if self.state != RunState::Running {
+            return Ok((work(until), Duration::ZERO));
+        }
+        if let Err(error) = self.rest_by(until) {
             self.run_on(&error);
             return Err(error);
         }
-        let done = work();
+        let done = work(until);
         if let Err(error) = self.run() {
             self.run_on(&error);
             return Err(error);
@@ -202,8 +205,9 @@ impl DiskCopying {
         if !matches!(machine.state, RunState::Running | RunState::Paused) {
             return Err(DiskCopyError::Over);
         }
+        let longest = self.policy.converge.longest;
         if self.shares {
-            let (shared, pause) = machine.while_at_rest(|| self.copier.share())?;
+            let (shared, pause) = machine.while_at_rest(longest, |_| self.copier.share())?;
             self.shares = false;
             if shared? {
                 self.report.shared = true;
@@ -216,9 +220,9 @@ impl DiskCopying {
             self.unlooked += pages * PAGE as u64;
             return Ok(None);
         }
-        // Not in the pause.
-        self.copier.settle()?;
+        // Only the copying is to be done again in the pause.
         self.round.took = self.round_began.elapsed();
+        self.copier.settle()?;
         if machine.state == RunState::Paused {
             // Nobody writes, and so nothing has to be waited for.
             if self.copier.next_round() > 0 {
@@ -226,13 +230,12 @@ impl DiskCopying {
             }
             return self.end(Duration::ZERO);
         }
-        let longest = self.policy.converge.longest;
         match self.after_round() {
             Decision::Again => return Ok(None),
             Decision::GiveUp => return Err(DiskCopyError::Late { longest }),
             Decision::Stop => {}
         }
-        let (finish, pause) = machine.while_at_rest(|| self.copier.finish(longest))?;
+        let (finish, pause) = machine.while_at_rest(longest, |until| self.copier.finish(until))?;
         match finish? {
             Finish::Whole(last) => self.report.last += last,
             Finish::Late => return Err(DiskCopyError::Late { longest }),

@@ -378,12 +378,26 @@ impl Machine {
 
     /// vCPUs first, then devices: nobody kicks a device that has come to rest.
     fn rest(&mut self) -> Result<(), MachineError> {
-        self.vcpus.park()?;
-        // That they had entered is no news once they are out again.
-        self.keep(|request| *request != Request::AllEntered);
+        self.park()?;
         for device in &self.devices {
             device.pause()?;
         }
+        Ok(())
+    }
+
+    /// The same, of devices that must have come to rest by then.
+    fn rest_by(&mut self, until: Instant) -> Result<(), MachineError> {
+        self.park()?;
+        for device in &self.devices {
+            device.pause_within(until.saturating_duration_since(Instant::now()))?;
+        }
+        Ok(())
+    }
+
+    fn park(&mut self) -> Result<(), MachineError> {
+        self.vcpus.park()?;
+        // That they had entered is no news once they are out again.
+        self.keep(|request| *request != Request::AllEntered);
         Ok(())
     }
 

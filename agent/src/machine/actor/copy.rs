@@ -26,8 +26,10 @@ pub(super) struct Copying {
     made: Option<(CopyId, u64)>,
     begun: Option<Begun>,
     failed: Option<(CopyId, String)>,
-    /// The process may be at one that an earlier agent has told it of.
+    /// The process may be at one that nobody has heard of.
     stray: bool,
+    /// It could not be told that one is not wanted any more.
+    untold: bool,
 }
 
 /// What the process was told of last.
@@ -54,9 +56,13 @@ impl Copying {
         self.failed = None;
     }
 
-    /// The process was met that an earlier agent has started.
+    /// The process is met again, and may be at a copy that it was not told to end.
     pub(super) fn may_stray(&mut self) {
-        self.stray = true;
+        (self.stray, self.untold) = (true, false);
+    }
+
+    pub(super) fn is_untold(&self) -> bool {
+        self.untold
     }
 }
 
@@ -113,6 +119,7 @@ impl<L: Launcher> Actor<L> {
             && let Err(error) = process.no_copy(request_id.as_deref()).await
         {
             // When it is met again it is told again.
+            self.copying.untold = true;
             tracing::warn!(machine = %self.record.id, %error, "not told to copy no more");
         }
     }
@@ -143,7 +150,8 @@ impl<L: Launcher> Actor<L> {
             if let Some(process) = &mut self.process
                 && let Err(error) = process.no_copy(request_id.as_deref()).await
             {
-                // It goes on, and what it writes is in no folder.
+                // It goes on until it is met again, and what it writes is in no folder.
+                self.copying.untold = true;
                 tracing::warn!(machine = %self.record.id, %error, "not told to copy no more");
             }
         }

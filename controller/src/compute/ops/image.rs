@@ -194,6 +194,10 @@ impl Kind for CreateImage {
             // Another image is being made since: what the server is, is that one's.
             return Ok(());
         }
+        if matches!(outcome, Outcome::Parked { .. }) {
+            // Nobody brings it in any more.
+            let_go(&self.tools, operation, &state, tx).await?;
+        }
         let said = known.and_then(|known| {
             let said = self.tools.machines.fleet().machine(known.host?, server)?;
             let is_of_now = (said.generation, said.revision) == known.age();
@@ -479,10 +483,12 @@ impl Step for Fetch {
             Stands::Gone => return Err(StepError::fail("the image was deleted meanwhile")),
             Stands::Awaited => {}
         }
-        if waited_us(&self.tools, operation) > LONGEST_US {
+        let begun = self.fetches.take(operation.id);
+        // One that only waits for others to be done is not late.
+        let has_turn = begun.is_some() || self.turns.available_permits() > 0;
+        if has_turn && waited_us(&self.tools, operation) > LONGEST_US {
             return Err(StepError::fail("the disk's copy was not fetched in a day"));
         }
-        let begun = self.fetches.take(operation.id);
         let fetching = match begun {
             Some(fetching) => fetching,
             None => match self.begin(operation, &state).await? {

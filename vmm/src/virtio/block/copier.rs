@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::copy::{DiskCopy, DiskLog, DiskTarget};
 use super::file::DiskFileError;
@@ -134,12 +134,11 @@ impl DiskCopier {
         self.pending.count()
     }
 
-    /// Copies all that is left of a disk that nobody writes to.
-    pub fn finish(&mut self, longest: Duration) -> io::Result<Finish> {
-        let began = Instant::now();
+    /// Copies all that is left of a disk that nobody writes to, by then.
+    pub fn finish(&mut self, until: Instant) -> io::Result<Finish> {
         let left = self.next_round();
         while self.some(1 << 20)?.is_some() {
-            if began.elapsed() > longest {
+            if Instant::now() > until {
                 return Ok(Finish::Late);
             }
         }
@@ -152,6 +151,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::os::unix::fs::MetadataExt;
     use std::sync::Arc;
+    use std::time::Duration;
 
     use proptest::prelude::*;
 
@@ -203,6 +203,10 @@ mod tests {
         }
     }
 
+    fn in_a_minute() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
     fn content(file: &File) -> Vec<u8> {
         let mut all = vec![0; file.metadata().unwrap().len() as usize];
         file.read_exact_at(&mut all, 0).unwrap();
@@ -238,7 +242,7 @@ mod tests {
                 }
             }
             let moment = content(&disk.file);
-            let finish = copier.finish(Duration::from_secs(60)).unwrap();
+            let finish = copier.finish(in_a_minute()).unwrap();
             prop_assert!(matches!(finish, Finish::Whole(_)));
             after.iter().for_each(|write| disk.does(write));
             copier.settle().unwrap();
@@ -263,7 +267,7 @@ mod tests {
         assert!(copier.some(1 << 20).unwrap().is_none());
         assert!(copier.next_round() < 64);
         disk.does(&Write(8000, 8, 4));
-        copier.finish(Duration::from_secs(60)).unwrap();
+        copier.finish(in_a_minute()).unwrap();
         assert!(content(&target) == content(&disk.file));
     }
 
@@ -279,7 +283,7 @@ mod tests {
         while copier.some(1 << 20).unwrap().is_some() {}
         assert!(blocks(&target) < 3 << 19, "{}", blocks(&target));
         disk.does(&Write(0, 2048, 0));
-        copier.finish(Duration::from_secs(60)).unwrap();
+        copier.finish(in_a_minute()).unwrap();
         assert!(blocks(&target) < 1 << 18, "{}", blocks(&target));
         assert_eq!(target.metadata().unwrap().len(), 64 << 20);
     }
@@ -290,6 +294,6 @@ mod tests {
         disk.does(&Write(0, 1 << 16, 1));
         let target = tempfile::tempfile().unwrap();
         let mut copier = DiskCopier::begin(&disk.copy, &target).unwrap();
-        assert_eq!(copier.finish(Duration::ZERO).unwrap(), Finish::Late);
+        assert_eq!(copier.finish(Instant::now()).unwrap(), Finish::Late);
     }
 }

@@ -177,6 +177,10 @@ impl Device for VirtioPciDevice {
         self.lock().pause(PAUSE_WAIT)
     }
 
+    fn pause_within(&self, longest: Duration) -> Result<(), DeviceError> {
+        self.lock().pause(longest.min(PAUSE_WAIT))
+    }
+
     fn resume(&self) -> Result<(), DeviceError> {
         self.lock().resume();
         Ok(())

@@ -136,6 +136,8 @@ impl Fetching {
             let gap = self.upto.saturating_sub(self.intake.size()).min(ZEROES);
             if gap > 0 {
                 self.intake.take_zeroes(gap).await.map_err(refused)?;
+                // Nobody has listened to it meanwhile.
+                self.heard_at = Instant::now();
             } else if let Some(bytes) = self.piece.take() {
                 self.intake.take(bytes).await.map_err(refused)?;
             } else if self.is_all {
@@ -225,6 +227,13 @@ mod tests {
             panic!("it has no end");
         };
         assert_eq!(fetching.intake.size(), 4096 + 7);
+        // Zeroes that took long are no silence of the host's.
+        fetching.heard_at -= STALL;
+        fetching.upto += ZEROES + 1;
+        let Fetched::Some(mut fetching) = fetching.some().await.unwrap() else {
+            panic!("it has no end");
+        };
+        assert_eq!(fetching.intake.size(), 4096 + 7 + ZEROES + 1);
         fetching.heard_at -= STALL;
         assert!(matches!(
             fetching.some().await,
