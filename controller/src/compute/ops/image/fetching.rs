@@ -229,7 +229,7 @@ mod tests {
         assert_eq!(fetching.intake.size(), 4096 + 7);
         // Zeroes that took long are no silence of the host's.
         fetching.heard_at -= STALL;
-        fetching.upto += ZEROES + 1;
+        fetching.upto = fetching.intake.size() + ZEROES + 1;
         let Fetched::Some(mut fetching) = fetching.some().await.unwrap() else {
             panic!("it has no end");
         };
