@@ -230,7 +230,8 @@ mod tests {
         // Zeroes that took long are no silence of the host's.
         fetching.heard_at -= STALL;
         fetching.upto = fetching.intake.size() + ZEROES + 1;
-        let Fetched::Some(mut fetching) = fetching.some().await.unwrap() else {
+        let turn = fetching.some().await;
+        let Fetched::Some(mut fetching) = turn.unwrap() else {
             panic!("it has no end");
         };
         assert_eq!(fetching.intake.size(), 4096 + 7 + ZEROES + 1);
