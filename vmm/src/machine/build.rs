@@ -86,24 +86,15 @@ pub(super) fn restore(
     files: MachineFiles,
     hook: Option<ThreadHook>,
 ) -> Result<Machine, BuildError> {
+    check(&saved)?;
     let MachineState {
-        version,
         config,
         placement,
         clock,
         vcpus,
         devices,
+        ..
     } = saved;
-    if version != STATE_VERSION {
-        return Err(BuildError::StateVersion { version });
-    }
-    config.validate()?;
-    if vcpus.len() != usize::from(config.cpus.most()) {
-        return Err(BuildError::VcpuStates {
-            states: vcpus.len(),
-            count: config.cpus.most(),
-        });
-    }
     let memory = GuestMemory::map(memory, &config.memory, config.hot_memory.as_ref())?;
     let saved = Saved {
         devices: SavedDevices::new(devices),
@@ -116,6 +107,20 @@ pub(super) fn restore(
     machine.vm.set_clock(&clock)?;
     machine.state = RunState::Paused;
     Ok(machine)
+}
+
+/// Checks what can be told of a saved machine without its files and KVM.
+pub(super) fn check(saved: &MachineState) -> Result<(), BuildError> {
+    let version = saved.version;
+    if version != STATE_VERSION {
+        return Err(BuildError::StateVersion { version });
+    }
+    saved.config.validate()?;
+    let (states, count) = (saved.vcpus.len(), saved.config.cpus.most());
+    match states == usize::from(count) {
+        true => Ok(()),
+        false => Err(BuildError::VcpuStates { states, count }),
+    }
 }
 
 /// What devices are made from; empty for a machine that starts anew.

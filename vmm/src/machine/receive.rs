@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::send::MigrationError;
 use super::snapshot::unpacked as unpacked_state;
-use super::state::STATE_VERSION;
+use super::state::{MachineState, STATE_VERSION};
 use super::{BuildError, Machine, SnapshotError};
 use crate::config::{MachineConfig, MachineFiles};
 use crate::memory::GuestMemory;
@@ -172,12 +172,51 @@ impl Disks {
     }
 }
 
+/// A stream that was read to its end, and no machine yet: all that can be told of it without KVM has been.
+pub(super) struct Gathered {
+    pub(super) id: Uuid,
+    pub(super) state: MachineState,
+    pub(super) memory: GuestMemory,
+    pub(super) files: MachineFiles,
+    pub(super) ran: bool,
+    pub(super) owner: Vec<u8>,
+    pub(super) totals: Totals,
+    pub(super) disks: Totals,
+    /// When its last byte had come.
+    at: Instant,
+}
+
 fn take<S: Read>(
     frames: &mut FrameReader<S>,
     here: &MachineConfig,
     land: impl FnOnce(&[u8]) -> Result<Landing, String>,
     hook: Option<ThreadHook>,
 ) -> Result<Arrived, MigrationError> {
+    let gathered = gather(frames, here, land)?;
+    let file = gathered.memory.file().try_clone();
+    let file = file.map_err(SnapshotError::Read)?;
+    drop(gathered.memory);
+    let machine = Machine::restore(gathered.state, file, gathered.files, hook)?;
+    let report = ReceiveReport {
+        id: gathered.id,
+        totals: gathered.totals,
+        disks: gathered.disks,
+        made: gathered.at.elapsed(),
+    };
+    Ok(Arrived {
+        machine,
+        ran: gathered.ran,
+        owner: gathered.owner,
+        report,
+    })
+}
+
+/// Reads a stream to its end, into memory and disks of this host's; see [`receive`].
+pub(super) fn gather<S: Read>(
+    frames: &mut FrameReader<S>,
+    here: &MachineConfig,
+    land: impl FnOnce(&[u8]) -> Result<Landing, String>,
+) -> Result<Gathered, MigrationError> {
     let opening: Opening = match frames.next_frame()? {
         (Kind::Opening, payload) => unpacked(payload)?,
         _ => return Err(malformed("it does not begin with its opening").into()),
@@ -244,24 +283,20 @@ fn take<S: Read>(
     };
     disks.settle()?;
     drop(disks);
-    let began = Instant::now();
+    let at = Instant::now();
     let mut state = unpacked_state(&state)?;
     state.take_place(here);
     // Its memory is mapped by what the state says of it.
     check_shape(state.config(), here)?;
-    let file = memory.file().try_clone().map_err(SnapshotError::Read)?;
-    drop(memory);
-    let machine = Machine::restore(state, file, landing.files, hook)?;
-    let report = ReceiveReport {
+    Ok(Gathered {
         id: opening.id,
-        totals,
-        disks: disk_totals,
-        made: began.elapsed(),
-    };
-    Ok(Arrived {
-        machine,
+        state,
+        memory,
+        files: landing.files,
         ran,
         owner,
-        report,
+        totals,
+        disks: disk_totals,
+        at,
     })
 }

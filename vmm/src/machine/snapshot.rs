@@ -134,15 +134,7 @@ impl Machine {
         files: MachineFiles,
         hook: Option<ThreadHook>,
     ) -> Result<Machine, SnapshotError> {
-        if let Some(base) = snapshot.opening().base {
-            return Err(SnapshotError::Base { base });
-        }
-        let mut state = unpacked(snapshot.state())?;
-        state.take_place(here);
-        let config = state.config();
-        config.validate().map_err(BuildError::from)?;
-        let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
-        snapshot.load(&memory)?;
+        let (state, memory) = loaded(snapshot, here)?;
         let file = memory.file().try_clone().map_err(SnapshotError::Read)?;
         drop(memory);
         Ok(Machine::restore(state, file, files, hook)?)
@@ -248,6 +240,23 @@ impl Machine {
         }
         Ok((state, kept))
     }
+}
+
+/// All that a machine is made from, checked as far as it can be without KVM.
+pub(super) fn loaded(
+    snapshot: &Snapshot,
+    here: &MachineConfig,
+) -> Result<(MachineState, GuestMemory), SnapshotError> {
+    if let Some(base) = snapshot.opening().base {
+        return Err(SnapshotError::Base { base });
+    }
+    let mut state = unpacked(snapshot.state())?;
+    state.take_place(here);
+    let config = state.config();
+    config.validate().map_err(BuildError::from)?;
+    let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
+    snapshot.load(&memory)?;
+    Ok((state, memory))
 }
 
 pub(super) fn unpacked(bytes: &[u8]) -> Result<MachineState, SnapshotError> {
