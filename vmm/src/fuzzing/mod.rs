@@ -7,11 +7,13 @@
 
 mod guest;
 mod outside;
-mod rig;
+pub(crate) mod rig;
+pub(crate) mod sparse;
 #[cfg(test)]
 mod tests;
 
 pub use crate::boot::fuzz_load as kernel_loader;
+pub use crate::machine::fuzz_receive as receiver;
 pub use crate::pci::fuzz_config_space as pci_config;
 pub use crate::virtio::fuzz_queue as virtqueue;
 pub use guest::{board, network};

@@ -19,7 +19,7 @@ const PAIRS: usize = 2;
 
 /// The far ends of all.
 #[derive(Default)]
-pub(super) struct Outside {
+pub(crate) struct Outside {
     wires: Vec<OwnedFd>,
     door: Option<SocketAddrUnix>,
     visitors: Vec<OwnedFd>,

@@ -11,9 +11,9 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use crate::board::{self, IoApic};
 use crate::bus::Bus;
 use crate::config::{
-    BalloonConfig, ConsoleFiles, ConsolePortConfig, DiskConfig, HotMemoryConfig, MachineConfig,
-    MachineFiles, NetConfig, NetFiles, PageSize, RngConfig, VsockConfig, WatchdogAction,
-    WatchdogConfig,
+    BalloonConfig, ConsoleFiles, ConsolePortConfig, CpuProfile, DiskConfig, HOT_BLOCK,
+    HotMemoryConfig, MIN_MEMORY, MachineConfig, MachineFiles, NetConfig, NetFiles, PageSize,
+    RngConfig, VsockConfig, WatchdogAction, WatchdogConfig,
 };
 use crate::device::{Board, Device, SavedDevices};
 use crate::eventfd::EventFd;
@@ -29,7 +29,7 @@ use super::outside::Outside;
 
 pub(super) const MEMORY: u64 = 16 << 20;
 pub(super) const HOT_MEMORY: u64 = 32 << 20;
-const DISK: u64 = 64 << 10;
+pub(crate) const DISK: u64 = 64 << 10;
 /// The guest's context id.
 pub(super) const CID: u32 = 3;
 
@@ -71,14 +71,14 @@ impl Devices {
 }
 
 /// A board with devices behind PCI and every fixed device.
-pub(super) struct Rig {
+pub(crate) struct Rig {
     pub(super) memory: GuestMemory,
     pub(super) pio: Arc<Bus>,
     pub(super) mmio: Arc<Bus>,
     pub(super) ioapic: Arc<IoApic>,
     pub(super) doorbells: Arc<Doorbells>,
-    pub(super) requests: RequestReceiver,
-    pub(super) devices: Vec<Arc<dyn Device>>,
+    pub(crate) requests: RequestReceiver,
+    pub(crate) devices: Vec<Arc<dyn Device>>,
     pub(super) outside: Outside,
     _reactor: ReactorThread,
 }
@@ -92,11 +92,34 @@ impl Rig {
             Devices::Network => network_files()?,
         };
         let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
+        let (saved, placement) = Default::default();
+        let rig = Self {
+            outside,
+            ..Self::build(&config, &files, memory, saved, placement)?
+        };
+        for device in &rig.devices {
+            device.resume()?;
+        }
+        Ok(rig)
+    }
+
+    /// With devices that are new, or at rest as they were saved.
+    ///
+    /// # Errors
+    /// What was saved is not of such a machine, or the host has no more descriptors or threads.
+    pub(crate) fn build(
+        config: &MachineConfig,
+        files: &MachineFiles,
+        memory: GuestMemory,
+        mut saved: SavedDevices,
+        placement: Placement,
+    ) -> Outcome<Self> {
         let (requests, receiver) = channel()?;
         let reactor = Reactor::new()?;
         let threads = Threads::new(None, requests.clone());
         let doorbells = Arc::new(Doorbells::default());
         let msi: Arc<dyn MsiController> = Arc::new(Routes::default());
+        let hot = config.hot_memory.map_or(0, |hot| hot.max);
         let board = Board {
             memory: memory.clone(),
             pio: Arc::new(Bus::new()),
@@ -106,19 +129,14 @@ impl Rig {
             reactor: reactor.clone(),
             threads: threads.clone(),
             requests,
-            layout: Layout::with_hot(MEMORY, HOT_MEMORY),
+            layout: Layout::with_hot(config.memory.bytes, hot),
         };
-        let mut saved = SavedDevices::default();
         let ioapic = board::interrupts(msi, &mut saved)?;
-        let fixed = board::attach(&config, &files, ioapic.clone(), &board, &mut saved)?;
+        let fixed = board::attach(config, files, ioapic.clone(), &board, &mut saved)?;
         let mut devices = fixed.all;
-        devices.extend(
-            virtio::attach(&config, &files, &board, Placement::default(), &mut saved)?.devices,
-        );
+        devices.extend(virtio::attach(config, files, &board, placement, &mut saved)?.devices);
+        saved.finish()?;
         let reactor = reactor.run(&threads)?;
-        for device in &devices {
-            device.resume()?;
-        }
         Ok(Self {
             memory,
             pio: board.pio,
@@ -127,14 +145,14 @@ impl Rig {
             doorbells,
             requests: receiver,
             devices,
-            outside,
+            outside: Outside::default(),
             _reactor: reactor,
         })
     }
 }
 
 /// Any error of the set-up.
-pub(super) type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+pub(crate) type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 fn config(kind: Devices) -> MachineConfig {
     let mut config = MachineConfig::minimal(MEMORY);
@@ -178,6 +196,36 @@ fn config(kind: Devices) -> MachineConfig {
     });
     config.cpus.max = Some(8);
     config
+}
+
+/// The smallest machine that has every device, for what is saved.
+pub(crate) fn every_device() -> MachineConfig {
+    let network = config(Devices::Network);
+    let mut config = MachineConfig {
+        nets: network.nets,
+        vsock: network.vsock,
+        ..config(Devices::Local)
+    };
+    config.cpus.profile = CpuProfile::X86_64V2;
+    config.cpus.max = Some(2);
+    config.memory.bytes = MIN_MEMORY;
+    config.balloon = Some(BalloonConfig::default());
+    config.hot_memory = Some(HotMemoryConfig {
+        max: 2 * HOT_BLOCK,
+        bytes: 0,
+    });
+    config
+}
+
+/// Its files; no kernel and no KVM.
+pub(crate) fn files_of_every_device() -> Outcome<(MachineFiles, Outside)> {
+    let (network, outside) = network_files()?;
+    let files = MachineFiles {
+        nets: network.nets,
+        vsock: network.vsock,
+        ..files()?
+    };
+    Ok((files, outside))
 }
 
 fn files() -> Outcome<MachineFiles> {

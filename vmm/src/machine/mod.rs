@@ -11,6 +11,8 @@
 mod build;
 mod disk_copy;
 mod event;
+#[cfg(any(test, feature = "fuzzing"))]
+mod fuzz;
 mod hotplug;
 mod receive;
 mod send;
@@ -50,6 +52,8 @@ use vcpus::UsedVcpus;
 pub use build::BuildError;
 pub use disk_copy::{DiskCopyError, DiskCopyPolicy, DiskCopyReport, DiskCopying};
 pub use event::{Event, Registers, RunState, StopReason};
+#[cfg(any(test, feature = "fuzzing"))]
+pub use fuzz::fuzz_receive;
 pub use receive::{Arrived, Landing, ReceiveReport, receive};
 pub use send::{
     Luggage, MigrationError, Offered, Pause, Progress, SendReport, Sender, Sending, SentRound,

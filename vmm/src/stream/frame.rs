@@ -222,6 +222,24 @@ impl<R: Read> FrameReader<R> {
     }
 }
 
+/// Gives each frame the checksum of what it holds by now and, if `numbered`, its number: for who damages a stream and
+/// wants to be read on.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn seal(stream: &mut [u8], numbered: bool) {
+    let (mut rest, mut number) = (stream, 0u32);
+    while let Some((head, behind)) = rest.split_first_chunk_mut::<HEAD>() {
+        let [_, _, _, _, l0, l1, l2, l3, ..] = *head;
+        let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+        let (payload, behind) = behind.split_at_mut(length.min(behind.len()));
+        if numbered {
+            head[8..12].copy_from_slice(&number.to_le_bytes());
+        }
+        let checksum = checksum(&head[..12], payload);
+        head[12..].copy_from_slice(&checksum.to_le_bytes());
+        (rest, number) = (behind, number.wrapping_add(1));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

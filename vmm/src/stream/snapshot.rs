@@ -485,5 +485,22 @@ fn read_entries(
     Ok(())
 }
 
+/// [`super::frame::seal`] of a file, its head as well.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn seal(file: &File, numbered: bool) -> std::io::Result<()> {
+    let mut head = [0; HEAD];
+    file.read_exact_at(&mut head, 0)?;
+    let checksum = crc32fast::hash(&head[..HEAD - 4]);
+    head[HEAD - 4..].copy_from_slice(&checksum.to_le_bytes());
+    file.write_all_at(&head, 0)?;
+    let Ok(Head { frames, length, .. }) = read_head(file) else {
+        return Ok(());
+    };
+    let mut bytes = vec![0; length.min(MOST_STATE as u64) as usize];
+    file.read_exact_at(&mut bytes, frames)?;
+    super::frame::seal(&mut bytes, numbered);
+    file.write_all_at(&bytes, frames)
+}
+
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,120 @@
+//! What a receiver can be sent, driven by bytes: for `cargo fuzz` and for tests.
+//!
+//! It goes as far as there is a board without KVM: the stream is read into memory and disks, the devices are made from
+//! what it says of them, run, and come to rest. What is left out is KVM's: it takes the vCPUs' registers or refuses.
+
+use std::error::Error;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::build::check;
+use super::receive::{Landing, gather};
+use super::snapshot::loaded;
+use super::state::MachineState;
+use crate::config::MachineFiles;
+use crate::device::SavedDevices;
+use crate::fuzzing::rig::{DISK, Rig, every_device, files_of_every_device};
+use crate::fuzzing::sparse;
+use crate::memory::GuestMemory;
+use crate::stream::frame::{self, FrameReader};
+use crate::stream::snapshot::{self, Snapshot};
+
+/// Bytes of a live stream at most.
+const STREAM_MAX: usize = 1 << 20;
+/// Bytes of a snapshot's file at most, holes and all.
+const FILE_MAX: u64 = 1 << 30;
+
+/// Bits of an input's first byte. It is a snapshot's file, else a live stream.
+pub(super) const SNAPSHOT: u8 = 1;
+/// Checksums are made right: what was changed is believed.
+pub(super) const SEALED: u8 = 2;
+/// The frames' numbers, too.
+pub(super) const NUMBERED: u8 = 4;
+
+/// Reads `input` as what arrives at a host that awaits the smallest machine with every device: a byte of bits, then a
+/// stream or a file, [`sparse`].
+///
+/// # Panics
+/// If a device does, or does not come to rest, or cannot be saved or reset: a bug.
+pub fn fuzz_receive(input: &[u8]) {
+    if let Some((mode, squeezed)) = input.split_first() {
+        // Refused is an answer.
+        let _ = receive(*mode, squeezed);
+    }
+}
+
+/// The board that was made of it, after all was done to it.
+pub(super) fn receive(mode: u8, squeezed: &[u8]) -> Result<Rig, Box<dyn Error>> {
+    let (files, _outside) = files_of_every_device()?;
+    let (state, memory, files) = match mode & SNAPSHOT {
+        0 => from_stream(mode, squeezed, files)?,
+        _ => {
+            let (state, memory) = from_file(mode, squeezed)?;
+            (state, memory, files)
+        }
+    };
+    let rig = board(state, memory, &files)?;
+    exercise(&rig);
+    Ok(rig)
+}
+
+type Parts = (MachineState, GuestMemory, MachineFiles);
+
+fn from_stream(mode: u8, squeezed: &[u8], files: MachineFiles) -> Result<Parts, Box<dyn Error>> {
+    let mut stream = sparse::spread(squeezed, STREAM_MAX);
+    if mode & SEALED != 0 {
+        frame::seal(&mut stream, mode & NUMBERED != 0);
+    }
+    let most = vec![DISK; files.disks.len()];
+    let land = |_: &[u8]| Ok(Landing { files, most });
+    let mut frames = FrameReader::new(stream.as_slice());
+    let gathered = gather(&mut frames, &every_device(), land)?;
+    Ok((gathered.state, gathered.memory, gathered.files))
+}
+
+fn from_file(mode: u8, squeezed: &[u8]) -> Result<(MachineState, GuestMemory), Box<dyn Error>> {
+    let file = File::from(memfd_create("fuzz", MemfdFlags::CLOEXEC)?);
+    let (length, pieces) = sparse::pieces(squeezed);
+    file.set_len(length.min(FILE_MAX))?;
+    for (place, piece) in pieces {
+        if place < FILE_MAX {
+            file.write_all_at(piece, place)?;
+        }
+    }
+    if mode & SEALED != 0 {
+        snapshot::seal(&file, mode & NUMBERED != 0)?;
+    }
+    Ok(loaded(&Snapshot::open(file)?, &every_device())?)
+}
+
+/// As [`super::build`] makes it, but for KVM.
+pub(super) fn board(
+    state: MachineState,
+    memory: GuestMemory,
+    files: &MachineFiles,
+) -> Result<Rig, Box<dyn Error>> {
+    check(&state)?;
+    let config = &state.config;
+    config.validate_files(files)?;
+    let file = memory.file().try_clone()?;
+    drop(memory);
+    let memory = GuestMemory::map(file, &config.memory, config.hot_memory.as_ref())?;
+    let saved = SavedDevices::new(state.devices);
+    Rig::build(config, files, memory, saved, state.placement)
+}
+
+/// Whatever it was made of, it is a board.
+fn exercise(rig: &Rig) {
+    for step in ["goes on", "is saved", "is reset", "runs", "is saved"] {
+        for device in &rig.devices {
+            let done = match step {
+                "goes on" | "runs" => device.resume(),
+                "is reset" => device.reset(),
+                _ => device.pause().and_then(|()| device.save().map(drop)),
+            };
+            assert!(done.is_ok(), "{} not {step}: {done:?}", device.id());
+        }
+    }
+}
