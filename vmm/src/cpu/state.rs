@@ -102,6 +102,26 @@ impl VcpuState {
         is_started(self.mp_state)
     }
 
+    /// Its general registers.
+    #[cfg(test)]
+    pub(crate) fn registers(&self) -> &kvm_regs {
+        &self.regs
+    }
+
+    /// As it is but for what depends on the host's CPU and kernel, which is as in `here`: MSRs and extended state.
+    #[cfg(test)]
+    pub(crate) fn on_cpu_of(self, here: &VcpuState) -> VcpuState {
+        VcpuState {
+            xcrs: here.xcrs,
+            xsave: kvm_xsave {
+                region: here.xsave.region,
+                ..Default::default()
+            },
+            msrs: here.msrs.clone(),
+            ..self
+        }
+    }
+
     /// Writes the state to a vCPU that does not run; CPUID has been set.
     pub fn write(&self, fd: &VcpuFd, index: u8) -> Result<(), VcpuError> {
         self.write_with(fd, index, &self.msrs)

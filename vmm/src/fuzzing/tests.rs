@@ -34,3 +34,8 @@ fn whatever_a_guest_does_to_its_devices_is_an_answer() {
 fn whatever_a_guest_does_to_its_network_and_sockets_is_an_answer() {
     replay("network", 300, super::network);
 }
+
+#[test]
+fn whatever_arrives_at_a_receiver_is_an_answer() {
+    replay("receiver", 300, super::receiver);
+}

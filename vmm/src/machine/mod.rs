@@ -13,6 +13,8 @@ mod disk_copy;
 mod event;
 #[cfg(any(test, feature = "fuzzing"))]
 mod fuzz;
+#[cfg(test)]
+mod golden;
 mod hotplug;
 mod receive;
 mod send;

@@ -7,7 +7,7 @@ use super::*;
 use crate::device::SavedDevice;
 
 #[path = "../../tests/common/mod.rs"]
-mod common;
+pub(super) mod common;
 
 use common::{Guest, Rig};
 

@@ -1,0 +1,212 @@
+//! Golden streams that were damaged, cut short or are of a newer build: none is taken for what it was not.
+
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use super::*;
+use crate::stream::{PAGE, snapshot};
+
+/// Bytes of a snapshot's head that mean something.
+const HEAD: usize = 52;
+
+fn golden() -> Golden {
+    read().pop().unwrap()
+}
+
+/// Where the frames of a snapshot's file are.
+fn frames_in(file: &[u8]) -> Range<usize> {
+    let number = |at: usize| u64::from_le_bytes(*file[at..].first_chunk().unwrap()) as usize;
+    number(32)..number(32) + number(40)
+}
+
+#[test]
+fn no_flipped_bit_in_a_live_stream_is_overlooked() {
+    let mut stream = golden().stream();
+    for at in 0..stream.len() {
+        let bit = 1 << (at % 8);
+        stream[at] ^= bit;
+        assert!(arrive(&stream).is_err(), "a bit of byte {at}");
+        stream[at] ^= bit;
+    }
+    arrive(&stream).unwrap();
+}
+
+#[test]
+fn no_live_stream_that_was_cut_short_is_taken_for_a_whole_one() {
+    let stream = golden().stream();
+    for length in 0..stream.len() {
+        let error = arrive(&stream[..length]).err();
+        let Some(MigrationError::Machine(SnapshotError::Stream(error))) = error else {
+            panic!("{length} bytes: {error:?}");
+        };
+        let cut = matches!(error, StreamError::Truncated { .. });
+        assert!(cut, "{length} bytes: {error}");
+    }
+}
+
+/// What lies in holes and behind the head is nobody's; all else has a checksum.
+#[test]
+fn no_flipped_bit_in_a_snapshot_changes_what_is_loaded() {
+    let bytes = golden().snapshot();
+    let frames = frames_in(&bytes);
+    let file = file(&bytes);
+    let load = || -> Result<_, SnapshotError> {
+        let snapshot = Snapshot::open(file.try_clone().unwrap())?;
+        loaded(&snapshot, &every_device())
+    };
+    let content = |memory: &GuestMemory| {
+        let mut all = vec![0; memory.file_bytes().unwrap() as usize];
+        memory.file().read_exact_at(&mut all, 0).unwrap();
+        all
+    };
+    let flip = |at: usize, bit: u8| file.write_all_at(&[bytes[at] ^ bit], at as u64).unwrap();
+    let (_, memory) = load().unwrap();
+    let wanted = content(&memory);
+    let (mut refused, mut ignored) = (0, 0);
+    for (number, page) in bytes[..frames.start].chunks(PAGE).enumerate() {
+        let zero = page.iter().all(|byte| *byte == 0);
+        // Of pages without content a few bytes do.
+        let step = if zero { 1 << 20 } else { 3 };
+        for at in (number * PAGE..).take(PAGE).filter(|at| at % step == 0) {
+            flip(at, 1 << (at % 8));
+            match load() {
+                Err(_) => refused += 1,
+                Ok((_, memory)) => {
+                    assert!(zero || (HEAD..PAGE).contains(&at), "a bit of byte {at}");
+                    if zero {
+                        assert_eq!(content(&memory), wanted, "a bit of byte {at}");
+                    }
+                    ignored += 1;
+                }
+            }
+            flip(at, 0);
+        }
+    }
+    for at in frames {
+        flip(at, 1 << (at % 8));
+        assert!(load().is_err(), "a bit of byte {at}");
+        flip(at, 0);
+    }
+    assert!(refused > 0 && ignored > 0);
+    load().unwrap();
+}
+
+#[test]
+fn no_snapshot_that_was_cut_short_is_taken_for_a_whole_one() {
+    let bytes = golden().snapshot();
+    let file = file(&bytes);
+    let frames = frames_in(&bytes);
+    let before = (0..frames.start).step_by(0x1_0001);
+    for length in before.chain(frames).rev() {
+        file.set_len(length as u64).unwrap();
+        assert!(
+            Snapshot::open(file.try_clone().unwrap()).is_err(),
+            "{length} bytes"
+        );
+    }
+}
+
+/// But where that makes no difference.
+#[test]
+fn frames_that_are_missing_stand_twice_or_elsewhere_are_refused() {
+    let whole = frames(&golden().stream());
+    let kinds = kinds(&whole.concat());
+    let mut taken = Vec::new();
+    for at in 0..whole.len() {
+        let (mut missing, mut twice) = (whole.clone(), whole.clone());
+        missing.remove(at);
+        twice.insert(at, whole[at].clone());
+        let mut orders = vec![("missing", missing), ("twice", twice)];
+        if at + 1 < whole.len() {
+            let mut swapped = whole.clone();
+            swapped.swap(at, at + 1);
+            orders.push(("swapped", swapped));
+        }
+        for (how, frames) in orders {
+            let mut stream = frames.concat();
+            frame::seal(&mut stream, true);
+            if arrive(&stream).is_ok() {
+                taken.push((how, kinds[at]));
+            }
+        }
+    }
+    let wanted = [
+        // The last one counts.
+        ("twice", Kind::Owner),
+        // Each says of what it is.
+        ("swapped", Kind::Blocks),
+        // Disks are made durable in the end as well.
+        ("swapped", Kind::Pages),
+        ("missing", Kind::Sync),
+        ("twice", Kind::Sync),
+        ("swapped", Kind::Sync),
+        // Nobody reads on behind it.
+        ("twice", Kind::End),
+    ];
+    assert_eq!(taken, wanted);
+}
+
+#[test]
+fn a_stream_of_a_newer_state_is_refused_with_its_number() {
+    let mut frames = frames(&golden().stream());
+    let newer = (STATE_VERSION + 1).to_le_bytes();
+    frames[1][frame::HEAD..frame::HEAD + 4].copy_from_slice(&newer);
+    let mut stream = frames.concat();
+    frame::seal(&mut stream, true);
+    let error = arrive(&stream).err().unwrap().to_string();
+    assert_eq!(
+        error,
+        format!(
+            "a saved machine of version {}; this build reads version {STATE_VERSION}",
+            STATE_VERSION + 1
+        )
+    );
+}
+
+#[test]
+fn a_snapshot_of_a_newer_state_or_form_is_refused_with_its_number() {
+    let bytes = golden().snapshot();
+    let all = frames_in(&bytes);
+    let mut at = all.start;
+    for frame in frames(&bytes[all]) {
+        if frame[..2] == [3, 0] {
+            break;
+        }
+        at += frame.len();
+    }
+    let said = |at: usize, number: u32| {
+        let file = file(&bytes);
+        file.write_all_at(&number.to_le_bytes(), at as u64).unwrap();
+        snapshot::seal(&file, true).unwrap();
+        let opened = Snapshot::open(file).map_err(SnapshotError::from);
+        let loaded = opened.and_then(|snapshot| loaded(&snapshot, &every_device()));
+        loaded.err().unwrap().to_string()
+    };
+    let state = said(at + frame::HEAD, STATE_VERSION + 1);
+    assert!(
+        state.contains(&format!("of version {};", STATE_VERSION + 1)),
+        "{state}"
+    );
+    let form = said(8, FORMAT + 1);
+    assert!(form.contains(&format!("of form {};", FORMAT + 1)), "{form}");
+}
+
+#[test]
+fn a_device_of_a_newer_state_is_refused_with_its_number_and_name() {
+    let count = open(&golden().snapshot()).unwrap().1.devices.len();
+    for index in 0..count {
+        let (_, mut state, memory) = open(&golden().snapshot()).unwrap();
+        let device = &mut state.devices[index];
+        device.version += 1;
+        let (id, version) = (device.id.clone(), device.version);
+        let error = board(state, memory, &guest::files_without_kvm())
+            .err()
+            .unwrap();
+        let cause = error.source().unwrap().to_string();
+        assert!(error.to_string().contains(&id), "{error}");
+        assert!(
+            cause.contains(&format!("version {version},")),
+            "{id}: {cause}"
+        );
+    }
+}
