@@ -98,12 +98,17 @@ impl GuestMemory {
         GuestMemory::create_with(config, None)
     }
 
+    /// Bytes of the memfd of such memory; `config` and `hot` are valid.
+    pub fn file_bytes_of(config: &MemoryConfig, hot: Option<&HotMemoryConfig>) -> u64 {
+        hot.map_or(config.bytes, |hot| hot_offset(config) + hot.max)
+    }
+
     /// With room for hot memory, of which nothing is plugged.
     pub fn create_with(
         config: &MemoryConfig,
         hot: Option<&HotMemoryConfig>,
     ) -> Result<GuestMemory, MemoryError> {
-        let bytes = file_size(config, hot);
+        let bytes = GuestMemory::file_bytes_of(config, hot);
         let file = create_file(config.pages, bytes).map_err(|source| MemoryError::Create {
             bytes,
             pages: config.pages,
@@ -400,10 +405,6 @@ pub fn slots(map: &GuestMap, hot: Option<&HotMemory>) -> Vec<Slot> {
 /// Where hot memory begins in the file.
 fn hot_offset(config: &MemoryConfig) -> u64 {
     config.bytes.next_multiple_of(HOT_BLOCK)
-}
-
-fn file_size(config: &MemoryConfig, hot: Option<&HotMemoryConfig>) -> u64 {
-    hot.map_or(config.bytes, |hot| hot_offset(config) + hot.max)
 }
 
 fn create_file(pages: PageSize, bytes: u64) -> io::Result<File> {

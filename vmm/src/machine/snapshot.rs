@@ -15,11 +15,11 @@ use uuid::Uuid;
 
 use super::state::STATE_VERSION;
 use super::{BuildError, Machine, MachineError, MachineState, RunState};
-use crate::config::{MachineConfig, MachineFiles};
+use crate::config::{MachineConfig, MachineFiles, PageSize};
 use crate::kvm::{KvmError, Vm};
 use crate::memory::{GuestMemory, MemoryError, PageSet};
 use crate::stream::snapshot::{Snapshot, SnapshotWriter};
-use crate::stream::{BLOCK, Mask, Opening, PAGE, StreamError, Totals};
+use crate::stream::{BLOCK, Mask, Opening, PAGE, StreamError, Totals, malformed};
 use crate::thread::ThreadHook;
 
 /// With so few pages left the guest is stopped for them: 4 MiB, a millisecond's copy.
@@ -127,7 +127,8 @@ impl Machine {
     /// it may use; what it had elsewhere, or a file that somebody made up, says nothing of that.
     ///
     /// # Errors
-    /// The snapshot is damaged or of another build, or this host cannot run it. Nothing of it is left.
+    /// The snapshot is damaged, of another build or of huge pages that `here` has not, or this host cannot run it.
+    /// Nothing of it is left.
     pub fn from_snapshot(
         snapshot: &Snapshot,
         here: &MachineConfig,
@@ -254,9 +255,32 @@ pub(super) fn loaded(
     state.take_place(here);
     let config = state.config();
     config.validate().map_err(BuildError::from)?;
+    check_memory(config, here, snapshot.opening().memory)?;
     let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
     snapshot.load(&memory)?;
     Ok((state, memory))
+}
+
+/// What is saved says how much memory is made. It has to be as much as there is of it in the file; and huge pages, which
+/// are taken from the host at once, are no more than were agreed.
+fn check_memory(
+    saved: &MachineConfig,
+    here: &MachineConfig,
+    found: u64,
+) -> Result<(), StreamError> {
+    let bytes = |config: &MachineConfig| {
+        GuestMemory::file_bytes_of(&config.memory, config.hot_memory.as_ref())
+    };
+    let expected = bytes(saved);
+    if found != expected {
+        return Err(StreamError::Shape { expected, found });
+    }
+    let pages = saved.memory.pages;
+    let huge = matches!(pages, PageSize::Huge2MiB | PageSize::Huge1GiB);
+    match huge && (pages != here.memory.pages || expected > bytes(here)) {
+        true => Err(malformed("more huge pages than were agreed")),
+        false => Ok(()),
+    }
 }
 
 pub(super) fn unpacked(bytes: &[u8]) -> Result<MachineState, SnapshotError> {

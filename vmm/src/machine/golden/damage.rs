@@ -4,7 +4,9 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::stream::{PAGE, snapshot};
+use crate::config::PageSize;
+use crate::stream::snapshot::SnapshotWriter;
+use crate::stream::{PAGE, packed, snapshot};
 
 /// Bytes of a snapshot's head that mean something.
 const HEAD: usize = 52;
@@ -208,5 +210,38 @@ fn a_device_of_a_newer_state_is_refused_with_its_number_and_name() {
             cause.contains(&format!("version {version},")),
             "{id}: {cause}"
         );
+    }
+}
+
+/// The file is of a process that a guest may have taken over: what it claims is not taken from the host.
+#[test]
+fn a_snapshot_that_claims_other_memory_than_it_has_or_huge_pages_is_refused() {
+    let refused = |change: fn(&mut MachineConfig), here: &MachineConfig| {
+        let (snapshot, mut state, _) = open(&golden().snapshot()).unwrap();
+        change(&mut state.config);
+        let file = tempfile::tempfile().unwrap();
+        let opening = snapshot.opening().clone();
+        let writer = SnapshotWriter::new(file.try_clone().unwrap(), opening).unwrap();
+        let bytes = [
+            STATE_VERSION.to_le_bytes().to_vec(),
+            packed(&state).unwrap(),
+        ]
+        .concat();
+        writer.finish(&bytes, b"").unwrap();
+        let loaded = loaded(&Snapshot::open(file).unwrap(), here);
+        loaded.err().map(|error| error.to_string())
+    };
+    let here = every_device();
+    assert_eq!(refused(|_| (), &here), None);
+    let larger = refused(|config| config.memory.bytes = 1 << 40, &here).unwrap();
+    assert!(larger.contains("bytes of memory"), "{larger}");
+    let huge = |config: &mut MachineConfig| config.memory.pages = PageSize::Huge2MiB;
+    let mut agreed = every_device();
+    for _ in 0..2 {
+        let said = refused(huge, &agreed).unwrap();
+        assert!(said.contains("huge pages than were agreed"), "{said}");
+        // As large a page, and less memory.
+        huge(&mut agreed);
+        agreed.hot_memory = None;
     }
 }
