@@ -12,7 +12,7 @@ mod probe_guest;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fractus_vmm::machine::{DiskCopyError, DiskCopyPolicy, DiskCopyReport, RunState};
 use fractus_vmm::stream::converge::{AtLimit, Policy};
@@ -49,12 +49,34 @@ fn copied_by(
     to: &File,
     policy: DiskCopyPolicy,
 ) -> Result<DiskCopyReport, DiskCopyError> {
+    copied_while(guest, to, policy, |_| {})
+}
+
+/// `meanwhile` happens before each turn, which it is told the number of.
+fn copied_while(
+    guest: &mut Guest,
+    to: &File,
+    policy: DiskCopyPolicy,
+    meanwhile: impl Fn(u64),
+) -> Result<DiskCopyReport, DiskCopyError> {
     let mut copying = guest.machine.copy_disk(0, to, policy)?;
-    loop {
+    for turn in 0.. {
+        meanwhile(turn);
         if let Some(report) = copying.advance(&mut guest.machine)? {
             println!("{report:?}");
             return Ok(report);
         }
+    }
+    unreachable!("there are more turns than anybody takes");
+}
+
+/// Waits until a guest that writes the same place over and over has written there once more, however busy this machine
+/// is.
+fn once_more(disk: &File, at: u64) {
+    let (before, began) = (read(disk, at, 512), Instant::now());
+    while read(disk, at, 512) == before {
+        assert!(began.elapsed() < Duration::from_secs(60), "it has ended");
+        std::thread::yield_now();
     }
 }
 
@@ -84,7 +106,12 @@ fn the_copy_of_a_disk_that_is_written_to_is_of_one_moment(#[values(false, true)]
         guest.send(&format!("loudly disk-write 0 {AT} {LENGTH} 20 again"));
         guest.line("begun disk-write");
         let to = file(direct);
-        let report = copied(&mut guest, &to).unwrap();
+        let writes = |turn| {
+            if turn == 0 {
+                once_more(&disk, AT);
+            }
+        };
+        let report = copied_while(&mut guest, &to, POLICY, writes).unwrap();
         assert_eq!(guest.machine.state(), RunState::Running);
         guest.send("");
         let said = guest.line("ok disk-write");
@@ -176,7 +203,8 @@ fn a_guest_that_writes_too_fast_is_not_stopped_for_its_copy() {
     let mut policy = POLICY;
     policy.converge.downtime = Duration::ZERO;
     policy.converge.at_limit = AtLimit::GiveUp;
-    let late = copied_by(&mut guest, &file(false), policy);
+    let writes = |_| once_more(&disk, 1 << 20);
+    let late = copied_while(&mut guest, &file(false), policy, writes);
     assert!(matches!(late, Err(DiskCopyError::Late { .. })), "{late:?}");
     assert_eq!(guest.machine.state(), RunState::Running);
     guest.send("");
