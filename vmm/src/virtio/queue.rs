@@ -302,6 +302,16 @@ impl Virtqueue {
         available.is_ok_and(|available| available.0 != self.queue.next_avail())
     }
 
+    /// How many chains the driver has ever made available, popped or not; it wraps.
+    pub fn offered(&self) -> Result<u16, QueueFault> {
+        let available = self
+            .queue
+            .avail_idx(self.memory.as_ref(), Ordering::Acquire);
+        available
+            .map(|available| available.0)
+            .map_err(|_| QueueFault::Ring)
+    }
+
     /// Puts the chain that was popped last back: the next `pop` gives it again.
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();
@@ -428,6 +438,26 @@ impl Virtqueue {
             .map_err(|_| QueueFault::Ring)
     }
 
+    /// Asks to be kicked once the driver has made more chains available than `offered`; true if it has.
+    pub fn enable_kicks_beyond(&mut self, offered: u16) -> Result<bool, QueueFault> {
+        self.enable_kicks()?;
+        if self.queue.event_idx_enabled() {
+            self.store_available_event(offered)?;
+            fence(Ordering::SeqCst);
+        }
+        Ok(self.offered()? != offered)
+    }
+
+    /// The driver kicks when it makes the chain of this number available.
+    fn store_available_event(&self, event: u16) -> Result<(), QueueFault> {
+        let place = 4 + 8 * u64::from(self.queue.size());
+        let stored = self.queue.used_ring().checked_add(place).map(|place| {
+            let memory = self.memory.as_ref();
+            memory.store(event.to_le(), GuestAddress(place), Ordering::Relaxed)
+        });
+        stored.and_then(Result::ok).ok_or(QueueFault::Ring)
+    }
+
     /// Asks not to be kicked while the device looks at the queue anyway.
     pub fn disable_kicks(&mut self) -> Result<(), QueueFault> {
         if !std::mem::take(&mut self.asked) {
@@ -435,13 +465,7 @@ impl Virtqueue {
         }
         if self.queue.event_idx_enabled() {
             // The driver kicks when it passes the event, and has passed this one.
-            let event = self.queue.next_avail().wrapping_sub(1).to_le();
-            let place = 4 + 8 * u64::from(self.queue.size());
-            let stored = self.queue.used_ring().checked_add(place).map(|place| {
-                let memory = self.memory.as_ref();
-                memory.store(event, GuestAddress(place), Ordering::Relaxed)
-            });
-            return stored.and_then(Result::ok).ok_or(QueueFault::Ring);
+            return self.store_available_event(self.queue.next_avail().wrapping_sub(1));
         }
         self.queue
             .disable_notification(self.memory.as_ref())

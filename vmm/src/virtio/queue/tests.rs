@@ -231,6 +231,34 @@ fn a_driver_kicks_only_while_it_is_asked_to() {
 }
 
 #[test]
+fn a_driver_is_asked_to_kick_beyond_what_it_has_offered() {
+    let rig = Rig::new();
+    for features in [feature::VERSION_1, feature::VERSION_1 | feature::EVENT_IDX] {
+        for next in [0, 7, 0x7fff, 0xfffe, 0xffff] {
+            let state = QueueState {
+                next_available: next,
+                next_used: next,
+                ..state()
+            };
+            let mut queue = make_with(&rig, &state, features).unwrap();
+            let offer = |queue: &Virtqueue, available: u16| {
+                let address = GuestAddress(DRIVER + 2);
+                let memory = queue.memory();
+                memory.store(available.to_le(), address, Ordering::Relaxed)
+            };
+            // Three lie there, none of them popped.
+            let offered = next.wrapping_add(3);
+            offer(&queue, offered).unwrap();
+            assert_eq!(queue.offered().unwrap(), offered);
+            assert!(!queue.enable_kicks_beyond(offered).unwrap());
+            assert!(kicks(&queue, offered, 1), "{features:#x}, {next}");
+            offer(&queue, offered.wrapping_add(1)).unwrap();
+            assert!(queue.enable_kicks_beyond(offered).unwrap());
+        }
+    }
+}
+
+#[test]
 fn queues_that_cannot_be_are_refused() {
     let rig = Rig::new();
     let good = state();

@@ -30,6 +30,9 @@ use crate::thread::{ThreadKind, Threads};
 const QUEUE_SIZE: u16 = 128;
 const QUEUES: usize = 3;
 const STATE_VERSION: u32 = 1;
+/// How long a guest that goes on elsewhere may take to hear that its connections are gone, before it gets
+/// packets of others.
+const NEWS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The device.
 pub struct Vsock {
@@ -48,7 +51,7 @@ impl Vsock {
         listener: OwnedFd,
         threads: &Threads,
     ) -> Result<Self, DeviceError> {
-        Self::open(id, config, listener, false, threads)
+        Self::open(id, config, listener, None, threads)
     }
 
     /// Makes the device for a guest that had one elsewhere, of which nothing is kept.
@@ -59,14 +62,14 @@ impl Vsock {
         threads: &Threads,
     ) -> Result<Self, DeviceError> {
         saved.unpack::<()>(STATE_VERSION)?;
-        Self::open(&saved.id, config, listener, true, threads)
+        Self::open(&saved.id, config, listener, Some(NEWS_PATIENCE), threads)
     }
 
     fn open(
         id: &str,
         config: &VsockConfig,
         listener: OwnedFd,
-        moved: bool,
+        moved: Option<Duration>,
         threads: &Threads,
     ) -> Result<Self, DeviceError> {
         let failed = |error| DeviceError::new(id, "start its thread", error);

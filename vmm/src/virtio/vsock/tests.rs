@@ -473,29 +473,91 @@ fn a_reset_of_the_device_ends_all_connections() {
     assert_eq!(rest(&mut stream), b"");
 }
 
-#[test]
-fn a_guest_that_was_moved_hears_that_its_connections_are_gone() {
-    let (rig, door) = (Rig::new(), Entrance::new());
-    let mut peer = Peer::new(&rig, &door);
-    peer.driver.submit(EVENT, &[write_part(0x2000, 8)]);
+/// A guest with a connection, and `buffers` for events at 0x2000, before it was moved; to be resumed. The
+/// host's port of that connection.
+fn moved(rig: &Rig, door: &Entrance, buffers: u64, patience: Duration) -> (Peer, u32) {
+    let mut peer = Peer::new(rig, door);
+    for number in 0..buffers {
+        let part = write_part(0x2000 + 8 * number, 8);
+        peer.driver.submit(EVENT, &[part]);
+    }
+    let mut stream = door.visit("CONNECT 1234\n");
+    let (_, host) = peer.accept();
+    line(&mut stream);
     peer.driver.device.pause().unwrap();
     let saved = peer.driver.device.save().unwrap();
-    let base = peer.driver.device.function();
-    drop(base);
 
     let config = VsockConfig { cid: CID };
     let listener = || door.listener.try_clone().unwrap().into();
     let (board, recorder) = rig.with_recorder();
     let device = VirtioPciDevice::restore(&saved, &board, |state| {
-        let vsock = Vsock::restore(state, &config, listener(), &rig.board.threads)?;
+        let (id, threads) = (&state.id, &rig.board.threads);
+        let vsock = Vsock::open(id, &config, listener(), Some(patience), threads)?;
         Ok(Box::new(vsock))
     })
     .unwrap();
-    peer.driver.put(0x2000, &[0xff; 8]);
-    let mut driver = Driver::attach(&rig, device, recorder);
+    let mut driver = Driver::attach(rig, device, recorder);
     driver.rings.clone_from(&peer.driver.rings);
+    let posted = std::mem::take(&mut peer.posted);
     drop(peer);
-    driver.device.resume().unwrap();
-    assert_eq!(driver.used(EVENT).1, 4);
-    assert_eq!(driver.take(0x2000, 4), [0; 4]);
+    assert_eq!(rest(&mut stream), b"");
+    (Peer { driver, posted }, host)
+}
+
+const LONG: Duration = Duration::from_secs(3600);
+
+#[test]
+fn a_guest_that_was_moved_hears_that_its_connections_are_gone_before_all_else() {
+    let (rig, door) = (Rig::new(), Entrance::new());
+    let (mut peer, host) = moved(&rig, &door, 1, LONG);
+    peer.driver.device.resume().unwrap();
+    let mut stream = door.visit("CONNECT 1234\n");
+    // Of its old connection; once the device has the second, it has had its turn to answer the first.
+    for _ in 0..2 {
+        peer.send(peer.header(1234, host, Operation::CreditUpdate), &[]);
+    }
+    assert!(peer.try_packet().is_none());
+    assert_eq!(peer.driver.used(EVENT).1, 4);
+    assert_eq!(peer.driver.take(0x2000, 4), [0; 4]);
+    for _ in 0..2 {
+        peer.send(peer.header(1234, host, Operation::CreditUpdate), &[]);
+    }
+    assert!(peer.try_packet().is_none());
+
+    peer.driver.submit(EVENT, &[write_part(0x2000, 8)]);
+    peer.driver.kick_if_asked(EVENT, 1, true);
+    for _ in 0..4 {
+        peer.expect(Operation::Reset);
+    }
+    let (_, host) = peer.accept();
+    assert_eq!(line(&mut stream), format!("OK {host}\n"));
+}
+
+/// Nothing else wakes the device: it has asked for that kick.
+#[test]
+fn that_a_moved_guest_has_heard_is_seen_at_once() {
+    let (rig, door) = (Rig::new(), Entrance::new());
+    let (mut peer, host) = moved(&rig, &door, 4, LONG);
+    // Of its old connection, and not seen by the device that it was said to.
+    let late = peer.header(1234, host, Operation::CreditUpdate).bytes();
+    peer.driver.put(SEND_AT, &late);
+    let part = read_part(SEND_AT, late.len() as u32);
+    peer.driver.submit(TRANSMIT, &[part]);
+    peer.driver.device.resume().unwrap();
+    assert_eq!(peer.driver.used(EVENT).1, 4);
+    peer.driver.submit(EVENT, &[write_part(0x2000, 8)]);
+    peer.driver.kick_if_asked(EVENT, 1, true);
+    peer.expect(Operation::Reset);
+}
+
+#[test]
+fn a_guest_that_offers_nothing_more_for_events_is_served_all_the_same() {
+    for buffers in [0, 1] {
+        let (rig, door) = (Rig::new(), Entrance::new());
+        let (mut peer, _) = moved(&rig, &door, buffers, Duration::from_millis(50));
+        peer.driver.device.resume().unwrap();
+        let mut stream = door.visit("CONNECT 1234\n");
+        let (_, host) = peer.accept();
+        assert_eq!(line(&mut stream), format!("OK {host}\n"), "{buffers}");
+    }
 }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::connection::{Connection, End};
 use super::door::Door;
@@ -32,6 +33,8 @@ const BATCH: usize = 64;
 const DATA_MAX: usize = 64 << 10;
 /// Ports of the host's that are given to those who connect to the guest.
 const FIRST_PORT: u32 = 1 << 30;
+/// VMADDR_PORT_ANY of Linux: nobody's.
+const ANY_PORT: u32 = u32::MAX;
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (§5.10.6.7).
 const TRANSPORT_RESET: [u8; 4] = [0; 4];
 
@@ -58,6 +61,17 @@ enum Place {
     Connection(Ports),
 }
 
+/// What a guest that goes on here hears of first.
+struct News {
+    /// How many buffers for events it had offered when it was told.
+    told: Option<u16>,
+    /// Packets wait for it to have heard.
+    holds: bool,
+    /// A driver that offers no buffer, or no more, is waited for no longer.
+    until: Instant,
+    patience: Duration,
+}
+
 pub(super) struct Worker {
     cid: u64,
     door: Door,
@@ -77,17 +91,18 @@ pub(super) struct Worker {
     last: Ports,
     next_token: u64,
     next_port: u32,
-    /// The guest is to hear that its connections are gone.
-    moved: bool,
+    /// The guest is to hear that its connections are gone, before it gets any packet of another.
+    news: Option<News>,
     data: Box<[u8]>,
 }
 
 impl Worker {
-    /// `moved`: the guest goes on here, where it has no connections.
+    /// `moved`: the guest goes on here, where it has no connections; packets wait that long for it to have
+    /// heard so.
     pub(super) fn new(
         cid: u32,
         listener: OwnedFd,
-        moved: bool,
+        moved: Option<Duration>,
         commands: Commands<Command>,
         bell: EventFd,
     ) -> Result<Self, Errno> {
@@ -113,8 +128,16 @@ impl Worker {
             answers: VecDeque::new(),
             last: Ports { host: 0, guest: 0 },
             next_token: FIRST_SOCKET,
-            next_port: FIRST_PORT,
-            moved,
+            next_port: match moved {
+                Some(_) => elsewhere()?,
+                None => FIRST_PORT,
+            },
+            news: moved.map(|patience| News {
+                told: None,
+                holds: true,
+                until: Instant::now() + patience,
+                patience,
+            }),
             data: vec![0; HEADER + DATA_MAX].into_boxed_slice(),
         })
     }
@@ -160,6 +183,9 @@ impl Worker {
         for connection in self.connections.values_mut() {
             connection.postpone(now);
         }
+        if let Some(news) = &mut self.news {
+            news.until = now + news.patience;
+        }
     }
 
     fn give_back(&mut self) -> Vec<Virtqueue> {
@@ -173,7 +199,7 @@ impl Worker {
     /// As if the guest had just been switched on. Those who wait for it go on waiting.
     fn forget(&mut self) {
         self.driver = false;
-        self.moved = false;
+        self.news = None;
         self.answers.clear();
         self.connections.clear();
         self.sockets
@@ -198,10 +224,10 @@ impl Worker {
             return false;
         }
         let served = self
-            .hear_guest(now)
+            .break_news(now)
+            .and_then(|()| self.hear_guest(now))
             .and_then(|more| Ok(self.tell_guest(now)? || more));
-        let outcome = served.and_then(|more| self.tell_moved().map(|()| more));
-        outcome.unwrap_or_else(|(index, fault)| {
+        served.unwrap_or_else(|(index, fault)| {
             self.failed = true;
             if let Some(Some(queue)) = self.queues.get(usize::from(index)) {
                 queue.fail(&fault);
@@ -284,7 +310,10 @@ impl Worker {
                 host: self.next_port,
                 guest: port,
             };
-            self.next_port = self.next_port.wrapping_add(1).max(FIRST_PORT);
+            self.next_port = match self.next_port + 1 {
+                ANY_PORT => FIRST_PORT,
+                next => next,
+            };
             // There are fewer connections than ports.
             if !self.connections.contains_key(&ports) {
                 break ports;
@@ -443,6 +472,9 @@ impl Worker {
 
     /// Gives the guest what it is to get; true if there may be more.
     fn tell_guest(&mut self, now: Instant) -> Result<bool, (u16, QueueFault)> {
+        if self.news.as_ref().is_some_and(|news| news.holds) {
+            return Ok(false);
+        }
         let Some(mut queue) = self.queues[usize::from(RECEIVE)].take() else {
             return Ok(false);
         };
@@ -511,35 +543,32 @@ impl Worker {
         next_after(&self.connections, self.last)
     }
 
-    /// Tells a guest that was moved here that its connections are gone.
-    fn tell_moved(&mut self) -> Result<(), (u16, QueueFault)> {
-        let Some(queue) = self.queues[usize::from(EVENT)]
-            .as_mut()
-            .filter(|_| self.moved)
-        else {
+    /// Tells a guest that goes on here that its connections are gone, and looks whether it has heard.
+    ///
+    /// Packets of new connections wait until it has: it looks at the two queues in no particular order,
+    /// and would forget a connection that overtook the event with the old ones. That it has heard is
+    /// seen from the buffer that it offers in place of the event's (Linux: once it has acted on it).
+    fn break_news(&mut self, now: Instant) -> Result<(), (u16, QueueFault)> {
+        let Some(news) = &mut self.news else {
             return Ok(());
         };
-        let mut tell = || {
-            let chain = match queue.pop()? {
-                Some(chain) => chain,
-                None if queue.enable_kicks()? => match queue.pop()? {
-                    Some(chain) => chain,
-                    None => return Ok(false),
-                },
-                None => return Ok(false),
-            };
-            if total(chain.writable()) < TRANSPORT_RESET.len() as u64 {
-                return Err(QueueFault::Malformed {
-                    head: chain.head,
-                    what: "buffer for an event",
-                });
-            }
-            let written = scatter(queue.memory(), chain.writable(), &TRANSPORT_RESET);
-            queue.push(chain.head, written as u32)?;
-            queue.notify()?;
-            Ok(true)
+        news.holds &= now < news.until || self.queues[usize::from(RECEIVE)].is_none();
+        let Some(queue) = &mut self.queues[usize::from(EVENT)] else {
+            return Ok(());
         };
-        self.moved = !tell().map_err(|fault| (EVENT, fault))?;
+        let mut over = || {
+            if news.told.is_none() {
+                news.told = tell(queue)?;
+            }
+            match news.told {
+                // Asked for at once: it may be the next that happens.
+                Some(told) => Ok(queue.enable_kicks_beyond(told)? || !news.holds),
+                None => Ok(false),
+            }
+        };
+        if over().map_err(|fault| (EVENT, fault))? {
+            self.news = None;
+        }
         Ok(())
     }
 
@@ -556,9 +585,12 @@ impl Worker {
         // Also where what this turn has ended makes room.
         let room = self.sockets.len() < SOCKETS_MAX;
         let admission = self.door.due(now).filter(|_| room);
+        let news = (self.news.as_ref())
+            .filter(|news| active && news.holds)
+            .map(|news| news.until);
         let timeout = match more {
             true => Some(Duration::ZERO),
-            false => (connections.chain(visitors).chain(admission))
+            false => (connections.chain(visitors).chain(admission).chain(news))
                 .min()
                 .map(|until| until.saturating_duration_since(now)),
         };
@@ -579,6 +611,40 @@ impl Worker {
             token => self.hear(token, event.flags),
         }
     }
+}
+
+/// Where ports begin for a guest that goes on here. What it still says of its old connections, which had
+/// the first ones, is not to be taken for another's.
+fn elsewhere() -> Result<u32, Errno> {
+    let mut bytes = [0; 4];
+    getrandom(&mut bytes, GetRandomFlags::empty())?;
+    // Up to twice the first one: as many are left behind it.
+    Ok(FIRST_PORT + u32::from_le_bytes(bytes) % FIRST_PORT)
+}
+
+/// Hands the event to the driver: how many buffers it had offered for such by then; none if there was
+/// none left.
+fn tell(queue: &mut Virtqueue) -> Result<Option<u16>, QueueFault> {
+    let chain = match queue.pop()? {
+        Some(chain) => chain,
+        None if queue.enable_kicks()? => match queue.pop()? {
+            Some(chain) => chain,
+            None => return Ok(None),
+        },
+        None => return Ok(None),
+    };
+    if total(chain.writable()) < TRANSPORT_RESET.len() as u64 {
+        return Err(QueueFault::Malformed {
+            head: chain.head,
+            what: "buffer for an event",
+        });
+    }
+    // Before it can have heard of it.
+    let offered = queue.offered()?;
+    let written = scatter(queue.memory(), chain.writable(), &TRANSPORT_RESET);
+    queue.push(chain.head, written as u32)?;
+    queue.notify()?;
+    Ok(Some(offered))
 }
 
 /// The next connection that has a packet, after `last` and round again.
