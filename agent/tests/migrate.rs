@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::net::SocketAddr;
 use std::time::Instant;
 
 use common::machine::{Machine, disks};
@@ -95,7 +96,7 @@ impl Row {
         self.revision += 1;
         let departure = Departure {
             id: self.migration,
-            to: format!("127.0.0.1:{port}"),
+            to: SocketAddr::from((common::own_ip(), port)).to_string(),
             key: self.key.clone(),
             policy,
         };

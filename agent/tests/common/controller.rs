@@ -44,10 +44,7 @@ impl Authority {
 
     fn sans(peer: &Peer) -> Vec<SanType> {
         let uri = peer.to_string().try_into().unwrap();
-        vec![
-            SanType::URI(uri),
-            SanType::IpAddress("127.0.0.1".parse().unwrap()),
-        ]
+        vec![SanType::URI(uri), SanType::IpAddress(super::own_ip())]
     }
 
     pub fn controller(&self, name: &str) -> Credentials {
@@ -106,7 +103,7 @@ impl Cloud {
     pub async fn start() -> Self {
         let authority = Authority::new();
         let credentials = authority.controller("test");
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind((super::own_ip(), 0)).await.unwrap();
         let endpoint = format!("https://{}", listener.local_addr().unwrap());
         let config = tls::server(&credentials, ClientCertificate::Optional).unwrap();
         let shared = Arc::new(Shared {

@@ -6,9 +6,10 @@
 pub mod controller;
 pub mod machine;
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use fractus_agent_api::client::agent::AgentClient;
@@ -31,11 +32,25 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Runtime::new().unwrap().block_on(future)
 }
 
-pub fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
+/// The address of the loopback that no other test's process has: a pid has 22 bits.
+pub fn own_ip() -> IpAddr {
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    Ipv4Addr::new(127, 64 + high, middle, low).into()
+}
+
+/// What no other agent of any test has: an address, whose port no outgoing connection is given, and users
+/// from the number on.
+fn own_place() -> (SocketAddr, u32) {
+    static AGENTS: AtomicU16 = AtomicU16::new(0);
+    let number = AGENTS.fetch_add(1, Ordering::Relaxed);
+    assert!(
+        number < 10,
+        "a test a process, as cargo nextest runs them: the next one's users begin there"
+    );
+    // Below them are those of the clouds of crate fractus-tests.
+    let own = 1_200_000_000 + std::process::id() % 100_000 * 10_000;
+    let first_user = own + u32::from(number) * 1000;
+    ((own_ip(), 27_100 + number).into(), first_user)
 }
 
 /// The agent's program with folders of its own. Dropping it ends the agent and every machine of it,
@@ -91,7 +106,7 @@ impl Agent {
         cloud: &Cloud,
         stand_ins: bool,
     ) -> Result<Self> {
-        let address = free_address();
+        let (address, first_user) = own_place();
         let endpoint = format!("https://{address}");
         let joined = Command::new(env!("CARGO_BIN_EXE_fractus-agent"))
             .args([
@@ -109,8 +124,6 @@ impl Agent {
         anyhow::ensure!(joined.status.success(), "join: {error}");
         let host = HostId(Uuid::try_parse(&said)?);
         let client = AgentClient::new(host, &endpoint, &cloud.credentials)?;
-        // Each agent of this test run has users of its own.
-        let first_user = 1_000_000_000 + u32::from(address.port()) * 1000;
         let mut agent = Self {
             folder,
             address,
@@ -165,7 +178,7 @@ impl Agent {
         if self.stand_ins {
             command.arg("--stand-ins");
         }
-        let mut child = command.spawn()?;
+        self.child = Some(command.spawn()?);
         let by = Instant::now() + PATIENCE;
         while let Err(error) = self.client.host().await {
             anyhow::ensure!(
@@ -173,14 +186,15 @@ impl Agent {
                 "the agent does not answer: {error}\n{}",
                 self.log()
             );
-            // Its port may have been lent to an outgoing connection while it was down.
-            if child.try_wait()?.is_some() && self.log().contains("cannot listen") {
-                child = command.spawn()?;
-            }
+            let ended = self.child.as_mut().map(Child::try_wait).transpose()?;
+            anyhow::ensure!(
+                ended.flatten().is_none(),
+                "the agent has ended: {error}\n{}",
+                self.log()
+            );
             // sleeps because a program that is starting cannot say when it listens.
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        self.child = Some(child);
         Ok(())
     }
 

@@ -1,9 +1,10 @@
 //! A controller and its agents.
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -45,7 +46,7 @@ pub struct Cloud {
     pub password: String,
     options: Options,
     folder: PathBuf,
-    ports: Ports,
+    addresses: Addresses,
     controller: Option<Process>,
     agents: Vec<Agent>,
     /// Ids of the users that machines run as, of all agents.
@@ -57,15 +58,52 @@ pub struct Cloud {
 #[derive(Debug)]
 struct Agent {
     name: String,
-    port: u16,
+    listen: SocketAddr,
     users: Range<u32>,
     process: Option<Process>,
 }
 
+/// Where a cloud listens: at an address of the loopback that no other test has, at ports that no outgoing
+/// connection is given. A port that is free now, and chosen for that, is another's before it is bound.
 #[derive(Debug, Clone, Copy)]
-struct Ports {
-    public: u16,
-    agents: u16,
+struct Addresses {
+    ip: Ipv4Addr,
+    first_port: u16,
+}
+
+impl Addresses {
+    /// For this process's one cloud.
+    fn own() -> Result<Self> {
+        static TAKEN: AtomicBool = AtomicBool::new(false);
+        if TAKEN.swap(true, Ordering::Relaxed) {
+            bail!(
+                "one cloud a process, whose addresses and users they are: cargo nextest runs tests so"
+            );
+        }
+        // A pid has 22 bits, and is nobody else's while we live.
+        let [_, high, middle, low] = std::process::id().to_be_bytes();
+        Ok(Self {
+            ip: Ipv4Addr::new(127, 64 + high, middle, low),
+            first_port: 27_100,
+        })
+    }
+
+    fn public(&self) -> SocketAddr {
+        (self.ip, self.first_port).into()
+    }
+
+    fn agents(&self) -> SocketAddr {
+        (self.ip, self.first_port + 1).into()
+    }
+
+    fn metrics(&self) -> SocketAddr {
+        (self.ip, self.first_port + 2).into()
+    }
+
+    fn agent(&self, index: usize) -> Result<SocketAddr> {
+        let port = self.first_port + 10 + u16::try_from(index)?;
+        Ok((self.ip, port).into())
+    }
 }
 
 /// User ids for one agent's machines.
@@ -83,16 +121,13 @@ impl Cloud {
         let first = 100_000_000 + std::process::id() % 100_000 * 10_000;
         let users = first..first + count.max(1) * USERS_EACH;
         let guardian = Guardian::start(&users, &folder)?;
-        let ports = Ports {
-            public: free_port()?,
-            agents: free_port()?,
-        };
+        let addresses = Addresses::own()?;
         let mut cloud = Self {
-            url: format!("http://127.0.0.1:{}", ports.public),
+            url: format!("http://{}", addresses.public()),
             password: String::new(),
             options,
             folder,
-            ports,
+            addresses,
             controller: None,
             agents: Vec::new(),
             users,
@@ -116,9 +151,11 @@ impl Cloud {
             "--state-dir".to_owned(),
             state.display().to_string(),
             "--listen".to_owned(),
-            format!("127.0.0.1:{}", self.ports.public),
+            self.addresses.public().to_string(),
             "--agents-listen".to_owned(),
-            format!("127.0.0.1:{}", self.ports.agents),
+            self.addresses.agents().to_string(),
+            "--metrics-listen".to_owned(),
+            self.addresses.metrics().to_string(),
         ];
         if let Some(url) = &self.options.database {
             arguments.extend(["--database".to_owned(), url.clone()]);
@@ -155,19 +192,19 @@ impl Cloud {
 
     async fn join(&mut self, index: usize) -> Result<()> {
         let name = format!("agent-{index}");
-        let port = free_port()?;
+        let listen = self.addresses.agent(index)?;
         let first = self.users.start + u32::try_from(index)? * USERS_EACH;
         let agent = Agent {
             name,
-            port,
+            listen,
             users: first..first + USERS_EACH,
             process: None,
         };
         let token = self.join_token().await?;
         let mut arguments = vec!["join".to_owned()];
         arguments.extend(self.folders(&agent));
-        let controller = format!("https://127.0.0.1:{}", self.ports.agents);
-        let endpoint = format!("https://127.0.0.1:{port}");
+        let controller = format!("https://{}", self.addresses.agents());
+        let endpoint = format!("https://{listen}");
         for (flag, value) in [
             ("--controller", controller),
             ("--token", token),
@@ -222,7 +259,7 @@ impl Cloud {
         arguments.push("run".to_owned());
         arguments.extend(self.folders(agent));
         for (flag, value) in [
-            ("--listen", format!("127.0.0.1:{}", agent.port)),
+            ("--listen", agent.listen.to_string()),
             ("--first-user", agent.users.start.to_string()),
             ("--users", USERS_EACH.to_string()),
             ("--shutdown-seconds", "5".to_owned()),
@@ -431,9 +468,4 @@ fn lock(process: &std::sync::Mutex<Process>) -> std::sync::MutexGuard<'_, Proces
     process
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// A port that was free a moment ago.
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
