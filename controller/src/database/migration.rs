@@ -13,6 +13,7 @@ mod m0004_operation;
 mod m0005_host;
 mod m0006_controller;
 mod m0007_migration;
+mod m0008_shelve;
 
 use std::collections::BTreeSet;
 
@@ -31,6 +32,7 @@ fn changes() -> Vec<Box<dyn MigrationTrait>> {
         Box::new(m0005_host::Migration),
         Box::new(m0006_controller::Migration),
         Box::new(m0007_migration::Migration),
+        Box::new(m0008_shelve::Migration),
     ]
 }
 

@@ -151,12 +151,26 @@ impl Images {
     /// There is no such image afterwards, protected or not, and nothing of its bytes; but one that is whole by now
     /// stays, whoever has filled it and whether he knows or not. Idempotent.
     pub async fn discard(&self, id: &str, now_us: i64) -> Result<(), StoreError> {
+        self.take_away(id, now_us, |row| row.size.is_none()).await
+    }
+
+    /// There is no such image afterwards, whole or not, unless its user has protected it. Idempotent.
+    pub async fn remove(&self, id: &str, now_us: i64) -> Result<(), StoreError> {
+        self.take_away(id, now_us, |row| !row.protected).await
+    }
+
+    async fn take_away(
+        &self,
+        id: &str,
+        now_us: i64,
+        which: fn(&Row) -> bool,
+    ) -> Result<(), StoreError> {
         let wanted = id.to_owned();
         let dropped = self.database.write(move |tx| {
             let id = wanted.clone();
             Box::pin(async move {
                 let row = store::image::Entity::find_by_id(&id).one(tx).await?;
-                let there = |row: &Row| row.deleted_at_us.is_none() && row.size.is_none();
+                let there = |row: &Row| row.deleted_at_us.is_none() && which(row);
                 let Some(row) = row.filter(there) else {
                     return Ok::<_, StoreError>(None);
                 };

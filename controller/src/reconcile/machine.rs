@@ -80,13 +80,18 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// What the owner is told.
+    /// What the owner is told. One that is to be gone is told nothing of a guest, whatever is kept here for a server
+    /// that is shelved.
     pub fn put(&self) -> PutMachine {
+        let mut wanted = self.wanted.clone();
+        if self.is_tombstone() {
+            wanted.end();
+        }
         PutMachine {
-            version: version(&self.wanted),
+            version: version(&wanted),
             generation: self.generation,
             revision: self.revision,
-            wanted: self.wanted.clone(),
+            wanted,
             request_id: self.request_id.clone(),
         }
     }
@@ -96,7 +101,7 @@ impl Machine {
         (self.generation, self.revision)
     }
 
-    /// The server was deleted.
+    /// The server was deleted, or is shelved and its host has still to let go of it.
     pub fn is_tombstone(&self) -> bool {
         self.wanted.power == Power::Absent
     }
@@ -151,6 +156,8 @@ pub async fn own(
             wanted: Set(json(wanted)?),
             request_id: Set(request_id),
             settled: Set(false),
+            // Whoever had it has let go of it.
+            confirmed: Set(true),
             report: Set(None),
             updated_at_us: Set(now_us),
             ..Default::default()
@@ -263,6 +270,36 @@ pub async fn disown(tx: &DatabaseTransaction, server: ServerId, now_us: i64) -> 
         ..Default::default()
     };
     update(tx, &known, next).await.map(|_| ())
+}
+
+/// The machine, which was to be gone, is gone from its owner, and its server is kept elsewhere: nobody owns it until somebody does again
+/// ([`own`]). What is wanted of it stays, so that it can be made anew; a generation higher, so that whatever comes back
+/// is older. No tombstone: after a restore of the database, a host that holds it may be its owner since.
+pub async fn vacate(tx: &DatabaseTransaction, server: ServerId, now_us: i64) -> Result<(), DbErr> {
+    let Some(known) = find(tx, server).await? else {
+        return Ok(());
+    };
+    if !known.is_tombstone() {
+        return Ok(());
+    }
+    if let Some(host) = known.host {
+        crate::agents::host::release(tx, host, server).await?;
+    }
+    let mut wanted = known.wanted.clone();
+    wanted.power = Power::Stopped;
+    (wanted.arrives, wanted.departs, wanted.continues) = (None, None, None);
+    wanted.copy = None;
+    let next = row::ActiveModel {
+        host_id: Set(None),
+        generation: Set(signed(known.generation.0) + 1),
+        revision: Set(signed(known.revision.0) + 1),
+        wanted: Set(json(&wanted)?),
+        settled: Set(true),
+        report: Set(None),
+        updated_at_us: Set(now_us),
+        ..Default::default()
+    };
+    update(tx, &known, next).await
 }
 
 /// The compare-and-set that gives the server to another host, one generation and one revision higher. False if

@@ -118,6 +118,7 @@ pub async fn create(app: &App, id: Uuid) -> Result<(), RequestError> {
         locked_reason: None,
         trusted_certificates: None,
         scheduler_hints: "{}".to_owned(),
+        shelved_image_id: None,
         fault_code: None,
         fault_message: None,
         fault_details: None,

@@ -90,6 +90,9 @@ pub struct Model {
     /// JSON object.
     #[sea_orm(column_type = "Text")]
     pub scheduler_hints: String,
+    /// The image that has its disk while it is shelved.
+    #[sea_orm(column_type = "Text", nullable)]
+    pub shelved_image_id: Option<String>,
     pub fault_code: Option<i32>,
     #[sea_orm(column_type = "Text", nullable)]
     pub fault_message: Option<String>,

@@ -453,6 +453,7 @@ fn row(
                 .as_object()
                 .map_or(&json!(Map::new()), |_| &order.hints),
         ),
+        shelved_image_id: None,
         fault_code: None,
         fault_message: None,
         fault_details: None,
