@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{Observed, Power, ServerId};
-use sea_orm::EntityTrait;
+use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
 
+use super::requests::SHELVED;
 use super::world::World;
 use crate::agents::host;
 use crate::compute::model::state::ServerState;
+use crate::compute::ops::unshelve;
 use crate::compute::store::server;
+use crate::event;
 use crate::image::store::image;
 use crate::operation;
 use crate::reconcile::machine::{self, Machine};
@@ -85,7 +88,8 @@ impl World {
                 !matches!(state, ServerState::Building(_)),
                 "seed {seed}: {id} is {state:?}"
             );
-            self.check_server(server, state, machine.as_ref());
+            self.check_server(server, state, machine.as_ref()).await;
+            self.check_shelved(&row).await;
             if machine.is_some_and(|machine| machine.host.is_some()) {
                 alive.insert(server);
             }
@@ -115,12 +119,18 @@ impl World {
         }
     }
 
-    fn check_server(&self, server: ServerId, state: ServerState, machine: Option<&Machine>) {
+    async fn check_server(&self, server: ServerId, state: ServerState, machine: Option<&Machine>) {
         let seed = self.seed;
         let place = machine.and_then(|machine| Some((machine.host?, machine)));
         let Some((owner, machine)) = place else {
             assert!(
-                matches!(state, ServerState::Deleted | ServerState::Error),
+                matches!(
+                    state,
+                    ServerState::Deleted
+                        | ServerState::Error
+                        | ServerState::Shelved
+                        | ServerState::ShelvedOffloaded
+                ),
                 "seed {seed}: {server} is {state:?} and has no host"
             );
             return;
@@ -169,9 +179,41 @@ impl World {
             "seed {seed}: {server}: what was asked for was done"
         );
         let disks = host.disks(server);
+        // Made anew, of its image, by each unshelving that got so far.
+        let (reader, subject) = (self.database().reader(), server.to_string());
+        let events = event::of_subject(reader, &subject).await.unwrap();
+        let unshelved = events
+            .iter()
+            .filter(|event| event.action == unshelve::KIND && event.phase == "requested");
         assert!(
-            disks <= 1 + wanted.rebuilds,
+            disks <= 1 + wanted.rebuilds + unshelved.count() as u64,
             "seed {seed}: {server} lost a disk: {disks} made"
+        );
+    }
+
+    /// A shelved server has its image, whole; nothing is left of the images of all others.
+    async fn check_shelved(&self, row: &server::Model) {
+        let (seed, reader) = (self.seed, self.database().reader());
+        let name = format!("{}{SHELVED}", row.id);
+        let images = image::Entity::find().filter(image::Column::Name.eq(name));
+        let images = images.filter(image::Column::DeletedAtUs.is_null());
+        let left: Vec<String> = images
+            .all(reader)
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|row| row.id)
+            .collect();
+        let kept: Vec<String> = row.shelved_image_id.iter().cloned().collect();
+        assert_eq!(left, kept, "seed {seed}: images of shelved {}", row.id);
+        let shelved = [ServerState::Shelved, ServerState::ShelvedOffloaded];
+        let is_shelved = shelved.contains(&row.state());
+        // One whose guest could not be started keeps it.
+        assert!(
+            is_shelved == !kept.is_empty() || row.state() == ServerState::Error,
+            "seed {seed}: {} is {:?}, and its image is {kept:?}",
+            row.id,
+            row.state()
         );
     }
 

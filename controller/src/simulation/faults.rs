@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
-use sea_orm::DatabaseTransaction;
+use sea_orm::{DatabaseTransaction, Set};
 use uuid::Uuid;
 
 use super::requests;
 use super::world::{Plan, World};
+use crate::compute::model::state::ServerState;
 use crate::compute::ops::change::Change;
+use crate::compute::store::server;
 use crate::http::App;
 use crate::operation::{Advance, Kind, Kinds, Operation, Outcome, Progress, Step, StepError};
 
@@ -142,6 +144,21 @@ pub(super) async fn scenario(kind: &str) -> (World, Uuid) {
         assert!(requests::change(app, id, *change).await.unwrap());
         world.heal().await;
     }
+    if matches!(kind, "server_unshelve" | "server_shelve_offload") {
+        ask(&world.app(), "server_shelve", id).await;
+        world.heal().await;
+    }
+    if kind == "server_shelve_offload" {
+        let shelved = server::ActiveModel {
+            state: Set(ServerState::Shelved.key()),
+            ..Default::default()
+        };
+        let write = world.database().write(move |tx| {
+            let shelved = shelved.clone();
+            Box::pin(async move { server::update(tx, &id.to_string(), shelved).await })
+        });
+        write.await.unwrap();
+    }
     (world, id)
 }
 
@@ -151,6 +168,10 @@ pub(super) async fn ask(app: &App, kind: &str, id: Uuid) {
         "server_create" => return drop(requests::create(app, id).await),
         "server_delete" => return drop(requests::delete(app, id).await),
         "server_live_migrate" => return drop(requests::migrate(app, id, None).await),
+        "server_shelve" | "server_unshelve" => {
+            return drop(requests::shelve_or_unshelve(app, id).await);
+        }
+        "server_shelve_offload" => return drop(requests::offload(app, id).await),
         "server_create_image" => return drop(requests::image(app, id).await),
         "server_start" => Change::Start,
         "server_stop" => Change::Stop,

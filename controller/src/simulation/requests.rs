@@ -13,7 +13,7 @@ use crate::compute::model::state::{self, Action, Build, ServerState, Situation};
 use crate::compute::ops::change::{self, Change, Wish};
 use crate::compute::ops::create::{self, NewServer};
 use crate::compute::ops::migrate::{self, CANCELLED};
-use crate::compute::ops::{RequestError, delete, image};
+use crate::compute::ops::{RequestError, delete, image, shelve, unshelve};
 use crate::compute::store::server;
 use crate::event::Origin;
 use crate::http::App;
@@ -22,6 +22,9 @@ use crate::reconcile::migration;
 use crate::scheduler::Amounts;
 
 pub const MEMORY_MIB: i64 = 512;
+
+/// How the name of a shelved server's image ends, after the server's id.
+pub const SHELVED: &str = "-shelved";
 
 fn origin() -> Origin {
     Origin {
@@ -208,6 +211,53 @@ pub async fn image(app: &App, id: Uuid) -> Result<bool, RequestError> {
         Err(RequestError::Overtaken) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Asks for the server to be shelved, or unshelved, whichever its state admits; false if it admits neither.
+pub async fn shelve_or_unshelve(app: &App, id: Uuid) -> Result<bool, RequestError> {
+    let id = id.to_string();
+    let Some(row) = server::find(app.database().reader(), &id).await? else {
+        return Ok(false);
+    };
+    let situation = Situation {
+        server: &id,
+        state: row.state(),
+        placed: true,
+        launched: row.launched_at_us.is_some(),
+        locked: false,
+    };
+    let admitted = |action| state::admit(action, situation).is_ok();
+    let asked = if admitted(Action::Shelve) {
+        let image_id = app.random().uuid().to_string();
+        let mut picture = snapshot::new(image_id, row.project_id.clone(), app.now_us());
+        picture.row.disk_format = Some("raw".to_owned());
+        picture.row.container_format = Some("bare".to_owned());
+        picture.row.name = Some(format!("{id}{SHELVED}"));
+        let wish = shelve::Wish {
+            from: row.state(),
+            image: picture,
+        };
+        shelve::request(app, origin(), &id, wish).await
+    } else if admitted(Action::Unshelve) {
+        let wish = unshelve::Wish {
+            from: row.state(),
+            host: None,
+            columns: Default::default(),
+        };
+        unshelve::request(app, origin(), &id, wish).await
+    } else {
+        return Ok(false);
+    };
+    match asked {
+        Ok(()) => Ok(true),
+        Err(RequestError::Overtaken | RequestError::ImageUnderWay) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Asks once more that the host of a shelved server let go of it.
+pub async fn offload(app: &App, id: Uuid) -> Result<(), RequestError> {
+    shelve::offload(app, origin(), &id.to_string(), ServerState::Shelved).await
 }
 
 /// It is not wanted any more; false if it is too late, or there is none.

@@ -514,3 +514,26 @@ async fn a_delete_that_does_not_wait_for_the_host_is_found_out() {
     while engine.advance(&ONE.to_string()).await == Advance::Advanced {}
     world.check_records().await;
 }
+
+#[tokio::test]
+async fn a_server_that_was_unshelved_since_the_backup_is_left_alone_where_it_runs() {
+    let mut world = active(2, &[ONE]).await;
+    requests::shelve_or_unshelve(&world.app(), ONE)
+        .await
+        .unwrap();
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::ShelvedOffloaded);
+    let backup = back_up(&world).await;
+    requests::shelve_or_unshelve(&world.app(), ONE)
+        .await
+        .unwrap();
+    world.heal().await;
+    let holder = holder(&world, ONE).unwrap();
+    restore(&mut world, &backup).await;
+    world.heal().await;
+    assert_eq!(state(&world, ONE).await, ServerState::ShelvedOffloaded);
+    assert!(
+        holder.processes().contains(&ServerId(ONE)),
+        "it is the only one"
+    );
+}

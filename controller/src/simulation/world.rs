@@ -345,6 +345,10 @@ impl World {
             let outcome = requests::image(&app, id).await;
             return self.note(format!("image of {id}: {:?}", outcome.ok()));
         }
+        if self.migrates != Migrates::Only && self.random.random_bool(0.15) {
+            let outcome = requests::shelve_or_unshelve(&app, id).await;
+            return self.note(format!("shelve or unshelve {id}: {:?}", outcome.ok()));
+        }
         if self.random.random_bool(0.12) {
             let outcome = requests::delete(&app, id).await.is_ok();
             return self.note(format!("delete {id}: {outcome}"));

@@ -14,11 +14,11 @@ use super::schemas::{closed, string, wrapped};
 use super::servers::schema::{self, Aged};
 use super::servers::view::{self, Occasion};
 use super::servers::{admit, create, find, metadata, shortest, write};
-use super::{consoles, images, migrations, origin};
+use super::{consoles, images, migrations, origin, shelve};
 use crate::compute::model::state::{Action, ServerState};
 use crate::compute::ops;
 use crate::compute::ops::change::{Change, Wish};
-use crate::compute::store::{keypair, server};
+use crate::compute::store::{keypair, placement, server};
 use crate::event::{self, Event, Phase};
 use crate::http::schema::Schema;
 use crate::http::{ApiError, JsonBody, Routes};
@@ -28,7 +28,7 @@ use crate::policy::Rule;
 const PATH: &str = "/v2.1/servers/{id}/action";
 
 /// Every action that is served, and who may do it.
-const ACTIONS: [(&str, Rule); 18] = [
+const ACTIONS: [(&str, Rule); 21] = [
     ("os-start", Rule::member("os_compute_api:servers:start")),
     ("os-stop", Rule::member("os_compute_api:servers:stop")),
     ("reboot", Rule::member("os_compute_api:servers:reboot")),
@@ -57,6 +57,15 @@ const ACTIONS: [(&str, Rule); 18] = [
     (
         "createImage",
         Rule::member("os_compute_api:servers:create_image"),
+    ),
+    ("shelve", Rule::member("os_compute_api:os-shelve:shelve")),
+    (
+        "shelveOffload",
+        Rule::admin("os_compute_api:os-shelve:shelve_offload"),
+    ),
+    (
+        "unshelve",
+        Rule::member("os_compute_api:os-shelve:unshelve"),
     ),
     (
         "forceDelete",
@@ -135,6 +144,9 @@ async fn act(call: Call, Path(id): Path<String>, body: JsonBody) -> Result<Respo
         "unlock" => unlock(&call, &id).await,
         "rebuild" => rebuild(&call, &id, &body.0).await,
         "createImage" => images::create(&call, &id, &body.0).await,
+        "shelve" => shelve::shelve(&call, &id).await,
+        "shelveOffload" => shelve::offload(&call, &id).await,
+        "unshelve" => shelve::unshelve(&call, &id, &body.0).await,
         "forceDelete" => force_delete(&call, &id).await,
         "os-resetState" => reset_state(&call, &id, &body.0).await,
         "os-migrateLive" => migrations::migrate_live(&call, &id, &body.0).await,
@@ -287,10 +299,14 @@ async fn reset_state(call: &Call, id: &str, body: &Value) -> Result<Response, Ap
     });
     SCHEMA.check(body)?;
     let row = find(call, id).await?;
-    let state = if body["os-resetState"]["state"] == "active" {
-        ServerState::Active
-    } else {
-        ServerState::Error
+    let placed = placement::of_servers(call.reader(), [row.id.clone()]).await?;
+    let state = match body["os-resetState"]["state"] == "active" {
+        // Its disk is an image.
+        true if row.shelved_image_id.is_some() && placed.is_empty() => {
+            ServerState::ShelvedOffloaded
+        }
+        true => ServerState::Active,
+        false => ServerState::Error,
     };
     let change = server::ActiveModel {
         state: Set(state.key()),
@@ -305,6 +321,7 @@ async fn reset_state(call: &Call, id: &str, body: &Value) -> Result<Response, Ap
             let id = id.clone();
             Box::pin(async move {
                 operation::cancel(tx, &id, &[ops::image::KIND], reason).await?;
+                ops::shelve::give_up(tx, &id, reason).await?;
                 ops::migrate::give_up(tx, server, reason).await
             })
         });

@@ -80,16 +80,9 @@ pub async fn create(call: &Call, id: &str, body: &Value) -> Result<Response, Api
         )));
     };
     let name = given["name"].as_str().unwrap_or_default();
-    let image = new_image(call, &row, name, properties).await?;
-    if image.properties.len() > MOST_PROPERTIES {
-        return Err(ApiError::forbidden("Image metadata limit exceeded"));
-    }
-    let project = image.row.owner.clone();
-    let room = call.app.images().may_have(&project, disk.size).await;
-    room.map_err(|error| match error.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => ApiError::forbidden(error.message()),
-        _ => error,
-    })?;
+    let project = call.project()?.to_owned();
+    let image = new_image(call, project.clone(), &row, name, properties).await?;
+    may_have(call, &image, disk.size).await?;
     let image_id = image.row.id.clone();
     let wish = Wish {
         from: row.state(),
@@ -106,15 +99,28 @@ pub async fn create(call: &Call, id: &str, body: &Value) -> Result<Response, Api
     Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)]).into_response())
 }
 
+/// Refuses an image of so many bytes that its project may not have.
+pub(super) async fn may_have(call: &Call, image: &Image, bytes: u64) -> Result<(), ApiError> {
+    if image.properties.len() > MOST_PROPERTIES {
+        return Err(ApiError::forbidden("Image metadata limit exceeded"));
+    }
+    let room = call.app.images().may_have(&image.row.owner, bytes).await;
+    room.map_err(|error| match error.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => ApiError::forbidden(error.message()),
+        _ => error,
+    })
+}
+
 /// As nova has it made: what the server booted from says how its disk boots, too.
-async fn new_image(
+pub(super) async fn new_image(
     call: &Call,
+    owner: String,
     server: &server::Model,
     name: &str,
     given: Metadata,
 ) -> Result<Image, ApiError> {
     let (id, now) = (call.app.random().uuid().to_string(), call.app.now_us());
-    let mut image = snapshot::new(id, call.project()?.to_owned(), now);
+    let mut image = snapshot::new(id, owner, now);
     let base = store::find(call.reader(), &server.image_id).await?;
     let flavor = server.flavor()?;
     let plan = server.boot()?;

@@ -57,6 +57,9 @@ fn names(kind: &str) -> (&str, &'static str) {
         "server_resume" => ("resume", "compute_resume_instance"),
         "server_rebuild" => ("rebuild", "compute_rebuild_instance"),
         "server_create_image" => ("createImage", "compute_snapshot_instance"),
+        "server_shelve" => ("shelve", "compute_shelve_instance"),
+        "server_shelve_offload" => ("shelveOffload", "compute_shelve_offload_instance"),
+        "server_unshelve" => ("unshelve", "compute_unshelve_instance"),
         "server_live_migrate" => ("live-migration", "compute_live_migration"),
         "server_live_migration_abort" => ("live_migration_cancel", "compute_live_migration_abort"),
         "server_live_migration_force_complete" => (

@@ -15,6 +15,7 @@ pub mod migrations;
 mod quotas;
 pub mod schemas;
 mod servers;
+mod shelve;
 mod usages;
 mod versions;
 

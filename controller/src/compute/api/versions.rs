@@ -66,7 +66,7 @@ async fn version(
 
 /// What this cloud serves of nova's former extensions: alias and name. Clients look for `os-keypairs`
 /// and its kin only at 2.1.
-const EXTENSIONS: [(&str, &str, &str); 23] = [
+const EXTENSIONS: [(&str, &str, &str); 24] = [
     ("OS-DCF", "DiskConfig", "Disk Management Extension."),
     (
         "OS-EXT-AZ",
@@ -145,6 +145,7 @@ const EXTENSIONS: [(&str, &str, &str); 23] = [
     ),
     ("os-quota-sets", "Quotas", "Quotas management support."),
     ("os-services", "Services", "Services support."),
+    ("os-shelve", "Shelve", "Instance shelve mode."),
     (
         "os-suspend-server",
         "SuspendServer",

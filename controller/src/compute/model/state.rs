@@ -16,6 +16,10 @@ pub enum Standing {
     Suspended,
     Stopped,
     Error,
+    /// Its disk is an image, and its host has still to let go of what it has.
+    Shelved,
+    /// No host has anything of it.
+    ShelvedOffloaded,
 }
 
 /// How far a new server has got.
@@ -27,7 +31,7 @@ pub enum Build {
     Spawning,
 }
 
-/// How far an image of a server's disk is.
+/// How far an image of a server's disk is; of one that is shelved the first two are one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Shot {
     Pending,
@@ -48,6 +52,15 @@ impl Shot {
             Self::Taking => "image_snapshot",
             Self::Taken => "image_pending_upload",
             Self::Uploading => "image_uploading",
+        }
+    }
+
+    /// Nova's, while the server is shelved.
+    fn task_of_shelving(self) -> &'static str {
+        match self {
+            Self::Pending | Self::Taking => "shelving",
+            Self::Taken => "shelving_image_pending_upload",
+            Self::Uploading => "shelving_image_uploading",
         }
     }
 }
@@ -78,6 +91,14 @@ pub enum ServerState {
     Migrating(Standing),
     /// Its disk becomes an image.
     Imaging(Standing, Shot),
+    /// Its guest is stopped, and its disk becomes the image that it is kept in.
+    Shelving(Standing, Shot),
+    /// Its disk is an image. What its host has of it goes, or could not be had to go.
+    Shelved,
+    Offloading,
+    ShelvedOffloaded,
+    /// A host makes its disk from that image.
+    Unshelving(Standing),
     Deleting(Standing),
     /// The row stays for a while, for those who look back.
     Deleted,
@@ -104,7 +125,19 @@ pub enum PowerState {
 }
 
 impl Standing {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 8] = [
+        Self::Building,
+        Self::Active,
+        Self::Paused,
+        Self::Suspended,
+        Self::Stopped,
+        Self::Error,
+        Self::Shelved,
+        Self::ShelvedOffloaded,
+    ];
+
+    /// Those in which a host has it, or is to.
+    const OF_HOSTS: [Self; 6] = [
         Self::Building,
         Self::Active,
         Self::Paused,
@@ -112,6 +145,9 @@ impl Standing {
         Self::Stopped,
         Self::Error,
     ];
+
+    /// Those that a server is shelved from.
+    const OF_GUESTS: [Self; 4] = [Self::Active, Self::Paused, Self::Suspended, Self::Stopped];
 
     fn word(self) -> &'static str {
         match self {
@@ -121,6 +157,8 @@ impl Standing {
             Self::Suspended => "suspended",
             Self::Stopped => "stopped",
             Self::Error => "error",
+            Self::Shelved => "shelved",
+            Self::ShelvedOffloaded => "shelved_offloaded",
         }
     }
 
@@ -132,6 +170,8 @@ impl Standing {
             Self::Suspended => "SUSPENDED",
             Self::Stopped => "SHUTOFF",
             Self::Error => "ERROR",
+            Self::Shelved => "SHELVED",
+            Self::ShelvedOffloaded => "SHELVED_OFFLOADED",
         }
     }
 
@@ -141,7 +181,9 @@ impl Standing {
             Self::Active => PowerState::Running,
             Self::Paused => PowerState::Paused,
             // As libvirt says of a domain whose memory was saved.
-            Self::Suspended | Self::Stopped => PowerState::Shutdown,
+            Self::Suspended | Self::Stopped | Self::Shelved | Self::ShelvedOffloaded => {
+                PowerState::Shutdown
+            }
         }
     }
 
@@ -154,6 +196,8 @@ impl Standing {
             Self::Suspended => ServerState::Suspended,
             Self::Stopped => ServerState::Stopped,
             Self::Error => ServerState::Error,
+            Self::Shelved => ServerState::Shelved,
+            Self::ShelvedOffloaded => ServerState::ShelvedOffloaded,
         }
     }
 }
@@ -178,14 +222,15 @@ impl ServerState {
             Self::SoftRebooting,
             Self::Migrating(Standing::Active),
             Self::Migrating(Standing::Paused),
+            Self::Shelved,
+            Self::Offloading,
+            Self::ShelvedOffloaded,
+            Self::Unshelving(Standing::Shelved),
+            Self::Unshelving(Standing::ShelvedOffloaded),
             Self::Deleted,
         ];
-        let nested: [fn(Standing) -> Self; 4] = [
-            Self::Stopping,
-            Self::HardRebooting,
-            Self::Rebuilding,
-            Self::Deleting,
-        ];
+        let nested: [fn(Standing) -> Self; 3] =
+            [Self::Stopping, Self::HardRebooting, Self::Rebuilding];
         let imaging = Shot::ALL.into_iter().flat_map(|shot| {
             let standings = [
                 Standing::Active,
@@ -197,11 +242,16 @@ impl ServerState {
             ];
             standings.map(|standing| Self::Imaging(standing, shot))
         });
-        plain.into_iter().chain(imaging).chain(
-            nested
-                .into_iter()
-                .flat_map(|make| Standing::ALL.into_iter().map(make)),
-        )
+        let shelving = [Shot::Pending, Shot::Taken, Shot::Uploading];
+        let shelving = shelving
+            .into_iter()
+            .flat_map(|shot| Standing::OF_GUESTS.map(|standing| Self::Shelving(standing, shot)));
+        let nested = nested
+            .into_iter()
+            .flat_map(|make| Standing::OF_HOSTS.into_iter().map(make));
+        let deleting = Standing::ALL.map(Self::Deleting);
+        let plain = plain.into_iter().chain(imaging).chain(shelving);
+        plain.chain(nested).chain(deleting)
     }
 
     /// What the server is or was before what is being done to it.
@@ -215,11 +265,15 @@ impl ServerState {
             Self::Suspended | Self::Resuming => Standing::Suspended,
             Self::Stopped | Self::Starting => Standing::Stopped,
             Self::Error | Self::Crashed => Standing::Error,
+            Self::Shelved | Self::Offloading => Standing::Shelved,
+            Self::ShelvedOffloaded => Standing::ShelvedOffloaded,
             Self::Stopping(standing)
             | Self::HardRebooting(standing)
             | Self::Rebuilding(standing)
             | Self::Migrating(standing)
             | Self::Imaging(standing, _)
+            | Self::Shelving(standing, _)
+            | Self::Unshelving(standing)
             | Self::Deleting(standing) => standing,
             Self::Deleted => return None,
         })
@@ -240,6 +294,9 @@ impl ServerState {
             Self::Rebuilding(_) => Some("rebuilding"),
             Self::Migrating(_) => Some("migrating"),
             Self::Imaging(_, shot) => Some(shot.task()),
+            Self::Shelving(_, shot) => Some(shot.task_of_shelving()),
+            Self::Offloading => Some("shelving_offloading"),
+            Self::Unshelving(_) => Some("unshelving"),
             Self::Deleting(_) => Some("deleting"),
             Self::Active
             | Self::Paused
@@ -247,6 +304,8 @@ impl ServerState {
             | Self::Stopped
             | Self::Error
             | Self::Crashed
+            | Self::Shelved
+            | Self::ShelvedOffloaded
             | Self::Deleted => None,
         }
     }
@@ -302,7 +361,14 @@ impl ServerState {
             Self::Rebuilding(standing) => format!("rebuilding:{}", standing.word()),
             Self::Migrating(standing) => format!("migrating:{}", standing.word()),
             Self::Imaging(standing, shot) => format!("{}:{}", shot.task(), standing.word()),
+            Self::Shelving(standing, shot) => {
+                format!("{}:{}", shot.task_of_shelving(), standing.word())
+            }
+            Self::Unshelving(standing) => format!("unshelving:{}", standing.word()),
             Self::Deleting(standing) => format!("deleting:{}", standing.word()),
+            Self::Shelved => "shelved".to_owned(),
+            Self::Offloading => "shelving_offloading".to_owned(),
+            Self::ShelvedOffloaded => "shelved_offloaded".to_owned(),
             Self::Active => "active".to_owned(),
             Self::Paused => "paused".to_owned(),
             Self::Suspended => "suspended".to_owned(),
@@ -345,6 +411,9 @@ pub enum Action {
     Rebuild,
     CreateImage,
     LiveMigrate,
+    Shelve,
+    ShelveOffload,
+    Unshelve,
     ForceComplete,
     AbortMigration,
     Delete,
@@ -363,7 +432,7 @@ pub enum Action {
 }
 
 impl Action {
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 29] = [
         Self::Start,
         Self::Stop,
         Self::SoftReboot,
@@ -375,6 +444,9 @@ impl Action {
         Self::Rebuild,
         Self::CreateImage,
         Self::LiveMigrate,
+        Self::Shelve,
+        Self::ShelveOffload,
+        Self::Unshelve,
         Self::ForceComplete,
         Self::AbortMigration,
         Self::Delete,
@@ -405,6 +477,9 @@ impl Action {
             Self::Rebuild => "rebuild",
             Self::CreateImage => "createImage",
             Self::LiveMigrate => "os-migrateLive",
+            Self::Shelve => "shelve",
+            Self::ShelveOffload => "shelveOffload",
+            Self::Unshelve => "unshelve",
             Self::ForceComplete => "force_complete",
             Self::AbortMigration => "abort live migration",
             Self::Delete => "delete",
@@ -545,7 +620,7 @@ pub fn admit(action: Action, situation: Situation<'_>) -> Result<(), Conflict> {
 
 /// The vm_states that an action is allowed in; `None`: any.
 fn standings(action: Action) -> Option<&'static [Standing]> {
-    use Standing::{Active, Error, Paused, Stopped, Suspended};
+    use Standing::{Active, Error, Paused, Shelved, ShelvedOffloaded, Stopped, Suspended};
     match action {
         Action::Start => Some(&[Stopped]),
         Action::Stop => Some(&[Active, Error]),
@@ -556,7 +631,9 @@ fn standings(action: Action) -> Option<&'static [Standing]> {
         Action::Resume => Some(&[Suspended]),
         Action::Rebuild => Some(&[Active, Stopped, Error]),
         Action::LiveMigrate => Some(&[Active, Paused]),
-        Action::CreateImage => Some(&[Active, Paused, Suspended, Stopped]),
+        Action::CreateImage | Action::Shelve => Some(&[Active, Paused, Suspended, Stopped]),
+        Action::ShelveOffload => Some(&[Shelved]),
+        Action::Unshelve => Some(&[Shelved, ShelvedOffloaded]),
         Action::UpdateMetadata
         | Action::DeleteMetadata
         | Action::UpdateTag
@@ -587,7 +664,11 @@ fn passes_task(action: Action, state: ServerState) -> bool {
         | Action::Resume
         | Action::Rebuild
         | Action::CreateImage
-        | Action::LiveMigrate => false,
+        | Action::LiveMigrate
+        | Action::Shelve
+        | Action::Unshelve => false,
+        // It is under way: clients that see SHELVED ask for it.
+        Action::ShelveOffload => state == ServerState::Offloading,
         Action::ForceComplete | Action::AbortMigration => {
             matches!(state, ServerState::Migrating(_))
         }
@@ -629,6 +710,9 @@ fn needs_launch(action: Action) -> bool {
             | Action::Rebuild
             | Action::CreateImage
             | Action::LiveMigrate
+            | Action::Shelve
+            | Action::ShelveOffload
+            | Action::Unshelve
             | Action::UpdateMetadata
             | Action::DeleteMetadata
     )

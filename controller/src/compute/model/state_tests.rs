@@ -3,7 +3,7 @@
 use super::*;
 
 /// Columns of the table: every state, in the order of its rows' marks.
-const COLUMNS: [&str; 25] = [
+const COLUMNS: [&str; 33] = [
     "building:scheduling",
     "building:spawning",
     "active",
@@ -29,44 +29,60 @@ const COLUMNS: [&str; 25] = [
     "image_snapshot:active",
     "image_pending_upload:active",
     "image_uploading:active",
+    "shelving:active",
+    "shelving_image_pending_upload:active",
+    "shelving_image_uploading:active",
+    "shelved",
+    "shelving_offloading",
+    "shelved_offloaded",
+    "unshelving:shelved",
+    "unshelving:shelved_offloaded",
 ];
 
 /// server state × action: `y` admitted (202), `v` refused for vm_state, `t` for task_state, `r` for
 /// not ready, `n` for nothing that is under way (409 each). The situation: placed once past scheduling, launched, not locked.
-const TABLE: [(Action, &str); 26] = [
-    (Action::Start, "rvvvyvtvvvvvtvvvvvvvvvvvv"),
-    (Action::Stop, "rvyvvyvttvttvttvyvtvttttt"),
-    (Action::SoftReboot, "vvyvvvvttvttvttvvvtvttttt"),
-    (Action::HardReboot, "vvyyyyttyyyyyttvyyyyttttt"),
-    (Action::Pause, "vvyvvvvttvttvttvvvtvttttt"),
-    (Action::Unpause, "vvvyvvvvvtvvvvvvvvvvvvvvv"),
-    (Action::Suspend, "vvyvvvvttvttvttvvvtvttttt"),
-    (Action::Resume, "vvvvvvvvvvvvvvvvvyvtvvvvv"),
-    (Action::Rebuild, "vvyvyytttvtttttvyvtvttttt"),
-    (Action::CreateImage, "vvyyyvtttttttttvvyttttttt"),
-    (Action::LiveMigrate, "vvyyvvvtttttvttvvvtvttttt"),
-    (Action::ForceComplete, "ttnnnntttttttttnnnttytttt"),
-    (Action::AbortMigration, "ttnnnntttttttttnnnttytttt"),
-    (Action::Delete, "yyyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::ForceDelete, "yyyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::Lock, "yyyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::Unlock, "yyyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::ResetState, "yyyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::ConsoleOutput, "ryyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::RemoteConsole, "rryyrrryyyyyrytrrryrtyyyy"),
-    (Action::UpdateMetadata, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
-    (Action::DeleteMetadata, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
-    (Action::UpdateTag, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
-    (Action::UpdateTags, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
-    (Action::DeleteTag, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
-    (Action::DeleteTags, "vvyyyvyyyyyyyyyvvyyyyyyyy"),
+const TABLE: [(Action, &str); 29] = [
+    (Action::Start, "rvvvyvtvvvvvtvvvvvvvvvvvvvvvvvrvr"),
+    (Action::Stop, "rvyvvyvttvttvttvyvtvttttttttvvrvr"),
+    (Action::SoftReboot, "vvyvvvvttvttvttvvvtvttttttttvvvvv"),
+    (Action::HardReboot, "vvyyyyttyyyyyttvyyyyttttttttvvvvv"),
+    (Action::Pause, "vvyvvvvttvttvttvvvtvttttttttvvvvv"),
+    (Action::Unpause, "vvvyvvvvvtvvvvvvvvvvvvvvvvvvvvvvv"),
+    (Action::Suspend, "vvyvvvvttvttvttvvvtvttttttttvvvvv"),
+    (Action::Resume, "vvvvvvvvvvvvvvvvvyvtvvvvvvvvvvvvv"),
+    (Action::Rebuild, "vvyvyytttvtttttvyvtvttttttttvvvvv"),
+    (Action::CreateImage, "vvyyyvtttttttttvvyttttttttttvvvvv"),
+    (Action::LiveMigrate, "vvyyvvvtttttvttvvvtvttttttttvvvvv"),
+    (Action::Shelve, "vvyyyvtttttttttvvyttttttttttvvvvv"),
+    (Action::ShelveOffload, "vvvvvvvvvvvvvvvvvvvvvvvvvvvvyyvtv"),
+    (Action::Unshelve, "vvvvvvvvvvvvvvvvvvvvvvvvvvvvytytt"),
+    (Action::ForceComplete, "ttnnnntttttttttnnnttytttttttntntt"),
+    (Action::AbortMigration, "ttnnnntttttttttnnnttytttttttntntt"),
+    (Action::Delete, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::ForceDelete, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::Lock, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::Unlock, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::ResetState, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::ConsoleOutput, "ryyyyyyyyyyyyyyyyyyyyyyyyyyyyyryr"),
+    (Action::RemoteConsole, "rryyrrryyyyyrytrrryrtyyyyyyyrrrrr"),
+    (Action::UpdateMetadata, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
+    (Action::DeleteMetadata, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
+    (Action::UpdateTag, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
+    (Action::UpdateTags, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
+    (Action::DeleteTag, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
+    (Action::DeleteTags, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
 ];
 
 fn situation(state: ServerState) -> Situation<'static> {
     Situation {
         server: "S",
         state,
-        placed: state != ServerState::Building(Build::Scheduling),
+        placed: !matches!(
+            state,
+            ServerState::Building(Build::Scheduling)
+                | ServerState::ShelvedOffloaded
+                | ServerState::Unshelving(Standing::ShelvedOffloaded)
+        ),
         launched: !matches!(state, ServerState::Building(_)),
         locked: false,
     }
@@ -212,6 +228,33 @@ fn the_projection_is_novas() {
         projected("migrating:paused"),
         ("MIGRATING", "paused", Some("migrating"), 3)
     );
+    for (key, task) in [
+        ("shelving:active", "shelving"),
+        (
+            "shelving_image_pending_upload:active",
+            "shelving_image_pending_upload",
+        ),
+        (
+            "shelving_image_uploading:active",
+            "shelving_image_uploading",
+        ),
+    ] {
+        assert_eq!(projected(key), ("ACTIVE", "active", Some(task), 1));
+    }
+    assert_eq!(projected("shelved"), ("SHELVED", "shelved", None, 4));
+    assert_eq!(
+        projected("shelving_offloading"),
+        ("SHELVED", "shelved", Some("shelving_offloading"), 4)
+    );
+    let offloaded = "shelved_offloaded";
+    assert_eq!(
+        projected(offloaded),
+        ("SHELVED_OFFLOADED", offloaded, None, 4)
+    );
+    assert_eq!(
+        projected("unshelving:shelved_offloaded"),
+        ("SHELVED_OFFLOADED", offloaded, Some("unshelving"), 4)
+    );
     assert_eq!(
         projected("deleting:active"),
         ("ACTIVE", "active", Some("deleting"), 1)
@@ -234,6 +277,9 @@ fn a_status_finds_the_states_that_show_it() {
             "image_snapshot:stopped",
             "image_pending_upload:stopped",
             "image_uploading:stopped",
+            "shelving:stopped",
+            "shelving_image_pending_upload:stopped",
+            "shelving_image_uploading:stopped",
             "stopping:stopped",
             "hard_rebooting:stopped",
             "deleting:stopped"

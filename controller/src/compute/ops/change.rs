@@ -240,7 +240,10 @@ pub(super) fn amounts(spec: &MachineSpec) -> Amounts {
 }
 
 /// Whether the user has asked for something else of the server since.
-async fn is_followed(operation: &Operation, tx: &DatabaseTransaction) -> Result<bool, StepError> {
+pub(super) async fn is_followed(
+    operation: &Operation,
+    tx: &DatabaseTransaction,
+) -> Result<bool, StepError> {
     let id = operation.id.to_string();
     let waiting = operation::unfinished(tx, Some(&operation.subject)).await?;
     Ok(waiting.iter().any(|other| {

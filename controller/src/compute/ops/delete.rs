@@ -1,5 +1,6 @@
 //! `server_delete`: what is wanted is Absent from the request on; the one step waits for the host's
-//! word that nothing is left, then owner, reservation and quota go, and the row is marked deleted.
+//! word that nothing is left, then owner, reservation and quota go, and the row is marked deleted. The image that a
+//! shelved server is kept in goes with it.
 
 use std::sync::Arc;
 
@@ -10,7 +11,8 @@ use sea_orm::DatabaseTransaction;
 
 use super::create::{gone, want_absent};
 use super::{
-    RequestError, Tools, change, create, image, machine_id, migrate, to_error, to_state, turn,
+    RequestError, Tools, change, create, image, machine_id, migrate, shelve, to_error, to_state,
+    turn, unshelve,
 };
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
@@ -41,10 +43,14 @@ pub async fn request(app: &App, origin: Origin, id: &str) -> Result<(), RequestE
                     ServerState::Deleting(_) => return Ok(()),
                     state => state.standing().unwrap_or(Standing::Error),
                 };
-                let kinds: Vec<&str> = [create::KIND, image::KIND]
-                    .into_iter()
-                    .chain(change::kinds())
-                    .collect();
+                let kinds = [
+                    create::KIND,
+                    image::KIND,
+                    shelve::KIND,
+                    shelve::OFFLOAD,
+                    unshelve::KIND,
+                ];
+                let kinds: Vec<&str> = kinds.into_iter().chain(change::kinds()).collect();
                 operation::cancel(tx, &id, &kinds, "the server is deleted").await?;
                 let machine = machine_id(&id)?;
                 migrate::give_up(tx, machine, "the server is deleted").await?;
@@ -97,6 +103,7 @@ impl Kind for ServerDelete {
                     Some(server::ActiveModel {
                         terminated_at_us: Set(Some(now)),
                         deleted_at_us: Set(Some(now)),
+                        shelved_image_id: Set(None),
                         ..to_state(ServerState::Deleted, now)
                     })
                 })
@@ -124,7 +131,14 @@ impl Step for Destroy {
     }
 
     async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
-        gone(&self.0, operation).await
+        let gone = gone(&self.0, operation).await?;
+        let row = server::find(self.0.machines.reader(), &operation.subject).await?;
+        let image = row.and_then(|row| row.shelved_image_id);
+        if let Some(image) = image.filter(|_| gone == Progress::Done) {
+            let removed = self.0.images.remove(&image, self.0.clock.now_us()).await;
+            removed.map_err(super::image::unstored)?;
+        }
+        Ok(gone)
     }
 
     async fn commit(

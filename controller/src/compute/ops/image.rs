@@ -111,7 +111,7 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
 }
 
 /// Its id is new, and so nothing but the database can be in its way.
-fn unwritten(error: StoreError) -> RequestError {
+pub(super) fn unwritten(error: StoreError) -> RequestError {
     match error {
         StoreError::Database(error) => error.into(),
         other => StepError::fail(other.to_string()).into(),
@@ -126,7 +126,7 @@ fn refused(error: ApiError) -> StepError {
     }
 }
 
-fn unstored(error: StoreError) -> StepError {
+pub(super) fn unstored(error: StoreError) -> StepError {
     match error {
         StoreError::Database(error) => error.into(),
         other => refused(other.into()),
@@ -140,17 +140,12 @@ fn waited_us(tools: &Tools, operation: &Operation) -> i64 {
 
 pub struct CreateImage {
     tools: Tools,
-    fetches: Fetches,
-    turns: Arc<Semaphore>,
+    fetch: Fetch,
 }
 
 impl CreateImage {
-    pub(super) fn new(tools: Tools) -> Self {
-        Self {
-            tools,
-            fetches: Fetches::default(),
-            turns: Arc::new(Semaphore::new(AT_ONCE)),
-        }
+    pub(super) fn new(tools: Tools, fetch: Fetch) -> Self {
+        Self { tools, fetch }
     }
 }
 
@@ -170,11 +165,7 @@ impl Kind for CreateImage {
             Arc::new(Begin(tools())),
             Arc::new(Copy(tools())),
             Arc::new(Upload(tools())),
-            Arc::new(Fetch {
-                tools: tools(),
-                fetches: self.fetches.clone(),
-                turns: Arc::clone(&self.turns),
-            }),
+            Arc::new(self.fetch.clone()),
             Arc::new(Release(tools())),
         ]
     }
@@ -219,7 +210,7 @@ impl Kind for CreateImage {
 
 /// What the server is by its host's last word: its guest may have ended, or been stopped by its watchdog, while the
 /// reconciler left it to the operation. What follows from that, the reconciler sees to.
-fn is_now(
+pub(super) fn is_now(
     standing: Standing,
     said: Option<&(MachineReport, Power)>,
     now: i64,
@@ -249,6 +240,9 @@ async fn is_at(
         ServerState::Imaging(standing, _) => {
             Some(to_state(ServerState::Imaging(standing, shot), now))
         }
+        ServerState::Shelving(standing, _) => {
+            Some(to_state(ServerState::Shelving(standing, shot), now))
+        }
         _ => None,
     })
     .await?;
@@ -272,7 +266,7 @@ async fn let_go(
 }
 
 /// Has the host drop what it has, if it can be had to soon.
-async fn dropped(tools: &Tools, operation: &Operation) -> Result<Progress, StepError> {
+pub(super) async fn dropped(tools: &Tools, operation: &Operation) -> Result<Progress, StepError> {
     let server = machine_id(&operation.subject)?;
     let known = machine::find(tools.machines.reader(), server).await?;
     // A tombstone is the delete's to tell.
@@ -374,7 +368,7 @@ fn of_copy(report: &MachineReport, copy: CopyId) -> Result<Option<()>, StepError
 }
 
 /// Waits for the host.
-struct Copy(Tools);
+pub(super) struct Copy(pub(super) Tools);
 
 #[async_trait]
 impl Step for Copy {
@@ -407,7 +401,7 @@ impl Step for Copy {
 }
 
 /// Says that the bytes are coming.
-struct Upload(Tools);
+pub(super) struct Upload(pub(super) Tools);
 
 #[async_trait]
 impl Step for Upload {
@@ -424,14 +418,24 @@ impl Step for Upload {
     }
 }
 
-/// Brings the bytes in.
-struct Fetch {
+/// Brings the bytes in. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Fetch {
     tools: Tools,
     fetches: Fetches,
     turns: Arc<Semaphore>,
 }
 
 impl Fetch {
+    /// All that are made of it take turns.
+    pub(super) fn new(tools: Tools) -> Self {
+        Self {
+            tools,
+            fetches: Fetches::default(),
+            turns: Arc::new(Semaphore::new(AT_ONCE)),
+        }
+    }
+
     /// From the beginning; none: not yet, or nothing is to be fetched any more.
     async fn begin(
         &self,

@@ -12,6 +12,8 @@ pub mod image;
 pub mod instance;
 pub mod migrate;
 mod observe;
+pub mod shelve;
+pub mod unshelve;
 
 use std::sync::Arc;
 
@@ -60,7 +62,12 @@ pub fn register(
         clock: Arc::clone(clock),
         random: Arc::clone(random),
     };
-    kinds.register(Arc::new(image::CreateImage::new(tools.clone())));
+    let fetch = image::Fetch::new(tools.clone());
+    let create_image = image::CreateImage::new(tools.clone(), fetch.clone());
+    kinds.register(Arc::new(create_image));
+    kinds.register(Arc::new(shelve::Shelve::new(tools.clone(), fetch)));
+    kinds.register(Arc::new(shelve::ShelveOffload::new(tools.clone())));
+    kinds.register(Arc::new(unshelve::Unshelve::new(tools.clone())));
     kinds.register(Arc::new(create::ServerCreate::new(tools.clone())));
     kinds.register(Arc::new(delete::ServerDelete::new(tools.clone())));
     kinds.register(Arc::new(migrate::LiveMigrate::new(tools.clone())));
@@ -82,6 +89,14 @@ pub enum RequestError {
     /// Its host copies the disk for another, or has not let go of that yet.
     #[error("an image of the server is being made, or taken back; try again when that is over")]
     ImageUnderWay,
+    /// What is on them would be lost.
+    #[error(
+        "server {0} has disks besides its root disk, which no image holds: what is on them would be lost with its \
+         place on its host; delete them first (`fractus machine`)"
+    )]
+    OtherDisks(String),
+    #[error("server {0} is in no image")]
+    NotShelved(String),
     #[error("{0}")]
     OverQuota(String),
     /// Its host has no room for what the server is to become.
@@ -92,9 +107,11 @@ pub enum RequestError {
 impl From<RequestError> for ApiError {
     fn from(error: RequestError) -> Self {
         match error {
-            RequestError::Overtaken | RequestError::ImageUnderWay | RequestError::NoRoom(_) => {
-                Self::conflict(error.to_string())
-            }
+            RequestError::Overtaken
+            | RequestError::ImageUnderWay
+            | RequestError::OtherDisks(_)
+            | RequestError::NotShelved(_)
+            | RequestError::NoRoom(_) => Self::conflict(error.to_string()),
             RequestError::OverQuota(words) => Self::forbidden(words),
             RequestError::Database(error) => error.into(),
             RequestError::Prepare(error) => Self::internal(error),

@@ -39,7 +39,7 @@ impl Observer for ServerObserver {
     ) -> Result<(), DbErr> {
         let now = self.clock.now_us();
         turn(tx, &server.to_string(), |row| {
-            if matches!(row.state(), ServerState::Deleting(_) | ServerState::Deleted) {
+            if is_told_by_its_operation(row.state()) {
                 return None;
             }
             let end = ended(reason, now);
@@ -101,7 +101,7 @@ impl Observer for ServerObserver {
     ) -> Result<(), DbErr> {
         let now = self.clock.now_us();
         turn(tx, &server.to_string(), |row| {
-            let over = matches!(row.state(), ServerState::Deleting(_) | ServerState::Deleted);
+            let over = is_told_by_its_operation(row.state());
             // Said before: when it happened stays as it was.
             let said =
                 row.state() == ServerState::Error && row.fault_details.as_deref() == Some(reason);
@@ -110,6 +110,20 @@ impl Observer for ServerObserver {
         })
         .await
     }
+}
+
+/// What becomes of the machine is no news of a server that goes, or is kept in an image.
+fn is_told_by_its_operation(state: ServerState) -> bool {
+    matches!(
+        state,
+        ServerState::Deleting(_)
+            | ServerState::Deleted
+            | ServerState::Shelving(..)
+            | ServerState::Shelved
+            | ServerState::Offloading
+            | ServerState::ShelvedOffloaded
+            | ServerState::Unshelving(_)
+    )
 }
 
 /// An image is made of the disk all the same: what the server has become, it is beside that.

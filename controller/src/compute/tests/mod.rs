@@ -9,6 +9,7 @@ mod lists;
 mod machines;
 mod migrations;
 mod servers;
+mod shelve;
 mod table;
 mod usages;
 

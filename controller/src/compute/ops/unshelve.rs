@@ -1,0 +1,377 @@
+//! `server_unshelve`: a host makes the server's disk of the image that it is kept in, and the guest boots anew.
+//!
+//! | step | what it does |
+//! |---|---|
+//! | (request) | the server's task is unshelving |
+//! | offload | whoever still has something of the machine lets go of it ([`shelve`](super::shelve)) |
+//! | place | a host is chosen, what the server needs of it is taken, and it is the owner, a generation higher |
+//! | start | the guest runs |
+//! | clean | the image goes |
+//!
+//! Before the guest has run all of it can be taken back: the host lets go of what it has made, and the server is
+//! shelved as before. From there on the host's disk is the only one that counts, and nothing is taken back. The image
+//! goes last, and stays where the guest could not be started for good.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use fractus_agent_api::host::HostId;
+use fractus_agent_api::machine::{Observed, Power, Wanted};
+use sea_orm::ActiveValue::Set;
+use sea_orm::DatabaseTransaction;
+use serde::{Deserialize, Serialize};
+
+use super::create::settle;
+use super::image::unstored;
+use super::shelve::{Offload, is_kept_only, is_over, let_go_of, shelved, vacate, want_gone};
+use super::{RequestError, Tools, change, instance, machine_id, to_error, to_state, turn};
+use crate::compute::model::state::{ServerState, Standing};
+use crate::compute::store::server;
+use crate::event::Origin;
+use crate::http::App;
+use crate::image::model::Status;
+use crate::image::store;
+use crate::operation::{Kind, Operation, Outcome, Progress, Step, StepError};
+use crate::reconcile::{Converged, NoHost, machine};
+use crate::scheduler::Request;
+
+pub const KIND: &str = "server_unshelve";
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct State {
+    /// An administrator's choice.
+    host: Option<HostId>,
+    /// The guest has run there, or may have.
+    #[serde(default)]
+    begun: bool,
+    /// What was seen when the host had settled.
+    #[serde(default)]
+    observed: Option<Observed>,
+}
+
+impl State {
+    /// The image is of no use any more.
+    fn is_outdated(&self) -> bool {
+        self.begun && !matches!(self.observed, Some(Observed::Failed { .. }))
+    }
+}
+
+/// What a request wants of one server.
+#[derive(Debug, Clone)]
+pub struct Wish {
+    /// The server's state as it was when this was admitted.
+    pub from: ServerState,
+    /// None: the scheduler's choice.
+    pub host: Option<HostId>,
+    /// Columns that change with it (the zone that it is to stay in).
+    pub columns: server::ActiveModel,
+}
+
+/// Writes that the server is to run again, and the operation that brings it about.
+pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<(), RequestError> {
+    let engine = &app.compute().engine;
+    let request_id = origin.request_id.clone();
+    let state = State {
+        host: wish.host,
+        begun: false,
+        observed: None,
+    };
+    let prepared = engine.prepare(KIND, id, &state, origin)?;
+    let (subject, now) = (id.to_owned(), app.now_us());
+    app.database()
+        .write(move |tx| {
+            let (id, prepared, wish) = (subject.clone(), prepared.clone(), wish.clone());
+            let request_id = request_id.clone();
+            Box::pin(async move {
+                let standing = wish.from.standing().unwrap_or(Standing::Error);
+                let mut change = wish.columns;
+                change.state = Set(ServerState::Unshelving(standing).key());
+                change.updated_at_us = Set(now);
+                if !server::turn(tx, &id, wish.from, change).await? {
+                    return Err(RequestError::Overtaken);
+                }
+                is_kept_only(tx, &id, request_id, now).await?;
+                Ok::<(), RequestError>(prepared.insert(tx).await?)
+            })
+        })
+        .await?;
+    engine.wake(id);
+    Ok(())
+}
+
+pub struct Unshelve {
+    tools: Tools,
+}
+
+impl Unshelve {
+    pub(super) fn new(tools: Tools) -> Self {
+        Self { tools }
+    }
+}
+
+#[async_trait]
+impl Kind for Unshelve {
+    fn name(&self) -> &'static str {
+        KIND
+    }
+
+    fn version(&self) -> i32 {
+        1
+    }
+
+    fn steps(&self) -> Vec<Arc<dyn Step>> {
+        let tools = || self.tools.clone();
+        vec![
+            Arc::new(Offload(tools())),
+            Arc::new(Place(tools())),
+            Arc::new(Start(tools())),
+            Arc::new(Clean(tools())),
+        ]
+    }
+
+    async fn finish(
+        &self,
+        operation: &Operation,
+        _outcome: &Outcome,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let state: State = operation.state()?;
+        let now = self.tools.clock.now_us();
+        let stands = shelved(tx, machine_id(&operation.subject)?).await?;
+        // Where it failed, the action's event says why.
+        turn(tx, &operation.subject, |row| match row.state() {
+            over if is_over(over) => None,
+            _ if !state.begun => Some(to_state(stands, now)),
+            ServerState::Unshelving(_) => Some(runs(state.observed.as_ref(), now)),
+            _ => None,
+        })
+        .await?;
+        Ok(())
+    }
+}
+
+/// What a server is whose guest has been started.
+fn runs(observed: Option<&Observed>, now: i64) -> server::ActiveModel {
+    let change = match observed {
+        Some(Observed::Failed { reason }) => return to_error(reason, Some(reason), now),
+        Some(Observed::Paused) => to_state(ServerState::Paused, now),
+        Some(Observed::Suspended) => to_state(ServerState::Suspended, now),
+        Some(Observed::Stopped { .. }) => to_state(ServerState::Stopped, now),
+        // Not seen any more by the time of the commit: until the reconciler says more.
+        _ => to_state(ServerState::Active, now),
+    };
+    server::ActiveModel {
+        launched_at_us: Set(Some(now)),
+        ..change
+    }
+}
+
+/// Chooses a host, takes what the server needs of it, and makes it the owner.
+struct Place(Tools);
+
+impl Place {
+    /// What the host is told: as before, of that image.
+    async fn wanted(
+        &self,
+        operation: &Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<Wanted, StepError> {
+        let row = server::find(tx, &operation.subject).await?;
+        let row = row.filter(|row| matches!(row.state(), ServerState::Unshelving(_)));
+        let Some(row) = row else {
+            return Err(StepError::fail("the server's state was changed meanwhile"));
+        };
+        let image_id = row.shelved_image_id.unwrap_or_default();
+        let image = store::find(tx, &image_id).await?;
+        let image = image.filter(|image| image.status() == Some(Status::Active));
+        let image = image.ok_or_else(|| {
+            let reason = format!("Unshelve attempted but the image {image_id} cannot be found.");
+            StepError::fail(reason)
+        })?;
+        let image = image
+            .to_ref()
+            .map_err(|unusable| StepError::fail(unusable.to_string()))?;
+        let known = machine::find(tx, machine_id(&operation.subject)?).await?;
+        let known = known.filter(|known| known.host.is_none());
+        let Some(known) = known else {
+            return Err(StepError::fail("a host owns the server"));
+        };
+        let mut wanted = known.wanted;
+        wanted.power = Power::Running;
+        let Some(disk) = &mut wanted.spec.root_disk else {
+            return Err(StepError::fail("the server has no disk of its own"));
+        };
+        disk.image = Some(image);
+        let told = instance::of(tx, &operation.subject).await?;
+        let before = wanted.spec.guest.instance.take();
+        wanted.spec.guest.instance = instance::renewed(told, None, before);
+        Ok(wanted)
+    }
+}
+
+#[async_trait]
+impl Step for Place {
+    fn name(&self) -> &'static str {
+        "place"
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let state: State = operation.state()?;
+        let server = machine_id(&operation.subject)?;
+        let wanted = self.wanted(operation, tx).await?;
+        let request = Request {
+            server,
+            amounts: change::amounts(&wanted.spec),
+            host: state.host,
+            excluded: Default::default(),
+            source: None,
+        };
+        let host = match self.0.machines.place(tx, &request).await {
+            Ok(host) => host,
+            Err(NoHost::Database(error)) => return Err(error.into()),
+            Err(NoHost::Rejected(why)) => {
+                return Err(StepError::fail(format!("No valid host was found. {why}")));
+            }
+        };
+        let (request_id, now) = (operation.origin.request_id.clone(), self.0.clock.now_us());
+        let owned = machine::own(tx, server, host, &wanted, request_id, now).await?;
+        owned
+            .map(|_| ())
+            .ok_or_else(|| StepError::fail("a host owns the server"))
+    }
+
+    async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let state: State = operation.state()?;
+        let row = server::find(self.0.machines.reader(), &operation.subject).await?;
+        // What is deleted is the delete's to tell.
+        if state.begun || row.is_none_or(|row| is_over(row.state())) {
+            return Ok(Progress::Done);
+        }
+        let_go_of(&self.0, operation).await
+    }
+
+    async fn undo_commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let state: State = operation.state()?;
+        match state.begun {
+            true => Ok(()),
+            false => vacate(&self.0, operation, tx).await,
+        }
+    }
+}
+
+/// The agent is told, and reports that every vCPU has entered the guest.
+struct Start(Tools);
+
+#[async_trait]
+impl Step for Start {
+    fn name(&self) -> &'static str {
+        "start"
+    }
+
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let server = machine_id(&operation.subject)?;
+        match self.0.machines.converge(server).await? {
+            Converged::Settled(report) => match report.observed {
+                // No process was there yet: the image could not be had, or the disk not be made.
+                Observed::Failed { reason } if report.starts == 0 => Err(StepError::fail(reason)),
+                _ => Ok(Progress::Done),
+            },
+            Converged::NoOwner => Err(StepError::fail("the server has no host any more")),
+            Converged::Lost(lost) => Err(StepError::fail(format!(
+                "host {} was removed from the cloud",
+                lost.host
+            ))),
+            pending => Ok(pending.pending().unwrap_or(Progress::Done)),
+        }
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let mut state: State = operation.state()?;
+        state.observed = settle(&self.0, tx, &operation.subject).await?;
+        state.begun = true;
+        operation.set_state(&state)
+    }
+
+    /// What is wanted from here on is that there be nothing.
+    async fn undo_commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let state: State = operation.state()?;
+        let server = machine_id(&operation.subject)?;
+        let known = machine::find(tx, server).await?;
+        if state.begun || known.is_none_or(|known| known.host.is_none()) {
+            return Ok(());
+        }
+        let (request_id, now) = (operation.origin.request_id.clone(), self.0.clock.now_us());
+        Ok(want_gone(tx, server, request_id, now).await?)
+    }
+}
+
+/// The guest has run: its image is of no use any more. There is no way back, and so it goes also where this is undone.
+struct Clean(Tools);
+
+impl Clean {
+    async fn remove(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let state: State = operation.state()?;
+        let row = server::find(self.0.machines.reader(), &operation.subject).await?;
+        let image = row.and_then(|row| row.shelved_image_id);
+        if let Some(image) = image.filter(|_| state.is_outdated()) {
+            let removed = self.0.images.remove(&image, self.0.clock.now_us()).await;
+            removed.map_err(unstored)?;
+        }
+        Ok(Progress::Done)
+    }
+}
+
+#[async_trait]
+impl Step for Clean {
+    fn name(&self) -> &'static str {
+        "clean"
+    }
+
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        self.remove(operation).await
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let state: State = operation.state()?;
+        if state.is_outdated() {
+            let change = server::ActiveModel {
+                shelved_image_id: Set(None),
+                ..Default::default()
+            };
+            server::update(tx, &operation.subject, change).await?;
+        }
+        Ok(())
+    }
+
+    async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
+        self.remove(operation).await
+    }
+
+    async fn undo_commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        self.commit(operation, tx).await
+    }
+}
