@@ -517,3 +517,33 @@ async fn an_image_of_a_server_is_made_and_waited_for() {
         );
     }
 }
+
+#[tokio::test]
+async fn a_server_is_shelved_and_unshelved_where_it_is_to_be() {
+    let one = format!("/compute/v2.1/servers/{SERVER}");
+    let shown = |status: &str| json!({"server": {"id": SERVER, "name": "web", "status": status}});
+    for (line, sent, status) in [
+        (vec!["shelve"], json!({"shelve": null}), "SHELVED_OFFLOADED"),
+        (vec!["unshelve"], json!({"unshelve": null}), "ACTIVE"),
+        (
+            vec!["unshelve", "--host", "h2", "--availability-zone", "nova"],
+            json!({"unshelve": {"host": "h2", "availability_zone": "nova"}}),
+            "ACTIVE",
+        ),
+    ] {
+        let cloud = Cloud::start(&[
+            (&format!("GET {one}"), 200, shown(status)),
+            (&format!("POST {one}/action"), 202, Value::Null),
+        ])
+        .await;
+        let line: Vec<&str> = ["server"].into_iter().chain(line).collect();
+        let line = [line.as_slice(), &[SERVER, "--wait", "--timeout", "1"]].concat();
+        let done = cloud.run(&line).await;
+        assert!(done.is_ok(), "{done:?}");
+        let asked = cloud.asked();
+        assert!(
+            asked.iter().any(|(_, _, _, body)| *body == sent),
+            "{asked:?}"
+        );
+    }
+}

@@ -73,6 +73,18 @@ pub enum Command {
     Suspend(Named),
     /// Let suspended servers go on
     Resume(Named),
+    /// Keep servers as images, with nothing of them on any host
+    Shelve(Named),
+    /// Start shelved servers again
+    Unshelve {
+        #[command(flatten)]
+        named: Named,
+        /// Where to (administrators); the scheduler chooses if not given
+        #[arg(long)]
+        host: Option<String>,
+        #[arg(long)]
+        availability_zone: Option<String>,
+    },
     /// Keep servers from being changed
     Lock(Named),
     /// Let servers be changed again
@@ -227,6 +239,14 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
         Command::Unpause(named) => act(named, json!({"unpause": null}), Some("ACTIVE")).await,
         Command::Suspend(named) => act(named, json!({"suspend": null}), Some("SUSPENDED")).await,
         Command::Resume(named) => act(named, json!({"resume": null}), Some("ACTIVE")).await,
+        Command::Shelve(named) => {
+            act(named, json!({"shelve": null}), Some("SHELVED_OFFLOADED")).await
+        }
+        Command::Unshelve {
+            named,
+            host,
+            availability_zone,
+        } => act(named, unshelve(host, availability_zone), Some("ACTIVE")).await,
         Command::Lock(named) => act(named, json!({"lock": null}), None).await,
         Command::Unlock(named) => act(named, json!({"unlock": null}), None).await,
         Command::Rebuild {
@@ -258,6 +278,18 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
         Command::Migration(command) => migration::execute(command, session, output).await,
         Command::Log { server, lines } => console::log(&server, lines, session, output).await,
         Command::Console(attach) => console::attach(attach, session, output).await,
+    }
+}
+
+fn unshelve(host: Option<String>, zone: Option<String>) -> Value {
+    let given = [("host", host), ("availability_zone", zone)];
+    let given: serde_json::Map<String, Value> = given
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), json!(value?))))
+        .collect();
+    match given.is_empty() {
+        true => json!({"unshelve": null}),
+        false => json!({"unshelve": given}),
     }
 }
 
