@@ -10,6 +10,7 @@ mod guardian;
 mod machines;
 mod openstack;
 mod process;
+mod typed;
 mod wait;
 
 pub use client::{Answer, Client};
@@ -18,4 +19,5 @@ pub use guardian::Guardian;
 pub use machines::{MachineProcess, processes as machine_processes};
 pub use openstack::OpenStack;
 pub use process::{Process, program};
+pub use typed::asks;
 pub use wait::until;

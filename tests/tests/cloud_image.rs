@@ -4,47 +4,7 @@
 
 use std::time::Duration;
 
-use futures::{SinkExt, StreamExt};
-use serde_json::json;
-use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::client::IntoClientRequest;
-
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, until};
-
-/// What the guest answers to a command that it is typed.
-async fn asks(admin: &Client, server: &str, command: &str) {
-    let body = json!({"remote_console": {"protocol": "serial", "type": "serial"}});
-    let path = format!("/compute/v2.1/servers/{server}/remote-consoles");
-    let console = admin.post(&path, body).await.unwrap();
-    let url = console
-        .expect_status(200)
-        .unwrap()
-        .text("/remote_console/url");
-    let mut request = url.as_str().into_client_request().unwrap();
-    let binary = "binary".parse().unwrap();
-    request
-        .headers_mut()
-        .insert("sec-websocket-protocol", binary);
-    let (mut socket, _) = tokio_tungstenite::connect_async(request).await.unwrap();
-    let line = Message::binary(format!("{command}\n"));
-    socket.send(line).await.unwrap();
-    let word = command.split(' ').next().unwrap();
-    let (ok, err) = (format!("ok {word}"), format!("err {word}"));
-    let answered = tokio::time::timeout(Duration::from_secs(60), async {
-        let mut said = String::new();
-        while let Some(Ok(message)) = socket.next().await {
-            said.push_str(&String::from_utf8_lossy(&message.into_data()));
-            let (whole, _) = said.rsplit_once('\n').unwrap_or_default();
-            let is_answer = |line: &&str| line.contains(&ok) || line.contains(&err);
-            if let Some(answer) = whole.lines().find(is_answer) {
-                return answer.to_owned();
-            }
-        }
-        said
-    });
-    let answer = answered.await.unwrap();
-    assert!(answer.contains(&ok), "{command}: {answer}");
-}
+use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, until};
 
 /// Nothing of copies is left on the host.
 async fn no_copies(cloud: &Cloud) {
