@@ -524,7 +524,9 @@ fn foreign(
     let buried = machine.is_tombstone()
         && machine.host.is_none()
         && (report.generation, report.revision) <= machine.age();
-    // The guest that stands still there is the only one until the owner has said that it has it.
+    // The guest that stands still there is the only one until the owner has said that it has it; or an image has been
+    // made of what the owner had, and nobody owns it.
+    let is_kept = machine.host.is_none() && machine.confirmed;
     let has_it = machine.settled
         && machine.report.as_ref().is_some_and(|said| {
             !matches!(
@@ -535,7 +537,7 @@ fn foreign(
                     }
             )
         });
-    if transit::is_offered(report) && !has_it && !buried {
+    if transit::is_offered(report) && !has_it && !is_kept && !buried {
         return Verdict::Nothing;
     }
     // After a restore, who holds it is not known before the owner has said that it does.

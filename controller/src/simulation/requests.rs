@@ -239,12 +239,7 @@ pub async fn shelve_or_unshelve(app: &App, id: Uuid) -> Result<bool, RequestErro
         };
         shelve::request(app, origin(), &id, wish).await
     } else if admitted(Action::Unshelve) {
-        let wish = unshelve::Wish {
-            from: row.state(),
-            host: None,
-            columns: Default::default(),
-        };
-        unshelve::request(app, origin(), &id, wish).await
+        unshelve(app, &row, None).await
     } else {
         return Ok(false);
     };
@@ -253,6 +248,20 @@ pub async fn shelve_or_unshelve(app: &App, id: Uuid) -> Result<bool, RequestErro
         Err(RequestError::Overtaken | RequestError::ImageUnderWay) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Asks for a shelved server to run again.
+pub async fn unshelve(
+    app: &App,
+    row: &server::Model,
+    host: Option<HostId>,
+) -> Result<(), RequestError> {
+    let wish = unshelve::Wish {
+        from: row.state(),
+        host,
+        columns: Default::default(),
+    };
+    unshelve::request(app, origin(), &row.id, wish).await
 }
 
 /// Asks once more that the host of a shelved server let go of it.

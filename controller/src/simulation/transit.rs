@@ -17,6 +17,7 @@ use crate::agents::simulated::SimulatedHost;
 use crate::agents::simulated::stream::Event;
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::ops::change::Change;
+use crate::compute::store::server;
 use crate::operation::Advance;
 use crate::reconcile::machine;
 use crate::reconcile::migration::row;
@@ -367,4 +368,54 @@ async fn a_key_is_sealed_wherever_it_is_kept_and_open_only_on_its_way() {
     assert!(!kept.contains("PRIVATE KEY"));
     let said = source.report(server_one()).unwrap().migration.unwrap();
     assert_eq!(said.state, State::Copying);
+}
+
+#[tokio::test]
+async fn a_host_that_kept_an_old_disk_of_a_shelved_server_makes_it_anew_from_the_image() {
+    let (mut world, source, _) = sending().await;
+    stream(&world, Event::End);
+    world.everybody_reports().await;
+    // The guest stands still there, and nobody can tell it that it runs elsewhere.
+    world.network.freeze(source.id());
+    quietly(&mut world).await;
+    assert_eq!(state(&world, ONE).await, ServerState::Active);
+    world.migrates = Migrates::Too;
+    let app = world.app();
+    assert!(requests::shelve_or_unshelve(&app, ONE).await.unwrap());
+    quietly(&mut world).await;
+    assert_eq!(state(&world, ONE).await, ServerState::ShelvedOffloaded);
+    assert_eq!(source.disks(server_one()), 1);
+    assert!(!source.remains().is_empty());
+
+    world.network.thaw(source.id());
+    world.everybody_reports().await;
+    let row = server::find(world.database().reader(), &ONE.to_string()).await;
+    let row = row.unwrap().unwrap();
+    requests::unshelve(&app, &row, Some(source.id()))
+        .await
+        .unwrap();
+    world.heal().await;
+    world.check_rest().await;
+    assert_eq!(owner(&world).await, Some(source.id()));
+    assert_eq!(source.disks(server_one()), 2);
+}
+
+#[tokio::test]
+async fn a_guest_that_stood_still_for_a_shelved_server_goes() {
+    let (mut world, source, _) = sending().await;
+    stream(&world, Event::End);
+    world.everybody_reports().await;
+    world.network.freeze(source.id());
+    quietly(&mut world).await;
+    world.migrates = Migrates::Too;
+    assert!(
+        requests::shelve_or_unshelve(&world.app(), ONE)
+            .await
+            .unwrap()
+    );
+    quietly(&mut world).await;
+    assert_eq!(state(&world, ONE).await, ServerState::ShelvedOffloaded);
+    world.heal().await;
+    world.check_rest().await;
+    assert!(source.remains().is_empty());
 }

@@ -133,7 +133,7 @@ pub(super) fn unstored(error: StoreError) -> StepError {
     }
 }
 
-fn waited_us(tools: &Tools, operation: &Operation) -> i64 {
+pub(super) fn waited_us(tools: &Tools, operation: &Operation) -> i64 {
     let now = tools.clock.now_us();
     now.saturating_sub(operation.step_entered_at_us)
 }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | (request) | the server's task is unshelving |
 //! | offload | whoever still has something of the machine lets go of it ([`shelve`](super::shelve)) |
-//! | place | a host is chosen, what the server needs of it is taken, and it is the owner, a generation higher |
+//! | place | what is left of it anywhere goes; a host is chosen, what the server needs of it is taken, and it is the owner, a generation higher |
 //! | start | the guest runs |
 //! | clean | the image goes |
 //!
@@ -16,13 +16,13 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use fractus_agent_api::host::HostId;
-use fractus_agent_api::machine::{Observed, Power, Wanted};
+use fractus_agent_api::machine::{MachineReport, Observed, Power, ServerId, Wanted};
 use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 use serde::{Deserialize, Serialize};
 
 use super::create::settle;
-use super::image::unstored;
+use super::image::{unstored, waited_us};
 use super::shelve::{Offload, is_kept_only, is_over, let_go_of, shelved, vacate, want_gone};
 use super::{RequestError, Tools, change, instance, machine_id, to_error, to_state, turn};
 use crate::compute::model::state::{ServerState, Standing};
@@ -32,10 +32,13 @@ use crate::http::App;
 use crate::image::model::Status;
 use crate::image::store;
 use crate::operation::{Kind, Operation, Outcome, Progress, Step, StepError};
-use crate::reconcile::{Converged, NoHost, machine};
+use crate::reconcile::{ASK_AGAIN, Converged, Dropped, Machines, NoHost, machine};
 use crate::scheduler::Request;
 
 pub const KIND: &str = "server_unshelve";
+
+/// A host that does not let go of what it has is none for the server.
+const LONGEST_DROP_US: i64 = 60_000_000;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct State {
@@ -166,6 +169,14 @@ fn runs(observed: Option<&Observed>, now: i64) -> server::ActiveModel {
     }
 }
 
+/// Hosts that have anything of a server which none is to have, as far as they were heard.
+fn leftovers(machines: &Machines, server: ServerId) -> Vec<(HostId, MachineReport)> {
+    let holders = machines.fleet().holders(server).into_iter();
+    holders
+        .filter(|(_, said)| !(said.settled && said.observed == Observed::Absent))
+        .collect()
+}
+
 /// Chooses a host, takes what the server needs of it, and makes it the owner.
 struct Place(Tools);
 
@@ -196,6 +207,13 @@ impl Place {
         let Some(known) = known else {
             return Err(StepError::fail("a host owns the server"));
         };
+        if let Some((holder, _)) = leftovers(&self.0.machines, known.server).first()
+            && !known.confirmed
+        {
+            return Err(StepError::fail(format!(
+                "the database was restored, and host {holder} has the server since its backup"
+            )));
+        }
         let mut wanted = known.wanted;
         wanted.power = Power::Running;
         let Some(disk) = &mut wanted.spec.root_disk else {
@@ -215,6 +233,26 @@ impl Step for Place {
         "place"
     }
 
+    /// What is anywhere of the server goes first: a host that is chosen must not start on a disk of before.
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let server = machine_id(&operation.subject)?;
+        let machines = &self.0.machines;
+        let known = machine::find(machines.reader(), server).await?;
+        let Some(known) = known.filter(|known| known.host.is_none()) else {
+            return Ok(Progress::Done);
+        };
+        let mut goes = false;
+        for (holder, said) in leftovers(machines, server) {
+            let dropped = machines.drop_at(holder, &known, said.revision).await?;
+            goes |= dropped == Dropped::Working;
+        }
+        let waits = goes && waited_us(&self.0, operation) < LONGEST_DROP_US;
+        Ok(match waits {
+            true => Progress::Wait(ASK_AGAIN),
+            false => Progress::Done,
+        })
+    }
+
     async fn commit(
         &self,
         operation: &mut Operation,
@@ -227,7 +265,10 @@ impl Step for Place {
             server,
             amounts: change::amounts(&wanted.spec),
             host: state.host,
-            excluded: Default::default(),
+            excluded: leftovers(&self.0.machines, server)
+                .into_iter()
+                .map(|(holder, _)| holder)
+                .collect(),
             source: None,
         };
         let host = match self.0.machines.place(tx, &request).await {
