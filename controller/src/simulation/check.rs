@@ -210,7 +210,7 @@ impl World {
         let is_shelved = shelved.contains(&row.state());
         // One whose guest could not be started keeps it.
         assert!(
-            is_shelved == !kept.is_empty() || row.state() == ServerState::Error,
+            is_shelved != kept.is_empty() || row.state() == ServerState::Error,
             "seed {seed}: {} is {:?}, and its image is {kept:?}",
             row.id,
             row.state()

@@ -47,8 +47,8 @@ async fn images(cloud: &Cloud) -> Vec<Image> {
 async fn failure(cloud: &Cloud, id: &str, action: &str) -> Value {
     let path = format!("/v2.1/servers/{id}/os-instance-actions");
     let actions = cloud.get("admin", &path, "2.96").await.json["instanceActions"].clone();
-    let newest = actions.as_array().unwrap().iter();
-    let newest = newest.filter(|it| it["action"] == action).next().unwrap();
+    let mut newest = actions.as_array().unwrap().iter();
+    let newest = newest.find(|it| it["action"] == action).unwrap();
     let request = newest["request_id"].as_str().unwrap();
     let shown = cloud
         .get("admin", &format!("{path}/{request}"), "2.96")
