@@ -43,6 +43,8 @@ struct Host {
     down: bool,
     /// No copy of a disk has room here.
     full: bool,
+    /// Nothing is removed here.
+    stuck: bool,
     inventory: Option<HostReport>,
     now_us: i64,
     /// What somebody else tells it right after it has next been asked of a machine.
@@ -138,8 +140,9 @@ impl SimulatedHost {
         let stepped = {
             let mut host = self.host();
             let now = host.now_us;
-            let (down, full) = (host.down, host.full);
+            let (down, full, stuck) = (host.down, host.full, host.stuck);
             match host.machines.get_mut(&id) {
+                Some(record) if stuck && record.is_to_go() => false,
                 Some(record) if !down => record.step(now) || record.step_of_copies(full),
                 _ => false,
             }
@@ -309,6 +312,11 @@ impl SimulatedHost {
     /// No copy of a disk has room here from now on, or any has again.
     pub fn set_full(&self, full: bool) {
         self.host().full = full;
+    }
+
+    /// Nothing of a machine is removed here from now on, or is again.
+    pub fn set_stuck(&self, stuck: bool) {
+        self.host().stuck = stuck;
     }
 
     /// The copy of the server's disk that is here.

@@ -272,8 +272,8 @@ pub async fn disown(tx: &DatabaseTransaction, server: ServerId, now_us: i64) -> 
     update(tx, &known, next).await.map(|_| ())
 }
 
-/// The machine, which was to be gone, is gone from its owner, and its server is kept elsewhere: nobody owns it until somebody does again
-/// ([`own`]). What is wanted of it stays, so that it can be made anew; a generation higher, so that whatever comes back
+/// The machine was to be gone from its owner, and its server is kept elsewhere: nobody owns it until somebody does
+/// again ([`own`]). What is wanted of it stays, so that it can be made anew; a generation higher, so that whatever comes back
 /// is older. No tombstone: after a restore of the database, a host that holds it may be its owner since.
 pub async fn vacate(tx: &DatabaseTransaction, server: ServerId, now_us: i64) -> Result<(), DbErr> {
     let Some(known) = find(tx, server).await? else {
@@ -413,6 +413,16 @@ pub async fn begin_epoch(tx: &DatabaseTransaction, now_us: i64) -> Result<(), Db
 pub async fn confirm(tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr> {
     row::Entity::update_many()
         .col_expr(row::Column::Confirmed, Expr::value(true))
+        .filter(row::Column::ServerId.eq(server.to_string()))
+        .exec(tx)
+        .await
+        .map(|_| ())
+}
+
+/// As after a restore: who holds the machine is not known.
+pub async fn doubt(tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr> {
+    row::Entity::update_many()
+        .col_expr(row::Column::Confirmed, Expr::value(false))
         .filter(row::Column::ServerId.eq(server.to_string()))
         .exec(tx)
         .await

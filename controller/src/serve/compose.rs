@@ -20,6 +20,7 @@ use crate::agents::host;
 use crate::agents::http::HttpAgents;
 use crate::agents::listener::{Blob, BlobSource, Listener, Parts};
 use crate::clock::{Clock, SystemClock};
+use crate::compute::ops::shelve;
 use crate::compute::{self, Compute, ServerObserver};
 use crate::database::Database;
 use crate::hosts::Hosts;
@@ -221,7 +222,12 @@ async fn preside(mut seat: Option<Seat>, engine: Arc<Engine>, stop: Cancellation
 /// Before anything is told to a host: what it was told after the backup must not win.
 async fn restored(database: &Database, now_us: i64) -> Result<(), ServeError> {
     database
-        .write(move |tx| Box::pin(async move { machine::begin_epoch(tx, now_us).await }))
+        .write(move |tx| {
+            Box::pin(async move {
+                machine::begin_epoch(tx, now_us).await?;
+                shelve::restored(tx, now_us).await
+            })
+        })
         .await
         .map_err(ServeError::Restored)?;
     tracing::warn!(

@@ -236,6 +236,7 @@ pub async fn shelve_or_unshelve(app: &App, id: Uuid) -> Result<bool, RequestErro
         let wish = shelve::Wish {
             from: row.state(),
             image: picture,
+            former: row.shelved_image_id.clone(),
         };
         shelve::request(app, origin(), &id, wish).await
     } else if admitted(Action::Unshelve) {

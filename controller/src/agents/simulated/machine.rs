@@ -160,6 +160,11 @@ impl Record {
         Some(CopyReport { id, state })
     }
 
+    /// There is to be nothing of it.
+    pub(super) fn is_to_go(&self) -> bool {
+        self.intent.wanted.power == Power::Absent
+    }
+
     /// What is to be done of copies, once the rest is; `full`: there is no room for any.
     pub(super) fn step_of_copies(&mut self, full: bool) -> bool {
         if self.next() != Step::Settled || self.transit != Transit::None {

@@ -13,12 +13,12 @@ use super::call::Call;
 use super::schemas::{closed, string, wrapped};
 use super::servers::schema::{self, Aged};
 use super::servers::view::{self, Occasion};
-use super::servers::{admit, create, find, metadata, shortest, write};
+use super::servers::{admit, create, find, metadata, shortest};
 use super::{consoles, images, migrations, origin, shelve};
 use crate::compute::model::state::{Action, ServerState};
 use crate::compute::ops;
 use crate::compute::ops::change::{Change, Wish};
-use crate::compute::store::{keypair, placement, server};
+use crate::compute::store::{keypair, server};
 use crate::event::{self, Event, Phase};
 use crate::http::schema::Schema;
 use crate::http::{ApiError, JsonBody, Routes};
@@ -299,36 +299,33 @@ async fn reset_state(call: &Call, id: &str, body: &Value) -> Result<Response, Ap
     });
     SCHEMA.check(body)?;
     let row = find(call, id).await?;
-    let placed = placement::of_servers(call.reader(), [row.id.clone()]).await?;
-    let state = match body["os-resetState"]["state"] == "active" {
-        // Its disk is an image.
-        true if row.shelved_image_id.is_some() && placed.is_empty() => {
-            ServerState::ShelvedOffloaded
-        }
-        true => ServerState::Active,
-        false => ServerState::Error,
-    };
-    let change = server::ActiveModel {
-        state: Set(state.key()),
-        updated_at_us: Set(call.app.now_us()),
-        ..Default::default()
-    };
-    // One that was going elsewhere stays, if it can still be had back.
-    if let Ok(server) = ops::machine_id(&row.id) {
-        let id = row.id.clone();
-        let given_up = call.app.database().write(move |tx| {
+    let is_well = body["os-resetState"]["state"] == "active";
+    let server = ops::machine_id(&row.id).map_err(ApiError::internal)?;
+    let (id, now) = (row.id.clone(), call.app.now_us());
+    let reset = call.app.database().write(move |tx| {
+        let id = id.clone();
+        Box::pin(async move {
             let reason = "the server's state was reset";
-            let id = id.clone();
-            Box::pin(async move {
-                operation::cancel(tx, &id, &[ops::image::KIND], reason).await?;
-                ops::shelve::give_up(tx, &id, reason).await?;
-                ops::migrate::give_up(tx, server, reason).await
-            })
-        });
-        given_up.await?;
-        call.app.compute().engine.wake(&row.id);
-    }
-    write(call, &row.id, change).await?;
+            // One that was going elsewhere stays, if it can still be had back.
+            operation::cancel(tx, &id, &[ops::image::KIND], reason).await?;
+            ops::shelve::give_up(tx, &id, reason).await?;
+            ops::migrate::give_up(tx, server, reason).await?;
+            let is_kept = ops::shelve::is_kept_nowhere_else(tx, &id).await?;
+            let state = match is_well {
+                true if is_kept => ServerState::ShelvedOffloaded,
+                true => ServerState::Active,
+                false => ServerState::Error,
+            };
+            let change = server::ActiveModel {
+                state: Set(state.key()),
+                updated_at_us: Set(now),
+                ..Default::default()
+            };
+            server::update(tx, &id, change).await
+        })
+    });
+    reset.await?;
+    call.app.compute().engine.wake(&row.id);
     Ok(accepted())
 }
 

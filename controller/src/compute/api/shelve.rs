@@ -37,11 +37,6 @@ fn unshelve_body(version: Microversion) -> Value {
         json!({
             "type": ["object", "null"],
             "properties": {"availability_zone": zone, "host": fqdn()},
-            "anyOf": [
-                {"type": "null"},
-                {"required": ["availability_zone"]},
-                {"required": ["host"]},
-            ],
             "additionalProperties": false,
         })
     } else if version.at_least(2, 77) {
@@ -78,6 +73,7 @@ pub async fn shelve(call: &Call, id: &str) -> Result<Response, ApiError> {
     let wish = ops::Wish {
         from: row.state(),
         image,
+        former: row.shelved_image_id.clone(),
     };
     ops::request(&call.app, origin(call), &row.id, wish).await?;
     Ok(accepted())

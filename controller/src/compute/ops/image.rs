@@ -418,6 +418,14 @@ impl Step for Upload {
     }
 }
 
+/// Whether an image's bytes are of this copy, and not what somebody has uploaded before it came.
+pub(super) fn is_of(image: &Image, copy: CopyId) -> bool {
+    let blob = image.row.blob.as_deref().unwrap_or_default();
+    let of = copy.0.simple().to_string();
+    blob.split_once('.')
+        .is_some_and(|(_, key)| key.starts_with(&of))
+}
+
 /// Brings the bytes in. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Fetch {
@@ -465,8 +473,8 @@ impl Fetch {
             }
             Err(error) => return Err(StepError::retry(error.to_string())),
         };
-        let key = tools.random.uuid().simple();
-        let key = format!("{}.{key}", images.blobs.holder());
+        let (of, own) = (state.copy.0.simple(), tools.random.uuid().simple());
+        let key = format!("{}.{of}{own}", images.blobs.holder());
         let begun = images.begin_filling(&state.image, &key, tools.clock.now_us());
         let intake = begun.await.map_err(refused)?;
         Ok(intake.map(|intake| Fetching::new(key, parts, intake, turn)))

@@ -8,7 +8,7 @@
 //! | copy | waits until the host has the copy | shelving_image_pending_upload |
 //! | upload | | shelving_image_uploading |
 //! | keep | brings the bytes into the store; commit: the row names the image, and the machine is to be gone | shelving_offloading |
-//! | offload | the host lets go of it; commit: nobody owns it, and its place is given back | none |
+//! | offload | the host lets go of it, or is waited for no longer; commit: nobody owns it, and its place is given back | none |
 //!
 //! The commit of *keep* is the only decision. Whatever fails before it takes all of it back: the image is gone, and a
 //! guest that ran is started again. From there on there is no way back but [`unshelve`](super::unshelve): undoing goes
@@ -25,8 +25,9 @@ use sea_orm::{DatabaseTransaction, DbErr};
 use serde::{Deserialize, Serialize};
 
 use super::create::gone;
-use super::image::{self, Fetch, dropped, is_now, unstored};
-use super::{RequestError, Tools, change, machine_id, to_error, to_state, turn};
+use super::image::{self, Fetch, dropped, is_now, unstored, waited_us};
+use super::{RequestError, Tools, change, machine_id, to_error, to_state, turn, unshelve};
+use crate::agents::host;
 use crate::compute::model::state::{ServerState, Shot, Standing};
 use crate::compute::store::server;
 use crate::event::Origin;
@@ -46,7 +47,14 @@ struct State {
     copy: CopyId,
     /// The guest was not held in any way, and is to run again if nothing comes of it.
     ran: bool,
+    /// The image of before, that the server is not kept in any more.
+    #[serde(default)]
+    former: Option<String>,
 }
+
+/// How long a host is waited for that has only to remove what the image holds. What comes back later is a generation
+/// behind, and goes then.
+const LONGEST_OFFLOAD_US: i64 = 60_000_000;
 
 /// What a request wants of one server.
 #[derive(Debug, Clone)]
@@ -55,6 +63,8 @@ pub struct Wish {
     pub from: ServerState,
     /// To be filled.
     pub image: Image,
+    /// The image that the server was kept in before, and that was left where its guest could not be started at first.
+    pub former: Option<String>,
 }
 
 /// Writes the image, that the guest is to be stopped and its disk copied, and the operation.
@@ -68,6 +78,7 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
         image: wish.image.row.id.clone(),
         copy,
         ran: standing == Standing::Active,
+        former: wish.former.clone(),
     };
     let prepared = engine.prepare(KIND, id, &state, origin)?;
     let (subject, now) = (id.to_owned(), app.now_us());
@@ -76,7 +87,10 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
             let (id, prepared, wish) = (subject.clone(), prepared.clone(), wish.clone());
             let request_id = request_id.clone();
             Box::pin(async move {
-                let change = to_state(ServerState::Shelving(standing, Shot::Pending), now);
+                let change = server::ActiveModel {
+                    shelved_image_id: Set(None),
+                    ..to_state(ServerState::Shelving(standing, Shot::Pending), now)
+                };
                 if !server::turn(tx, &id, wish.from, change).await? {
                     return Err(RequestError::Overtaken);
                 }
@@ -159,13 +173,42 @@ pub(super) async fn is_kept_only(
     Ok(())
 }
 
-/// Takes back a shelving whose image does not count yet; part of the transaction of what wants so.
+/// After a restore of the database: a server that its host was about to let go of may have been unshelved there since.
+/// Nobody's word is known to have it, and none is told to have nothing of it.
+pub async fn restored(tx: &DatabaseTransaction, now_us: i64) -> Result<(), DbErr> {
+    for row in server::kept_in_images(tx).await? {
+        let Ok(server) = machine_id(&row.id) else {
+            continue;
+        };
+        // A deleted one is to go wherever it is.
+        if !is_over(row.state()) {
+            machine::vacate(tx, server, now_us).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes back a shelving whose image does not count yet, and an unshelving that has no host yet; part of the
+/// transaction of what wants so.
 pub async fn give_up(tx: &DatabaseTransaction, id: &str, reason: &str) -> Result<(), DbErr> {
     let row = server::find(tx, id).await?;
     if row.is_some_and(|row| row.shelved_image_id.is_none()) {
         operation::cancel(tx, id, &[KIND], reason).await?;
     }
+    if is_kept_nowhere_else(tx, id).await? {
+        operation::cancel(tx, id, &[unshelve::KIND], reason).await?;
+    }
     Ok(())
+}
+
+/// The server's disk is an image, and no host is to have one.
+pub async fn is_kept_nowhere_else(tx: &DatabaseTransaction, id: &str) -> Result<bool, DbErr> {
+    let row = server::find(tx, id).await?;
+    let (Some(row), Ok(server)) = (row, machine_id(id)) else {
+        return Ok(false);
+    };
+    let known = machine::find(tx, server).await?;
+    Ok(row.shelved_image_id.is_some() && known.is_none_or(|known| known.host.is_none()))
 }
 
 /// Disks whose content is nowhere but on the host, and in no image.
@@ -214,14 +257,34 @@ pub(super) fn is_over(state: ServerState) -> bool {
 }
 
 /// Waits until the owner has nothing of the machine, if that is what is wanted; what it cannot do now it can another
-/// time.
-pub(super) async fn let_go_of(tools: &Tools, operation: &Operation) -> Result<Progress, StepError> {
+/// time. A host that is declared to be down is not waited for, and any other for `longest_us` at most: of one whose
+/// guest has ended for sure.
+pub(super) async fn let_go_of(
+    tools: &Tools,
+    operation: &Operation,
+    longest_us: Option<i64>,
+) -> Result<Progress, StepError> {
     let server = machine_id(&operation.subject)?;
-    let known = machine::find(tools.machines.reader(), server).await?;
-    if known.is_none_or(|known| !known.is_tombstone()) {
+    let reader = tools.machines.reader();
+    let known = machine::find(reader, server).await?;
+    let Some(known) = known.filter(machine::Machine::is_tombstone) else {
+        return Ok(Progress::Done);
+    };
+    let told = gone(tools, operation).await;
+    if matches!(told, Ok(Progress::Done)) {
+        return told;
+    }
+    let is_down = match known.host {
+        Some(owner) => host::find(reader, owner)
+            .await?
+            .is_some_and(|row| row.forced_down),
+        None => false,
+    };
+    let waited = waited_us(tools, operation);
+    if is_down || longest_us.is_some_and(|longest| waited >= longest) {
         return Ok(Progress::Done);
     }
-    match gone(tools, operation).await {
+    match told {
         Err(StepError::Fail { reason }) => Err(StepError::retry(reason)),
         other => other,
     }
@@ -339,6 +402,16 @@ impl Step for Begin {
         self.name
     }
 
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let state: State = operation.state()?;
+        if let Some(former) = &state.former {
+            let now = self.tools.clock.now_us();
+            let removed = self.tools.images.remove(former, now).await;
+            removed.map_err(unstored)?;
+        }
+        Ok(Progress::Done)
+    }
+
     async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
         let state: State = operation.state()?;
         let row = server::find(self.tools.machines.reader(), &operation.subject).await?;
@@ -453,8 +526,12 @@ impl Step for Keep {
         let state: State = operation.state()?;
         let server = machine_id(&operation.subject)?;
         let image = store::find(tx, &state.image).await?;
-        if image.is_none_or(|image| image.status() != Some(Status::Active)) {
+        let image = image.filter(|image| image.status() == Some(Status::Active));
+        let Some(image) = image else {
             return Err(StepError::fail("the image was deleted meanwhile"));
+        };
+        if !image::is_of(&image, state.copy) {
+            return Err(StepError::fail("somebody else has filled the image"));
         }
         let row = server::find(tx, &operation.subject).await?;
         let known = machine::find(tx, server).await?;
@@ -499,7 +576,7 @@ impl Step for Offload {
     }
 
     async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
-        let_go_of(&self.0, operation).await
+        let_go_of(&self.0, operation, Some(LONGEST_OFFLOAD_US)).await
     }
 
     async fn commit(
@@ -516,7 +593,7 @@ impl Step for Offload {
         if row.is_none_or(|row| is_over(row.state())) {
             return Ok(Progress::Done);
         }
-        let_go_of(&self.0, operation).await
+        let_go_of(&self.0, operation, Some(LONGEST_OFFLOAD_US)).await
     }
 
     async fn undo_commit(

@@ -8,8 +8,9 @@
 //! | start | the guest runs |
 //! | clean | the image goes |
 //!
-//! Before the guest has run all of it can be taken back: the host lets go of what it has made, and the server is
-//! shelved as before. From there on the host's disk is the only one that counts, and nothing is taken back. The image
+//! Before the host has made the disk all of it can be taken back: the host lets go of what it has, and the server is
+//! shelved as before. It is told to by a rebuild: what it has of the server from before is no disk of it, and that it
+//! has made this one is what it counts. From there on the host's disk is the only one that counts, and nothing is taken back. The image
 //! goes last, and stays where the guest could not be started for good.
 
 use std::sync::Arc;
@@ -18,13 +19,14 @@ use async_trait::async_trait;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, ServerId, Wanted};
 use sea_orm::ActiveValue::Set;
-use sea_orm::DatabaseTransaction;
+use sea_orm::{ConnectionTrait, DatabaseTransaction};
 use serde::{Deserialize, Serialize};
 
 use super::create::settle;
 use super::image::{unstored, waited_us};
 use super::shelve::{Offload, is_kept_only, is_over, let_go_of, shelved, vacate, want_gone};
 use super::{RequestError, Tools, change, instance, machine_id, to_error, to_state, turn};
+use crate::agents::host;
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
 use crate::event::Origin;
@@ -44,7 +46,10 @@ const LONGEST_DROP_US: i64 = 60_000_000;
 struct State {
     /// An administrator's choice.
     host: Option<HostId>,
-    /// The guest has run there, or may have.
+    /// The row that it was placed by was of a restored database, and no host had said that it has it.
+    #[serde(default)]
+    unconfirmed: bool,
+    /// The host has made the disk, and the guest has run there, or may have.
     #[serde(default)]
     begun: bool,
     /// What was seen when the host had settled.
@@ -76,6 +81,7 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
     let request_id = origin.request_id.clone();
     let state = State {
         host: wish.host,
+        unconfirmed: false,
         begun: false,
         observed: None,
     };
@@ -140,12 +146,21 @@ impl Kind for Unshelve {
     ) -> Result<(), StepError> {
         let state: State = operation.state()?;
         let now = self.tools.clock.now_us();
-        let stands = shelved(tx, machine_id(&operation.subject)?).await?;
+        // What was given up for a later request is that one's to end.
+        if !state.begun && change::is_followed(operation, tx).await? {
+            return Ok(());
+        }
+        let server = machine_id(&operation.subject)?;
+        let stands = shelved(tx, server).await?;
+        let known = machine::find(tx, server).await?;
+        let is_nowhere = known.is_some_and(|known| known.host.is_none());
         // Where it failed, the action's event says why.
         turn(tx, &operation.subject, |row| match row.state() {
             over if is_over(over) => None,
-            _ if !state.begun => Some(to_state(stands, now)),
-            ServerState::Unshelving(_) => Some(runs(state.observed.as_ref(), now)),
+            ServerState::Unshelving(_) if state.begun => Some(runs(state.observed.as_ref(), now)),
+            ServerState::Unshelving(_) => Some(to_state(stands, now)),
+            // Whatever an administrator has called it since.
+            _ if is_nowhere && row.shelved_image_id.is_some() => Some(to_state(stands, now)),
             _ => None,
         })
         .await?;
@@ -181,6 +196,35 @@ fn leftovers(machines: &Machines, server: ServerId) -> Vec<(HostId, MachineRepor
 struct Place(Tools);
 
 impl Place {
+    /// After a restore of the database a host may have the server by a newer row than this one: each has to have said
+    /// what it has, but for those that are declared to be down.
+    async fn is_nobodys(
+        &self,
+        known: &machine::Machine,
+        connection: &impl ConnectionTrait,
+    ) -> Result<(), StepError> {
+        if known.confirmed {
+            return Ok(());
+        }
+        let machines = &self.0.machines;
+        if let Some((holder, _)) = leftovers(machines, known.server).first() {
+            return Err(StepError::fail(format!(
+                "the database was restored, and host {holder} has the server since its backup"
+            )));
+        }
+        let rows = host::all(connection).await?;
+        let silent = rows
+            .iter()
+            .find(|row| !row.forced_down && machines.fleet().machines(row.host_id()).is_none());
+        match silent {
+            None => Ok(()),
+            Some(row) => Err(StepError::retry(format!(
+                "the database was restored, and host {} has not said yet what it has",
+                row.hostname
+            ))),
+        }
+    }
+
     /// What the host is told: as before, of that image.
     async fn wanted(
         &self,
@@ -207,15 +251,11 @@ impl Place {
         let Some(known) = known else {
             return Err(StepError::fail("a host owns the server"));
         };
-        if let Some((holder, _)) = leftovers(&self.0.machines, known.server).first()
-            && !known.confirmed
-        {
-            return Err(StepError::fail(format!(
-                "the database was restored, and host {holder} has the server since its backup"
-            )));
-        }
+        self.is_nobodys(&known, tx).await?;
         let mut wanted = known.wanted;
         wanted.power = Power::Running;
+        // A host that has a disk of the server still, or had one, makes it anew all the same.
+        wanted.rebuilds += 1;
         let Some(disk) = &mut wanted.spec.root_disk else {
             return Err(StepError::fail("the server has no disk of its own"));
         };
@@ -241,6 +281,7 @@ impl Step for Place {
         let Some(known) = known.filter(|known| known.host.is_none()) else {
             return Ok(Progress::Done);
         };
+        self.is_nobodys(&known, machines.reader()).await?;
         let mut goes = false;
         for (holder, said) in leftovers(machines, server) {
             let dropped = machines.drop_at(holder, &known, said.revision).await?;
@@ -258,9 +299,12 @@ impl Step for Place {
         operation: &mut Operation,
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
-        let state: State = operation.state()?;
+        let mut state: State = operation.state()?;
         let server = machine_id(&operation.subject)?;
         let wanted = self.wanted(operation, tx).await?;
+        let known = machine::find(tx, server).await?;
+        state.unconfirmed = known.is_some_and(|known| !known.confirmed);
+        operation.set_state(&state)?;
         let request = Request {
             server,
             amounts: change::amounts(&wanted.spec),
@@ -292,7 +336,7 @@ impl Step for Place {
         if state.begun || row.is_none_or(|row| is_over(row.state())) {
             return Ok(Progress::Done);
         }
-        let_go_of(&self.0, operation).await
+        let_go_of(&self.0, operation, None).await
     }
 
     async fn undo_commit(
@@ -301,15 +345,28 @@ impl Step for Place {
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
         let state: State = operation.state()?;
-        match state.begun {
-            true => Ok(()),
-            false => vacate(&self.0, operation, tx).await,
+        if state.begun {
+            return Ok(());
         }
+        vacate(&self.0, operation, tx).await?;
+        if state.unconfirmed {
+            machine::doubt(tx, machine_id(&operation.subject)?).await?;
+        }
+        Ok(())
     }
 }
 
 /// The agent is told, and reports that every vCPU has entered the guest.
 struct Start(Tools);
+
+/// The owner has made the disk of the image that it was told of last.
+fn is_made(known: &machine::Machine, report: &MachineReport) -> bool {
+    report.generation == known.generation && report.rebuilds >= known.wanted.rebuilds
+}
+
+fn unmade() -> StepError {
+    StepError::retry("the host has not made the server's disk of its image yet")
+}
 
 #[async_trait]
 impl Step for Start {
@@ -320,11 +377,16 @@ impl Step for Start {
     async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
         let server = machine_id(&operation.subject)?;
         match self.0.machines.converge(server).await? {
-            Converged::Settled(report) => match report.observed {
-                // No process was there yet: the image could not be had, or the disk not be made.
-                Observed::Failed { reason } if report.starts == 0 => Err(StepError::fail(reason)),
-                _ => Ok(Progress::Done),
-            },
+            Converged::Settled(report) => {
+                let known = machine::find(self.0.machines.reader(), server).await?;
+                let is_made = known.is_some_and(|known| is_made(&known, &report));
+                match report.observed {
+                    // The image could not be had, or the disk not be made.
+                    Observed::Failed { reason } if !is_made => Err(StepError::fail(reason)),
+                    _ if !is_made => Err(unmade()),
+                    _ => Ok(Progress::Done),
+                }
+            }
             Converged::NoOwner => Err(StepError::fail("the server has no host any more")),
             Converged::Lost(lost) => Err(StepError::fail(format!(
                 "host {} was removed from the cloud",
@@ -341,6 +403,13 @@ impl Step for Start {
     ) -> Result<(), StepError> {
         let mut state: State = operation.state()?;
         state.observed = settle(&self.0, tx, &operation.subject).await?;
+        // By its last word, which may be another than the one that was waited for: the image goes by that.
+        let known = machine::find(tx, machine_id(&operation.subject)?).await?;
+        let said = known.and_then(|known| Some((known.report.clone()?, known)));
+        let is_made = said.is_some_and(|(report, known)| is_made(&known, &report));
+        if state.observed.is_none() || !is_made {
+            return Err(unmade());
+        }
         state.begun = true;
         operation.set_state(&state)
     }

@@ -357,6 +357,14 @@ pub async fn insert(connection: &impl ConnectionTrait, row: Model) -> Result<(),
         .map(|_| ())
 }
 
+/// Those whose disk is an image, or was the last time that they were unshelved.
+pub async fn kept_in_images(connection: &impl ConnectionTrait) -> Result<Vec<Model>, DbErr> {
+    Entity::find()
+        .filter(Column::ShelvedImageId.is_not_null())
+        .all(connection)
+        .await
+}
+
 /// Changes the columns that are set.
 pub async fn update(
     connection: &impl ConnectionTrait,

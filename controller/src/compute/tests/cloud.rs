@@ -374,8 +374,15 @@ impl Cloud {
         last
     }
 
-    /// The server, once `agreed` agrees to it; asked again after every write.
+    /// The server at rest, once `agreed` agrees to it; asked again after every write.
     pub async fn until(&self, who: &str, id: &str, agreed: impl Fn(&Value) -> bool) -> Value {
+        let settled = |server: &Value| server["OS-EXT-STS:task_state"].is_null();
+        self.until_is(who, id, |server| settled(server) && agreed(server))
+            .await
+    }
+
+    /// The same, whatever is done to it.
+    pub async fn until_is(&self, who: &str, id: &str, agreed: impl Fn(&Value) -> bool) -> Value {
         let mut written = self.written.clone();
         let mut last = Value::Null;
         let waited = tokio::time::timeout(PATIENCE, async {
@@ -383,8 +390,7 @@ impl Cloud {
                 written.mark_unchanged();
                 let answer = self.get(who, &format!("/v2.1/servers/{id}"), "2.96").await;
                 last = answer.json["server"].clone();
-                let settled = last["OS-EXT-STS:task_state"].is_null();
-                if answer.status == StatusCode::OK && settled && agreed(&last) {
+                if answer.status == StatusCode::OK && agreed(&last) {
                     return;
                 }
                 written.changed().await.unwrap();
@@ -415,6 +421,22 @@ impl Cloud {
             }
         });
         waited.await.unwrap()
+    }
+
+    /// Until the host was told this; for one that is frozen, and writes nothing then.
+    pub async fn until_takes(&self, id: &str, power: fractus_agent_api::machine::Power) {
+        let id = super::machine(id);
+        let waited = tokio::time::timeout(PATIENCE, async {
+            while self
+                .host
+                .wanted(id)
+                .is_none_or(|wanted| wanted.power != power)
+            {
+                // sleeps because the host tells nobody what it takes.
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+        assert!(waited.await.is_ok(), "the host is not told {power:?}");
     }
 
     /// Until the server is gone for its user.
