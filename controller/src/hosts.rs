@@ -6,12 +6,13 @@
 //! |---|---|
 //! | `GET /v1/hosts` | → `{"hosts": [{id, hostname, state, …}]}` |
 //! | `GET /v1/hosts/{id}` | → `{"host": …}` |
-//! | `DELETE /v1/hosts/{id}` | → 204; 409 while servers are on it |
+//! | `DELETE /v1/hosts/{id}` | → 204; 409 while servers are on it, or on their way |
 //! | `POST /v1/join-tokens` | `{"join_token": {"ttl_s": 3600}}` → 201 `{"join_token": {token, expires_at, controller}}` |
 
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, LazyLock};
 
 use axum::Json;
@@ -19,6 +20,7 @@ use axum::extract::{Path, State};
 use axum::response::IntoResponse;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::identity::JoinToken;
+use fractus_agent_api::machine::ServerId;
 use http::StatusCode;
 use sea_orm::DbErr;
 use serde_json::{Value, json};
@@ -31,7 +33,7 @@ use crate::database::Database;
 use crate::http::schema::Schema;
 use crate::http::{ApiError, App, JsonBody, Routes, Rule, Service};
 use crate::random::SystemRandom;
-use crate::reconcile::machine;
+use crate::reconcile::{machine, migration};
 use crate::secret::MasterKey;
 use crate::tls::{Authority, AuthorityError};
 
@@ -139,44 +141,45 @@ async fn show(State(app): State<App>, Path(id): Path<String>) -> Result<Json<Val
 
 /// Why a host stays.
 #[derive(Debug, thiserror::Error)]
-enum RemoveError {
+pub enum RemoveError {
     #[error(transparent)]
     Database(#[from] DbErr),
-    #[error("{0} servers are on host {1}: delete or move them first.")]
+    #[error(
+        "{0} servers are on host {1}, or on their way from or to it: delete or move them first."
+    )]
     Busy(usize, HostId),
     #[error("no such host")]
     Unknown,
 }
 
+/// Ends a host's membership, if no server needs it: not one that it owns, nor one that it sends, or is to get.
+pub async fn retire(app: &App, host: HostId) -> Result<(), RemoveError> {
+    let now_us = app.now_us();
+    let write = app.database().write(move |tx| {
+        Box::pin(async move {
+            // Counted in the transaction that removes it: a server placed meanwhile loses.
+            let machines = machine::of_host(tx, host).await?;
+            let live = machines.iter().filter(|machine| !machine.is_tombstone());
+            let mut busy: BTreeSet<ServerId> = live.map(|machine| machine.server).collect();
+            busy.extend(migration::concerning(tx, host).await?);
+            if !busy.is_empty() {
+                return Err(RemoveError::Busy(busy.len(), host));
+            }
+            match host::remove(tx, host, now_us).await? {
+                true => Ok(()),
+                false => Err(RemoveError::Unknown),
+            }
+        })
+    });
+    write.await?;
+    app.compute().machines.fleet().dismiss(host);
+    Ok(())
+}
+
 async fn remove(State(app): State<App>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
     let host_id = parse(&id)?;
-    let now_us = app.now_us();
-    let removed = app
-        .database()
-        .write(move |tx| {
-            Box::pin(async move {
-                // Counted in the transaction that removes it: a server placed meanwhile loses.
-                let machines = machine::of_host(tx, host_id).await?;
-                let live = machines
-                    .iter()
-                    .filter(|machine| !machine.is_tombstone())
-                    .count();
-                if live > 0 {
-                    return Err(RemoveError::Busy(live, host_id));
-                }
-                if host::remove(tx, host_id, now_us).await? {
-                    Ok(())
-                } else {
-                    Err(RemoveError::Unknown)
-                }
-            })
-        })
-        .await;
-    match removed {
-        Ok(()) => {
-            app.hosts().fleet.dismiss(host_id);
-            Ok(StatusCode::NO_CONTENT)
-        }
+    match retire(&app, host_id).await {
+        Ok(()) => Ok(StatusCode::NO_CONTENT),
         Err(RemoveError::Unknown) => Err(not_found(&id)),
         Err(busy @ RemoveError::Busy(..)) => Err(ApiError::conflict(busy.to_string())),
         Err(RemoveError::Database(error)) => Err(error.into()),

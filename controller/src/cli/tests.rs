@@ -1,6 +1,6 @@
 //! The client against a small cloud of its own: real HTTP on a free port, canned answers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
@@ -24,21 +24,22 @@ type Asked = Vec<(String, String, String, Value)>;
 struct Cloud {
     url: String,
     asked: Arc<Mutex<Asked>>,
-    /// `METHOD path` to status and body.
-    answers: Arc<Mutex<BTreeMap<String, (u16, Value)>>>,
+    /// `METHOD path` to status and body; several are given one after the other, the last again and again.
+    answers: Arc<Mutex<BTreeMap<String, VecDeque<(u16, Value)>>>>,
 }
 
 impl Cloud {
     async fn start(answers: &[(&str, u16, Value)]) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let answers = answers
-            .iter()
-            .map(|(request, status, body)| ((*request).to_owned(), (*status, body.clone())))
-            .collect();
+        let mut by_request: BTreeMap<String, VecDeque<_>> = BTreeMap::new();
+        for (request, status, body) in answers {
+            let queue = by_request.entry((*request).to_owned()).or_default();
+            queue.push_back((*status, body.clone()));
+        }
         let cloud = Self {
             url,
-            answers: Arc::new(Mutex::new(answers)),
+            answers: Arc::new(Mutex::new(by_request)),
             ..Self::default()
         };
         let router = Router::new().fallback(answer).with_state(cloud.clone());
@@ -120,12 +121,14 @@ async fn answer(
     {
         return StatusCode::UNAUTHORIZED.into_response();
     }
-    let known = cloud
-        .answers
-        .lock()
-        .unwrap()
-        .get(&format!("{method} {path}"))
-        .cloned();
+    let known = {
+        let mut answers = cloud.answers.lock().unwrap();
+        let queue = answers.get_mut(&format!("{method} {path}"));
+        queue.and_then(|queue| match queue.len() {
+            1 => queue.front().cloned(),
+            _ => queue.pop_front(),
+        })
+    };
     let (status, body) = known.unwrap_or((
         404,
         json!({"itemNotFound": {"code": 404, "message": format!("no {path}")}}),
@@ -401,6 +404,11 @@ async fn cloud_with_a_migration(status: &str) -> Cloud {
         (&format!("POST {one}/action"), 202, Value::Null),
         (&newest, 200, migrations.clone()),
         ("GET /compute/v2.1/os-migrations", 200, migrations),
+        (
+            "GET /compute/v2.1/os-migrations?host=h1",
+            200,
+            json!({"migrations": []}),
+        ),
         (&format!("DELETE {one}/migrations/7"), 202, Value::Null),
         (&format!("POST {one}/migrations/7/action"), 202, Value::Null),
         (
@@ -447,6 +455,47 @@ async fn a_server_is_migrated_and_its_end_waited_for() {
     assert!(error.unwrap_err().to_string().contains("no room"));
     let error = cloud.run(&["host", "drain", "h1"]).await.unwrap_err();
     assert!(error.to_string().contains("1 of its 1 servers"), "{error}");
+}
+
+/// What was on its way there when the host was disabled comes, and goes on.
+#[tokio::test]
+async fn a_drained_host_is_drained_of_what_arrives_meanwhile_too() {
+    let server = json!({"id": SERVER, "name": "web", "status": "ACTIVE"});
+    let coming = json!({"migrations": [
+        {"instance_uuid": SERVER, "dest_compute": "h1", "status": "running"},
+        {"instance_uuid": "another", "dest_compute": "h2", "status": "running"},
+    ]});
+    let none = json!({"migrations": []});
+    let newest = |to: &str| json!({"migrations": [{"uuid": MIGRATION, "status": "completed", "dest_compute": to}]});
+    let list = "GET /compute/v2.1/servers/detail?all_tenants=1&host=h1";
+    let migrations = "GET /compute/v2.1/os-migrations?host=h1";
+    let of_server = format!("GET /compute/v2.1/os-migrations?instance_uuid={SERVER}&limit=1");
+    let action = format!("POST /compute/v2.1/servers/{SERVER}/action");
+    let host = json!({"hosts": [{"id": "H", "hostname": "h1"}]});
+    let cloud = Cloud::start(&[
+        ("GET /fractus/v1/hosts", 200, host),
+        (
+            "PUT /compute/v2.1/os-services/H",
+            200,
+            json!({"service": {}}),
+        ),
+        (list, 200, json!({"servers": []})),
+        (list, 200, json!({"servers": [server]})),
+        (migrations, 200, coming),
+        (migrations, 200, none),
+        (&of_server, 200, newest("h1")),
+        (&of_server, 200, newest("h2")),
+        (&action, 202, Value::Null),
+    ])
+    .await;
+    cloud.run(&["host", "drain", "h1"]).await.unwrap();
+    let asked = cloud.asked();
+    let sent = asked.iter().filter(|(method, ..)| method == "POST");
+    let sent: Vec<&Value> = sent
+        .map(|(.., body)| body)
+        .filter(|body| !body["os-migrateLive"].is_null())
+        .collect();
+    assert_eq!(sent.len(), 1, "{asked:?}");
 }
 
 #[tokio::test]

@@ -213,6 +213,23 @@ pub async fn to_host(
     Ok(open.iter().map(Model::server).collect())
 }
 
+/// Servers whose guest is on its way from or to `host`, or whose migration is parked.
+pub async fn concerning(
+    connection: &impl ConnectionTrait,
+    host: HostId,
+) -> Result<Vec<ServerId>, DbErr> {
+    let host = host.to_string();
+    let either = Condition::any()
+        .add(row::Column::SourceId.eq(host.as_str()))
+        .add(row::Column::TargetId.eq(host.as_str()));
+    let open = row::Entity::find()
+        .filter(either)
+        .filter(row::Column::EndedAtUs.is_null())
+        .all(connection)
+        .await?;
+    Ok(open.iter().map(Model::server).collect())
+}
+
 /// Whether what `host` holds of the server is a migration's, as far as these say.
 pub fn keeps(open: &[Model], host: HostId) -> bool {
     let mut hosts = open.iter().flat_map(Model::hosts);

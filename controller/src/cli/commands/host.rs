@@ -1,6 +1,8 @@
 //! `fractus host`: the hosts that servers run on. Administrators only; what no OpenStack API has is
 //! asked of `…/fractus/v1`.
 
+use std::collections::BTreeSet;
+
 use clap::{Args, Subcommand};
 use http::Method;
 use serde_json::{Value, json};
@@ -116,33 +118,33 @@ async fn drain(
         .call(Service::Compute, Method::PUT, &path, Some(disabled))
         .await?;
     let path = format!("/servers/detail?all_tenants=1&host={}", query_value(&name));
-    let servers = session.list(Service::Compute, &path, "servers").await?;
-    let mut stay = 0;
-    for (n, server) in servers.iter().enumerate() {
-        let text = |name: &str| server[name].as_str().unwrap_or_default();
-        let (id, status) = (text("id"), text("status"));
-        let shown = format!("{} of {}: {id} ({})", n + 1, servers.len(), text("name"));
-        let gone = match status {
-            "ACTIVE" | "PAUSED" => migration::begin(id, None, session).await,
-            // It is on its way already.
-            "MIGRATING" => Ok(()),
-            status => {
-                output.remark(&format!("{shown}: is {status}, and stays"));
-                stay += 1;
-                continue;
+    let (mut seen, mut stay) = (BTreeSet::new(), 0);
+    loop {
+        let servers = session.list(Service::Compute, &path, "servers").await?;
+        let new = servers
+            .iter()
+            .filter(|server| seen.insert(text(server, "id").to_owned()));
+        let new: Vec<&Value> = new.collect();
+        for (n, server) in new.iter().enumerate() {
+            let shown = format!(
+                "{} of {}: {} ({})",
+                n + 1,
+                new.len(),
+                text(server, "id"),
+                text(server, "name")
+            );
+            match leave(server, timeout, session, output).await? {
+                Left::For(to) => output.remark(&format!("{shown}: went to {to}")),
+                Left::Stays(why) => {
+                    output.remark(&format!("{shown}: {why}"));
+                    stay += 1;
+                }
             }
-        };
-        let gone = match gone {
-            Ok(()) => migration::arrived(id, timeout, session, output).await,
-            Err(error) => Err(error),
-        };
-        match gone {
-            Ok(to) => output.remark(&format!("{shown}: went to {to}")),
-            Err(error @ (CliError::Errored { .. } | CliError::Refused { .. })) => {
-                output.remark(&format!("{shown}: stays: {error}"));
-                stay += 1;
-            }
-            Err(error) => return Err(error),
+        }
+        // What was on its way here when the host was disabled arrives all the same.
+        let arrived = arrivals(&name, timeout, session, output).await?;
+        if new.is_empty() && !arrived {
+            break;
         }
     }
     if stay == 0 {
@@ -150,6 +152,67 @@ async fn drain(
     }
     Err(CliError::Errored {
         what: format!("host {name}"),
-        reason: format!("{stay} of its {} servers are there still", servers.len()),
+        reason: format!("{stay} of its {} servers are there still", seen.len()),
     })
+}
+
+fn text<'a>(item: &'a Value, name: &str) -> &'a str {
+    item[name].as_str().unwrap_or_default()
+}
+
+enum Left {
+    For(String),
+    Stays(String),
+}
+
+/// Brings one server to another host.
+async fn leave(
+    server: &Value,
+    timeout: u64,
+    session: &Session,
+    output: &Output,
+) -> Result<Left, CliError> {
+    let id = text(server, "id");
+    let gone = match text(server, "status") {
+        "ACTIVE" | "PAUSED" => migration::begin(id, None, session).await,
+        // It is on its way already.
+        "MIGRATING" => Ok(()),
+        status => return Ok(Left::Stays(format!("is {status}, and stays"))),
+    };
+    let gone = match gone {
+        Ok(()) => migration::arrived(id, timeout, session, output).await,
+        Err(error) => Err(error),
+    };
+    match gone {
+        Ok(to) => Ok(Left::For(to)),
+        Err(error @ (CliError::Errored { .. } | CliError::Refused { .. })) => {
+            Ok(Left::Stays(format!("stays: {error}")))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Waits until what is on its way to the host is there, or will not come; false if nothing was.
+async fn arrivals(
+    name: &str,
+    timeout: u64,
+    session: &Session,
+    output: &Output,
+) -> Result<bool, CliError> {
+    let path = format!("/os-migrations?host={}", query_value(name));
+    let all = session.list(Service::Compute, &path, "migrations").await?;
+    let coming = all.iter().filter(|migration| {
+        let under_way = ["accepted", "preparing", "running", "post-migrating"]
+            .contains(&text(migration, "status"));
+        under_way && text(migration, "dest_compute") == name
+    });
+    let mut any = false;
+    for migration in coming {
+        any = true;
+        match migration::arrived(text(migration, "instance_uuid"), timeout, session, output).await {
+            Ok(_) | Err(CliError::Errored { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(any)
 }

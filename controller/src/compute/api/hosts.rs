@@ -13,7 +13,7 @@ use super::schemas::{boolean, closed, string};
 use super::servers::create::ZONE;
 use crate::agents::host::{self, row::Model};
 use crate::compute::model::time;
-use crate::compute::store::placement;
+use crate::hosts::{self, RemoveError};
 use crate::http::schema::Schema;
 use crate::http::{ApiError, JsonBody, Routes};
 use crate::policy::Rule;
@@ -261,23 +261,16 @@ async fn delete(call: Call, Path(id): Path<String>) -> Result<StatusCode, ApiErr
             .find(|row| number(row).to_string() == id)
             .ok_or_else(|| ApiError::not_found(format!("Service {id} not found.")))?
     };
-    let placed = placement::on_hosts(call.reader()).await?;
-    if placed.iter().any(|placed| placed.host_id == row.id) {
-        return Err(ApiError::conflict(format!(
+    match hosts::retire(&call.app, row.host_id()).await {
+        // Gone meanwhile is gone.
+        Ok(()) | Err(RemoveError::Unknown) => Ok(StatusCode::NO_CONTENT),
+        Err(RemoveError::Busy(..)) => Err(ApiError::conflict(format!(
             "Unable to delete compute service that is hosting instances. Move or delete the servers \
              of {} first.",
             row.hostname
-        )));
+        ))),
+        Err(RemoveError::Database(error)) => Err(error.into()),
     }
-    let (host, now) = (row.host_id(), call.app.now_us());
-    call.app
-        .database()
-        .write(move |tx| {
-            Box::pin(async move { Ok::<bool, ApiError>(host::remove(tx, host, now).await?) })
-        })
-        .await?;
-    call.app.compute().machines.fleet().dismiss(host);
-    Ok(StatusCode::NO_CONTENT)
 }
 
 async fn zone(call: &Call, detailed: bool) -> Result<Json<Value>, ApiError> {

@@ -2,7 +2,7 @@
 //!
 //! Disks always travel with the guest. So `block_migration` may be true or `auto`; false asks for storage that both
 //! hosts share, of which there is none: 400, in nova's words, at every version (nova tells so later from 2.34 on).
-//! `force` is taken and changes nothing: a host that cannot take the server is none.
+//! `force` is taken with a host, and changes nothing: one that cannot take the server is none.
 
 use std::sync::LazyLock;
 
@@ -93,6 +93,11 @@ pub async fn migrate_live(call: &Call, id: &str, body: &Value) -> Result<Respons
     SCHEMA.at(call.ctx.microversion()).check(body)?;
     let row = find(call, id).await?;
     let given = &body["os-migrateLive"];
+    if given["host"].is_null() && given.get("force").is_some_and(schemas::as_bool) {
+        return Err(ApiError::bad_request(
+            "Can't force to a non-provided destination",
+        ));
+    }
     let host = match given["host"].as_str() {
         Some(name) => Some(named(call, name).await?),
         None => None,

@@ -52,6 +52,9 @@ fn unshelve_body(version: Microversion) -> Value {
     wrapped("unshelve", inner)
 }
 
+/// Of the image's name, after the server's.
+const SUFFIX: &str = "-shelved";
+
 fn accepted() -> Response {
     StatusCode::ACCEPTED.into_response()
 }
@@ -66,7 +69,9 @@ pub async fn shelve(call: &Call, id: &str) -> Result<Response, ApiError> {
             "Instance {id} has no disk of its own to keep in an image."
         )));
     };
-    let name = format!("{}-shelved", row.name);
+    // No longer than an image's name may be.
+    let begin: String = row.name.chars().take(255 - SUFFIX.len()).collect();
+    let name = format!("{begin}{SUFFIX}");
     let project = row.project_id.clone();
     let image = images::new_image(call, project, &row, &name, Metadata::new()).await?;
     images::may_have(call, &image, disk.size).await?;

@@ -27,7 +27,6 @@ use serde::{Deserialize, Serialize};
 use super::create::gone;
 use super::image::{self, Fetch, dropped, is_now, unstored, waited_us};
 use super::{RequestError, Tools, change, machine_id, to_error, to_state, turn, unshelve};
-use crate::agents::host;
 use crate::compute::model::state::{ServerState, Shot, Standing};
 use crate::compute::store::server;
 use crate::event::Origin;
@@ -274,14 +273,12 @@ pub(super) async fn let_go_of(
     if matches!(told, Ok(Progress::Done)) {
         return told;
     }
-    let is_down = match known.host {
-        Some(owner) => host::find(reader, owner)
-            .await?
-            .is_some_and(|row| row.forced_down),
+    let is_off = match known.host {
+        Some(owner) => tools.machines.is_off(reader, owner).await?.is_some(),
         None => false,
     };
     let waited = waited_us(tools, operation);
-    if is_down || longest_us.is_some_and(|longest| waited >= longest) {
+    if is_off || longest_us.is_some_and(|longest| waited >= longest) {
         return Ok(Progress::Done);
     }
     match told {

@@ -284,6 +284,9 @@ impl Step for Place {
         self.is_nobodys(&known, machines.reader()).await?;
         let mut goes = false;
         for (holder, said) in leftovers(machines, server) {
+            if machines.is_off(machines.reader(), holder).await?.is_some() {
+                continue;
+            }
             let dropped = machines.drop_at(holder, &known, said.revision).await?;
             goes |= dropped == Dropped::Working;
         }

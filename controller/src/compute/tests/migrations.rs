@@ -209,6 +209,11 @@ async fn what_cannot_be_migrated_is_refused_as_nova_refuses_it() {
             format!("Unable to migrate instance ({id}) to current host (host-1).")
         )
     );
+    let forced = json!({"host": null, "block_migration": "auto", "force": true});
+    assert_eq!(
+        try_it("2.30", forced).await,
+        (400, "Can't force to a non-provided destination".to_owned())
+    );
     let (code, message) = try_it("2.25", json!({"host": null, "block_migration": false})).await;
     assert_eq!(code, 400);
     assert!(message.contains("shared storage"), "{message}");
@@ -255,6 +260,24 @@ async fn what_cannot_be_migrated_is_refused_as_nova_refuses_it() {
             format!("Cannot 'os-migrateLive' instance {id} while it is in vm_state stopped")
         )
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_a_guest_is_coming_to_is_not_removed() {
+    let cloud = Cloud::new().await;
+    sent(&cloud).await;
+    let reader = cloud.app.database().reader();
+    let target = crate::agents::host::all(reader).await.unwrap();
+    let target = target.iter().find(|row| row.hostname == "host-2").unwrap();
+    for path in [
+        format!("/v2.1/os-services/{}", target.id),
+        format!("/fractus/v1/hosts/{}", target.id),
+    ] {
+        let refused = cloud
+            .call("admin", Method::DELETE, &path, "2.96", Value::Null)
+            .await;
+        assert_eq!(status(&refused), 409, "{path}: {}", refused.json);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

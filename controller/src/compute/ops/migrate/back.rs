@@ -91,7 +91,6 @@ pub(super) async fn take_back(
         if lost || !runs && tools.machines.is_off(tx, target).await?.is_some() {
             let wanted = known.wanted.clone();
             machine::move_owner(tx, &known, state.source, &wanted, now).await?;
-            state.committed = false;
         }
         return operation.set_state(&state);
     }

@@ -70,9 +70,6 @@ struct State {
     /// What was wanted when the target was chosen, as far as it must not change.
     #[serde(default)]
     begun: Option<Begun>,
-    /// The guest is the target's.
-    #[serde(default)]
-    committed: bool,
     /// The guest had ended by itself when the migration was given up.
     #[serde(default)]
     ended: Option<StopReason>,
@@ -143,7 +140,6 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
         source,
         target: None,
         begun: None,
-        committed: false,
         ended: None,
         observed: None,
     };

@@ -449,7 +449,7 @@ impl Step for Send {
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
         let now = self.0.clock.now_us();
-        let mut state: State = operation.state()?;
+        let state: State = operation.state()?;
         let server = machine_id(&operation.subject)?;
         let (known, _) = expected(&state, machine::find(tx, server).await?)?;
         let (target, id) = (target(&state)?, state.migration);
@@ -462,7 +462,6 @@ impl Step for Send {
         if !machine::move_owner(tx, &known, target, &wanted, now).await? {
             return Err(StepError::fail("the server was changed meanwhile"));
         }
-        state.committed = true;
         let mut change = is_now(Status::PostMigrating, now);
         let said = self.0.machines.fleet().machine(state.source, server);
         if let Some(report) = said
