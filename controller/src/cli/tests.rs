@@ -20,19 +20,22 @@ use super::{CliError, commands};
 /// What was asked of the cloud: method, path with query, microversion, body.
 type Asked = Vec<(String, String, String, Value)>;
 
+/// To one request: status and body.
+type Answers = VecDeque<(u16, Value)>;
+
 #[derive(Clone, Default)]
 struct Cloud {
     url: String,
     asked: Arc<Mutex<Asked>>,
     /// `METHOD path` to status and body; several are given one after the other, the last again and again.
-    answers: Arc<Mutex<BTreeMap<String, VecDeque<(u16, Value)>>>>,
+    answers: Arc<Mutex<BTreeMap<String, Answers>>>,
 }
 
 impl Cloud {
     async fn start(answers: &[(&str, u16, Value)]) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let mut by_request: BTreeMap<String, VecDeque<_>> = BTreeMap::new();
+        let mut by_request: BTreeMap<String, Answers> = BTreeMap::new();
         for (request, status, body) in answers {
             let queue = by_request.entry((*request).to_owned()).or_default();
             queue.push_back((*status, body.clone()));
