@@ -78,6 +78,10 @@ pub enum ServeError {
     Images(#[source] BlobError),
     #[error("looking for images that an earlier life left half-done")]
     Recover(#[source] StoreError),
+    #[error(
+        "the state folder's file `epoch`, which says for which restore of the database bytes were looked at"
+    )]
+    Epoch(#[source] std::io::Error),
     #[error("beginning anew with a restored database")]
     Restored(#[source] sea_orm::DbErr),
     #[error("reading what there is to be carried on")]

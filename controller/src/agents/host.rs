@@ -237,6 +237,15 @@ pub async fn set_forced_down(
     Ok(changed.rows_affected == 1)
 }
 
+/// After a restore of the database: which hosts are off was said of another time, and is to be said anew.
+pub async fn none_is_off(tx: &DatabaseTransaction) -> Result<(), DbErr> {
+    row::Entity::update_many()
+        .col_expr(row::Column::ForcedDown, Expr::value(false))
+        .exec(tx)
+        .await
+        .map(|_| ())
+}
+
 /// Takes `amounts` of the host for the server, if they are there. Again for the same pair: true
 /// without taking more.
 pub async fn reserve(

@@ -87,6 +87,13 @@ pub struct Images {
     coming: Coming,
 }
 
+/// What is done with bytes that no image names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sweep {
+    Remove,
+    SetAside,
+}
+
 impl Images {
     pub fn new(database: Database, blobs: Arc<dyn BlobStore>) -> Self {
         Self {
@@ -130,12 +137,29 @@ impl Images {
 
     /// Mends what an earlier life of this controller left half-done: uploads that were cut off are
     /// queued again, and bytes that no image names are removed. Called before the first request.
-    pub async fn recover(&self, now_us: i64) -> Result<(), StoreError> {
+    ///
+    /// Of a database that was restored it is not known whose they were: a server may have been shelved since the backup,
+    /// and they are its disk then. So they are set aside.
+    pub async fn recover(&self, now_us: i64, sweep: Sweep) -> Result<(), StoreError> {
         store::requeue_interrupted(&self.database, self.blobs.holder(), now_us).await?;
         for key in self.blobs.keys().await.map_err(StoreError::Blob)? {
-            if !store::names_blob(&self.database, &key).await? {
-                tracing::info!(%key, "removing bytes that no image names");
-                self.blobs.remove(&key).await.map_err(StoreError::Blob)?;
+            if store::names_blob(&self.database, &key).await? {
+                continue;
+            }
+            match sweep {
+                Sweep::Remove => {
+                    tracing::info!(%key, "removing bytes that no image names");
+                    self.blobs.remove(&key).await.map_err(StoreError::Blob)?;
+                }
+                Sweep::SetAside => {
+                    let kept = self.blobs.set_aside(&key).await;
+                    if let Some(name) = kept.map_err(StoreError::Blob)? {
+                        tracing::warn!(
+                            %name,
+                            "bytes of an image that the restored database does not know of are kept under this name"
+                        );
+                    }
+                }
             }
         }
         Ok(())

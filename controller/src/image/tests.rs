@@ -329,10 +329,20 @@ on_both!(
             b"another controller's",
         )
         .unwrap();
-        cloud.images.recover(2).await.unwrap();
+        cloud.images.recover(2, Sweep::Remove).await.unwrap();
         let image = cloud.get("one", &format!("/v2/images/{id}")).await.json();
         assert_eq!(image["status"], "queued");
         assert_eq!(cloud.files(), 1);
+        // After a restore of the database they may be somebody's disk.
+        let file = |name: &str| cloud.folder.path().join(name);
+        std::fs::write(file("c.whole"), b"of a server").unwrap();
+        std::fs::write(file("c.begun.part"), b"half").unwrap();
+        for sweep in [Sweep::SetAside, Sweep::Remove] {
+            cloud.images.recover(3, sweep).await.unwrap();
+            let kept = std::fs::read(file("unnamed-c.whole")).unwrap();
+            assert_eq!(kept, b"of a server");
+            assert_eq!(cloud.files(), 2);
+        }
     }
 );
 

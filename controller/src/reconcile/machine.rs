@@ -409,11 +409,14 @@ pub async fn begin_epoch(tx: &DatabaseTransaction, now_us: i64) -> Result<(), Db
         .map(|_| ())
 }
 
-/// One of the hosts that were heard holds the machine, so it may be told what is wanted.
-pub async fn confirm(tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr> {
+/// The owner was heard and holds the machine, so it may be told what is wanted: by the row as it was when that was
+/// found.
+pub async fn confirm(tx: &DatabaseTransaction, known: &Machine) -> Result<(), DbErr> {
     row::Entity::update_many()
         .col_expr(row::Column::Confirmed, Expr::value(true))
-        .filter(row::Column::ServerId.eq(server.to_string()))
+        .filter(row::Column::ServerId.eq(known.server.to_string()))
+        .filter(row::Column::Generation.eq(signed(known.generation.0)))
+        .filter(row::Column::Revision.eq(signed(known.revision.0)))
         .exec(tx)
         .await
         .map(|_| ())
@@ -439,7 +442,8 @@ pub async fn unsettle(tx: &DatabaseTransaction, server: ServerId) -> Result<(), 
         .map(|_| ())
 }
 
-async fn epoch(connection: &impl ConnectionTrait) -> Result<i64, DbErr> {
+/// Of the last restore; 0: there was none.
+pub async fn epoch(connection: &impl ConnectionTrait) -> Result<i64, DbErr> {
     let setting = setting::Entity::find_by_id(EPOCH).one(connection).await?;
     Ok(setting
         .and_then(|setting| setting.value.parse().ok())

@@ -255,7 +255,7 @@ impl Reconciler {
         if open.iter().any(|operation| operation.parked.is_none()) {
             // Who holds it is for nobody else to find out: the operation itself waits for it.
             return match verdict {
-                Verdict::Confirm => self.confirm(&database, server).await,
+                Verdict::Confirm => self.confirm(&database, &machine).await,
                 _ => Ok(()),
             };
         }
@@ -268,7 +268,7 @@ impl Reconciler {
                 Ok(())
             }
             Verdict::Settle(report) => self.settled(&database, &machine, report).await,
-            Verdict::Confirm => self.confirm(&database, server).await,
+            Verdict::Confirm => self.confirm(&database, &machine).await,
             Verdict::Vanished(host) => self.vanished(&database, &machine, host).await,
             Verdict::Nothing | Verdict::Unclaimed(_) | Verdict::Drop(..) => Ok(()),
         }
@@ -410,11 +410,14 @@ impl Reconciler {
         }
     }
 
-    async fn confirm(&self, database: &Database, server: ServerId) -> Result<(), StepError> {
-        let confirm =
-            database.write(move |tx| Box::pin(async move { machine::confirm(tx, server).await }));
+    async fn confirm(&self, database: &Database, machine: &Machine) -> Result<(), StepError> {
+        let known = machine.clone();
+        let confirm = database.write(move |tx| {
+            let known = known.clone();
+            Box::pin(async move { machine::confirm(tx, &known).await })
+        });
         confirm.await?;
-        self.heard([server]);
+        self.heard([machine.server]);
         Ok(())
     }
 

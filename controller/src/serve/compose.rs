@@ -27,7 +27,7 @@ use crate::hosts::Hosts;
 use crate::http::{App, AppParts, Routes, Service};
 use crate::identity::{Realm, boot};
 use crate::image::blob::FileStore;
-use crate::image::{Images, store};
+use crate::image::{Images, Sweep, store};
 use crate::leader::{self, Lead, Me, Seat, Term, Turn};
 use crate::operation::{Engine, Kinds};
 use crate::random::{Random, SystemRandom};
@@ -225,6 +225,7 @@ async fn restored(database: &Database, now_us: i64) -> Result<(), ServeError> {
         .write(move |tx| {
             Box::pin(async move {
                 machine::begin_epoch(tx, now_us).await?;
+                host::none_is_off(tx).await?;
                 shelve::restored(tx, now_us).await
             })
         })
@@ -263,10 +264,24 @@ async fn images(
         .await
         .map_err(ServeError::Images)?;
     let images = Images::new(database.clone(), Arc::new(files)).within(config.image_limits);
-    images
-        .recover(clock.now_us())
-        .await
-        .map_err(ServeError::Recover)?;
+    // Each controller has bytes of its own, and only one of them is started as the first after a restore.
+    let epoch = machine::epoch(database.reader()).await;
+    let epoch = epoch.map_err(ServeError::Restored)?.to_string();
+    let file = config.state_dir.join("epoch");
+    let swept = match tokio::fs::read_to_string(&file).await {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => "0".to_owned(),
+        read => read.map_err(ServeError::Epoch)?,
+    };
+    let sweep = match swept.trim() == epoch {
+        true => Sweep::Remove,
+        false => Sweep::SetAside,
+    };
+    let recovered = images.recover(clock.now_us(), sweep).await;
+    recovered.map_err(ServeError::Recover)?;
+    if sweep == Sweep::SetAside {
+        let written = tokio::fs::write(&file, epoch).await;
+        written.map_err(ServeError::Epoch)?;
+    }
     Ok(images)
 }
 

@@ -73,6 +73,7 @@ async fn restore(world: &mut World, backup: &str) {
         Box::pin(async move {
             let now_us = 1_800_000_001_000_000;
             machine::begin_epoch(tx, now_us).await?;
+            host::none_is_off(tx).await?;
             shelve::restored(tx, now_us).await
         })
     });
@@ -539,6 +540,44 @@ async fn a_server_that_was_unshelved_since_the_backup_is_left_alone_where_it_run
     for _ in 0..2 {
         let asked = requests::shelve_or_unshelve(&world.app(), ONE).await;
         assert!(asked.unwrap());
+        world.heal().await;
+        assert_eq!(state(&world, ONE).await, ServerState::ShelvedOffloaded);
+        assert!(
+            holder.processes().contains(&ServerId(ONE)),
+            "it is the only one"
+        );
+    }
+}
+
+/// The backup is of the moment in which its first host was about to make its disk.
+#[tokio::test]
+async fn a_server_that_was_unshelved_and_has_moved_since_the_backup_is_left_alone_where_it_runs() {
+    let mut world = active(2, &[ONE]).await;
+    let app = world.app();
+    requests::shelve_or_unshelve(&app, ONE).await.unwrap();
+    world.heal().await;
+    requests::shelve_or_unshelve(&app, ONE).await.unwrap();
+    let engine = Arc::clone(&world.controller.as_ref().unwrap().engine);
+    let owner = loop {
+        let known = machine::find(world.database().reader(), ServerId(ONE)).await;
+        if let Some(owner) = known.unwrap().unwrap().host {
+            break owner;
+        }
+        engine.advance(&ONE.to_string()).await;
+    };
+    let backup = back_up(&world).await;
+    world.heal().await;
+    let other = world
+        .hosts
+        .iter()
+        .map(|host| host.id())
+        .find(|id| *id != owner);
+    assert!(requests::migrate(&app, ONE, other).await.unwrap());
+    world.heal().await;
+    let holder = holder(&world, ONE).unwrap();
+    assert_eq!(Some(holder.id()), other);
+    restore(&mut world, &backup).await;
+    for _ in 0..3 {
         world.heal().await;
         assert_eq!(state(&world, ONE).await, ServerState::ShelvedOffloaded);
         assert!(

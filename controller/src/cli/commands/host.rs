@@ -120,6 +120,9 @@ async fn drain(
     let path = format!("/servers/detail?all_tenants=1&host={}", query_value(&name));
     let (mut seen, mut stay) = (BTreeSet::new(), 0);
     loop {
+        // What was on its way here when the host was disabled arrives all the same: it is in the list that is asked for
+        // after it has.
+        let arrived = arrivals(&name, timeout, session, output).await?;
         let servers = session.list(Service::Compute, &path, "servers").await?;
         let new = servers
             .iter()
@@ -141,8 +144,6 @@ async fn drain(
                 }
             }
         }
-        // What was on its way here when the host was disabled arrives all the same.
-        let arrived = arrivals(&name, timeout, session, output).await?;
         if new.is_empty() && !arrived {
             break;
         }

@@ -268,12 +268,19 @@ impl Step for Start {
         operation.set_state(&state)
     }
 
-    /// What is wanted from here on is that there be nothing.
+    /// What is wanted from here on is that there be nothing. Of a restored database that is for an operator to say: the
+    /// server may have come to run since, and be elsewhere.
     async fn undo_commit(
         &self,
         operation: &mut Operation,
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
+        let known = machine::find(tx, machine_id(&operation.subject)?).await?;
+        if known.is_some_and(|known| known.host.is_some() && !known.confirmed) {
+            return Err(StepError::fail(
+                "the database was restored, and no host has said that it has the server",
+            ));
+        }
         want_absent(&self.0, operation, tx).await?;
         Ok(())
     }

@@ -8,6 +8,7 @@
 //! | copy | waits until the host has the copy | shelving_image_pending_upload |
 //! | upload | | shelving_image_uploading |
 //! | keep | brings the bytes into the store; commit: the row names the image, and the machine is to be gone | shelving_offloading |
+//! | former | an image that the server was kept in before goes | |
 //! | offload | the host lets go of it, or is waited for no longer; commit: nobody owns it, and its place is given back | none |
 //!
 //! The commit of *keep* is the only decision. Whatever fails before it takes all of it back: the image is gone, and a
@@ -86,10 +87,8 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
             let (id, prepared, wish) = (subject.clone(), prepared.clone(), wish.clone());
             let request_id = request_id.clone();
             Box::pin(async move {
-                let change = server::ActiveModel {
-                    shelved_image_id: Set(None),
-                    ..to_state(ServerState::Shelving(standing, Shot::Pending), now)
-                };
+                // An image that it was kept in before stays its own until there is another.
+                let change = to_state(ServerState::Shelving(standing, Shot::Pending), now);
                 if !server::turn(tx, &id, wish.from, change).await? {
                     return Err(RequestError::Overtaken);
                 }
@@ -104,6 +103,11 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
                 }
                 if known.wanted.copy.is_some() {
                     return Err(RequestError::ImageUnderWay);
+                }
+                // Its state was reset: what it has by now is for that to say.
+                let open = operation::unfinished(tx, Some(&id)).await?;
+                if open.iter().any(|other| other.kind == unshelve::KIND) {
+                    return Err(RequestError::Overtaken);
                 }
                 if has_other_disks(&known.wanted.spec) {
                     return Err(RequestError::OtherDisks(id));
@@ -191,7 +195,7 @@ pub async fn restored(tx: &DatabaseTransaction, now_us: i64) -> Result<(), DbErr
 /// transaction of what wants so.
 pub async fn give_up(tx: &DatabaseTransaction, id: &str, reason: &str) -> Result<(), DbErr> {
     let row = server::find(tx, id).await?;
-    if row.is_some_and(|row| row.shelved_image_id.is_none()) {
+    if row.is_some_and(|row| matches!(row.state(), ServerState::Shelving(..))) {
         operation::cancel(tx, id, &[KIND], reason).await?;
     }
     if is_kept_nowhere_else(tx, id).await? {
@@ -334,6 +338,7 @@ impl Kind for Shelve {
                 tools: tools(),
                 fetch: self.fetch.clone(),
             }),
+            Arc::new(Former(tools())),
             Arc::new(Offload(tools())),
         ]
     }
@@ -397,16 +402,6 @@ impl Begin {
 impl Step for Begin {
     fn name(&self) -> &'static str {
         self.name
-    }
-
-    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
-        let state: State = operation.state()?;
-        if let Some(former) = &state.former {
-            let now = self.tools.clock.now_us();
-            let removed = self.tools.images.remove(former, now).await;
-            removed.map_err(unstored)?;
-        }
-        Ok(Progress::Done)
     }
 
     async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
@@ -532,9 +527,14 @@ impl Step for Keep {
         }
         let row = server::find(tx, &operation.subject).await?;
         let known = machine::find(tx, server).await?;
-        let known = known.filter(|known| {
-            known.host.is_some() && known.confirmed && known.wanted.copy == Some(state.copy)
-        });
+        let known =
+            known.filter(|known| known.host.is_some() && known.wanted.copy == Some(state.copy));
+        // After a restore of the database the image may be all that there is by now, or of no use any more.
+        if known.as_ref().is_some_and(|known| !known.confirmed) {
+            return Err(StepError::retry(
+                "the database was restored, and the server's host has not said yet that it has it",
+            ));
+        }
         let (Some(row), Some(known)) = (row, known) else {
             return Err(StepError::fail(
                 "something else has been asked of the server meanwhile",
@@ -560,6 +560,35 @@ impl Step for Keep {
 
     async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
         self.fetch.undo(operation).await
+    }
+}
+
+/// The image that the server was kept in before is of no use any more, now that another counts.
+struct Former(Tools);
+
+impl Former {
+    async fn remove(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let state: State = operation.state()?;
+        if let Some(former) = &state.former {
+            let removed = self.0.images.remove(former, self.0.clock.now_us()).await;
+            removed.map_err(unstored)?;
+        }
+        Ok(Progress::Done)
+    }
+}
+
+#[async_trait]
+impl Step for Former {
+    fn name(&self) -> &'static str {
+        "former"
+    }
+
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        self.remove(operation).await
+    }
+
+    async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
+        self.remove(operation).await
     }
 }
 

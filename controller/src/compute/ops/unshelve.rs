@@ -255,7 +255,9 @@ impl Place {
         let mut wanted = known.wanted;
         wanted.power = Power::Running;
         // A host that has a disk of the server still, or had one, makes it anew all the same.
-        wanted.rebuilds += 1;
+        let said = self.0.machines.fleet().holders(known.server).into_iter();
+        let done = said.map(|(_, report)| report.rebuilds).max().unwrap_or(0);
+        wanted.rebuilds = wanted.rebuilds.max(done) + 1;
         let Some(disk) = &mut wanted.spec.root_disk else {
             return Err(StepError::fail("the server has no disk of its own"));
         };
@@ -379,7 +381,18 @@ impl Step for Start {
 
     async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
         let server = machine_id(&operation.subject)?;
-        match self.0.machines.converge(server).await? {
+        let machines = &self.0.machines;
+        let known = machine::find(machines.reader(), server).await?;
+        let owner = known.and_then(|known| known.host);
+        let is_off = match owner {
+            Some(owner) => machines.is_off(machines.reader(), owner).await?,
+            None => None,
+        };
+        // It may have made the disk, and nobody will hear of it: the image is as good.
+        if let Some(reason) = is_off {
+            return Err(StepError::fail(reason));
+        }
+        match machines.converge(server).await? {
             Converged::Settled(report) => {
                 let known = machine::find(self.0.machines.reader(), server).await?;
                 let is_made = known.is_some_and(|known| is_made(&known, &report));
@@ -426,11 +439,18 @@ impl Step for Start {
         let state: State = operation.state()?;
         let server = machine_id(&operation.subject)?;
         let known = machine::find(tx, server).await?;
-        if state.begun || known.is_none_or(|known| known.host.is_none()) {
+        let Some(known) = known.filter(|known| !state.begun && known.host.is_some()) else {
             return Ok(());
-        }
+        };
         let (request_id, now) = (operation.origin.request_id.clone(), self.0.clock.now_us());
-        Ok(want_gone(tx, server, request_id, now).await?)
+        want_gone(tx, server, request_id, now).await?;
+        if !known.confirmed {
+            // Of a restored database: it may have come to run since, there or elsewhere, and nobody is to be told by
+            // this row that it is gone.
+            machine::vacate(tx, server, now).await?;
+            machine::doubt(tx, server).await?;
+        }
+        Ok(())
     }
 }
 

@@ -360,6 +360,72 @@ async fn a_host_that_cannot_make_the_disk_gives_the_server_back_to_its_image() {
     assert_eq!(images(&cloud).await, vec![]);
 }
 
+/// It counts until another does, whatever becomes of that one.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_before_goes_when_another_counts() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    shelve(&cloud, &id).await;
+    at_rest(&cloud, &id, "SHELVED_OFFLOADED").await;
+    cloud.frozen.send_replace(true);
+    unshelve(&cloud, &id).await;
+    cloud.until_takes(&id, Power::Running).await;
+    // The disk is made of it, and the guest cannot be started on it.
+    cloud.host.settle();
+    cloud.host.fail(machine(&id), "no kernel");
+    cloud.frozen.send_replace(false);
+    at_rest(&cloud, &id, "ERROR").await;
+    let former = images(&cloud).await.remove(0).row.id;
+    let hard = json!({"reboot": {"type": "HARD"}});
+    cloud.act("one", &id, "", hard).await;
+    at_rest(&cloud, &id, "ACTIVE").await;
+    cloud.host.set_full(true);
+    shelve(&cloud, &id).await;
+    at_rest(&cloud, &id, "ACTIVE").await;
+    assert_eq!(images(&cloud).await.remove(0).row.id, former);
+    cloud.host.set_full(false);
+    shelve(&cloud, &id).await;
+    at_rest(&cloud, &id, "SHELVED_OFFLOADED").await;
+    let mut left = images(&cloud).await;
+    assert_eq!(left.len(), 1);
+    assert_ne!(left.remove(0).row.id, former);
+}
+
+/// Whatever it has made of it by then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_whose_host_goes_down_while_it_is_unshelved_is_in_its_image_still() {
+    let cloud = Cloud::new().await;
+    let id = cloud.running("one", "web").await;
+    shelve(&cloud, &id).await;
+    at_rest(&cloud, &id, "SHELVED_OFFLOADED").await;
+    cloud.frozen.send_replace(true);
+    unshelve(&cloud, &id).await;
+    cloud.until_takes(&id, Power::Running).await;
+    declare(&cloud, true).await;
+    at_rest(&cloud, &id, "SHELVED_OFFLOADED").await;
+    let why = failure(&cloud, &id, "unshelve").await;
+    assert_eq!(why, "host host-1 was declared to be down");
+    assert_eq!(
+        (images(&cloud).await.len(), used(&cloud).await),
+        (1, vec![0])
+    );
+    cloud.frozen.send_replace(false);
+    declare(&cloud, false).await;
+    unshelve(&cloud, &id).await;
+    at_rest(&cloud, &id, "ACTIVE").await;
+    assert_eq!(cloud.host.processes(), vec![machine(&id)]);
+}
+
+/// An operator's word on the first host.
+async fn declare(cloud: &Cloud, down: bool) {
+    let host = cloud.host.id();
+    let write = cloud
+        .app
+        .database()
+        .write(move |tx| Box::pin(async move { host::set_forced_down(tx, host, down).await }));
+    assert!(write.await.unwrap());
+}
+
 /// Its user may do that, as long as nobody has begun to fill it: it is an image of his.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_somebody_uploads_into_the_image_is_not_the_servers_disk() {
@@ -394,15 +460,7 @@ async fn a_host_that_is_down_is_not_waited_for_to_let_go() {
     shelve(&cloud, &id).await;
     let goes = |server: &Value| server["OS-EXT-STS:task_state"] == "shelving_offloading";
     cloud.until_is("one", &id, goes).await;
-    let declare = async |down: bool| {
-        let host = cloud.host.id();
-        let write = cloud
-            .app
-            .database()
-            .write(move |tx| Box::pin(async move { host::set_forced_down(tx, host, down).await }));
-        assert!(write.await.unwrap());
-    };
-    declare(true).await;
+    declare(&cloud, true).await;
     at_rest(&cloud, &id, "SHELVED_OFFLOADED").await;
     assert_eq!(cloud.host.remains(), vec![machine(&id)]);
     let other = cloud.join(2).await;
@@ -410,7 +468,7 @@ async fn a_host_that_is_down_is_not_waited_for_to_let_go() {
     at_rest(&cloud, &id, "ACTIVE").await;
     assert_eq!(other.processes(), vec![machine(&id)]);
     assert_eq!(used(&cloud).await, [0, 256]);
-    declare(false).await;
+    declare(&cloud, false).await;
     cloud.host.set_stuck(false);
     cloud.host.settle();
     assert_eq!(cloud.host.remains(), vec![]);

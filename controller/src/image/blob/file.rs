@@ -15,6 +15,8 @@ use tokio_util::io::ReaderStream;
 use super::{BlobError, BlobStore, Incoming};
 
 const PART: &str = ".part";
+/// Before the key of what no row names since the database was restored.
+const ASIDE: &str = "unnamed-";
 const CHUNK: usize = 256 << 10;
 
 #[derive(Debug, Clone)]
@@ -120,6 +122,20 @@ impl BlobStore for FileStore {
             }
         }
         Ok(())
+    }
+
+    async fn set_aside(&self, key: &str) -> Result<Option<String>, BlobError> {
+        let name = format!("{ASIDE}{key}");
+        let (from, to) = (self.path(key), self.path(&name));
+        let kept = match fs::rename(&from, &to).await {
+            Ok(()) => Some(name),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+            Err(e) => return Err(failed("setting aside", &from, e)),
+        };
+        // What was never finished.
+        self.remove(key).await?;
+        sync_folder(&self.folder).await?;
+        Ok(kept)
     }
 
     async fn free(&self) -> Result<Option<u64>, BlobError> {

@@ -50,6 +50,10 @@ pub trait BlobStore: Send + Sync + fmt::Debug {
     /// Removes a blob; one that is not there is removed already.
     async fn remove(&self, key: &str) -> Result<(), BlobError>;
 
+    /// A finished blob is kept under a name that is no key's, for an operator to look at: that name. One that was never
+    /// finished, or is not there, is removed.
+    async fn set_aside(&self, key: &str) -> Result<Option<String>, BlobError>;
+
     /// Bytes that can still be written; `None` from a backend that has no such bound.
     async fn free(&self) -> Result<Option<u64>, BlobError>;
 
