@@ -345,7 +345,13 @@ impl World {
             let outcome = requests::image(&app, id).await;
             return self.note(format!("image of {id}: {:?}", outcome.ok()));
         }
-        if self.migrates != Migrates::Only && self.random.random_bool(0.15) {
+        // Guests that are shelved do not migrate.
+        let shelves = match self.migrates {
+            Migrates::Never => 0.15,
+            Migrates::Too => 0.05,
+            Migrates::Only => 0.0,
+        };
+        if self.random.random_bool(shelves) {
             let outcome = requests::shelve_or_unshelve(&app, id).await;
             return self.note(format!("shelve or unshelve {id}: {:?}", outcome.ok()));
         }
