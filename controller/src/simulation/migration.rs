@@ -230,10 +230,15 @@ async fn storms(mut seeds: std::ops::Range<u64>, migrates: Migrates) {
     let count = seeds.end - seeds.start;
     let least = count / 2;
     for seed in seeds {
+        // Among all else that is asked for, fewer of them arrive.
+        let events = match migrates {
+            Migrates::Too => 360,
+            Migrates::Only | Migrates::Never => 200,
+        };
         let plan = Plan {
             hosts: 3,
             servers: 3,
-            events: 200,
+            events,
         };
         let mut world = World::new(seed, plan).await;
         for n in 0..plan.servers {
