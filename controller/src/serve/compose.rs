@@ -20,7 +20,7 @@ use crate::agents::host;
 use crate::agents::http::HttpAgents;
 use crate::agents::listener::{Blob, BlobSource, Listener, Parts};
 use crate::clock::{Clock, SystemClock};
-use crate::compute::ops::shelve;
+use crate::compute::ops;
 use crate::compute::{self, Compute, ServerObserver};
 use crate::database::Database;
 use crate::hosts::Hosts;
@@ -222,17 +222,12 @@ async fn preside(mut seat: Option<Seat>, engine: Arc<Engine>, stop: Cancellation
 /// Before anything is told to a host: what it was told after the backup must not win.
 async fn restored(database: &Database, now_us: i64) -> Result<(), ServeError> {
     database
-        .write(move |tx| {
-            Box::pin(async move {
-                machine::begin_epoch(tx, now_us).await?;
-                host::none_is_off(tx).await?;
-                shelve::restored(tx, now_us).await
-            })
-        })
+        .write(move |tx| Box::pin(async move { ops::restored(tx, now_us).await }))
         .await
         .map_err(ServeError::Restored)?;
     tracing::warn!(
-        "the database was restored: servers wait until their hosts say that they have them"
+        "the database was restored: servers wait until their hosts say that they have them, and which hosts are off is to \
+         be said anew"
     );
     Ok(())
 }
@@ -267,7 +262,7 @@ async fn images(
     // Each controller has bytes of its own, and only one of them is started as the first after a restore.
     let epoch = machine::epoch(database.reader()).await;
     let epoch = epoch.map_err(ServeError::Restored)?.to_string();
-    let file = config.state_dir.join("epoch");
+    let file = config.state_dir.join(format!("epoch-{}", config.name));
     let swept = match tokio::fs::read_to_string(&file).await {
         Err(error) if error.kind() == io::ErrorKind::NotFound => "0".to_owned(),
         read => read.map_err(ServeError::Epoch)?,
@@ -394,13 +389,19 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn only_a_start_with_a_restored_database_begins_a_new_epoch() {
+    async fn only_a_start_with_a_restored_database_begins_a_new_epoch_and_keeps_what_no_row_names()
+    {
         let folder = tempfile::tempdir().unwrap();
+        let images = folder.path().join("images");
+        std::fs::create_dir(&images).unwrap();
         let mut epochs = Vec::new();
-        for restored in [false, true, false] {
+        // Another controller, of the same folder, is started plainly after that.
+        for (restored, name) in [(false, "a"), (true, "a"), (false, "b"), (false, "a")] {
+            std::fs::write(images.join(format!("{name}.KEY")), b"disk").unwrap();
             let options = Options {
                 state_dir: Some(folder.path().to_owned()),
                 plain_http: true,
+                name: Some(name.to_owned()),
                 restored,
                 ..Options::default()
             };
@@ -415,9 +416,13 @@ mod tests {
             epochs.push(epoch.map_or(0, |row| row.value.parse::<i64>().unwrap()));
             drop(controller);
             database.close().await;
+            assert!(!images.join(format!("{name}.KEY")).exists());
+            // The second of each name is of a start like any other.
+            let kept = images.join(format!("unnamed-{name}.KEY"));
+            assert_eq!(kept.exists(), epochs.len() > 1, "{name} {epochs:?}");
         }
         assert_eq!(epochs[0], 0);
         assert!(epochs[1] > 1_700_000_000, "{epochs:?}");
-        assert_eq!(epochs[2], epochs[1]);
+        assert_eq!(epochs[2..], [epochs[1], epochs[1]]);
     }
 }

@@ -12,12 +12,12 @@ use super::world::{Plan, World};
 use crate::agents::host;
 use crate::agents::simulated::SimulatedHost;
 use crate::compute::model::state::ServerState;
+use crate::compute::ops;
 use crate::compute::ops::change::Change;
-use crate::compute::ops::shelve;
 use crate::compute::store::server;
 use crate::database::Database;
 use crate::event;
-use crate::operation::{Advance, Kind, Kinds, Operation, Outcome, Step, StepError};
+use crate::operation::{self, Advance, Kind, Kinds, Operation, Outcome, Step, StepError};
 use crate::reconcile::machine;
 
 /// A cloud of `hosts` in which these servers are active.
@@ -72,9 +72,7 @@ async fn restore(world: &mut World, backup: &str) {
     let begin = world.database().write(|tx| {
         Box::pin(async move {
             let now_us = 1_800_000_001_000_000;
-            machine::begin_epoch(tx, now_us).await?;
-            host::none_is_off(tx).await?;
-            shelve::restored(tx, now_us).await
+            ops::restored(tx, now_us).await
         })
     });
     begin.await.unwrap();
@@ -584,5 +582,41 @@ async fn a_server_that_was_unshelved_and_has_moved_since_the_backup_is_left_alon
             holder.processes().contains(&ServerId(ONE)),
             "it is the only one"
         );
+    }
+}
+
+/// The backup is of the moment in which its first host was to be told, and it is deleted before that host is heard.
+#[tokio::test]
+async fn a_server_whose_unshelving_nobody_knows_of_is_in_its_image_or_goes_when_it_is_deleted() {
+    for is_deleted in [false, true] {
+        let mut world = active(2, &[ONE]).await;
+        let app = world.app();
+        requests::shelve_or_unshelve(&app, ONE).await.unwrap();
+        world.heal().await;
+        requests::shelve_or_unshelve(&app, ONE).await.unwrap();
+        let engine = Arc::clone(&world.controller.as_ref().unwrap().engine);
+        let owner = loop {
+            let known = machine::find(world.database().reader(), ServerId(ONE)).await;
+            if let Some(owner) = known.unwrap().unwrap().host {
+                break owner;
+            }
+            engine.advance(&ONE.to_string()).await;
+        };
+        let backup = back_up(&world).await;
+        restore(&mut world, &backup).await;
+        if is_deleted {
+            world.network.freeze(owner);
+            requests::delete(&world.app(), ONE).await.unwrap();
+            world.round().await;
+            world.round().await;
+        }
+        world.heal().await;
+        let open = operation::unfinished(world.database().reader(), None).await;
+        assert_eq!(open.unwrap(), vec![]);
+        if is_deleted {
+            world.check_rest().await;
+            continue;
+        }
+        assert_eq!(state(&world, ONE).await, ServerState::ShelvedOffloaded);
     }
 }

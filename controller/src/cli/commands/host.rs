@@ -119,10 +119,8 @@ async fn drain(
         .await?;
     let path = format!("/servers/detail?all_tenants=1&host={}", query_value(&name));
     let (mut seen, mut stay) = (BTreeSet::new(), 0);
+    let mut is_last = false;
     loop {
-        // What was on its way here when the host was disabled arrives all the same: it is in the list that is asked for
-        // after it has.
-        let arrived = arrivals(&name, timeout, session, output).await?;
         let servers = session.list(Service::Compute, &path, "servers").await?;
         let new = servers
             .iter()
@@ -144,8 +142,12 @@ async fn drain(
                 }
             }
         }
-        if new.is_empty() && !arrived {
-            break;
+        // What was on its way here when the host was disabled arrives all the same: it is in the list that is asked for
+        // after it has.
+        let arrived = arrivals(&name, timeout, session, output).await?;
+        match new.is_empty() && !arrived {
+            true if is_last => break,
+            quiet => is_last = quiet,
         }
     }
     if stay == 0 {

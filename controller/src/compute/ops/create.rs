@@ -13,7 +13,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::{DatabaseTransaction, DbErr};
 use serde::{Deserialize, Serialize};
 
-use super::{RequestError, Tools, machine_id, to_error, to_state, turn};
+use super::{RequestError, Tools, is_unknown, machine_id, to_error, to_state, turn};
 use crate::compute::model::state::{Build, ServerState};
 use crate::compute::store::server;
 use crate::event::Origin;
@@ -23,6 +23,10 @@ use crate::reconcile::{Converged, NoHost, machine};
 use crate::scheduler::{Amounts, Request};
 
 pub const KIND: &str = "server_create";
+
+/// Why an operation does not go on that [`is_unknown`] concerns.
+pub(super) const UNKNOWN: &str =
+    "the database was restored, and the server's host knows nothing of it";
 
 /// What the operation knows of its server.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -235,6 +239,10 @@ impl Step for Start {
 
     async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
         let server = machine_id(&operation.subject)?;
+        let known = machine::find(self.0.machines.reader(), server).await?;
+        if known.is_some_and(|known| is_unknown(&self.0.machines, &known)) {
+            return Err(StepError::fail(UNKNOWN));
+        }
         match self.0.machines.converge(server).await? {
             Converged::Settled(report) => match report.observed {
                 // Paused: by its own watchdog, which the reconciler tells. Suspended: asked for since, of a
@@ -276,7 +284,8 @@ impl Step for Start {
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
         let known = machine::find(tx, machine_id(&operation.subject)?).await?;
-        if known.is_some_and(|known| known.host.is_some() && !known.confirmed) {
+        let is_deleted = known.as_ref().is_some_and(machine::Machine::is_tombstone);
+        if !is_deleted && known.is_some_and(|known| known.host.is_some() && !known.confirmed) {
             return Err(StepError::fail(
                 "the database was restored, and no host has said that it has the server",
             ));

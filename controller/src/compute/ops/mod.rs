@@ -23,12 +23,14 @@ use sea_orm::{DatabaseTransaction, DbErr};
 
 use super::model::state::ServerState;
 use super::store::server;
+use crate::agents::host;
 use crate::clock::Clock;
 use crate::http::ApiError;
 use crate::image::Images;
 use crate::operation::{Engine, Kinds, StepError};
 use crate::random::Random;
 use crate::reconcile::Machines;
+use crate::reconcile::machine::{self, Machine};
 
 pub use observe::ServerObserver;
 
@@ -117,6 +119,24 @@ impl From<RequestError> for ApiError {
             RequestError::Prepare(error) => Self::internal(error),
         }
     }
+}
+
+/// After a restore of the database: every generation from now on is above all that hosts were told, and what the backup
+/// says of another time is to be said anew.
+pub async fn restored(tx: &DatabaseTransaction, now_us: i64) -> Result<(), DbErr> {
+    machine::begin_epoch(tx, now_us).await?;
+    host::none_is_off(tx).await?;
+    shelve::restored(tx, now_us).await
+}
+
+/// Of a restored database: the owner was heard, and knows nothing of the server, so it will not be told either. Whether
+/// it ever was, nobody knows.
+fn is_unknown(machines: &Machines, known: &Machine) -> bool {
+    let fleet = machines.fleet();
+    let owner = known.host.filter(|_| !known.confirmed);
+    owner.is_some_and(|owner| {
+        fleet.machines(owner).is_some() && fleet.machine(owner, known.server).is_none()
+    })
 }
 
 /// The server's id as agents know it.

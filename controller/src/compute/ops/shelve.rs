@@ -412,8 +412,13 @@ impl Step for Begin {
         }
         let (images, now) = (&self.tools.images, self.tools.clock.now_us());
         images.discard(&state.image, now).await.map_err(unstored)?;
-        // Whole or not: nobody was told of it as his server's.
-        images.remove(&state.image, now).await.map_err(unstored)?;
+        let server = machine_id(&operation.subject)?;
+        let known = machine::find(self.tools.machines.reader(), server).await?;
+        let in_doubt = known.is_some_and(|known| !known.confirmed && !known.is_tombstone());
+        // Whole or not: nobody was told of it as his server's. But of a restored database it may be all that there is.
+        if !in_doubt {
+            images.remove(&state.image, now).await.map_err(unstored)?;
+        }
         dropped(&self.tools, operation).await
     }
 

@@ -22,10 +22,12 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::{ConnectionTrait, DatabaseTransaction};
 use serde::{Deserialize, Serialize};
 
-use super::create::settle;
+use super::create::{UNKNOWN, settle};
 use super::image::{unstored, waited_us};
 use super::shelve::{Offload, is_kept_only, is_over, let_go_of, shelved, vacate, want_gone};
-use super::{RequestError, Tools, change, instance, machine_id, to_error, to_state, turn};
+use super::{
+    RequestError, Tools, change, instance, is_unknown, machine_id, to_error, to_state, turn,
+};
 use crate::agents::host;
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
@@ -383,6 +385,12 @@ impl Step for Start {
         let server = machine_id(&operation.subject)?;
         let machines = &self.0.machines;
         let known = machine::find(machines.reader(), server).await?;
+        if known
+            .as_ref()
+            .is_some_and(|known| is_unknown(machines, known))
+        {
+            return Err(StepError::fail(UNKNOWN));
+        }
         let owner = known.and_then(|known| known.host);
         let is_off = match owner {
             Some(owner) => machines.is_off(machines.reader(), owner).await?,
@@ -439,7 +447,9 @@ impl Step for Start {
         let state: State = operation.state()?;
         let server = machine_id(&operation.subject)?;
         let known = machine::find(tx, server).await?;
-        let Some(known) = known.filter(|known| !state.begun && known.host.is_some()) else {
+        // A delete's tombstone is the delete's.
+        let known = known.filter(|known| known.host.is_some() && !known.is_tombstone());
+        let Some(known) = known.filter(|_| !state.begun) else {
             return Ok(());
         };
         let (request_id, now) = (operation.origin.request_id.clone(), self.0.clock.now_us());
