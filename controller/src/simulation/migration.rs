@@ -37,7 +37,7 @@ impl Migrates {
     pub fn share(self) -> f64 {
         match self {
             Self::Never => 0.0,
-            Self::Too => 0.6,
+            Self::Too => 0.75,
             Self::Only => 0.8,
         }
     }
@@ -232,7 +232,7 @@ async fn storms(mut seeds: std::ops::Range<u64>, migrates: Migrates) {
     for seed in seeds {
         // Among all else that is asked for, fewer of them arrive.
         let events = match migrates {
-            Migrates::Too => 360,
+            Migrates::Too => 600,
             Migrates::Only | Migrates::Never => 200,
         };
         let plan = Plan {
