@@ -65,7 +65,8 @@ pub struct Options {
     pub image_reserve: Option<Size>,
     /// The database was restored from a backup: say it at the first start after that, and only then.
     /// What hosts were told since the backup is then known to be older than what they are told now, and
-    /// no server is started before its host has said that it still has it; one that is gone is ERROR.
+    /// no server is started before its host has said that it still has it; one that is gone is ERROR. Which
+    /// hosts are off is to be said anew, and images' bytes that no row names are kept as `images/unnamed-*`.
     #[arg(long)]
     #[serde(skip)]
     pub restored: bool,

@@ -10,8 +10,8 @@
 //!
 //! Before the host has made the disk all of it can be taken back: the host lets go of what it has, and the server is
 //! shelved as before. It is told to by a rebuild: what it has of the server from before is no disk of it, and that it
-//! has made this one is what it counts. From there on the host's disk is the only one that counts, and nothing is taken back. The image
-//! goes last, and stays where the guest could not be started for good.
+//! has made this one is what it counts. From there on the host's disk is the only one that counts, and nothing is taken
+//! back. The image goes last, and stays where the guest could not be started for good.
 
 use std::sync::Arc;
 
