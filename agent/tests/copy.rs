@@ -232,3 +232,81 @@ fn a_copy_is_wanted_by_its_own_version_only() -> Result {
         Ok(())
     })
 }
+
+/// Without KVM, too: the disk is what the guest finds.
+#[test]
+fn a_disk_is_made_of_its_copy_again_and_grows_with_its_server() -> Result {
+    block_on(async {
+        let (_cloud, mut agent, kernel) = with_stand_ins().await?;
+        let mut machine = Machine::start(&agent, &kernel).await?;
+        let disk = agent.machine_folder(machine.id).join("root.raw");
+        machine.changed(|it| it.power = Power::Stopped).await?;
+        std::fs::write(&disk, vec![7; 1 << 20])?;
+        let report = machine.changed(|it| it.copy = Some(ONE)).await?;
+        assert_eq!(state(&report), Some(CopyState::Made { bytes: 1 << 20 }));
+        // Larger, from its next start on.
+        let larger = |it: &mut fractus_agent_api::machine::Wanted| {
+            it.spec.root_disk.as_mut().unwrap().size = 3 << 20;
+        };
+        machine.changed(larger).await?;
+        assert_eq!(disk.metadata()?.len(), 1 << 20);
+        machine.changed(|it| it.power = Power::Running).await?;
+        let grown = std::fs::read(&disk)?;
+        assert_eq!(grown.len(), 3 << 20);
+        let is_as_it_was = |bytes: &[u8]| bytes.iter().take(1 << 20).all(|byte| *byte == 7);
+        assert!(is_as_it_was(&grown) && grown.iter().skip(1 << 20).all(|byte| *byte == 0));
+        machine.changed(|it| it.power = Power::Stopped).await?;
+        std::fs::write(&disk, vec![8; 3 << 20])?;
+
+        // An agent that knows nothing of it would make it of its image.
+        let mut old = put(machine.revision + 1, machine.wanted.clone());
+        (old.wanted.restores, old.wanted.rebuilds) = (Some(ONE), 1);
+        old.version = PUT_VERSION;
+        let refused = agent.client.put(machine.id, &old).await.unwrap_err();
+        assert!(
+            matches!(refused.refusal(), Some(Refusal::Invalid { .. })),
+            "{refused}"
+        );
+        let back = |it: &mut fractus_agent_api::machine::Wanted| {
+            it.spec.root_disk.as_mut().unwrap().size = 1 << 20;
+            it.restores = Some(ONE);
+            it.rebuilds += 1;
+        };
+        for rebuilds in [1, 2] {
+            let report = machine.changed(back).await?;
+            assert_eq!(report.rebuilds, rebuilds);
+            assert!(std::fs::read(&disk)? == vec![7; 1 << 20]);
+        }
+        let left = agent.leftovers(machine.id);
+        assert!(!left.iter().any(|name| name.ends_with(".new")), "{left:?}");
+        // The copy goes, and the disk stays.
+        machine
+            .changed(|it| {
+                (it.copy, it.restores) = (None, None);
+                it.power = Power::Running;
+            })
+            .await?;
+        assert_eq!(copies(&agent, machine.id), Vec::<String>::new());
+        assert!(std::fs::read(&disk)? == vec![7; 1 << 20]);
+
+        // Of one that is not there nothing is made, and the disk is left.
+        machine.changed(|it| it.power = Power::Stopped).await?;
+        let (id, revision, wanted) = (machine.id, machine.revision, machine.wanted);
+        agent.restart().await?;
+        let mut machine = Machine {
+            agent: &agent,
+            id,
+            wanted,
+            revision,
+        };
+        let report = machine
+            .changed(|it| (it.restores, it.rebuilds) = (Some(TWO), it.rebuilds + 1))
+            .await?;
+        assert!(
+            matches!(report.observed, Observed::Failed { .. }),
+            "{report:?}"
+        );
+        assert!(std::fs::read(&disk)? == vec![7; 1 << 20]);
+        Ok(())
+    })
+}

@@ -25,6 +25,7 @@ pub use config::{Config, ConfigError, Options};
 use compose::Controller;
 
 use crate::agents::listener::ListenError;
+use crate::compute::ops::resize::verdict;
 use crate::database::OpenError;
 use crate::http::{App, Public, Routes};
 use crate::identity::{KeyError, boot};
@@ -139,6 +140,9 @@ pub async fn run(options: Options) -> Result<(), ServeError> {
         ));
     }
     tasks.spawn(upkeep(app.clone(), metrics, stop.clone()));
+    if let Some(window) = config.resize_confirm_window {
+        tasks.spawn(confirm(app.clone(), window, stop.clone()));
+    }
 
     tracing::info!(listen = %config.listen, public_url = config.public_url.as_str(), "ready");
     // Fails where nobody is told (no systemd); that is no error.
@@ -195,6 +199,21 @@ async fn upkeep(app: App, metrics: PrometheusHandle, stop: CancellationToken) {
         metrics.run_upkeep();
         if let Err(error) = app.realm().refresh_keys().await {
             tracing::error!(%error, "the token keys could not be refreshed");
+        }
+    }
+}
+
+/// Servers that could go back, and have waited for `window`, stay as they are. Each controller looks; the first is taken.
+async fn confirm(app: App, window: Duration, stop: CancellationToken) {
+    let pause = (window / 4).clamp(Duration::from_secs(1), Duration::from_secs(60));
+    let mut turns = tokio::time::interval(pause);
+    loop {
+        tokio::select! {
+            _ = turns.tick() => {}
+            () = stop.cancelled() => return,
+        }
+        if let Err(error) = verdict::confirm_overdue(&app, window).await {
+            tracing::error!(%error, "servers that wait to be confirmed could not be");
         }
     }
 }

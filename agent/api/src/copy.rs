@@ -2,7 +2,8 @@
 //!
 //! The intent names one copy ([`Wanted::copy`]). The agent makes it, of the disk as it is at one moment, while the guest
 //! does what it does; says what became of it ([`CopyReport`]); and has it, under that name, until the intent does not
-//! name it any more. Its bytes come as pieces ([`Piece`]): of holes nothing comes.
+//! name it any more. Its bytes come as pieces ([`Piece`]): of holes nothing comes. Or the disk is made of it again, on
+//! the same host ([`Wanted::restores`]).
 
 use std::fmt;
 
@@ -15,6 +16,10 @@ use crate::machine::{Power, Wanted};
 /// `PutMachine::version` of an intent that speaks of a copy: an agent that knows nothing of them would settle
 /// without one.
 pub const PUT_VERSION: u32 = 3;
+
+/// Of an intent whose rebuild takes the disk from a copy, or of a machine that is kept for its server's way back: an agent
+/// that knows nothing of that would make the disk of its image, or not say what it keeps.
+pub const RESTORE_VERSION: u32 = 4;
 
 /// One attempt to have a copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -74,6 +79,10 @@ pub fn next(wanted: &Wanted, copies: &Copies) -> Option<CopyStep> {
         return Some(CopyStep::Drop);
     }
     let id = wanted.copy?;
+    // It is what a disk is to be made of: of another moment it would be another's.
+    if wanted.restores == Some(id) {
+        return None;
+    }
     let known = [copies.made, copies.begun, copies.failed].contains(&Some(id));
     (!known).then_some(CopyStep::Make(id))
 }

@@ -65,7 +65,7 @@ pub enum Intake {
 }
 
 /// Of `PutMachine::version`.
-const NEWEST_PUT: u32 = copy::PUT_VERSION;
+const NEWEST_PUT: u32 = copy::RESTORE_VERSION;
 
 /// Whether `put` is taken by an agent that holds `held`.
 ///
@@ -82,9 +82,11 @@ pub fn intake(held: Option<&Intent>, put: &PutMachine) -> Result<Intake, Refusal
     }
     let takes = put.wanted.version();
     if put.version < takes {
-        let what = match put.wanted.copy {
-            Some(_) => "a copy",
-            None => "a migration",
+        let what = match (put.wanted.restores, put.wanted.copy) {
+            _ if put.wanted.parks.is_some() => "a way back",
+            (Some(_), _) => "a disk that is made of a copy",
+            (None, Some(_)) => "a copy",
+            (None, None) => "a migration",
         };
         return invalid(format!(
             "{what} in a body of version {}; it takes {takes}",
@@ -394,6 +396,8 @@ pub(crate) mod tests {
             continues: None,
             copy: None,
             copies: 0,
+            restores: None,
+            parks: None,
             spec: MachineSpec {
                 vcpus: 1,
                 max_vcpus: None,

@@ -80,6 +80,13 @@ pub struct Wanted {
     /// Copies that have been wanted so far: who has not heard of one knows by this that there was one.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub copies: u64,
+    /// A rebuild makes the root disk of this copy, which the host has, and not of the disk's image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restores: Option<CopyId>,
+    /// The server may be another host's by now, after this migration: what is here is kept for its way back. It changes
+    /// nothing; but it is persisted, and reported, so that whoever has an older row does not take it for the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parks: Option<MigrationId>,
     pub spec: MachineSpec,
 }
 
@@ -93,7 +100,7 @@ impl Wanted {
     pub fn end(&mut self) {
         self.power = Power::Absent;
         (self.arrives, self.departs, self.continues) = (None, None, None);
-        self.copy = None;
+        (self.copy, self.restores, self.parks) = (None, None, None);
         self.spec.guest.instance = None;
     }
 
@@ -106,6 +113,7 @@ impl Wanted {
     /// `PutMachine::version` of a body that says this: an agent that does not know what it speaks of refuses it.
     pub fn version(&self) -> u32 {
         match (self.copy.is_some(), self.migrates()) {
+            _ if self.restores.is_some() || self.parks.is_some() => copy::RESTORE_VERSION,
             (true, _) => copy::PUT_VERSION,
             (false, true) => migration::PUT_VERSION,
             (false, false) => crate::VERSION,
@@ -258,6 +266,9 @@ pub struct MachineReport {
     pub shape: Option<Shape>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationReport>,
+    /// As `revision` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parks: Option<MigrationId>,
     /// Of the copy that `revision` wants.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy: Option<CopyReport>,

@@ -236,6 +236,8 @@ impl Wanted {
             let mut wanted = wanted.clone();
             (wanted.arrives, wanted.departs, wanted.continues) = (None, None, None);
             (wanted.copy, wanted.copies) = (None, 0);
+            // Of a disk that was made: the rebuilds say so.
+            (wanted.restores, wanted.parks) = (None, None);
             wanted
         };
         // A copy that was withdrawn before it was heard of has left its count.

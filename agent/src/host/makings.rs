@@ -173,6 +173,21 @@ impl Makings for HostMakings {
         made
     }
 
+    async fn restore_disk(&self, paths: &MachinePaths, copy: CopyId) -> Result<(), MakeError> {
+        sweep(paths, |name| {
+            name.starts_with("root.") && name.ends_with(".new")
+        })?;
+        let (from, to) = (paths.copy(copy), paths.disk());
+        apart("making the root disk of its copy", move || {
+            directory::take(&from, &to)
+        })
+        .await
+    }
+
+    fn grow_disk(&self, paths: &MachinePaths, size: u64) -> Result<(), MakeError> {
+        Ok(directory::grow(&paths.disk(), size)?)
+    }
+
     async fn open_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<OpenDisk, MakeError> {
         match disk.source {
             DiskSource::Local => {

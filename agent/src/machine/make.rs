@@ -112,6 +112,13 @@ pub trait Makings: Send + Sync + 'static {
     /// Whether this host has room for a copy of the root disk.
     fn copy_has_room(&self, paths: &MachinePaths) -> Result<(), MakeError>;
 
+    /// The root disk, which no guest has now, is this copy of it afterwards: it must not be taken for a copy any more once
+    /// a guest has run.
+    async fn restore_disk(&self, paths: &MachinePaths, copy: CopyId) -> Result<(), MakeError>;
+
+    /// The root disk, which no guest has now, has `size` bytes at least afterwards.
+    fn grow_disk(&self, paths: &MachinePaths, size: u64) -> Result<(), MakeError>;
+
     /// A copy of the root disk, which no guest has now, stands in its place afterwards, whole; its bytes.
     async fn copy_disk(&self, paths: &MachinePaths, copy: CopyId) -> Result<u64, MakeError>;
 

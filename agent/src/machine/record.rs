@@ -17,7 +17,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 /// Of the file. Raised when the meaning of a field changes; older ones are read for ever.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
+/// Of one that an agent can take over that does not know that a disk may be made of its copy, or kept for its server's way
+/// back: it would make it of its image, and forget what it is kept for.
+const WITHOUT_RESTORE: u32 = 3;
 /// Of one that an agent can take over that knows nothing of guests which come or go: it would start another in their
 /// place.
 const WITHOUT_MIGRATION: u32 = 2;
@@ -160,7 +163,9 @@ impl Record {
         let mut value = serde_json::to_value(self).map_err(|e| failed(e.into()))?;
         let suspends = self.kept.is_some() || self.intent.wanted.power == Power::Suspended;
         let version = match (self.intent.wanted.migrates(), suspends) {
-            (true, _) => VERSION,
+            _ if self.intent.wanted.restores.is_some() => VERSION,
+            _ if self.intent.wanted.parks.is_some() => VERSION,
+            (true, _) => WITHOUT_RESTORE,
             (false, true) => WITHOUT_MIGRATION,
             (false, false) => WITHOUT_KEPT,
         };
@@ -268,6 +273,8 @@ pub fn scan(machines: &Path) -> Result<Found, RecordError> {
 
 #[cfg(test)]
 mod tests {
+    use fractus_agent_api::copy::CopyId;
+
     use super::*;
 
     fn golden(version: u32) -> PathBuf {
@@ -319,7 +326,7 @@ mod tests {
             1,
         );
         let error = Record::parse(newer.as_bytes(), Path::new("x")).unwrap_err();
-        assert!(matches!(error, RecordError::Newer { version: 4, .. }));
+        assert!(matches!(error, RecordError::Newer { version: 5, .. }));
     }
 
     #[test]
@@ -339,6 +346,21 @@ mod tests {
         record.intent.wanted.end();
         record.intent.wanted.departs = Some(departs);
         assert_eq!(version(&record), 3);
+    }
+
+    #[test]
+    fn a_record_of_a_disk_that_is_made_of_its_copy_is_not_for_an_agent_that_would_make_it_of_its_image()
+     {
+        let mut record = Record::read(&golden(1)).unwrap();
+        record.intent.wanted.restores = Some(CopyId(Uuid::from_u128(7)));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("machine/record.json");
+        record.write(&path).unwrap();
+        let read = Record::read(&path).unwrap();
+        assert_eq!(
+            (read.version, read.intent.wanted.restores),
+            (4, record.intent.wanted.restores)
+        );
     }
 
     #[test]

@@ -213,19 +213,55 @@ pub fn open_or_make(path: &Path, size: u64, read_only: bool) -> Result<OpenDisk,
         path: path.to_owned(),
         source,
     };
-    let size = size.next_multiple_of(BLOCK);
     match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let size = size.next_multiple_of(BLOCK);
             make(path, Old::Keep, size, None, &AtomicBool::new(false))?;
         }
         Err(error) => return Err(io(error)),
-        Ok(about) if about.is_file() && about.len() < size => {
-            let file = File::options().write(true).open(path).map_err(io)?;
-            file.set_len(size).map_err(io)?;
-        }
-        Ok(_) => {}
+        Ok(_) => grow(path, size)?,
     }
     open(path, read_only)
+}
+
+/// The disk that stands there has `size` bytes at least afterwards; it is never made smaller. No guest has it now.
+pub fn grow(path: &Path, size: u64) -> Result<(), VolumeError> {
+    let io = |source| VolumeError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let size = size.next_multiple_of(BLOCK);
+    let about = fs::metadata(path).map_err(io)?;
+    if about.is_file() && about.len() < size {
+        let file = File::options().write(true).open(path).map_err(io)?;
+        file.set_len(size).map_err(io)?;
+    }
+    Ok(())
+}
+
+/// The disk at `path` is what stands at `copy`, in place of any other: both are names of one file from then on. It takes no
+/// room, and may be repeated. No guest has either now.
+pub fn take(copy: &Path, path: &Path) -> Result<(), VolumeError> {
+    let failed = |source| VolumeError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let beside = path.with_extension(format!("{}.new", uuid::Uuid::new_v4().simple()));
+    fs::hard_link(copy, &beside).map_err(|source| VolumeError::Open {
+        path: copy.to_owned(),
+        source,
+    })?;
+    let taken = fs::rename(&beside, path).map_err(failed);
+    // Where it was taken before, both names are of one file already, and rename(2) does nothing.
+    match fs::remove_file(&beside) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(failed(source)),
+        _ => taken?,
+    }
+    let folder = path
+        .parent()
+        .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
+    let folder = File::open(folder).map_err(failed)?;
+    folder.sync_all().map_err(failed)
 }
 
 /// Nothing stands there afterwards.

@@ -467,6 +467,8 @@ pub fn wanted(kernel: &ImageRef, power: Power) -> Wanted {
         continues: None,
         copy: None,
         copies: 0,
+        restores: None,
+        parks: None,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,

@@ -306,6 +306,7 @@ mod tests {
             size: None,
             shape: None,
             migration: None,
+            parks: None,
             copy: None,
         }
     }

@@ -296,6 +296,27 @@ pub async fn reserve(
     Ok(true)
 }
 
+/// The server holds this of the host, of which it held as much before, or more: whether there is room is not asked.
+pub async fn keep(
+    tx: &DatabaseTransaction,
+    host: HostId,
+    server: ServerId,
+    amounts: Amounts,
+) -> Result<(), DbErr> {
+    release(tx, host, server).await?;
+    let reservation = reservation::ActiveModel {
+        server_id: Set(server.to_string()),
+        host_id: Set(host.to_string()),
+        vcpus: Set(amounts.vcpus),
+        memory_mib: Set(amounts.memory_mib),
+        disk_gib: Set(amounts.disk_gib),
+    };
+    reservation::Entity::insert(reservation)
+        .exec_without_returning(tx)
+        .await?;
+    use_more(host, amounts).exec(tx).await.map(|_| ())
+}
+
 /// Gives back what the server holds of the host; nothing if it holds nothing.
 pub async fn release(
     tx: &DatabaseTransaction,

@@ -571,12 +571,14 @@ async fn an_image_of_a_server_is_made_and_waited_for() {
 }
 
 #[tokio::test]
-async fn a_server_is_shelved_and_unshelved_where_it_is_to_be() {
+async fn a_server_is_shelved_unshelved_confirmed_and_reverted_as_it_is_to_be() {
     let one = format!("/compute/v2.1/servers/{SERVER}");
     let shown = |status: &str| json!({"server": {"id": SERVER, "name": "web", "status": status}});
     for (line, sent, status) in [
         (vec!["shelve"], json!({"shelve": null}), "SHELVED_OFFLOADED"),
         (vec!["unshelve"], json!({"unshelve": null}), "ACTIVE"),
+        (vec!["confirm"], json!({"confirmResize": null}), "SHUTOFF"),
+        (vec!["revert"], json!({"revertResize": null}), "ACTIVE"),
         (
             vec!["unshelve", "--host", "h2", "--availability-zone", "nova"],
             json!({"unshelve": {"host": "h2", "availability_zone": "nova"}}),

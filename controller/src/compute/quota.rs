@@ -61,6 +61,19 @@ pub async fn claim(connection: &impl ConnectionTrait, rows: &[&Model]) -> Result
     check(connection, &first.project_id, wanted).await
 }
 
+/// Refuses what a server is to have more of, within the transaction that gives it.
+pub async fn check_more(
+    connection: &impl ConnectionTrait,
+    project: &str,
+    more: Usage,
+) -> Result<(), RequestError> {
+    match more == Usage::default() {
+        // A project that has too much already may still make less of it.
+        true => Ok(()),
+        false => check(connection, project, more).await,
+    }
+}
+
 /// Refuses what goes beyond what `project` may have. Outside of the transaction that takes it, this
 /// says no early and promises nothing.
 pub async fn check(
@@ -80,7 +93,7 @@ pub async fn check(
         ),
         ("ram", wanted.ram, used.ram, limits.ram),
     ] {
-        if limit >= 0 && used.saturating_add(wanted) > limit {
+        if limit >= 0 && wanted > 0 && used.saturating_add(wanted) > limit {
             return Err(RequestError::OverQuota(format!(
                 "Quota exceeded for {name}: Requested {wanted}, but already used {used} of {limit} \
                  {name}"

@@ -14,6 +14,7 @@ mod m0005_host;
 mod m0006_controller;
 mod m0007_migration;
 mod m0008_shelve;
+mod m0009_resize;
 
 use std::collections::BTreeSet;
 
@@ -33,6 +34,7 @@ fn changes() -> Vec<Box<dyn MigrationTrait>> {
         Box::new(m0006_controller::Migration),
         Box::new(m0007_migration::Migration),
         Box::new(m0008_shelve::Migration),
+        Box::new(m0009_resize::Migration),
     ]
 }
 

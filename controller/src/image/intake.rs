@@ -3,12 +3,12 @@
 use bytes::Bytes;
 use tokio::runtime::{Handle, RuntimeFlavor};
 
-use super::Images;
 use super::blob::{BlobError, Incoming};
 use super::coming::Share;
 use super::data::{Seen, too_large};
 use super::model::Image;
 use super::store::{self, StoreError, Uploaded};
+use super::{Images, snapshot};
 use crate::http::ApiError;
 
 /// Bytes between two looks at what is free.
@@ -130,7 +130,8 @@ async fn room(images: &Images) -> Result<(), StoreError> {
 /// Bytes that the project may still add, those that are coming in included. Other controllers' uploads
 /// are not seen: the last word is spoken when the bytes become the image's.
 pub(super) async fn left(images: &Images, owner: &str) -> Result<Option<u64>, StoreError> {
-    let Some(quota) = images.limits.project else {
+    let quota = images.limits.project;
+    let Some(quota) = quota.filter(|_| owner != snapshot::NOBODY) else {
         return Ok(None);
     };
     let (used, _) = store::usage(images.database.reader(), owner).await?;

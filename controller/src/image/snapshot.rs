@@ -11,6 +11,10 @@ use super::store::{self, Ended, StoreError, Upload, Uploaded};
 use super::{Image, Images, Row, Status, member};
 use crate::http::ApiError;
 
+/// The owner of what is no project's: of bytes on their way from one host to another. Administrators see them, and no
+/// quota counts them.
+pub const NOBODY: &str = "nobody";
+
 /// An image that has no bytes yet.
 pub fn new(id: String, owner: String, now_us: i64) -> Image {
     let row = Row {
@@ -140,7 +144,8 @@ impl Images {
             kind: Upload::Direct,
             now_us,
         };
-        let whole = store::end_upload(&self.database, ended, found, self.limits.project).await?;
+        let quota = self.limits.project;
+        let whole = store::end_upload(&self.database, ended, found, quota).await?;
         if !whole {
             let removed = self.blobs.remove(key).await;
             removed.map_err(StoreError::Blob)?;

@@ -10,6 +10,7 @@ use sea_orm::{
 
 use super::blob::BlobError;
 use super::model::{Image, Status};
+use super::snapshot;
 use crate::database::{Database, is_full};
 use crate::http::{ApiError, Caller, Direction, PageRequest, after};
 
@@ -582,6 +583,7 @@ pub async fn end_upload(
                 let Some(image) = coming_in(tx, &ended.id, &ended.blob).await? else {
                     return Ok(false);
                 };
+                let quota = quota.filter(|_| image.owner != snapshot::NOBODY);
                 if let Some(quota) = quota {
                     let (used, _) = usage(tx, &image.owner).await?;
                     let left = quota.saturating_sub(used.unsigned_abs());

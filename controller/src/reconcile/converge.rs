@@ -241,7 +241,7 @@ impl Machines {
         if self.has_vanished(owner, &machine) {
             return Err(StepError::fail(vanished(owner)));
         }
-        self.may_tell(&machine)?;
+        self.may_tell(&machine).await?;
         self.tell(owner, &machine).await
     }
 
@@ -308,7 +308,7 @@ impl Machines {
     /// The owner once had the machine and says that it has no record of it any more, or, after a
     /// restore of the database, that it has removed it since. To tell it what is wanted would make
     /// another, empty machine under the same name.
-    pub(super) fn has_vanished(&self, owner: HostId, machine: &Machine) -> bool {
+    pub fn has_vanished(&self, owner: HostId, machine: &Machine) -> bool {
         if machine.is_tombstone() {
             return false;
         }
@@ -335,7 +335,7 @@ impl Machines {
 
     /// A machine must not be started on its owner while another host speaks of a process of it, nor,
     /// after a restore of the database, be there at all before it is known where it is.
-    pub(super) fn may_tell(&self, machine: &Machine) -> Result<(), StepError> {
+    pub(super) async fn may_tell(&self, machine: &Machine) -> Result<(), StepError> {
         if machine.is_tombstone() {
             return Ok(());
         }
@@ -359,7 +359,11 @@ impl Machines {
                     && report.generation == machine.generation)
             })
             .collect();
-        if let Some(host) = others.keys().next() {
+        for host in others.keys() {
+            // What such a one said last, it said before that.
+            if self.is_off(self.reader(), *host).await?.is_some() {
+                continue;
+            }
             return Err(StepError::retry(format!(
                 "host {host} still runs a process of server {}",
                 machine.server

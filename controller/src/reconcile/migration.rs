@@ -1,4 +1,4 @@
-//! The table `migration`: every attempt to bring a guest to another host while it runs, with what it took.
+//! The table `migration`: every attempt to bring a server to another host, or to another size, with what it took.
 //!
 //! A row that has not ended keeps the reconciler away from both hosts: what they hold of the server is its
 //! operation's to keep or to drop. Which of them owns the server is told by the table `machine` alone.
@@ -9,6 +9,7 @@ use fractus_agent_api::migration::{MigrationId, Progress};
 use sea_orm::entity::prelude::*;
 use sea_orm::sea_query::{Expr, ExprTrait};
 use sea_orm::{Condition, DatabaseTransaction, IntoActiveModel, QueryOrder, QuerySelect};
+use serde::{Deserialize, Serialize};
 
 pub mod row {
     use sea_orm::entity::prelude::*;
@@ -41,6 +42,12 @@ pub mod row {
         pub updated_at_us: i64,
         /// None: its operation has not ended, or is parked.
         pub ended_at_us: Option<i64>,
+        /// See [`Purpose`](super::Purpose).
+        pub kind: String,
+        /// None: it keeps the one that it has.
+        pub new_flavor_id: Option<String>,
+        /// JSON of what the server goes back to, as its operation keeps it.
+        pub before: Option<String>,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -50,6 +57,26 @@ pub mod row {
 }
 
 pub use row::{ActiveModel, Model};
+
+/// What is done, in nova's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Purpose {
+    Live,
+    /// A server whose guest is stopped gets another host.
+    Cold,
+    /// It gets another flavor, and another host if need be.
+    Resize,
+}
+
+impl Purpose {
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Live => "live-migration",
+            Self::Cold => "migration",
+            Self::Resize => "resize",
+        }
+    }
+}
 
 /// How far it is, in nova's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +89,16 @@ pub enum Status {
     /// The guest is its new host's.
     PostMigrating,
     Completed,
+    /// The server's guest is stopped.
+    PreMigrating,
+    /// Its disk is brought to its new host.
+    Migrating,
+    /// The server is what it was to be, and can go back.
+    Finished,
+    Confirming,
+    Confirmed,
+    Reverting,
+    Reverted,
     /// No host could be chosen, or nobody can say what became of it.
     Error,
     /// The guest stayed where it was.
@@ -70,12 +107,19 @@ pub enum Status {
 }
 
 impl Status {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 15] = [
         Self::Accepted,
         Self::Preparing,
         Self::Running,
         Self::PostMigrating,
         Self::Completed,
+        Self::PreMigrating,
+        Self::Migrating,
+        Self::Finished,
+        Self::Confirming,
+        Self::Confirmed,
+        Self::Reverting,
+        Self::Reverted,
         Self::Error,
         Self::Failed,
         Self::Cancelled,
@@ -88,6 +132,13 @@ impl Status {
             Self::Running => "running",
             Self::PostMigrating => "post-migrating",
             Self::Completed => "completed",
+            Self::PreMigrating => "pre-migrating",
+            Self::Migrating => "migrating",
+            Self::Finished => "finished",
+            Self::Confirming => "confirming",
+            Self::Confirmed => "confirmed",
+            Self::Reverting => "reverting",
+            Self::Reverted => "reverted",
             Self::Error => "error",
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
@@ -95,7 +146,7 @@ impl Status {
     }
 
     /// What the API shows among a server's migrations.
-    pub const fn in_progress(self) -> bool {
+    const fn in_progress(self) -> bool {
         matches!(self, Self::Preparing | Self::Running | Self::PostMigrating)
     }
 }
@@ -106,6 +157,11 @@ impl Model {
         let mut all = Status::ALL.into_iter();
         all.find(|status| status.word() == self.status)
             .unwrap_or(Status::Error)
+    }
+
+    /// Its guest is on its way, and can be told so.
+    pub fn is_live_in_progress(&self) -> bool {
+        self.kind == Purpose::Live.word() && self.status().in_progress()
     }
 
     pub fn migration(&self) -> MigrationId {
@@ -200,6 +256,20 @@ pub async fn open(
         .await
 }
 
+/// Those that could go back, and have waited since `before_us` for whether they are to.
+pub async fn unconfirmed(
+    connection: &impl ConnectionTrait,
+    before_us: i64,
+) -> Result<Vec<Model>, DbErr> {
+    row::Entity::find()
+        .filter(row::Column::Status.eq(Status::Finished.word()))
+        .filter(row::Column::EndedAtUs.is_null())
+        .filter(row::Column::UpdatedAtUs.lte(before_us))
+        .order_by_asc(row::Column::Id)
+        .all(connection)
+        .await
+}
+
 /// Servers whose guest is to come to `host`.
 pub async fn to_host(
     connection: &impl ConnectionTrait,
@@ -241,6 +311,7 @@ pub fn keeps(open: &[Model], host: HostId) -> bool {
 pub struct Filter {
     pub server: Option<String>,
     pub status: Option<String>,
+    pub kind: Option<String>,
     /// By name, source or target.
     pub host: Option<String>,
     pub source: Option<String>,
@@ -284,6 +355,7 @@ fn condition(filter: &Filter) -> Condition {
     let equal = [
         (row::Column::ServerId, &filter.server),
         (row::Column::Status, &filter.status),
+        (row::Column::Kind, &filter.kind),
         (row::Column::Source, &filter.source),
         (row::Column::UserId, &filter.user),
         (row::Column::ProjectId, &filter.project),

@@ -57,6 +57,9 @@ pub trait Observer: Send + Sync + 'static {
     /// The guest's memory is kept, as is wanted of it, and was not when its owner was last heard.
     async fn suspended(&self, tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr>;
 
+    /// The machine's disk was made of its copy, as was wanted of it, or was not to be yet.
+    async fn restored(&self, tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr>;
+
     /// The machine could not be made, or kept, what is wanted; what there is of it is left alone.
     async fn failed(
         &self,
@@ -261,7 +264,7 @@ impl Reconciler {
         }
         match verdict {
             Verdict::Tell(owner) => {
-                self.machines.may_tell(&machine)?;
+                self.machines.may_tell(&machine).await?;
                 if let Converged::Settled(report) = self.machines.tell(owner, &machine).await? {
                     self.settled(&database, &machine, report).await?;
                 }
@@ -290,8 +293,12 @@ impl Reconciler {
         };
         let age = (report.generation, report.revision);
         if !machine.confirmed && age <= machine.age() {
-            // Whoever has offered a guest, or waits for one, does not say that it is his.
-            let between = report.observed == Observed::Arriving || transit::is_offered(&report);
+            // Whoever has offered a guest, waits for one, or keeps it for a way back, does not say that it is his; nor
+            // does who was told of it before another.
+            let between = report.observed == Observed::Arriving
+                || transit::is_offered(&report)
+                || report.parks.is_some()
+                || self.is_newer_elsewhere(machine, &report);
             return match between {
                 true => Verdict::Nothing,
                 false => Verdict::Confirm,
@@ -310,6 +317,15 @@ impl Reconciler {
         }
     }
 
+    /// Another host was told something of it in a later generation than this one was.
+    fn is_newer_elsewhere(&self, machine: &Machine, report: &MachineReport) -> bool {
+        let mut others = self.fleet.holders(machine.server).into_iter();
+        others.any(|(host, other)| {
+            let is_gone = other.settled && other.observed == Observed::Absent;
+            Some(host) != machine.host && !is_gone && other.generation > report.generation
+        })
+    }
+
     /// The owner's word is recorded, with what follows from it.
     async fn settled(
         &self,
@@ -320,6 +336,7 @@ impl Reconciler {
         let now = self.clock.now_us();
         let (age, observer) = (machine.age(), Arc::clone(&self.observer));
         let power = machine.wanted.power;
+        let (restores, rebuilds) = (machine.wanted.restores.is_some(), machine.wanted.rebuilds);
         let event = self.event(machine, now);
         let said = said(machine, &report);
         let last = machine.report.as_ref();
@@ -337,6 +354,10 @@ impl Reconciler {
                         return Ok(());
                     }
                     machine::settle(tx, &report, now).await?;
+                    let failed = matches!(report.observed, Observed::Failed { .. });
+                    if restores && report.rebuilds >= rebuilds && !failed {
+                        observer.restored(tx, server).await?;
+                    }
                     match &report.observed {
                         Observed::Absent if power == Power::Absent => {
                             machine::disown(tx, server, now).await?;

@@ -97,6 +97,9 @@ async fn a_migration(cloud: &TestApp, server: &str, host: &str) -> (String, Stri
         created_at_us: now_us,
         updated_at_us: now_us,
         ended_at_us: Some(now_us),
+        kind: migration::Purpose::Live.word().to_owned(),
+        new_flavor_id: None,
+        before: None,
     };
     let write = cloud.app.database().write(move |tx| {
         let row = row.clone();

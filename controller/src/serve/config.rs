@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
@@ -63,6 +64,10 @@ pub struct Options {
     /// What uploads leave free on the file system of the images [default: 1GiB].
     #[arg(long, env = "FRACTUS_IMAGE_RESERVE")]
     pub image_reserve: Option<Size>,
+    /// Servers that were resized, or migrated with their guest stopped, stay so after this many seconds if nobody has said
+    /// otherwise [default: 0: they wait].
+    #[arg(long, env = "FRACTUS_RESIZE_CONFIRM_WINDOW")]
+    pub resize_confirm_window: Option<u32>,
     /// The database was restored from a backup: say it at the first start after that, and only then.
     /// What hosts were told since the backup is then known to be older than what they are told now, and
     /// no server is started before its host has said that it still has it; one that is gone is ERROR. Which
@@ -97,6 +102,8 @@ pub struct Config {
     pub agents_url: String,
     pub name: String,
     pub image_limits: Limits,
+    /// After which a server that could go back is confirmed; none: never.
+    pub resize_confirm_window: Option<Duration>,
     /// Begin a new epoch of machines' generations.
     pub restored: bool,
 }
@@ -209,6 +216,10 @@ impl Config {
             agents_url: agents_url.as_str().to_owned(),
             name,
             image_limits,
+            resize_confirm_window: options
+                .resize_confirm_window
+                .filter(|seconds| *seconds > 0)
+                .map(|seconds| Duration::from_secs(seconds.into())),
             restored: options.restored,
         })
     }
@@ -251,6 +262,7 @@ impl Options {
             image_size_limit: self.image_size_limit.or(file.image_size_limit),
             image_project_limit: self.image_project_limit.or(file.image_project_limit),
             image_reserve: self.image_reserve.or(file.image_reserve),
+            resize_confirm_window: self.resize_confirm_window.or(file.resize_confirm_window),
             agents_listen: self.agents_listen.or(file.agents_listen),
             agents_url: self.agents_url.or(file.agents_url),
             name: self.name.or(file.name),

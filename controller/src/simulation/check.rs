@@ -9,11 +9,12 @@ use sea_orm::{ColumnTrait, EntityTrait, QueryFilter};
 use super::requests::SHELVED;
 use super::world::World;
 use crate::agents::host;
-use crate::compute::model::state::ServerState;
+use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
 use crate::image::store::image;
 use crate::operation;
 use crate::reconcile::machine::{self, Machine};
+use crate::reconcile::migration;
 
 impl World {
     /// Always: never two processes of a server.
@@ -107,14 +108,31 @@ impl World {
         for host in &self.hosts {
             for server in host.machines() {
                 let copy = host.copied(server);
-                assert_eq!(
-                    copy,
-                    None,
+                // What a server that was resized may go back to.
+                let wanted = host.wanted(server).and_then(|wanted| wanted.copy);
+                let may_go_back = self.can_go_back(server).await.is_some();
+                assert!(
+                    copy.is_none() || may_go_back && copy == wanted,
                     "seed {seed}: {} keeps a copy of {server}",
                     host.id()
                 );
             }
         }
+    }
+
+    /// The hosts of a server that was resized, or migrated, and could go back; none: it could not.
+    async fn can_go_back(&self, server: ServerId) -> Option<BTreeSet<HostId>> {
+        let reader = self.database().reader();
+        let row = server::find(reader, &server.to_string()).await.unwrap();
+        if !matches!(row?.state(), ServerState::Resized(_)) {
+            return None;
+        }
+        let open = migration::open(reader, server).await.unwrap();
+        let [one] = open.as_slice() else {
+            panic!("seed {}: {server} was resized by {open:?}", self.seed);
+        };
+        assert_eq!(one.status(), migration::Status::Finished);
+        Some(one.hosts().collect())
     }
 
     fn check_server(&self, server: ServerId, state: ServerState, machine: Option<&Machine>) {
@@ -155,6 +173,12 @@ impl World {
             (ServerState::Paused, Power::Paused) => report.observed == Observed::Paused,
             (ServerState::Suspended, Power::Suspended) => report.observed == Observed::Suspended,
             (ServerState::Stopped, Power::Stopped) => {
+                matches!(report.observed, Observed::Stopped { .. })
+            }
+            (ServerState::Resized(Standing::Active), Power::Running) => {
+                report.observed == Observed::Running
+            }
+            (ServerState::Resized(_), Power::Stopped) => {
                 matches!(report.observed, Observed::Stopped { .. })
             }
             (ServerState::Error, _) => true,
@@ -230,19 +254,19 @@ impl World {
             &reserved, alive,
             "seed {seed}: reservations are of servers with a host"
         );
-        assert_eq!(
-            reservations.len(),
-            alive.len(),
-            "seed {seed}: a server holds of its own host only: {reservations:?}"
-        );
+        let mut held: BTreeMap<ServerId, BTreeSet<HostId>> = BTreeMap::new();
         for reservation in &reservations {
             let server = ServerId(reservation.server_id.parse().unwrap());
+            let host = HostId(reservation.host_id.parse().unwrap());
+            held.entry(server).or_default().insert(host);
+        }
+        for (server, hosts) in held {
             let owner = machine::find(reader, server).await.unwrap().unwrap().host;
-            let owner = owner.map(|host| host.to_string());
+            let of_owner = owner.into_iter().collect();
+            let expected = self.can_go_back(server).await.unwrap_or(of_owner);
             assert_eq!(
-                owner.as_ref(),
-                Some(&reservation.host_id),
-                "seed {seed}: {server}"
+                hosts, expected,
+                "seed {seed}: {server} holds of its own hosts"
             );
         }
         for row in host::all(reader).await.unwrap() {

@@ -148,6 +148,10 @@ pub(super) async fn scenario(kind: &str) -> (World, Uuid) {
         ask(&world.app(), "server_shelve", id).await;
         world.heal().await;
     }
+    if matches!(kind, "server_confirm_resize" | "server_revert_resize") {
+        ask(&world.app(), "server_resize", id).await;
+        world.heal().await;
+    }
     if kind == "server_shelve_offload" {
         let shelved = server::ActiveModel {
             state: Set(ServerState::Shelved.key()),
@@ -172,6 +176,12 @@ pub(super) async fn ask(app: &App, kind: &str, id: Uuid) {
             return drop(requests::shelve_or_unshelve(app, id).await);
         }
         "server_shelve_offload" => return drop(requests::offload(app, id).await),
+        "server_resize" | "server_confirm_resize" => {
+            return drop(requests::resize(app, id, true).await);
+        }
+        "server_migrate" | "server_revert_resize" => {
+            return drop(requests::resize(app, id, false).await);
+        }
         "server_create_image" => return drop(requests::image(app, id).await),
         "server_start" => Change::Start,
         "server_stop" => Change::Stop,

@@ -13,6 +13,8 @@ use crate::compute::model::state::{self, Action, Build, ServerState, Situation};
 use crate::compute::ops::change::{self, Change, Wish};
 use crate::compute::ops::create::{self, NewServer};
 use crate::compute::ops::migrate::{self, CANCELLED};
+use crate::compute::ops::resize::verdict::{self, Verdict};
+use crate::compute::ops::resize::{self, Size};
 use crate::compute::ops::{RequestError, delete, image, shelve, unshelve};
 use crate::compute::store::server;
 use crate::event::Origin;
@@ -248,6 +250,74 @@ pub async fn shelve_or_unshelve(app: &App, id: Uuid) -> Result<bool, RequestErro
         Ok(()) => Ok(true),
         Err(RequestError::Overtaken | RequestError::ImageUnderWay) => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+/// Asks for the server to get another size, or another host, or to stay so, or to go back, whichever its state admits
+/// and `turn` says; false if it admits none.
+pub async fn resize(app: &App, id: Uuid, turn: bool) -> Result<bool, RequestError> {
+    let id = id.to_string();
+    let Some(row) = server::find(app.database().reader(), &id).await? else {
+        return Ok(false);
+    };
+    let situation = Situation {
+        server: &id,
+        state: row.state(),
+        placed: true,
+        launched: row.launched_at_us.is_some(),
+        locked: false,
+    };
+    let admitted = |action| state::admit(action, situation).is_ok();
+    let asked = if admitted(Action::Resize) {
+        let wish = resize::Wish {
+            from: row.state(),
+            size: turn.then(|| other_size(&row)),
+            host: None,
+            columns: Default::default(),
+        };
+        resize::request(app, origin(), &id, wish).await
+    } else if admitted(Action::ConfirmResize) {
+        let verdict = match turn {
+            true => Verdict::Confirm,
+            false => Verdict::Revert,
+        };
+        verdict::request(app, origin(), &id, (verdict, row.state())).await
+    } else {
+        return Ok(false);
+    };
+    match asked {
+        Ok(()) => Ok(true),
+        Err(
+            RequestError::Overtaken
+            | RequestError::ImageUnderWay
+            | RequestError::NothingToConfirm(_),
+        ) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Twice as large as at first, or as it was at first.
+fn other_size(row: &server::Model) -> Size {
+    let is_small = row.ram == MEMORY_MIB;
+    let (ram, vcpus): (i64, i32) = match is_small {
+        true => (2 * MEMORY_MIB, 2),
+        false => (MEMORY_MIB, 1),
+    };
+    let mut spec = spec();
+    spec.memory_mib = ram.unsigned_abs();
+    spec.vcpus = u8::try_from(vcpus).unwrap_or(1);
+    let flavor = FlavorSnapshot {
+        vcpus: vcpus.unsigned_abs(),
+        ram: ram.unsigned_abs(),
+        ..row.flavor().unwrap()
+    };
+    Size {
+        flavor: serde_json::to_string(&flavor).unwrap(),
+        flavor_id: format!("m{ram}"),
+        boot: row.boot.clone(),
+        vcpus,
+        ram,
+        spec,
     }
 }
 

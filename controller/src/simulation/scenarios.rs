@@ -620,3 +620,38 @@ async fn a_server_whose_unshelving_nobody_knows_of_is_in_its_image_or_goes_when_
         assert_eq!(state(&world, ONE).await, ServerState::ShelvedOffloaded);
     }
 }
+
+/// Its source keeps a disk of before, and does not say that the server is its own.
+#[tokio::test]
+async fn a_server_that_was_migrated_since_the_backup_is_left_alone_where_it_runs() {
+    for source_is_heard_first in [true, false] {
+        let mut world = active(2, &[ONE]).await;
+        let backup = back_up(&world).await;
+        let app = world.app();
+        assert!(requests::resize(&app, ONE, false).await.unwrap());
+        world.heal().await;
+        assert!(matches!(state(&world, ONE).await, ServerState::Resized(_)));
+        let runs = holder(&world, ONE).unwrap();
+        let keeps = world.hosts.iter().find(|host| host.id() != runs.id());
+        let keeps = Arc::clone(keeps.unwrap());
+        assert_eq!(keeps.remains(), [ServerId(ONE)]);
+        restore(&mut world, &backup).await;
+        let silent = match source_is_heard_first {
+            true => runs.id(),
+            false => keeps.id(),
+        };
+        world.network.freeze(silent);
+        for _ in 0..4 {
+            world.round().await;
+            world.check_processes();
+        }
+        for _ in 0..3 {
+            world.heal().await;
+            assert!(
+                runs.processes().contains(&ServerId(ONE)),
+                "it is the only one"
+            );
+            assert_eq!(keeps.processes(), []);
+        }
+    }
+}

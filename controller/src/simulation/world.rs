@@ -355,6 +355,11 @@ impl World {
             let outcome = requests::shelve_or_unshelve(&app, id).await;
             return self.note(format!("shelve or unshelve {id}: {:?}", outcome.ok()));
         }
+        if self.random.random_bool(shelves) {
+            let turn = self.random.random_bool(0.5);
+            let outcome = requests::resize(&app, id, turn).await;
+            return self.note(format!("resize {id} {turn}: {:?}", outcome.ok()));
+        }
         if self.random.random_bool(0.12) {
             let outcome = requests::delete(&app, id).await.is_ok();
             return self.note(format!("delete {id}: {outcome}"));

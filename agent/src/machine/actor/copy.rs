@@ -80,6 +80,9 @@ impl<L: Launcher> Actor<L> {
         let id = self.record.intent.wanted.copy?;
         let state = match (&self.copying.made, &self.copying.failed) {
             (Some((made, bytes)), _) if *made == id => CopyState::Made { bytes: *bytes },
+            _ if self.record.intent.wanted.restores == Some(id) => CopyState::Failed {
+                reason: "it is not there".to_owned(),
+            },
             (_, Some((failed, reason))) if *failed == id => CopyState::Failed {
                 reason: reason.clone(),
             },

@@ -132,6 +132,7 @@ pub(super) fn report(record: &Record, observed: Observed, settled: bool) -> Mach
         size: None,
         shape: None,
         migration: None,
+        parks: record.intent.wanted.parks,
         copy: None,
     }
 }

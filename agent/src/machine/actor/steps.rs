@@ -41,9 +41,14 @@ impl<L: Launcher> Actor<L> {
         } else {
             Old::Keep
         };
+        let restores = self.record.intent.wanted.restores;
+        let copy = restores.filter(|_| step == Step::RemakeDisk);
         let made = self
             .interruptible("making the root disk", |progress| async move {
-                makings.disk(&paths, &disk, old, &progress).await
+                match copy {
+                    Some(copy) => makings.restore_disk(&paths, copy).await,
+                    None => makings.disk(&paths, &disk, old, &progress).await,
+                }
             })
             .await?;
         match made {
@@ -89,7 +94,13 @@ impl<L: Launcher> Actor<L> {
         if kept.is_none() {
             let instance = self.record.intent.wanted.spec.guest.instance.as_deref();
             let makings = &self.surroundings.makings;
-            if let Err(error) = blocking(|| makings.config_drive(&self.paths, instance)) {
+            let root_disk = self.record.intent.wanted.spec.root_disk.as_ref();
+            let made = blocking(|| {
+                makings.config_drive(&self.paths, instance)?;
+                // The server has been resized since the disk was made.
+                root_disk.map_or(Ok(()), |disk| makings.grow_disk(&self.paths, disk.size))
+            });
+            if let Err(error) = made {
                 self.fail(error.to_string());
                 return Ok(());
             }

@@ -262,6 +262,14 @@ impl Makings for NoMakings {
         })
     }
 
+    async fn restore_disk(&self, paths: &MachinePaths, copy: CopyId) -> Result<(), MakeError> {
+        Ok(directory::take(&paths.copy(copy), &paths.disk())?)
+    }
+
+    fn grow_disk(&self, paths: &MachinePaths, size: u64) -> Result<(), MakeError> {
+        Ok(directory::grow(&paths.disk(), size)?)
+    }
+
     async fn open_disk(&self, paths: &MachinePaths, disk: &Disk) -> Result<OpenDisk, MakeError> {
         Ok(directory::open_or_make(
             &paths.data_disk(disk.id),
@@ -307,6 +315,8 @@ fn wanted(power: Power) -> Wanted {
         continues: None,
         copy: None,
         copies: 0,
+        restores: None,
+        parks: None,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,

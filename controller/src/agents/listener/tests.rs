@@ -51,6 +51,10 @@ impl Observer for Nobody {
     async fn suspended(&self, _: &DatabaseTransaction, _: ServerId) -> Result<(), DbErr> {
         Ok(())
     }
+
+    async fn restored(&self, _: &DatabaseTransaction, _: ServerId) -> Result<(), DbErr> {
+        Ok(())
+    }
 }
 
 struct Blobs(HashMap<Uuid, Bytes>);
@@ -222,6 +226,8 @@ fn wanted() -> Wanted {
         continues: None,
         copy: None,
         copies: 0,
+        restores: None,
+        parks: None,
         spec: MachineSpec {
             vcpus: 1,
             max_vcpus: None,
@@ -447,6 +453,9 @@ fn migration_to(
         created_at_us: 1,
         updated_at_us: 1,
         ended_at_us,
+        kind: migration::Purpose::Live.word().to_owned(),
+        new_flavor_id: None,
+        before: None,
     }
 }
 

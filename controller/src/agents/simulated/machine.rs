@@ -36,6 +36,10 @@ pub(super) struct Record {
     pub(super) soul: Soul,
     /// Of its disk, on disk itself.
     pub(super) copy: Option<CopyId>,
+    /// Which guest is on it.
+    copied: Option<u64>,
+    /// The disk was made of it, and both are one file.
+    is_one: bool,
     pub(super) copy_failed: Option<(CopyId, String)>,
     host: HostId,
 }
@@ -77,6 +81,8 @@ impl Record {
                 ticks: 0,
             },
             copy: None,
+            copied: None,
+            is_one: false,
             copy_failed: None,
             host,
         }
@@ -136,6 +142,7 @@ impl Record {
             size: None,
             shape: (self.process != Process::None).then_some(shape),
             migration: self.migration.clone(),
+            parks: self.intent.wanted.parks,
             copy: self.copy_report(),
         }
     }
@@ -152,6 +159,9 @@ impl Record {
         let id = self.intent.wanted.copy?;
         let state = match &self.copy_failed {
             _ if self.copy == Some(id) => CopyState::Made { bytes: COPIED },
+            _ if self.intent.wanted.restores == Some(id) => CopyState::Failed {
+                reason: "it is not there".to_owned(),
+            },
             Some((failed, reason)) if *failed == id => CopyState::Failed {
                 reason: reason.clone(),
             },
@@ -176,7 +186,9 @@ impl Record {
             Some(CopyStep::Make(id)) if full => {
                 self.copy_failed = Some((id, "the host has no room left".to_owned()));
             }
-            Some(CopyStep::Make(id)) => self.copy = Some(id),
+            Some(CopyStep::Make(id)) => {
+                (self.copy, self.copied) = (Some(id), Some(self.disks));
+            }
         }
         true
     }
@@ -266,12 +278,27 @@ impl Record {
                 self.disk = true;
                 self.disks += 1;
             }
+            Step::RemakeDisk if wanted.restores.is_some() => {
+                let copy = wanted.restores.filter(|copy| self.copy == Some(*copy));
+                match copy.zip(self.copied) {
+                    Some((_, content)) => {
+                        // A guest that has run since has written to both.
+                        (self.disk, self.disks) = (true, content);
+                        self.is_one = true;
+                        self.done.rebuilds = wanted.rebuilds;
+                    }
+                    None => self.failed = Some("there is no such copy".to_owned()),
+                }
+            }
             Step::RemakeDisk => {
                 self.disk = wanted.spec.root_disk.is_some();
                 self.disks += 1;
                 self.done.rebuilds = wanted.rebuilds;
             }
             Step::Start => {
+                if std::mem::take(&mut self.is_one) {
+                    self.copied = None;
+                }
                 self.process = Process::Running;
                 self.done.starts += 1;
                 let kept = self.kept.take();

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use http::Method;
 use serde_json::{Value, json};
 
-use super::{migration, path_segment, query_value, rows};
+use super::{migration, path_segment, query_value, rows, server};
 use crate::cli::CliError;
 use crate::cli::output::Output;
 use crate::cli::session::{Service, Session};
@@ -178,6 +178,7 @@ async fn leave(
     let id = text(server, "id");
     let gone = match text(server, "status") {
         "ACTIVE" | "PAUSED" => migration::begin(id, None, session).await,
+        "SHUTOFF" => migration::begin_cold(id, None, session).await,
         // It is on its way already.
         "MIGRATING" => Ok(()),
         status => return Ok(Left::Stays(format!("is {status}, and stays"))),
@@ -185,6 +186,14 @@ async fn leave(
     let gone = match gone {
         Ok(()) => migration::arrived(id, timeout, session, output).await,
         Err(error) => Err(error),
+    };
+    let gone = match gone {
+        // This host keeps its disk until then.
+        Ok(to) if text(server, "status") == "SHUTOFF" => {
+            let confirmed = server::confirm(id, timeout, session, output).await;
+            confirmed.map(|()| to)
+        }
+        gone => gone,
     };
     match gone {
         Ok(to) => Ok(Left::For(to)),
@@ -205,8 +214,15 @@ async fn arrivals(
     let path = format!("/os-migrations?host={}", query_value(name));
     let all = session.list(Service::Compute, &path, "migrations").await?;
     let coming = all.iter().filter(|migration| {
-        let under_way = ["accepted", "preparing", "running", "post-migrating"]
-            .contains(&text(migration, "status"));
+        let under_way = [
+            "accepted",
+            "preparing",
+            "running",
+            "pre-migrating",
+            "migrating",
+            "post-migrating",
+        ]
+        .contains(&text(migration, "status"));
         under_way && text(migration, "dest_compute") == name
     });
     let mut any = false;

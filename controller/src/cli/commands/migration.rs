@@ -1,4 +1,5 @@
-//! `fractus server migrate` and `fractus server migration`: guests that go to another host while they run.
+//! `fractus server migrate` and `fractus server migration`: servers that go to another host, while their guests run or
+//! not.
 //! Administrators only.
 
 use std::time::{Duration, Instant};
@@ -20,6 +21,9 @@ pub struct Migrate {
     /// Where to; the scheduler chooses if not given
     #[arg(long)]
     host: Option<String>,
+    /// Stop its guest for it, and start it anew there; then confirm that it stays, or revert
+    #[arg(long)]
+    cold: bool,
     #[command(flatten)]
     wait: Wait,
 }
@@ -163,7 +167,10 @@ impl Migrate {
         let mut ids = Vec::new();
         for server in &self.servers {
             let id = SERVER.id(session, server).await?;
-            begin(&id, self.host.as_deref(), session).await?;
+            match self.cold {
+                true => begin_cold(&id, self.host.as_deref(), session).await?,
+                false => begin(&id, self.host.as_deref(), session).await?,
+            }
             ids.push(id);
         }
         for id in ids.iter().filter(|_| self.wait.wait) {
@@ -178,6 +185,15 @@ pub async fn begin(id: &str, host: Option<&str>, session: &Session) -> Result<()
     let body = json!({"os-migrateLive": {"host": host, "block_migration": "auto"}});
     let path = format!("/servers/{id}/action");
     let begun = session.call(Service::Compute, Method::POST, &path, Some(body));
+    begun.await.map(|_| ())
+}
+
+/// Asks that the server goes, with its guest stopped.
+pub async fn begin_cold(id: &str, host: Option<&str>, session: &Session) -> Result<(), CliError> {
+    let given = host.map(|host| json!({"host": host}));
+    let path = format!("/servers/{id}/action");
+    let body = Some(json!({"migrate": given}));
+    let begun = session.call(Service::Compute, Method::POST, &path, body);
     begun.await.map(|_| ())
 }
 
@@ -197,8 +213,10 @@ pub async fn arrived(
         let newest = found["migrations"][0].clone();
         let status = text(&newest, "status").to_owned();
         match status.as_str() {
-            "completed" => break Ok(text(&newest, "dest_compute").to_owned()),
-            "error" | "failed" | "cancelled" => {
+            "completed" | "finished" | "confirmed" => {
+                break Ok(text(&newest, "dest_compute").to_owned());
+            }
+            "error" | "failed" | "cancelled" | "reverted" => {
                 let path = format!("/migrations/{}", text(&newest, "uuid"));
                 let whole = session.get(Service::Hosts, &path).await?;
                 let reason = whole["migration"]["reason"].as_str();

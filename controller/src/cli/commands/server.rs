@@ -98,12 +98,24 @@ pub enum Command {
         #[command(flatten)]
         wait: Wait,
     },
+    /// Give a server another flavor: its guest is stopped, and started anew; then confirm, or revert
+    Resize {
+        server: String,
+        #[arg(long)]
+        flavor: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Let servers that were resized, or migrated with their guest stopped, stay so
+    Confirm(Named),
+    /// Let them be what they were, where they were
+    Revert(Named),
     /// Images of servers' disks
     #[command(subcommand)]
     Image(Picture),
-    /// Bring servers to another host while they run (administrators)
+    /// Bring servers to another host, while they run or not (administrators)
     Migrate(migration::Migrate),
-    /// Servers that go, or went, to another host while they run (administrators)
+    /// Servers that go, or went, to another host or size (administrators)
     #[command(subcommand)]
     Migration(migration::Command),
     /// What the server wrote to its serial console
@@ -273,6 +285,21 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
             )
             .await
         }
+        Command::Resize {
+            server,
+            flavor,
+            wait,
+        } => {
+            let flavor = FLAVOR.id(session, &flavor).await?;
+            let named = Named {
+                servers: vec![server],
+                wait,
+            };
+            let body = json!({"resize": {"flavorRef": flavor}});
+            act(named, body, Some("VERIFY_RESIZE")).await
+        }
+        Command::Confirm(named) => act(named, json!({"confirmResize": null}), Some(AT_REST)).await,
+        Command::Revert(named) => act(named, json!({"revertResize": null}), Some(AT_REST)).await,
         Command::Image(picture) => picture.execute(session, output).await,
         Command::Migrate(migrate) => migrate.execute(session, output).await,
         Command::Migration(command) => migration::execute(command, session, output).await,
@@ -280,6 +307,9 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
         Command::Console(attach) => console::attach(attach, session, output).await,
     }
 }
+
+/// In place of a status: running, or shut off, as it was before.
+const AT_REST: &str = "ACTIVE or SHUTOFF";
 
 fn unshelve(host: Option<String>, zone: Option<String>) -> Value {
     let given = [("host", host), ("availability_zone", zone)];
@@ -425,6 +455,24 @@ async fn actions(
     Ok(())
 }
 
+/// What the server has become it stays.
+pub async fn confirm(
+    id: &str,
+    seconds: u64,
+    session: &Session,
+    output: &Output,
+) -> Result<(), CliError> {
+    let named = Named {
+        servers: vec![id.to_owned()],
+        wait: Wait {
+            wait: true,
+            timeout: seconds,
+        },
+    };
+    let body = json!({"confirmResize": null});
+    actions(&named, &body, Some(AT_REST), session, output).await
+}
+
 async fn delete(
     servers: &[String],
     force: bool,
@@ -476,7 +524,11 @@ async fn until(
         };
         let server = &server["server"];
         let status = server["status"].as_str().unwrap_or_default();
-        if status == wanted && server["OS-EXT-STS:task_state"].is_null() {
+        let is_wanted = match wanted {
+            AT_REST => ["ACTIVE", "SHUTOFF"].contains(&status),
+            wanted => status == wanted,
+        };
+        if is_wanted && server["OS-EXT-STS:task_state"].is_null() {
             break;
         }
         if status == "ERROR" && wanted != "DELETED" {

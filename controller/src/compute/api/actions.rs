@@ -14,7 +14,7 @@ use super::schemas::{closed, string, wrapped};
 use super::servers::schema::{self, Aged};
 use super::servers::view::{self, Occasion};
 use super::servers::{admit, create, find, metadata, shortest};
-use super::{consoles, images, migrations, origin, shelve};
+use super::{consoles, images, migrations, origin, resize, shelve};
 use crate::compute::model::state::{Action, ServerState};
 use crate::compute::ops;
 use crate::compute::ops::change::{Change, Wish};
@@ -28,7 +28,7 @@ use crate::policy::Rule;
 const PATH: &str = "/v2.1/servers/{id}/action";
 
 /// Every action that is served, and who may do it.
-const ACTIONS: [(&str, Rule); 21] = [
+const ACTIONS: [(&str, Rule); 25] = [
     ("os-start", Rule::member("os_compute_api:servers:start")),
     ("os-stop", Rule::member("os_compute_api:servers:stop")),
     ("reboot", Rule::member("os_compute_api:servers:reboot")),
@@ -66,6 +66,19 @@ const ACTIONS: [(&str, Rule); 21] = [
     (
         "unshelve",
         Rule::member("os_compute_api:os-shelve:unshelve"),
+    ),
+    ("resize", Rule::member("os_compute_api:servers:resize")),
+    (
+        "confirmResize",
+        Rule::member("os_compute_api:servers:confirm_resize"),
+    ),
+    (
+        "revertResize",
+        Rule::member("os_compute_api:servers:revert_resize"),
+    ),
+    (
+        "migrate",
+        Rule::admin("os_compute_api:os-migrate-server:migrate"),
     ),
     (
         "forceDelete",
@@ -147,6 +160,10 @@ async fn act(call: Call, Path(id): Path<String>, body: JsonBody) -> Result<Respo
         "shelve" => shelve::shelve(&call, &id).await,
         "shelveOffload" => shelve::offload(&call, &id).await,
         "unshelve" => shelve::unshelve(&call, &id, &body.0).await,
+        "resize" => resize::resize(&call, &id, &body.0).await,
+        "migrate" => resize::migrate(&call, &id, &body.0).await,
+        "confirmResize" => resize::confirm(&call, &id).await,
+        "revertResize" => resize::revert(&call, &id).await,
         "forceDelete" => force_delete(&call, &id).await,
         "os-resetState" => reset_state(&call, &id, &body.0).await,
         "os-migrateLive" => migrations::migrate_live(&call, &id, &body.0).await,
@@ -155,7 +172,7 @@ async fn act(call: Call, Path(id): Path<String>, body: JsonBody) -> Result<Respo
     }
 }
 
-fn accepted() -> Response {
+pub fn accepted() -> Response {
     StatusCode::ACCEPTED.into_response()
 }
 
@@ -310,6 +327,7 @@ async fn reset_state(call: &Call, id: &str, body: &Value) -> Result<Response, Ap
             operation::cancel(tx, &id, &[ops::image::KIND], reason).await?;
             ops::shelve::give_up(tx, &id, reason).await?;
             ops::migrate::give_up(tx, server, reason).await?;
+            ops::resize::give_up(tx, &id, reason, now).await?;
             let is_kept = ops::shelve::is_kept_nowhere_else(tx, &id).await?;
             let state = match is_well {
                 true if is_kept => ServerState::ShelvedOffloaded,

@@ -60,6 +60,10 @@ fn names(kind: &str) -> (&str, &'static str) {
         "server_shelve" => ("shelve", "compute_shelve_instance"),
         "server_shelve_offload" => ("shelveOffload", "compute_shelve_offload_instance"),
         "server_unshelve" => ("unshelve", "compute_unshelve_instance"),
+        "server_resize" => ("resize", "compute_finish_resize"),
+        "server_migrate" => ("migrate", "compute_finish_resize"),
+        "server_confirm_resize" => ("confirmResize", "compute_confirm_resize"),
+        "server_revert_resize" => ("revertResize", "compute_finish_revert_resize"),
         "server_live_migrate" => ("live-migration", "compute_live_migration"),
         "server_live_migration_abort" => ("live_migration_cancel", "compute_live_migration_abort"),
         "server_live_migration_force_complete" => (

@@ -1,4 +1,5 @@
-//! Live migrations: the action `os-migrateLive`, `os-migrations`, and what is done to one that is under way.
+//! Live migrations: the action `os-migrateLive`, and what is done to one that is under way; and `os-migrations`, where all
+//! kinds are listed.
 //!
 //! Disks always travel with the guest. So `block_migration` may be true or `auto`; false asks for storage that both
 //! hosts share, of which there is none: 400, in nova's words, at every version (nova tells so later from 2.34 on).
@@ -136,7 +137,7 @@ pub async fn migrate_live(call: &Call, id: &str, body: &Value) -> Result<Respons
     Ok(StatusCode::ACCEPTED.into_response())
 }
 
-async fn named(call: &Call, name: &str) -> Result<host::row::Model, ApiError> {
+pub(super) async fn named(call: &Call, name: &str) -> Result<host::row::Model, ApiError> {
     let mut rows = host::all(call.reader()).await?.into_iter();
     rows.find(|row| row.hostname == name)
         .ok_or_else(|| ApiError::bad_request(format!("Compute host {name} could not be found.")))
@@ -222,6 +223,7 @@ fn of_one(call: &Call, row: &Model) -> Value {
 /// As `os-migrations` shows it. (nova links from here to one that is under way; no recording has that.)
 fn of_all(call: &Call, row: &Model) -> Value {
     let flavor = number_of(&row.flavor_id);
+    let new = row.new_flavor_id.as_deref().map_or(flavor, number_of);
     let mut view = json!({
         "id": row.id,
         "source_compute": row.source,
@@ -230,14 +232,14 @@ fn of_all(call: &Call, row: &Model) -> Value {
         "dest_node": target(row),
         "dest_host": null,
         "old_instance_type_id": flavor,
-        "new_instance_type_id": flavor,
+        "new_instance_type_id": new,
         "instance_uuid": row.server_id,
         "status": row.status,
         "created_at": time::micros(row.created_at_us),
         "updated_at": time::micros(row.updated_at_us),
     });
     if call.at_least(23) {
-        view["migration_type"] = json!("live-migration");
+        view["migration_type"] = json!(row.kind);
     }
     if call.at_least(59) {
         view["uuid"] = json!(row.uuid);
@@ -300,6 +302,7 @@ async fn all(call: Call) -> Result<Json<Value>, ApiError> {
     let filter = Filter {
         server: text("instance_uuid"),
         status: text("status"),
+        kind: text("migration_type"),
         host: text("host"),
         source: text("source_compute"),
         user: since(80, "user_id"),
@@ -307,7 +310,6 @@ async fn all(call: Call) -> Result<Json<Value>, ApiError> {
         changed_since_us: moment(59, "changes-since"),
         changed_before_us: moment(66, "changes-before"),
     };
-    let other = text("migration_type").is_some_and(|kind| kind != "live-migration");
     let paged = call.at_least(59);
     let (sorted, limit, after) = match paged {
         true => {
@@ -316,13 +318,8 @@ async fn all(call: Call) -> Result<Json<Value>, ApiError> {
         }
         false => (Sorted::OldestFirst, None, None),
     };
-    let mut rows = match other {
-        true => Vec::new(),
-        false => {
-            let more = limit.map(|limit| limit + 1);
-            migration::list(call.reader(), &filter, sorted, after, more).await?
-        }
-    };
+    let more = limit.map(|limit| limit + 1);
+    let mut rows = migration::list(call.reader(), &filter, sorted, after, more).await?;
     let limit = limit.map_or(usize::MAX, |limit| {
         usize::try_from(limit).unwrap_or(usize::MAX)
     });
@@ -359,7 +356,7 @@ async fn of_server(call: Call, Path(id): Path<String>) -> Result<Json<Value>, Ap
     let rows = migration::list(call.reader(), &filter, Sorted::OldestFirst, None, None).await?;
     let views: Vec<Value> = rows
         .iter()
-        .filter(|row| row.status().in_progress())
+        .filter(|row| row.is_live_in_progress())
         .map(|row| of_one(&call, row))
         .collect();
     Ok(Json(json!({"migrations": views})))
@@ -383,7 +380,7 @@ async fn show(
             "In-progress live migration {number} is not found for server {id}."
         ))
     })?;
-    if !found.status().in_progress() {
+    if !found.is_live_in_progress() {
         return Err(ApiError::not_found(format!(
             "Live migration {number} for server {id} is not in progress."
         )));

@@ -13,6 +13,7 @@ mod instance_actions;
 mod keypairs;
 pub mod migrations;
 mod quotas;
+mod resize;
 pub mod schemas;
 mod servers;
 mod shelve;

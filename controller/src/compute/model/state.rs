@@ -20,6 +20,35 @@ pub enum Standing {
     Shelved,
     /// No host has anything of it.
     ShelvedOffloaded,
+    /// It has another size, or host, and its user has still to say that it is to stay so.
+    Resized,
+}
+
+/// How far a server is that gets another size, or host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Move {
+    /// A host is chosen, and its guest stopped.
+    Prep,
+    /// Its disk is brought there.
+    Migrating,
+    /// All of it is.
+    Migrated,
+    /// It is the new host's, which starts it.
+    Finish,
+}
+
+impl Move {
+    const ALL: [Self; 4] = [Self::Prep, Self::Migrating, Self::Migrated, Self::Finish];
+
+    /// Nova's.
+    fn task(self) -> &'static str {
+        match self {
+            Self::Prep => "resize_prep",
+            Self::Migrating => "resize_migrating",
+            Self::Migrated => "resize_migrated",
+            Self::Finish => "resize_finish",
+        }
+    }
 }
 
 /// How far a new server has got.
@@ -99,6 +128,14 @@ pub enum ServerState {
     ShelvedOffloaded,
     /// A host makes its disk from that image.
     Unshelving(Standing),
+    /// It gets another size, or host, and is to be as it was then: running or not.
+    Resizing(Standing, Move),
+    /// It has them, and both can still be taken back; whether its guest runs.
+    Resized(Standing),
+    /// They are its own: what is kept of before goes.
+    Confirming(Standing),
+    /// It is to be what it was, where it was.
+    Reverting,
     Deleting(Standing),
     /// The row stays for a while, for those who look back.
     Deleted,
@@ -125,7 +162,7 @@ pub enum PowerState {
 }
 
 impl Standing {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Building,
         Self::Active,
         Self::Paused,
@@ -134,7 +171,11 @@ impl Standing {
         Self::Error,
         Self::Shelved,
         Self::ShelvedOffloaded,
+        Self::Resized,
     ];
+
+    /// Those of servers that are resized, from and to.
+    const OF_RESIZES: [Self; 2] = [Self::Active, Self::Stopped];
 
     /// Those in which a host has it, or is to.
     const OF_HOSTS: [Self; 6] = [
@@ -159,6 +200,7 @@ impl Standing {
             Self::Error => "error",
             Self::Shelved => "shelved",
             Self::ShelvedOffloaded => "shelved_offloaded",
+            Self::Resized => "resized",
         }
     }
 
@@ -172,13 +214,14 @@ impl Standing {
             Self::Error => "ERROR",
             Self::Shelved => "SHELVED",
             Self::ShelvedOffloaded => "SHELVED_OFFLOADED",
+            Self::Resized => "VERIFY_RESIZE",
         }
     }
 
     fn power(self) -> PowerState {
         match self {
             Self::Building | Self::Error => PowerState::None,
-            Self::Active => PowerState::Running,
+            Self::Active | Self::Resized => PowerState::Running,
             Self::Paused => PowerState::Paused,
             // As libvirt says of a domain whose memory was saved.
             Self::Suspended | Self::Stopped | Self::Shelved | Self::ShelvedOffloaded => {
@@ -198,6 +241,7 @@ impl Standing {
             Self::Error => ServerState::Error,
             Self::Shelved => ServerState::Shelved,
             Self::ShelvedOffloaded => ServerState::ShelvedOffloaded,
+            Self::Resized => ServerState::Resized(Self::Active),
         }
     }
 }
@@ -227,6 +271,7 @@ impl ServerState {
             Self::ShelvedOffloaded,
             Self::Unshelving(Standing::Shelved),
             Self::Unshelving(Standing::ShelvedOffloaded),
+            Self::Reverting,
             Self::Deleted,
         ];
         let nested: [fn(Standing) -> Self; 3] =
@@ -250,7 +295,14 @@ impl ServerState {
             .into_iter()
             .flat_map(|make| Standing::OF_HOSTS.into_iter().map(make));
         let deleting = Standing::ALL.map(Self::Deleting);
+        let resizing = Move::ALL.into_iter();
+        let resizing = resizing
+            .flat_map(|at| Standing::OF_RESIZES.map(|standing| Self::Resizing(standing, at)));
+        let resized = Standing::OF_RESIZES
+            .into_iter()
+            .flat_map(|standing| [Self::Resized(standing), Self::Confirming(standing)]);
         let plain = plain.into_iter().chain(imaging).chain(shelving);
+        let plain = plain.chain(resizing).chain(resized);
         plain.chain(nested).chain(deleting)
     }
 
@@ -267,6 +319,7 @@ impl ServerState {
             Self::Error | Self::Crashed => Standing::Error,
             Self::Shelved | Self::Offloading => Standing::Shelved,
             Self::ShelvedOffloaded => Standing::ShelvedOffloaded,
+            Self::Resized(_) | Self::Confirming(_) | Self::Reverting => Standing::Resized,
             Self::Stopping(standing)
             | Self::HardRebooting(standing)
             | Self::Rebuilding(standing)
@@ -274,6 +327,7 @@ impl ServerState {
             | Self::Imaging(standing, _)
             | Self::Shelving(standing, _)
             | Self::Unshelving(standing)
+            | Self::Resizing(standing, _)
             | Self::Deleting(standing) => standing,
             Self::Deleted => return None,
         })
@@ -297,6 +351,9 @@ impl ServerState {
             Self::Shelving(_, shot) => Some(shot.task_of_shelving()),
             Self::Offloading => Some("shelving_offloading"),
             Self::Unshelving(_) => Some("unshelving"),
+            Self::Resizing(_, at) => Some(at.task()),
+            Self::Confirming(_) => Some("resize_confirming"),
+            Self::Reverting => Some("resize_reverting"),
             Self::Deleting(_) => Some("deleting"),
             Self::Active
             | Self::Paused
@@ -306,6 +363,7 @@ impl ServerState {
             | Self::Crashed
             | Self::Shelved
             | Self::ShelvedOffloaded
+            | Self::Resized(_)
             | Self::Deleted => None,
         }
     }
@@ -326,6 +384,8 @@ impl ServerState {
             Self::HardRebooting(Standing::Active) => "HARD_REBOOT",
             Self::Rebuilding(_) => "REBUILD",
             Self::Migrating(Standing::Active | Standing::Paused) => "MIGRATING",
+            Self::Resizing(..) => "RESIZE",
+            Self::Reverting => "REVERT_RESIZE",
             _ => standing.status(),
         };
         Projection {
@@ -334,6 +394,7 @@ impl ServerState {
             task_state: self.task(),
             power_state: match self {
                 Self::Crashed => PowerState::Crashed,
+                Self::Resized(runs) | Self::Confirming(runs) => runs.power(),
                 _ => standing.power(),
             },
         }
@@ -365,6 +426,10 @@ impl ServerState {
                 format!("{}:{}", shot.task_of_shelving(), standing.word())
             }
             Self::Unshelving(standing) => format!("unshelving:{}", standing.word()),
+            Self::Resizing(standing, at) => format!("{}:{}", at.task(), standing.word()),
+            Self::Resized(standing) => format!("resized:{}", standing.word()),
+            Self::Confirming(standing) => format!("resize_confirming:{}", standing.word()),
+            Self::Reverting => "resize_reverting".to_owned(),
             Self::Deleting(standing) => format!("deleting:{}", standing.word()),
             Self::Shelved => "shelved".to_owned(),
             Self::Offloading => "shelving_offloading".to_owned(),
@@ -414,6 +479,10 @@ pub enum Action {
     Shelve,
     ShelveOffload,
     Unshelve,
+    Resize,
+    ColdMigrate,
+    ConfirmResize,
+    RevertResize,
     ForceComplete,
     AbortMigration,
     Delete,
@@ -432,7 +501,7 @@ pub enum Action {
 }
 
 impl Action {
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 33] = [
         Self::Start,
         Self::Stop,
         Self::SoftReboot,
@@ -447,6 +516,10 @@ impl Action {
         Self::Shelve,
         Self::ShelveOffload,
         Self::Unshelve,
+        Self::Resize,
+        Self::ColdMigrate,
+        Self::ConfirmResize,
+        Self::RevertResize,
         Self::ForceComplete,
         Self::AbortMigration,
         Self::Delete,
@@ -480,6 +553,10 @@ impl Action {
             Self::Shelve => "shelve",
             Self::ShelveOffload => "shelveOffload",
             Self::Unshelve => "unshelve",
+            Self::Resize => "resize",
+            Self::ColdMigrate => "migrate",
+            Self::ConfirmResize => "confirmResize",
+            Self::RevertResize => "revertResize",
             Self::ForceComplete => "force_complete",
             Self::AbortMigration => "abort live migration",
             Self::Delete => "delete",
@@ -607,20 +684,24 @@ pub fn admit(action: Action, situation: Situation<'_>) -> Result<(), Conflict> {
             server: server(),
         });
     }
-    if action == Action::RemoteConsole
-        && !matches!(
-            situation.state.standing(),
-            Some(Standing::Active | Standing::Paused)
-        )
-    {
+    if action == Action::RemoteConsole && !has_line(situation.state) {
         return Err(Conflict::NotReady { server: server() });
     }
     Ok(())
 }
 
+/// Its guest has a serial line, as far as the server's state says.
+fn has_line(state: ServerState) -> bool {
+    let standing = match state {
+        ServerState::Resized(runs) | ServerState::Confirming(runs) => Some(runs),
+        other => other.standing(),
+    };
+    matches!(standing, Some(Standing::Active | Standing::Paused))
+}
+
 /// The vm_states that an action is allowed in; `None`: any.
 fn standings(action: Action) -> Option<&'static [Standing]> {
-    use Standing::{Active, Error, Paused, Shelved, ShelvedOffloaded, Stopped, Suspended};
+    use Standing::{Active, Error, Paused, Resized, Shelved, ShelvedOffloaded, Stopped, Suspended};
     match action {
         Action::Start => Some(&[Stopped]),
         Action::Stop => Some(&[Active, Error]),
@@ -634,6 +715,8 @@ fn standings(action: Action) -> Option<&'static [Standing]> {
         Action::CreateImage | Action::Shelve => Some(&[Active, Paused, Suspended, Stopped]),
         Action::ShelveOffload => Some(&[Shelved]),
         Action::Unshelve => Some(&[Shelved, ShelvedOffloaded]),
+        Action::Resize | Action::ColdMigrate => Some(&[Active, Stopped]),
+        Action::ConfirmResize | Action::RevertResize => Some(&[Resized]),
         Action::UpdateMetadata
         | Action::DeleteMetadata
         | Action::UpdateTag
@@ -666,7 +749,11 @@ fn passes_task(action: Action, state: ServerState) -> bool {
         | Action::CreateImage
         | Action::LiveMigrate
         | Action::Shelve
-        | Action::Unshelve => false,
+        | Action::Unshelve
+        | Action::Resize
+        | Action::ColdMigrate
+        | Action::ConfirmResize
+        | Action::RevertResize => false,
         // It is under way: clients that see SHELVED ask for it.
         Action::ShelveOffload => state == ServerState::Offloading,
         Action::ForceComplete | Action::AbortMigration => {
@@ -713,6 +800,10 @@ fn needs_launch(action: Action) -> bool {
             | Action::Shelve
             | Action::ShelveOffload
             | Action::Unshelve
+            | Action::Resize
+            | Action::ColdMigrate
+            | Action::ConfirmResize
+            | Action::RevertResize
             | Action::UpdateMetadata
             | Action::DeleteMetadata
     )

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Columns of the table: every state, in the order of its rows' marks.
-const COLUMNS: [&str; 33] = [
+const COLUMNS: [&str; 40] = [
     "building:scheduling",
     "building:spawning",
     "active",
@@ -37,40 +37,111 @@ const COLUMNS: [&str; 33] = [
     "shelved_offloaded",
     "unshelving:shelved",
     "unshelving:shelved_offloaded",
+    "resize_prep:active",
+    "resize_migrating:active",
+    "resize_migrated:active",
+    "resize_finish:active",
+    "resized:active",
+    "resize_confirming:active",
+    "resize_reverting",
 ];
 
 /// server state × action: `y` admitted (202), `v` refused for vm_state, `t` for task_state, `r` for
 /// not ready, `n` for nothing that is under way (409 each). The situation: placed once past scheduling, launched, not locked.
-const TABLE: [(Action, &str); 29] = [
-    (Action::Start, "rvvvyvtvvvvvtvvvvvvvvvvvvvvvvvrvr"),
-    (Action::Stop, "rvyvvyvttvttvttvyvtvttttttttvvrvr"),
-    (Action::SoftReboot, "vvyvvvvttvttvttvvvtvttttttttvvvvv"),
-    (Action::HardReboot, "vvyyyyttyyyyyttvyyyyttttttttvvvvv"),
-    (Action::Pause, "vvyvvvvttvttvttvvvtvttttttttvvvvv"),
-    (Action::Unpause, "vvvyvvvvvtvvvvvvvvvvvvvvvvvvvvvvv"),
-    (Action::Suspend, "vvyvvvvttvttvttvvvtvttttttttvvvvv"),
-    (Action::Resume, "vvvvvvvvvvvvvvvvvyvtvvvvvvvvvvvvv"),
-    (Action::Rebuild, "vvyvyytttvtttttvyvtvttttttttvvvvv"),
-    (Action::CreateImage, "vvyyyvtttttttttvvyttttttttttvvvvv"),
-    (Action::LiveMigrate, "vvyyvvvtttttvttvvvtvttttttttvvvvv"),
-    (Action::Shelve, "vvyyyvtttttttttvvyttttttttttvvvvv"),
-    (Action::ShelveOffload, "vvvvvvvvvvvvvvvvvvvvvvvvvvvvyyvtv"),
-    (Action::Unshelve, "vvvvvvvvvvvvvvvvvvvvvvvvvvvvytytt"),
-    (Action::ForceComplete, "ttnnnntttttttttnnnttytttttttntntt"),
-    (Action::AbortMigration, "ttnnnntttttttttnnnttytttttttntntt"),
-    (Action::Delete, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::ForceDelete, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::Lock, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::Unlock, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::ResetState, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::ConsoleOutput, "ryyyyyyyyyyyyyyyyyyyyyyyyyyyyyryr"),
-    (Action::RemoteConsole, "rryyrrryyyyyrytrrryrtyyyyyyyrrrrr"),
-    (Action::UpdateMetadata, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
-    (Action::DeleteMetadata, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
-    (Action::UpdateTag, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
-    (Action::UpdateTags, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
-    (Action::DeleteTag, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
-    (Action::DeleteTags, "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvv"),
+const TABLE: [(Action, &str); 33] = [
+    (Action::Start, "rvvvyvtvvvvvtvvvvvvvvvvvvvvvvvrvrvvvvvvv"),
+    (Action::Stop, "rvyvvyvttvttvttvyvtvttttttttvvrvrttttvvv"),
+    (
+        Action::SoftReboot,
+        "vvyvvvvttvttvttvvvtvttttttttvvvvvttttvvv",
+    ),
+    (
+        Action::HardReboot,
+        "vvyyyyttyyyyyttvyyyyttttttttvvvvvttttvvv",
+    ),
+    (Action::Pause, "vvyvvvvttvttvttvvvtvttttttttvvvvvttttvvv"),
+    (Action::Unpause, "vvvyvvvvvtvvvvvvvvvvvvvvvvvvvvvvvvvvvvvv"),
+    (Action::Suspend, "vvyvvvvttvttvttvvvtvttttttttvvvvvttttvvv"),
+    (Action::Resume, "vvvvvvvvvvvvvvvvvyvtvvvvvvvvvvvvvvvvvvvv"),
+    (Action::Rebuild, "vvyvyytttvtttttvyvtvttttttttvvvvvttttvvv"),
+    (
+        Action::CreateImage,
+        "vvyyyvtttttttttvvyttttttttttvvvvvttttvvv",
+    ),
+    (
+        Action::LiveMigrate,
+        "vvyyvvvtttttvttvvvtvttttttttvvvvvttttvvv",
+    ),
+    (Action::Shelve, "vvyyyvtttttttttvvyttttttttttvvvvvttttvvv"),
+    (
+        Action::ShelveOffload,
+        "vvvvvvvvvvvvvvvvvvvvvvvvvvvvyyvtvvvvvvvv",
+    ),
+    (Action::Unshelve, "vvvvvvvvvvvvvvvvvvvvvvvvvvvvytyttvvvvvvv"),
+    (Action::Resize, "vvyvyvtttvtttttvvvtvttttttttvvvvvttttvvv"),
+    (
+        Action::ColdMigrate,
+        "vvyvyvtttvtttttvvvtvttttttttvvvvvttttvvv",
+    ),
+    (
+        Action::ConfirmResize,
+        "vvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvytt",
+    ),
+    (
+        Action::RevertResize,
+        "vvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvytt",
+    ),
+    (
+        Action::ForceComplete,
+        "ttnnnntttttttttnnnttytttttttntnttttttntt",
+    ),
+    (
+        Action::AbortMigration,
+        "ttnnnntttttttttnnnttytttttttntnttttttntt",
+    ),
+    (Action::Delete, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (
+        Action::ForceDelete,
+        "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy",
+    ),
+    (Action::Lock, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::Unlock, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (
+        Action::ResetState,
+        "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy",
+    ),
+    (
+        Action::ConsoleOutput,
+        "ryyyyyyyyyyyyyyyyyyyyyyyyyyyyyryryyyyyyy",
+    ),
+    (
+        Action::RemoteConsole,
+        "rryyrrryyyyyrytrrryrtyyyyyyyrrrrryyyyyyr",
+    ),
+    (
+        Action::UpdateMetadata,
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+    ),
+    (
+        Action::DeleteMetadata,
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+    ),
+    (
+        Action::UpdateTag,
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+    ),
+    (
+        Action::UpdateTags,
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+    ),
+    (
+        Action::DeleteTag,
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+    ),
+    (
+        Action::DeleteTags,
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+    ),
 ];
 
 fn situation(state: ServerState) -> Situation<'static> {

@@ -16,7 +16,7 @@ use crate::http::{ApiError, Caller};
 use crate::image::model::{Image, Status};
 use crate::image::store::{self as images, StoreError};
 
-const GIB: u64 = 1 << 30;
+pub const GIB: u64 = 1 << 30;
 const COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda";
 
 /// The plan for a server of this image and flavor, or what speaks against it.

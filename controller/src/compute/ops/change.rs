@@ -97,12 +97,15 @@ impl Change {
             Self::HardReboot => {
                 wanted.power = Power::Running;
                 wanted.hard_reboots += 1;
-                wanted.copy = None;
+                // Unless the disk is to be made of it still.
+                if wanted.restores.is_none() {
+                    wanted.copy = None;
+                }
             }
             Self::Rebuild => {
                 wanted.rebuilds += 1;
                 // It would be one of another disk.
-                wanted.copy = None;
+                (wanted.copy, wanted.restores) = (None, None);
                 // A stopped server stays stopped, with its new disk.
                 wanted.power = if standing == Standing::Stopped {
                     Power::Stopped

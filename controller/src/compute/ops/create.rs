@@ -13,7 +13,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::{DatabaseTransaction, DbErr};
 use serde::{Deserialize, Serialize};
 
-use super::{RequestError, Tools, is_unknown, machine_id, to_error, to_state, turn};
+use super::{RequestError, Tools, is_unknown, machine_id, resize, to_error, to_state, turn};
 use crate::compute::model::state::{Build, ServerState};
 use crate::compute::store::server;
 use crate::event::Origin;
@@ -194,6 +194,8 @@ impl Step for Place {
             continues: None,
             copy: None,
             copies: 0,
+            restores: None,
+            parks: None,
             spec: state.spec.clone(),
         };
         let request_id = operation.origin.request_id.clone();
@@ -332,6 +334,11 @@ pub(super) async fn settle(
             wanted.power = Power::Stopped;
         })
         .await?;
+    }
+    if !matches!(report.observed, Observed::Failed { .. })
+        && report.rebuilds >= machine.wanted.rebuilds
+    {
+        resize::forget_restored(tx, server, now).await?;
     }
     Ok(Some(report.observed))
 }

@@ -11,15 +11,15 @@ use sea_orm::DatabaseTransaction;
 
 use super::create::{gone, want_absent};
 use super::{
-    RequestError, Tools, change, create, image, machine_id, migrate, shelve, to_error, to_state,
-    turn, unshelve,
+    RequestError, Tools, change, create, image, machine_id, migrate, resize, shelve, to_error,
+    to_state, turn, unshelve,
 };
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
 use crate::event::Origin;
 use crate::http::App;
 use crate::operation::{self, Kind, Operation, Outcome, Progress, Step, StepError};
-use crate::reconcile::machine;
+use crate::reconcile::{machine, migration};
 
 pub const KIND: &str = "server_delete";
 
@@ -49,6 +49,10 @@ pub async fn request(app: &App, origin: Origin, id: &str) -> Result<(), RequestE
                     shelve::KIND,
                     shelve::OFFLOAD,
                     unshelve::KIND,
+                    resize::RESIZE,
+                    resize::MIGRATE,
+                    resize::verdict::CONFIRM,
+                    resize::verdict::REVERT,
                 ];
                 let kinds: Vec<&str> = kinds.into_iter().chain(change::kinds()).collect();
                 operation::cancel(tx, &id, &kinds, "the server is deleted").await?;
@@ -137,6 +141,12 @@ impl Step for Destroy {
         if let Some(image) = image.filter(|_| gone == Progress::Done) {
             let removed = self.0.images.remove(&image, self.0.clock.now_us()).await;
             removed.map_err(super::image::unstored)?;
+        }
+        // What was to bring its disk to another host, of an operation that is parked.
+        let server = machine_id(&operation.subject)?;
+        for open in migration::open(self.0.machines.reader(), server).await? {
+            let removed = self.0.images.remove(&open.uuid, self.0.clock.now_us());
+            removed.await.map_err(super::image::unstored)?;
         }
         Ok(gone)
     }

@@ -326,16 +326,25 @@ async fn is_copied(
     if tools.images.stands(&state.image).await.map_err(unstored)? == Stands::Gone {
         return Err(StepError::fail("the image was deleted meanwhile"));
     }
+    host_has(tools, operation, state.copy).await
+}
+
+/// Whether the host has this copy; none: not yet.
+pub(super) async fn host_has(
+    tools: &Tools,
+    operation: &Operation,
+    copy: CopyId,
+) -> Result<Option<()>, StepError> {
     let late = waited_us(tools, operation) > LONGEST_US;
     let server = machine_id(&operation.subject)?;
     let known = machine::find(tools.machines.reader(), server).await?;
-    if known.is_none_or(|known| known.wanted.copy != Some(state.copy)) {
+    if known.is_none_or(|known| known.wanted.copy != Some(copy)) {
         return Err(StepError::fail(
             "something else has been asked of the server meanwhile",
         ));
     }
     let said = match tools.machines.converge(server).await {
-        Ok(Converged::Settled(report)) => of_copy(&report, state.copy)?,
+        Ok(Converged::Settled(report)) => of_copy(&report, copy)?,
         Ok(Converged::NoOwner) => return Err(StepError::fail("the server has no host")),
         Ok(Converged::Lost(lost)) => {
             let reason = format!("host {} was removed from the cloud", lost.host);

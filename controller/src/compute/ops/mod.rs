@@ -12,6 +12,7 @@ pub mod image;
 pub mod instance;
 pub mod migrate;
 mod observe;
+pub mod resize;
 pub mod shelve;
 pub mod unshelve;
 
@@ -67,6 +68,12 @@ pub fn register(
     let fetch = image::Fetch::new(tools.clone());
     let create_image = image::CreateImage::new(tools.clone(), fetch.clone());
     kinds.register(Arc::new(create_image));
+    for kind in [resize::RESIZE, resize::MIGRATE] {
+        let resize = resize::Resize::new(kind, tools.clone(), fetch.clone());
+        kinds.register(Arc::new(resize));
+    }
+    kinds.register(Arc::new(resize::verdict::Confirm::new(tools.clone())));
+    kinds.register(Arc::new(resize::verdict::Revert::new(tools.clone())));
     kinds.register(Arc::new(shelve::Shelve::new(tools.clone(), fetch)));
     kinds.register(Arc::new(shelve::ShelveOffload::new(tools.clone())));
     kinds.register(Arc::new(unshelve::Unshelve::new(tools.clone())));
@@ -99,6 +106,11 @@ pub enum RequestError {
     OtherDisks(String),
     #[error("server {0} is in no image")]
     NotShelved(String),
+    /// What it would stay.
+    #[error("{0}")]
+    NotThere(String),
+    #[error("Instance {0} has not been resized.")]
+    NothingToConfirm(String),
     #[error("{0}")]
     OverQuota(String),
     /// Its host has no room for what the server is to become.
@@ -113,7 +125,9 @@ impl From<RequestError> for ApiError {
             | RequestError::ImageUnderWay
             | RequestError::OtherDisks(_)
             | RequestError::NotShelved(_)
+            | RequestError::NotThere(_)
             | RequestError::NoRoom(_) => Self::conflict(error.to_string()),
+            RequestError::NothingToConfirm(_) => Self::bad_request(error.to_string()),
             RequestError::OverQuota(words) => Self::forbidden(words),
             RequestError::Database(error) => error.into(),
             RequestError::Prepare(error) => Self::internal(error),

@@ -7,7 +7,7 @@ use fractus_agent_api::machine::{ServerId, StopReason};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{DatabaseTransaction, DbErr};
 
-use super::{to_error, to_state, turn};
+use super::{resize, to_error, to_state, turn};
 use crate::clock::Clock;
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
@@ -42,6 +42,10 @@ impl Observer for ServerObserver {
             if is_told_by_its_operation(row.state()) {
                 return None;
             }
+            if let ServerState::Resized(_) = row.state() {
+                // It can still go back, whatever has ended it.
+                return Some(to_state(ServerState::Resized(Standing::Stopped), now));
+            }
             let end = ended(reason, now);
             Some(still_imaging(row, end))
         })
@@ -69,6 +73,9 @@ impl Observer for ServerObserver {
             }
             ServerState::Error if life.begun => Some(to_state(ServerState::Active, now)),
             // The end of its resume was not seen by the operation.
+            ServerState::Resized(Standing::Stopped) => {
+                Some(to_state(ServerState::Resized(Standing::Active), now))
+            }
             ServerState::Suspended if life.paused => Some(to_state(ServerState::Paused, now)),
             ServerState::Suspended => Some(to_state(ServerState::Active, now)),
             _ => None,
@@ -93,6 +100,10 @@ impl Observer for ServerObserver {
         .await
     }
 
+    async fn restored(&self, tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr> {
+        resize::forget_restored(tx, server, self.clock.now_us()).await
+    }
+
     async fn failed(
         &self,
         tx: &DatabaseTransaction,
@@ -101,6 +112,9 @@ impl Observer for ServerObserver {
     ) -> Result<(), DbErr> {
         let now = self.clock.now_us();
         turn(tx, &server.to_string(), |row| {
+            if let ServerState::Resized(_) = row.state() {
+                return Some(to_state(ServerState::Resized(Standing::Stopped), now));
+            }
             let over = is_told_by_its_operation(row.state());
             // Said before: when it happened stays as it was.
             let said =
@@ -123,6 +137,9 @@ fn is_told_by_its_operation(state: ServerState) -> bool {
             | ServerState::Offloading
             | ServerState::ShelvedOffloaded
             | ServerState::Unshelving(_)
+            | ServerState::Resizing(..)
+            | ServerState::Confirming(_)
+            | ServerState::Reverting
     )
 }
 

@@ -215,7 +215,7 @@ pub async fn is_kept_nowhere_else(tx: &DatabaseTransaction, id: &str) -> Result<
 }
 
 /// Disks whose content is nowhere but on the host, and in no image.
-fn has_other_disks(spec: &MachineSpec) -> bool {
+pub(super) fn has_other_disks(spec: &MachineSpec) -> bool {
     let mut disks = spec.disks.iter();
     disks.any(|disk| disk.presence != Presence::Deleted)
 }

@@ -104,7 +104,7 @@ pub struct Cloud {
     pub host: Arc<SimulatedHost>,
     pub agents: Arc<SimulatedAgents>,
     fleet: Arc<Fleet>,
-    reconciler: Arc<Reconciler>,
+    pub reconciler: Arc<Reconciler>,
     /// While true, the host takes intents and does nothing.
     pub frozen: watch::Sender<bool>,
     written: watch::Receiver<u64>,

@@ -8,6 +8,7 @@ mod instance;
 mod lists;
 mod machines;
 mod migrations;
+mod resize;
 mod servers;
 mod shelve;
 mod table;

@@ -118,10 +118,7 @@ async fn order<'a>(call: &Call, body: &'a Value) -> Result<Order<'a>, ApiError> 
     let count = count(call, given)?;
     networks(call, given)?;
     security_groups(given)?;
-    let flavor_id = match &given["flavorRef"] {
-        Value::String(text) => text.rsplit('/').next().unwrap_or(text).to_owned(),
-        other => other.to_string(),
-    };
+    let flavor_id = flavor_id(&given["flavorRef"]);
     let project = (!call.caller.is_admin()).then(|| call.caller.project_id().unwrap_or_default());
     let flavor = flavor::find(call.reader(), &flavor_id, project)
         .await?
@@ -352,6 +349,14 @@ fn new_server(
         amounts,
         host: order.host,
     })
+}
+
+/// Of a reference, which may be a link.
+pub fn flavor_id(reference: &Value) -> String {
+    match reference {
+        Value::String(text) => text.rsplit('/').next().unwrap_or(text).to_owned(),
+        other => other.to_string(),
+    }
 }
 
 /// What the machine of a server is.

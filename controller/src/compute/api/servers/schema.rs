@@ -46,7 +46,7 @@ fn at_least(version: Microversion, minor: u16) -> bool {
     version.at_least(2, minor)
 }
 
-fn disk_config() -> Value {
+pub fn disk_config() -> Value {
     json!({"type": "string", "enum": ["AUTO", "MANUAL"]})
 }
 

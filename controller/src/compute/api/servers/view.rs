@@ -129,7 +129,15 @@ fn common(
             ("OS-DCF:diskConfig", json!(row.disk_config)),
         ],
     );
-    if matches!(status, "ACTIVE" | "BUILD" | "MIGRATING" | "REBUILD") {
+    let has_progress = [
+        "ACTIVE",
+        "BUILD",
+        "MIGRATING",
+        "REBUILD",
+        "RESIZE",
+        "VERIFY_RESIZE",
+    ];
+    if has_progress.contains(&status) {
         put(view, [("progress", json!(0))]);
     }
     if matches!(status, "ERROR" | "DELETED")

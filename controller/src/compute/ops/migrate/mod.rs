@@ -37,7 +37,7 @@ use crate::compute::store::server;
 use crate::event::Origin;
 use crate::http::App;
 use crate::operation::{self, Kind, Operation, Outcome, Step, StepError};
-use crate::reconcile::migration::{self, Status};
+use crate::reconcile::migration::{self, Purpose, Status};
 use crate::reconcile::{machine, state_of};
 use crate::scheduler::Amounts;
 
@@ -165,11 +165,8 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
                 }
                 let row = server::find(tx, &id).await?;
                 let row = row.ok_or(RequestError::Overtaken)?;
-                migration::insert(
-                    tx,
-                    accepted(&row, migration, source, &origin, now, tx).await?,
-                )
-                .await?;
+                let row = accepted(&row, (migration, Purpose::Live), source, &origin, now, tx);
+                migration::insert(tx, row.await?).await?;
                 Ok(prepared.insert(tx).await?)
             })
         })
@@ -190,9 +187,10 @@ pub async fn needs(
     Ok(known.map(|known| change::amounts(&known.wanted.spec)))
 }
 
-async fn accepted(
+/// The row of one that has just been asked for.
+pub(super) async fn accepted(
     server: &server::Model,
-    id: MigrationId,
+    (id, purpose): (MigrationId, Purpose),
     source: HostId,
     origin: &Origin,
     now_us: i64,
@@ -216,6 +214,9 @@ async fn accepted(
         created_at_us: now_us,
         updated_at_us: now_us,
         ended_at_us: None,
+        kind: purpose.word().to_owned(),
+        new_flavor_id: None,
+        before: None,
     })
 }
 
@@ -239,7 +240,7 @@ pub async fn give_up(
     Ok(operation::cancel(tx, &server.to_string(), &[KIND], reason).await? > 0)
 }
 
-/// The server is gone: what a parked migration of it still held is given back.
+/// The server is gone: what a migration of it still held, that is parked or waits for its user's word, is given back.
 pub(super) async fn bury(
     tx: &DatabaseTransaction,
     server: ServerId,
@@ -249,10 +250,15 @@ pub(super) async fn bury(
         for held in parked.hosts() {
             host::release(tx, held, server).await?;
         }
-        let change = migration::ActiveModel {
+        let mut change = migration::ActiveModel {
             ended_at_us: Set(Some(now_us)),
             ..Default::default()
         };
+        // What was parked has said why.
+        if parked.reason.is_none() {
+            change.status = Set(Status::Error.word().to_owned());
+            change.reason = Set(Some("the server was deleted".to_owned()));
+        }
         migration::update(tx, parked.migration(), change).await?;
     }
     Ok(())
@@ -313,7 +319,7 @@ fn goes_on(report: &MachineReport, id: MigrationId) -> bool {
 }
 
 /// Columns of its row with a change of how far it is.
-fn is_now(status: Status, now_us: i64) -> migration::ActiveModel {
+pub(super) fn is_now(status: Status, now_us: i64) -> migration::ActiveModel {
     migration::ActiveModel {
         status: Set(status.word().to_owned()),
         updated_at_us: Set(now_us),
