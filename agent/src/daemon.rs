@@ -27,6 +27,7 @@ use crate::image::Cache;
 use crate::machine::Machines;
 use crate::machine::actor::{Surroundings, memory_takes};
 use crate::machine::process::launch::HostLauncher;
+use crate::machine::unheard;
 use crate::paths::Paths;
 
 #[derive(Debug, Clone)]
@@ -196,6 +197,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         lock.mark,
     )?;
     let instance = Uuid::new_v4();
+    let listens = unheard::listen(machines.clone(), paths.clone(), boot_id);
     let api = Api {
         machines: machines.clone(),
         inventory: inventory.clone(),
@@ -214,6 +216,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     };
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(push.run());
+    tasks.spawn(listens);
     tasks.spawn(renew::run(cloud.clone()));
     tasks.spawn(crate::machine::registry::purge_tombstones(machines.clone()));
     let mut ends = signal(SignalKind::terminate())?;

@@ -13,5 +13,6 @@ pub mod process;
 pub mod record;
 pub mod registry;
 pub mod take_down;
+pub mod unheard;
 
 pub use registry::{Machines, MachinesError};

@@ -13,8 +13,10 @@ use fractus_agent::host::inventory::Inventory;
 use fractus_agent::host::join::{Join, join};
 use fractus_agent::host::{check, credentials::Identity};
 use fractus_agent::machine::take_down::take_down;
+use fractus_agent::machine::unheard;
 use fractus_agent::paths::Paths;
 use fractus_agent_api::identity::{Fingerprint, JoinToken};
+use fractus_agent_api::machine::ServerId;
 use fractus_vmm::config::MIN_CID;
 
 #[derive(Parser)]
@@ -39,6 +41,9 @@ enum Command {
     /// Have the host's guests power off, and wait for it: for a host that is going down, once its agent
     /// has ended
     TakeDown(TakeDown),
+    /// After a reboot of the host: start guests without a controller's word. Only where none will ever give it: a
+    /// server that was evacuated meanwhile would run twice
+    StartUnheard(StartUnheard),
     /// Say the version
     Version,
 }
@@ -104,6 +109,18 @@ struct TakeDown {
 }
 
 #[derive(Args)]
+struct StartUnheard {
+    #[command(flatten)]
+    folders: Folders,
+    /// Those of these servers that wait; without any, and without --all, they are only listed
+    #[arg(value_name = "SERVER")]
+    servers: Vec<uuid::Uuid>,
+    /// All that wait
+    #[arg(long, conflicts_with = "servers")]
+    all: bool,
+}
+
+#[derive(Args)]
 struct JoinArguments {
     #[command(flatten)]
     folders: Folders,
@@ -154,6 +171,7 @@ fn start(cli: Cli) -> anyhow::Result<ExitCode> {
             let (ended, killed) = take_down(&paths, Duration::from_secs(within))?;
             println!("{ended} machines ended, {killed} were killed");
         }
+        Command::StartUnheard(arguments) => start_unheard(arguments)?,
         Command::Check => {
             if !check::print(std::io::stdout().lock())? {
                 return Ok(ExitCode::FAILURE);
@@ -162,6 +180,29 @@ fn start(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Version => println!("fractus-agent {}", env!("CARGO_PKG_VERSION")),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn start_unheard(arguments: StartUnheard) -> anyhow::Result<()> {
+    let paths = Paths::new(arguments.folders.state_dir, arguments.folders.runtime_dir);
+    let waiting = unheard::waiting(&paths)?;
+    let servers: Vec<ServerId> = arguments.servers.into_iter().map(ServerId).collect();
+    if let Some(other) = servers.iter().find(|id| !waiting.contains(id)) {
+        anyhow::bail!("{other} does not wait for a controller's word on this host");
+    }
+    if !arguments.all && servers.is_empty() {
+        for id in waiting {
+            println!("{id}");
+        }
+        return Ok(());
+    }
+    let servers = match arguments.all {
+        true => waiting,
+        false => servers,
+    };
+    let count = servers.len();
+    unheard::say(&paths, servers)?;
+    println!("{count} servers are started by this host's agent, within seconds where it runs");
+    Ok(())
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

@@ -35,6 +35,11 @@ impl Paths {
         self.state.join("lock")
     }
 
+    /// What an operator says of machines that wait ([`crate::machine::unheard`]).
+    pub fn unheard(&self) -> PathBuf {
+        self.state.join("start-unheard")
+    }
+
     pub fn images(&self) -> PathBuf {
         self.state.join("images")
     }

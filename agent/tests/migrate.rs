@@ -62,6 +62,7 @@ impl Row {
             revision: Revision(revision),
             wanted,
             request_id: Some("req-migrate".to_owned()),
+            boot_id: None,
         };
         agent.put(self.id, &put).await
     }

@@ -155,6 +155,14 @@ impl StepError {
             reason: reason.into(),
         }
     }
+
+    /// What would be tried again is not, if it is `late`.
+    pub fn given_up_if(self, late: bool) -> Self {
+        match self {
+            Self::Retry { reason, .. } if late => Self::Fail { reason },
+            other => other,
+        }
+    }
 }
 
 /// One step. All four default to nothing to do.

@@ -10,12 +10,14 @@
 //! rest, all else is checked ([`check`]).
 
 mod check;
+mod evacuation;
 mod faults;
 mod golden;
 mod migration;
 mod network;
 mod pair;
 mod requests;
+mod resize;
 mod scenarios;
 mod transit;
 mod world;

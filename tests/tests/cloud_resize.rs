@@ -67,6 +67,64 @@ impl Told<'_> {
     }
 }
 
+/// It stays so; and once more, to go back to the disk as it was then.
+async fn resized_where_it_is(told: &Told<'_>, boots: &mut Vec<String>) {
+    let first = told.host().await;
+    // Where it is, and it stays so.
+    told.openstack
+        .done("server resize --flavor larger --wait one");
+    let resized = told.is("VERIFY_RESIZE").await;
+    assert_eq!(resized["flavor"]["original_name"], "larger");
+    assert_eq!(told.host().await, first);
+    boots.push(another_boot(&told.admin, &told.id, boots).await);
+    told.asks("disk-check 0 65536 65536 7").await;
+    told.openstack.done("server resize confirm one");
+    told.is("ACTIVE").await;
+
+    // And back, by a second thought: to the disk as it was then.
+    told.openstack
+        .done("server resize --flavor tiny --wait one");
+    told.is("VERIFY_RESIZE").await;
+    boots.push(another_boot(&told.admin, &told.id, boots).await);
+    told.asks("disk-write 0 65536 65536 8").await;
+    told.openstack.done("server resize revert one");
+    let back = told.is("ACTIVE").await;
+    assert_eq!(back["flavor"]["original_name"], "larger");
+    boots.push(another_boot(&told.admin, &told.id, boots).await);
+    told.asks("disk-check 0 65536 65536 7").await;
+    told.is_on_one_host().await;
+}
+
+/// To another host, to stay there; and once more, to go back.
+async fn migrated_and_back(told: &Told<'_>, boots: &mut Vec<String>) {
+    let first = told.host().await;
+    // To another host, and it stays there.
+    told.openstack.done("server migrate --wait one");
+    told.is("VERIFY_RESIZE").await;
+    let second = told.host().await;
+    assert_ne!(second, first);
+    assert_eq!(told.holders(), 2, "it can go back");
+    boots.push(another_boot(&told.admin, &told.id, boots).await);
+    told.asks("disk-check 0 65536 65536 7").await;
+    told.asks("disk-write 0 65536 65536 9").await;
+    told.openstack.done("server migration confirm one");
+    told.is("ACTIVE").await;
+    told.is_on_one_host().await;
+
+    // Once more, and back.
+    told.openstack.done("server migrate --wait one");
+    told.is("VERIFY_RESIZE").await;
+    assert_eq!(told.host().await, first);
+    told.asks("disk-check 0 65536 65536 9").await;
+    told.asks("disk-write 0 65536 65536 1").await;
+    told.openstack.done("server migration revert one");
+    told.is("ACTIVE").await;
+    assert_eq!(told.host().await, second);
+    boots.push(another_boot(&told.admin, &told.id, boots).await);
+    told.asks("disk-check 0 65536 65536 9").await;
+    told.is_on_one_host().await;
+}
+
 #[tokio::test]
 async fn cloud_a_server_is_resized_and_migrated_and_stays_or_goes_back_with_its_disk() {
     let options = Options {
@@ -91,55 +149,8 @@ async fn cloud_a_server_is_resized_and_migrated_and_stays_or_goes_back_with_its_
     let first = told.host().await;
     told.asks("disk-write 0 65536 65536 7").await;
 
-    // Where it is, and it stays so.
-    told.openstack
-        .done("server resize --flavor larger --wait one");
-    let resized = told.is("VERIFY_RESIZE").await;
-    assert_eq!(resized["flavor"]["original_name"], "larger");
-    assert_eq!(told.host().await, first);
-    boots.push(another_boot(&told.admin, &told.id, &boots).await);
-    told.asks("disk-check 0 65536 65536 7").await;
-    told.openstack.done("server resize confirm one");
-    told.is("ACTIVE").await;
-
-    // And back, by a second thought: to the disk as it was then.
-    told.openstack
-        .done("server resize --flavor tiny --wait one");
-    told.is("VERIFY_RESIZE").await;
-    boots.push(another_boot(&told.admin, &told.id, &boots).await);
-    told.asks("disk-write 0 65536 65536 8").await;
-    told.openstack.done("server resize revert one");
-    let back = told.is("ACTIVE").await;
-    assert_eq!(back["flavor"]["original_name"], "larger");
-    boots.push(another_boot(&told.admin, &told.id, &boots).await);
-    told.asks("disk-check 0 65536 65536 7").await;
-    told.is_on_one_host().await;
-
-    // To another host, and it stays there.
-    told.openstack.done("server migrate --wait one");
-    told.is("VERIFY_RESIZE").await;
-    let second = told.host().await;
-    assert_ne!(second, first);
-    assert_eq!(told.holders(), 2, "it can go back");
-    boots.push(another_boot(&told.admin, &told.id, &boots).await);
-    told.asks("disk-check 0 65536 65536 7").await;
-    told.asks("disk-write 0 65536 65536 9").await;
-    told.openstack.done("server migration confirm one");
-    told.is("ACTIVE").await;
-    told.is_on_one_host().await;
-
-    // Once more, and back.
-    told.openstack.done("server migrate --wait one");
-    told.is("VERIFY_RESIZE").await;
-    assert_eq!(told.host().await, first);
-    told.asks("disk-check 0 65536 65536 9").await;
-    told.asks("disk-write 0 65536 65536 1").await;
-    told.openstack.done("server migration revert one");
-    told.is("ACTIVE").await;
-    assert_eq!(told.host().await, second);
-    boots.push(another_boot(&told.admin, &told.id, &boots).await);
-    told.asks("disk-check 0 65536 65536 9").await;
-    told.is_on_one_host().await;
+    resized_where_it_is(&told, &mut boots).await;
+    migrated_and_back(&told, &mut boots).await;
 
     // One that is shut off stays so.
     told.openstack.done("server stop one");

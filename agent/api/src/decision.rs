@@ -11,6 +11,7 @@ pub mod size;
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::copy;
 use crate::device::{MOST_DISKS, MOST_NICS};
@@ -110,6 +111,13 @@ pub fn intake(held: Option<&Intent>, put: &PutMachine) -> Result<Intake, Refusal
         Some(detail) => invalid(detail),
         None => Ok(Intake::New),
     }
+}
+
+/// Whether `put`, which was taken, says that the machine is wanted on this host as it is now: in the boot `now`. Who
+/// says so knew of this boot before it looked whose the machine is; so a host that was declared to be off since, and
+/// has booted again, hears nothing by what was on its way to it.
+pub fn is_word(put: &PutMachine, now: Option<Uuid>) -> bool {
+    put.boot_id.is_none() || now.is_none() || put.boot_id == now
 }
 
 /// Why no agent of this version could make it.
@@ -230,6 +238,8 @@ pub struct Seen<'a> {
     pub transit: Transit,
     /// Process, disks, logs, control group and socket: is anything of them left?
     pub remains: bool,
+    /// Nobody has said in this boot of the host that the machine is wanted here ([`is_word`]): it may be another's.
+    pub unheard: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -269,10 +279,20 @@ pub enum Step {
     Kill,
     /// Remove all that is left but the tombstone.
     Remove,
+    /// Nothing, until somebody has said that the machine is still wanted here.
+    Await,
 }
 
-/// The next step from what is there to what is wanted.
+/// The next step from what is there to what is wanted. After a reboot of the host it begins nothing, neither guest nor
+/// disk, by what was wanted before: the server may have been started elsewhere meanwhile.
 pub fn next(wanted: &Wanted, done: &Done, seen: &Seen<'_>) -> Step {
+    match next_if_heard(wanted, done, seen) {
+        Step::Start | Step::MakeDisk | Step::RemakeDisk if seen.unheard => Step::Await,
+        step => step,
+    }
+}
+
+fn next_if_heard(wanted: &Wanted, done: &Done, seen: &Seen<'_>) -> Step {
     let alive = seen.process != Process::None;
     if wanted.power == Power::Absent {
         return match (alive, seen.remains) {
@@ -435,6 +455,7 @@ pub(crate) mod tests {
             revision: Revision(revision),
             wanted,
             request_id: None,
+            boot_id: None,
         }
     }
 
@@ -452,9 +473,20 @@ pub(crate) mod tests {
         guest: u64,
         /// The guest whose memory is kept.
         kept: Option<u64>,
+        boot: u128,
+        unheard: bool,
     }
 
     impl Model {
+        fn boot(&self) -> Option<Uuid> {
+            Some(Uuid::from_u128(self.boot))
+        }
+
+        fn reboot(&mut self) {
+            self.boot += 1;
+            (self.process, self.unheard) = (None, true);
+        }
+
         fn put(&mut self, put: &PutMachine) -> Result<Intake, Refusal> {
             let intake = intake(self.intent.as_ref(), put)?;
             if intake == Intake::New {
@@ -465,6 +497,7 @@ pub(crate) mod tests {
                 });
                 self.stop = None;
             }
+            self.unheard &= !is_word(put, self.boot());
             Ok(intake)
         }
 
@@ -482,6 +515,7 @@ pub(crate) mod tests {
                 kept: self.kept.is_some(),
                 transit: Transit::None,
                 remains: self.disk || self.process.is_some() || self.kept.is_some(),
+                unheard: self.unheard,
             };
             let step = next(&wanted, &self.done, &seen);
             let reboots = |done: &mut Done| {
@@ -490,6 +524,7 @@ pub(crate) mod tests {
             };
             match step {
                 Step::Settled => {}
+                Step::Await => assert!(self.unheard && self.process.is_none()),
                 Step::SkipReboots => reboots(&mut self.done),
                 Step::MakeDisk | Step::RemakeDisk => {
                     let guest = (self.process, self.kept);
@@ -530,7 +565,7 @@ pub(crate) mod tests {
 
         fn settle(&mut self) {
             for _ in 0..20 {
-                if self.step() == Step::Settled {
+                if matches!(self.step(), Step::Settled | Step::Await) {
                     return;
                 }
             }
@@ -623,6 +658,77 @@ pub(crate) mod tests {
         // Of one that does not run there is nothing to keep, unless it is rebooted first.
         assert_eq!(settle(&mut model, Power::Suspended, 1), (None, 3, None));
         assert_eq!(settle(&mut model, Power::Suspended, 2), (None, 4, Some(4)));
+    }
+
+    #[test]
+    fn after_a_reboot_of_its_host_a_machine_waits_for_a_word_of_this_boot() {
+        let mut model = Model::default();
+        let said = |revision, boot: Option<u128>| PutMachine {
+            boot_id: boot.map(Uuid::from_u128),
+            ..put(1, revision, wanted(Power::Running, 0, 0, 0))
+        };
+        model.put(&said(1, Some(0))).unwrap();
+        model.settle();
+        assert_eq!(model.done.starts, 1);
+        model.reboot();
+        assert_eq!(model.step(), Step::Await);
+        // What was on its way, doubled or newer, before whoever sent it knew of this boot.
+        for late in [said(1, Some(0)), said(2, Some(0)), said(2, Some(u128::MAX))] {
+            model.put(&late).unwrap();
+            assert_eq!(model.step(), Step::Await, "{late:?}");
+        }
+        assert_eq!(model.put(&said(2, Some(1))), Ok(Intake::Same));
+        model.settle();
+        assert_eq!(
+            (model.process, model.done.starts),
+            (Some(Process::Running), 2)
+        );
+        // A guest that ends in this boot is started again without a word; not so in the next.
+        model.process = None;
+        model.settle();
+        assert_eq!(model.done.starts, 3);
+        model.reboot();
+        model.put(&said(3, None)).unwrap();
+        model.settle();
+        assert_eq!(model.done.starts, 4, "a controller of before");
+    }
+
+    #[test]
+    fn a_machine_that_waits_is_removed_stays_stopped_and_forgets_without_a_word() {
+        let mut model = Model::default();
+        model
+            .put(&put(1, 1, wanted(Power::Running, 0, 0, 0)))
+            .unwrap();
+        model.settle();
+        model
+            .put(&put(1, 2, wanted(Power::Suspended, 0, 0, 0)))
+            .unwrap();
+        model.settle();
+        let unsaid = |revision, wanted| PutMachine {
+            boot_id: Some(Uuid::nil()),
+            ..put(1, revision, wanted)
+        };
+        model.reboot();
+        assert_eq!(model.step(), Step::Settled, "it is suspended as before");
+        model
+            .put(&unsaid(3, wanted(Power::Running, 0, 0, 0)))
+            .unwrap();
+        assert_eq!(model.step(), Step::Await, "nor does one that is kept go on");
+        assert_eq!(model.kept, Some(1));
+        model
+            .put(&unsaid(4, wanted(Power::Stopped, 0, 0, 0)))
+            .unwrap();
+        model.settle();
+        assert_eq!(model.step(), Step::Settled);
+        model
+            .put(&unsaid(5, wanted(Power::Stopped, 0, 0, 1)))
+            .unwrap();
+        assert_eq!(model.step(), Step::Await, "its disk may be another's");
+        model
+            .put(&unsaid(6, wanted(Power::Absent, 0, 0, 1)))
+            .unwrap();
+        model.settle();
+        assert!(!model.disk);
     }
 
     #[test]

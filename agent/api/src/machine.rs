@@ -49,6 +49,11 @@ pub struct PutMachine {
     /// `x-openstack-request-id` of the request that wanted it, for the logs.
     #[serde(default)]
     pub request_id: Option<String>,
+    /// The boot of the agent's host in which this is said: the sender knew of it before it looked whose the machine
+    /// is. Of another one, or nil: what is wanted is taken, and nothing is started by it after a reboot
+    /// ([`crate::decision::is_word`]). None: a controller of before, which moves no machine from a host that is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_id: Option<Uuid>,
 }
 
 /// What the machine should be. Reboots and rebuilds are counters: the agent carries one out for each
@@ -272,6 +277,10 @@ pub struct MachineReport {
     /// Of the copy that `revision` wants.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy: Option<CopyReport>,
+    /// Its host has rebooted, and it is not started before somebody has said, in this boot, that it is wanted here
+    /// still: the same intent again will do.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub waits: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

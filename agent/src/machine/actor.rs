@@ -9,10 +9,15 @@
 //! intent (what can come right by itself, like a controller that does not answer, has been waited for
 //! before that); a newer intent, or a new start of the agent, tries anew. A guest that went down by
 //! itself stays down until a newer intent.
+//!
+//! After a reboot of the host nothing is begun before somebody has said in this boot that the machine is wanted here
+//! ([`decision::is_word`]): its server may have been started elsewhere meanwhile. The record says in which boot that
+//! was said last, so a restart of the agent asks for nothing.
 
 mod copy;
 mod devices;
 mod guest;
+mod hear;
 mod migrate;
 mod report;
 mod size;
@@ -61,6 +66,8 @@ pub type Answer = oneshot::Sender<Result<MachineReport, Refusal>>;
 #[derive(Debug)]
 pub enum Message {
     Put(Box<PutMachine>, Answer),
+    /// An operator's word that the machine is wanted here, where there is no controller to say so.
+    Hear,
 }
 
 /// What an actor is made with.
@@ -164,7 +171,11 @@ impl<L: Launcher> Actor<L> {
             (Some(reason), ..) => Observed::Stopped {
                 reason: reason.clone(),
             },
-            (None, _, Some(process)) if process.ran => Observed::Running,
+            (None, _, Some(process))
+                if process.ran && Some(process.boot_id) == surroundings.makings.boot_id() =>
+            {
+                Observed::Running
+            }
             _ => Observed::Starting {
                 step: "taken up".to_owned(),
             },
@@ -215,6 +226,10 @@ impl<L: Launcher> Actor<L> {
             self.remove_memory();
             return Ok(());
         };
+        if Some(recorded.boot_id) == self.surroundings.makings.boot_id() {
+            // An agent of before does not say so, and has started it in this boot.
+            self.record.heard = Some(recorded.boot_id);
+        }
         let adoption = loop {
             let launcher = &self.surroundings.launcher;
             match launcher.adopt(self.record.id, &recorded).await {
@@ -284,6 +299,10 @@ impl<L: Launcher> Actor<L> {
                 self.publish();
                 self.rest().await
             }
+            Step::Await => {
+                self.publish();
+                self.rest().await
+            }
             Step::SkipReboots => {
                 self.count_reboots();
                 self.persist();
@@ -337,6 +356,7 @@ impl<L: Launcher> Actor<L> {
             kept: self.record.kept.is_some(),
             transit: self.travel.transit,
             remains: !self.record.is_tombstone(),
+            unheard: self.is_unheard(),
         };
         if self.failed.is_some() && self.phase == Phase::None && wanted.power == Power::Absent {
             // What could not be removed is tried again with the next intent or agent.
@@ -404,10 +424,15 @@ impl<L: Launcher> Actor<L> {
         }
     }
 
-    fn take(&mut self, Message::Put(put, answer): Message) {
-        self.catch_up();
-        let _ = answer.send(self.put(*put));
-        self.give_user_back();
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Put(put, answer) => {
+                self.catch_up();
+                let _ = answer.send(self.put(*put));
+                self.give_user_back();
+            }
+            Message::Hear => self.hear(),
+        }
     }
 
     /// What the process has said by now is of the intent that is still held: its end, above all, is
@@ -449,6 +474,7 @@ impl<L: Launcher> Actor<L> {
                 };
             }
             let same_guest = self.record.intent.wanted.is_for_same_guest(&put.wanted);
+            self.hears(&put);
             self.record.intent = Intent {
                 generation: put.generation,
                 revision: put.revision,
@@ -489,6 +515,8 @@ impl<L: Launcher> Actor<L> {
             self.sizes.try_anew();
             self.shutdown_by = None;
             self.publish();
+        } else if self.is_word(&put) {
+            self.hear();
         }
         Ok(self.reports.borrow().clone())
     }

@@ -47,6 +47,10 @@ pub struct Record {
     /// The guest was suspended: its memory is in a file, and it has not run since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept: Option<Kept>,
+    /// The boot of the host in which somebody has last said that the machine is wanted here. In any other one it waits
+    /// for that again; an agent's restart is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heard: Option<Uuid>,
     /// Nothing is left of the machine since then (microseconds since the epoch): a tombstone.
     #[serde(default)]
     pub gone_at_us: Option<i64>,

@@ -213,6 +213,15 @@ impl<L: Launcher> Machines<L> {
         answered.await.map_err(|_| unavailable())?
     }
 
+    /// An operator says that it is wanted here, in this boot of the host.
+    pub async fn hear(&self, id: ServerId) {
+        let handle = self.lock().handles.get(&id).cloned();
+        if let Some(handle) = handle {
+            // Fails only when the agent is ending.
+            let _ = handle.mailbox.send(Message::Hear).await;
+        }
+    }
+
     /// The first intent for a machine: its record is made, then its actor.
     async fn admit(&self, id: ServerId, put: PutMachine) -> Result<MachineReport, Refusal> {
         decision::intake(None, &put)?;
@@ -250,6 +259,8 @@ impl<L: Launcher> Machines<L> {
         let user =
             user.ok_or_else(|| unavailable("no user id is left for a machine".to_owned()))?;
         let absent = put.wanted.power == Power::Absent;
+        let boot = self.surroundings.makings.boot_id();
+        let heard = boot.filter(|_| decision::is_word(&put, boot));
         let mut record = Record {
             version: VERSION,
             id,
@@ -264,6 +275,7 @@ impl<L: Launcher> Machines<L> {
             process: None,
             stop: None,
             kept: None,
+            heard,
             gone_at_us: absent.then(now_us),
             changed_at_us: now_us(),
         };

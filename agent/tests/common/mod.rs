@@ -67,6 +67,8 @@ pub struct Agent {
     prelude: String,
     /// All that it keeps is on a file system of its own.
     small: bool,
+    /// Its host has booted as often since.
+    boots: u32,
 }
 
 impl Agent {
@@ -134,6 +136,7 @@ impl Agent {
             first_user,
             prelude: prelude.to_owned(),
             small,
+            boots: 0,
         };
         agent.run().await?;
         Ok(agent)
@@ -146,11 +149,20 @@ impl Agent {
             .append(true)
             .open(self.folder.path().join("log"))?;
         // As under systemd: the soft limit of descriptors is one for programs that use `select`.
-        let mut command = Command::new("sh");
+        let mut command = Command::new(if self.boots == 0 { "sh" } else { "unshare" });
+        let mut booted = String::new();
+        if self.boots > 0 {
+            let boot = self.boot_id();
+            let path = self.folder.path().join("boot");
+            std::fs::write(&path, format!("{}\n", boot.hyphenated()))?;
+            command.args(["--mount", "sh"]);
+            let path = path.display();
+            booted = format!("mount --bind {path} /proc/sys/kernel/random/boot_id &&");
+        }
         command
             .arg("-c")
             .arg(format!(
-                "ulimit -Sn 1024 && {} exec \"$0\" \"$@\"",
+                "ulimit -Sn 1024 && {booted} {} exec \"$0\" \"$@\"",
                 self.prelude
             ))
             .arg(env!("CARGO_BIN_EXE_fractus-agent"))
@@ -224,6 +236,18 @@ impl Agent {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         Ok(())
+    }
+
+    /// Of its host, once that has rebooted.
+    pub fn boot_id(&self) -> Uuid {
+        Uuid::from_u128(u128::from(self.boots))
+    }
+
+    /// Its host loses its power, and gets it back: nothing runs any more but the agent, in another boot.
+    pub async fn reboot(&mut self) -> Result {
+        self.end();
+        self.boots += 1;
+        self.run().await
     }
 
     pub async fn restart(&mut self) -> Result {
@@ -501,6 +525,7 @@ pub fn put(revision: u64, wanted: Wanted) -> PutMachine {
         revision: Revision(revision),
         wanted,
         request_id: Some(format!("req-{revision}")),
+        boot_id: None,
     }
 }
 

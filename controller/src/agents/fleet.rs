@@ -98,6 +98,23 @@ impl Fleet {
         }
     }
 
+    /// The host was declared to be off, and gives no answer: what it has said of its machines counts for nothing. It
+    /// says all anew if it is not.
+    pub fn forget_machines(&self, host: HostId) {
+        if let Some(live) = self.hosts().get_mut(&host) {
+            live.pushes = None;
+            live.machines.clear();
+        }
+    }
+
+    /// For tests: the host was heard at that time last.
+    #[cfg(test)]
+    pub fn last_heard(&self, host: HostId, at_us: i64) {
+        if let Some(live) = self.hosts().get_mut(&host) {
+            live.heard_at_us = Some(at_us);
+        }
+    }
+
     /// Forgets a host that was removed.
     pub fn dismiss(&self, host: HostId) {
         self.hosts().remove(&host);
@@ -308,6 +325,7 @@ mod tests {
             migration: None,
             parks: None,
             copy: None,
+            waits: false,
         }
     }
 

@@ -41,6 +41,8 @@ struct Host {
     sequence: u64,
     pushed: BTreeMap<ServerId, MachineReport>,
     down: bool,
+    /// It has no power.
+    off: bool,
     /// No copy of a disk has room here.
     full: bool,
     /// Nothing is removed here.
@@ -125,6 +127,10 @@ impl SimulatedHost {
             let record = host.machines.entry(id);
             let record = record.or_insert_with(|| Record::new(self.id, intent.clone(), now));
             record.take(intent);
+        }
+        let boot = Some(host.boot_id);
+        if let Some(record) = host.machines.get_mut(&id) {
+            record.unheard &= !decision::is_word(put, boot);
         }
         host.report(id).ok_or(Refusal::Unknown)
     }
@@ -213,7 +219,10 @@ impl SimulatedHost {
     pub fn host_report(&self) -> HostReport {
         let host = self.host();
         let inventory = host.inventory.clone();
-        inventory.unwrap_or_else(|| Self::inventory("", 1, 1024))
+        HostReport {
+            boot_id: host.boot_id,
+            ..inventory.unwrap_or_else(|| Self::inventory("", 1, 1024))
+        }
     }
 
     /// The agent is killed. Processes run on.
@@ -240,16 +249,31 @@ impl SimulatedHost {
         self.host().down
     }
 
-    /// The host itself reboots: no process is left; what should run is started by the agent. Memory that
-    /// is kept is on disk.
+    /// The host itself reboots, or gets its power back: no process is left; what should run is started by the agent
+    /// once it has heard that it is to. Memory that is kept is on disk.
     pub fn reboot(&self, instance: Uuid) {
         let mut host = self.host();
         host.boot_id = instance;
+        host.off = false;
         for record in host.machines.values_mut() {
             record.lose();
+            record.unheard = true;
         }
         drop(host);
         self.start_agent(instance);
+    }
+
+    /// The host loses its power, until it is rebooted.
+    pub fn power_off(&self) {
+        let mut host = self.host();
+        (host.down, host.off) = (true, true);
+        for record in host.machines.values_mut() {
+            record.lose();
+        }
+    }
+
+    pub fn is_off(&self) -> bool {
+        self.host().off
     }
 
     /// The guest powers itself off, or its VMM is killed. False if no process runs.
@@ -424,6 +448,12 @@ impl Agent for SimulatedHost {
     }
 
     async fn get(&self, id: ServerId) -> Result<MachineReport, AgentError> {
+        if self.is_off() {
+            return Err(AgentError::Unreachable {
+                host: self.id,
+                detail: "no answer".to_owned(),
+            });
+        }
         let report = self.report(id);
         let overtaking = self.host().overtaking.take_if(|(of, _)| *of == id);
         if let Some((_, put)) = overtaking {

@@ -8,6 +8,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, PutMachine, Refusal, ServerId};
+use sea_orm::prelude::Uuid;
 use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr};
 
 use super::machine::{self, Machine};
@@ -245,13 +246,36 @@ impl Machines {
         self.tell(owner, &machine).await
     }
 
+    /// The boot of the owner's host in which the machine is wanted there, for the agent to start it after a reboot; nil:
+    /// it is not to be started by this.
+    ///
+    /// First the boot, then whether an operator has declared the host to be off, then whose the machine is: if it is
+    /// moved away later, then because the host was declared to be off later, and this boot of it is over by then.
+    async fn word(&self, owner: HostId, machine: &Machine) -> Result<Uuid, DbErr> {
+        let heard = self.fleet.host_report(owner).map(|said| said.boot_id);
+        let reader = self.database.reader();
+        let row = host::find(reader, owner).await?;
+        let Some(row) = row.filter(|row| !row.forced_down) else {
+            return Ok(Uuid::nil());
+        };
+        let boot = heard.or_else(|| row.inventory().map(|said| said.boot_id));
+        let present = machine::find(reader, machine.server).await?;
+        let is_theirs = present.is_some_and(|present| {
+            present.host == Some(owner) && present.age() == machine.age() && present.confirmed
+        });
+        Ok(boot.filter(|_| is_theirs).unwrap_or_default())
+    }
+
     /// Sends the intent to the owner.
     pub(super) async fn tell(
         &self,
         owner: HostId,
         machine: &Machine,
     ) -> Result<Converged, StepError> {
-        let put = self.open(machine)?;
+        let mut put = self.open(machine)?;
+        if !machine.is_tombstone() {
+            put.boot_id = Some(self.word(owner, machine).await?);
+        }
         let told = match self.agents.agent(owner) {
             Ok(agent) => agent.put(machine.server, &put).await,
             Err(error) => Err(error),
@@ -352,7 +376,7 @@ impl Machines {
             .fleet
             .holders(machine.server)
             .into_iter()
-            .filter(|(host, report)| Some(*host) != machine.host && alive(&report.observed))
+            .filter(|(host, report)| Some(*host) != machine.host && runs(report))
             // Told in the owner's own generation: a guest is to come there, and none is started.
             .filter(|(_, report)| {
                 !(matches!(report.observed, Observed::Starting { .. })
@@ -376,6 +400,13 @@ impl Machines {
 /// What a user is told of a machine that [`Machines::has_vanished`].
 pub(super) fn vanished(owner: HostId) -> String {
     format!("host {owner} has no record of the server any more")
+}
+
+/// Whether a guest runs there, or may by itself: not on a host that has rebooted, and waits for a word. One whose process
+/// could not do what was asked of it has failed, and runs all the same.
+pub fn runs(report: &MachineReport) -> bool {
+    let has_process = matches!(report.observed, Observed::Failed { .. }) && report.shape.is_some();
+    (alive(&report.observed) || has_process) && !report.waits
 }
 
 /// Whether a guest runs, or may by itself: not one that stands still between two hosts until its owner's row is

@@ -6,7 +6,7 @@
 
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{
-    Generation, MachineReport, Power, PutMachine, Revision, ServerId, Wanted,
+    Generation, MachineReport, Observed, Power, PutMachine, Revision, ServerId, StopReason, Wanted,
 };
 use sea_orm::entity::prelude::*;
 use sea_orm::sea_query::{Expr, OnConflict};
@@ -80,8 +80,23 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// The owner has said that it has what is wanted, which no other need have any more.
+    pub fn has_its_own(&self) -> bool {
+        self.settled
+            && self.report.as_ref().is_some_and(|said| {
+                !matches!(
+                    said.observed,
+                    Observed::Failed { .. }
+                        | Observed::Stopped {
+                            reason: StopReason::VmmFault { .. }
+                        }
+                )
+            })
+    }
+
     /// What the owner is told. One that is to be gone is told nothing of a guest, whatever is kept here for a server
-    /// that is shelved.
+    /// that is shelved. It names no boot of its host: whether it is to start anything after one is not said by the row
+    /// alone.
     pub fn put(&self) -> PutMachine {
         let mut wanted = self.wanted.clone();
         if self.is_tombstone() {
@@ -93,6 +108,7 @@ impl Machine {
             revision: self.revision,
             wanted,
             request_id: self.request_id.clone(),
+            boot_id: Some(Uuid::nil()),
         }
     }
 
@@ -320,8 +336,10 @@ pub async fn move_owner(
         revision: Set(signed(known.revision.0) + 1),
         wanted: Set(json(wanted)?),
         settled: Set(false),
-        // What the old owner said is no proof that the new one has it.
+        // What the old owner said is no proof that the new one has it; but who owns it is known now, also in a restored
+        // database.
         report: Set(None),
+        confirmed: Set(true),
         updated_at_us: Set(now_us),
         ..Default::default()
     };

@@ -66,6 +66,8 @@ pub enum Purpose {
     Cold,
     /// It gets another flavor, and another host if need be.
     Resize,
+    /// Its host is off for certain, and another one makes it anew.
+    Evacuation,
 }
 
 impl Purpose {
@@ -74,6 +76,7 @@ impl Purpose {
             Self::Live => "live-migration",
             Self::Cold => "migration",
             Self::Resize => "resize",
+            Self::Evacuation => "evacuation",
         }
     }
 }
@@ -99,6 +102,8 @@ pub enum Status {
     Confirmed,
     Reverting,
     Reverted,
+    /// An evacuation: the server is another host's.
+    Done,
     /// No host could be chosen, or nobody can say what became of it.
     Error,
     /// The guest stayed where it was.
@@ -107,7 +112,7 @@ pub enum Status {
 }
 
 impl Status {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 16] = [
         Self::Accepted,
         Self::Preparing,
         Self::Running,
@@ -120,6 +125,7 @@ impl Status {
         Self::Confirmed,
         Self::Reverting,
         Self::Reverted,
+        Self::Done,
         Self::Error,
         Self::Failed,
         Self::Cancelled,
@@ -139,6 +145,7 @@ impl Status {
             Self::Confirmed => "confirmed",
             Self::Reverting => "reverting",
             Self::Reverted => "reverted",
+            Self::Done => "done",
             Self::Error => "error",
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",

@@ -15,15 +15,17 @@ use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{
     MachineReport, Observed, Power, PutMachine, Revision, ServerId, StopReason,
 };
+use sea_orm::prelude::Uuid;
 use sea_orm::{DatabaseTransaction, DbErr};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::converge::{Converged, Machines, alive, vanished};
+use super::converge::{Converged, Machines, alive, runs, vanished};
 use super::machine::{self, Machine};
 use super::turns::Turns;
 use super::{migration, transit};
 use crate::agents::fleet::Fleet;
+use crate::agents::host;
 use crate::clock::Clock;
 use crate::database::{self, Database};
 use crate::event::{self, Event, Origin, Phase};
@@ -112,6 +114,8 @@ enum Verdict {
     Drop(HostId, MachineReport),
     /// The owner does not know what is wanted, or does not work on it.
     Tell(HostId),
+    /// The owner's host has rebooted: it waits to hear that the machine is still its own.
+    Word(HostId),
     /// The owner holds it, of an epoch before the database was restored.
     Confirm,
     /// The owner has settled, and the row does not say so yet.
@@ -258,11 +262,19 @@ impl Reconciler {
         if open.iter().any(|operation| operation.parked.is_none()) {
             // Who holds it is for nobody else to find out: the operation itself waits for it.
             return match verdict {
-                Verdict::Confirm => self.confirm(&database, &machine).await,
+                Verdict::Confirm if self.is_newest(&machine).await? => {
+                    self.confirm(&database, &machine).await
+                }
+                // An operation that waits for something else does not tell it.
+                Verdict::Word(owner) => self.say(owner, &machine).await.map(|_| ()),
                 _ => Ok(()),
             };
         }
         match verdict {
+            Verdict::Word(owner) => match self.say(owner, &machine).await? {
+                Some(report) => self.settled(&database, &machine, report).await,
+                None => Ok(()),
+            },
             Verdict::Tell(owner) => {
                 self.machines.may_tell(&machine).await?;
                 if let Converged::Settled(report) = self.machines.tell(owner, &machine).await? {
@@ -271,10 +283,52 @@ impl Reconciler {
                 Ok(())
             }
             Verdict::Settle(report) => self.settled(&database, &machine, report).await,
-            Verdict::Confirm => self.confirm(&database, &machine).await,
+            Verdict::Confirm if self.is_newest(&machine).await? => {
+                self.confirm(&database, &machine).await
+            }
             Verdict::Vanished(host) => self.vanished(&database, &machine, host).await,
-            Verdict::Nothing | Verdict::Unclaimed(_) | Verdict::Drop(..) => Ok(()),
+            Verdict::Nothing | Verdict::Confirm | Verdict::Unclaimed(_) | Verdict::Drop(..) => {
+                Ok(())
+            }
         }
+    }
+
+    /// Tells the owner, whose host has rebooted, that the machine is wanted there; what it says where it has settled at
+    /// once. One that was declared to be off hears so once an operator has said that it is up again.
+    async fn say(
+        &self,
+        owner: HostId,
+        machine: &Machine,
+    ) -> Result<Option<MachineReport>, StepError> {
+        let is_off = self.machines.is_off(self.lead.reader(), owner).await?;
+        if is_off.is_some() {
+            return Ok(None);
+        }
+        self.machines.may_tell(machine).await?;
+        Ok(match self.machines.tell(owner, machine).await? {
+            Converged::Settled(report) => Some(report),
+            _ => None,
+        })
+    }
+
+    /// After a restore of the database: nobody has the machine by a newer row than its owner. One that was evacuated
+    /// since the backup is another's, and its host may only have been switched on again: unless a guest runs there, every
+    /// host has to have said first what it has.
+    async fn is_newest(&self, machine: &Machine) -> Result<bool, StepError> {
+        let rows = host::all(self.lead.reader()).await?;
+        let mut awaited = rows.iter().filter(|row| !row.forced_down);
+        let all_heard = awaited.all(|row| self.fleet.machines(row.host_id()).is_some());
+        // Looked at after that: what the last of them has said is among it.
+        let holders = self.fleet.holders(machine.server);
+        let owned = holders.iter().find(|(host, _)| Some(*host) == machine.host);
+        let Some((_, owned)) = owned else {
+            return Ok(false);
+        };
+        let newer = |said: &MachineReport| {
+            said.generation > owned.generation && said.observed != Observed::Absent
+        };
+        let is_newest = !holders.iter().any(|(_, said)| newer(said));
+        Ok(is_newest && (all_heard || runs(owned)))
     }
 
     fn verdict(&self, machine: &Machine) -> Verdict {
@@ -307,6 +361,7 @@ impl Reconciler {
         match age.cmp(&machine.age()) {
             std::cmp::Ordering::Less => Verdict::Tell(owner),
             std::cmp::Ordering::Greater => Verdict::Unclaimed(owner),
+            std::cmp::Ordering::Equal if report.waits => Verdict::Word(owner),
             std::cmp::Ordering::Equal if !report.settled => Verdict::Nothing,
             std::cmp::Ordering::Equal
                 if machine.settled && machine.report.as_ref() == Some(&report) =>
@@ -489,6 +544,7 @@ impl Reconciler {
             revision: Revision(machine.revision.0.max(report.revision.0 + 1)),
             wanted,
             request_id: machine.request_id.clone(),
+            boot_id: Some(Uuid::nil()),
         };
         tracing::warn!(server = %machine.server, host = %holder, "drops what it does not own any more");
         let agent = self.machines.agents().agent(holder);
@@ -551,17 +607,13 @@ fn foreign(
     // The guest that stands still there is the only one until the owner has said that it has it; or an image has been
     // made of what the owner had, and nobody owns it.
     let is_kept = machine.host.is_none() && machine.confirmed;
-    let has_it = machine.settled
-        && machine.report.as_ref().is_some_and(|said| {
-            !matches!(
-                said.observed,
-                Observed::Failed { .. }
-                    | Observed::Stopped {
-                        reason: StopReason::VmmFault { .. }
-                    }
-            )
-        });
+    let has_it = machine.has_its_own();
     if transit::is_offered(report) && !has_it && !is_kept && !buried {
+        return Verdict::Nothing;
+    }
+    // What does not run, on a host that was declared to be off, stays until the owner has said that it has its own.
+    let is_spare = !runs(report) && !has_it && machine.host.is_some() && !machine.is_tombstone();
+    if is_spare && machine.confirmed && older {
         return Verdict::Nothing;
     }
     // After a restore, who holds it is not known before the owner has said that it does.
@@ -591,6 +643,8 @@ fn unclaimed(host: HostId, server: ServerId, report: &MachineReport) {
     tracing::warn!(
         %host, %server, generation = report.generation.0, revision = report.revision.0,
         alive = alive(&report.observed),
-        "a machine that this database does not know of, or only an older one; it is left alone"
+        waits = report.waits,
+        "a machine that this database does not know of, or only an older one; it is left alone, and after a reboot of its \
+         host it is started by an operator only (fractus-agent start-unheard)"
     );
 }

@@ -13,6 +13,7 @@ use fractus_agent_api::machine::{
 use fractus_agent_api::migration::{self, Arrival, MigrationId, State, StreamKey};
 use sea_orm::ConnectionTrait;
 use sea_orm::DbErr;
+use sea_orm::prelude::Uuid;
 
 use super::converge::{Machines, SOON};
 use super::machine::{self, Machine};
@@ -173,6 +174,7 @@ impl Machines {
             revision: Ord::max(least, Revision(told)),
             wanted,
             request_id: machine.request_id.clone(),
+            boot_id: Some(Uuid::nil()),
         };
         let age = (put.generation, least);
         let gone = |report: &MachineReport| {

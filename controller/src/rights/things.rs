@@ -215,6 +215,7 @@ impl Things {
                 "reboot" => json!({"type": "HARD"}),
                 "rebuild" => json!({"imageRef": image}),
                 "createImage" => json!({"name": "of-one"}),
+                "resize" => json!({"flavorRef": "larger"}),
                 "os-getConsoleOutput" => json!({}),
                 "os-getSerialConsole" => json!({"type": "serial"}),
                 "os-getVNCConsole" => json!({"type": "novnc"}),

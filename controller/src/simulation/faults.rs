@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
+use fractus_agent_api::machine::ServerId;
 use sea_orm::{DatabaseTransaction, Set};
 use uuid::Uuid;
 
@@ -163,6 +164,15 @@ pub(super) async fn scenario(kind: &str) -> (World, Uuid) {
         });
         write.await.unwrap();
     }
+    if kind == "server_evacuate" {
+        let server = ServerId(id);
+        let host = world
+            .hosts
+            .iter()
+            .find(|host| host.processes().contains(&server));
+        let host = Arc::clone(host.unwrap());
+        world.loses(&host).await;
+    }
     (world, id)
 }
 
@@ -172,6 +182,7 @@ pub(super) async fn ask(app: &App, kind: &str, id: Uuid) {
         "server_create" => return drop(requests::create(app, id).await),
         "server_delete" => return drop(requests::delete(app, id).await),
         "server_live_migrate" => return drop(requests::migrate(app, id, None).await),
+        "server_evacuate" => return drop(requests::evacuate(app, id, None).await),
         "server_shelve" | "server_unshelve" => {
             return drop(requests::shelve_or_unshelve(app, id).await);
         }

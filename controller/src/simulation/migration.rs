@@ -37,7 +37,7 @@ impl Migrates {
     pub fn share(self) -> f64 {
         match self {
             Self::Never => 0.0,
-            Self::Too => 0.6,
+            Self::Too => 0.75,
             Self::Only => 0.8,
         }
     }
@@ -97,7 +97,7 @@ impl World {
                 "seed {seed}: {migration:?}"
             );
             let why = migration.reason.is_some();
-            let ends_well = ["completed", "finished", "confirmed", "reverted"];
+            let ends_well = ["completed", "done", "finished", "confirmed", "reverted"];
             assert_eq!(
                 why,
                 !ends_well.contains(&migration.status.as_str()),
@@ -150,7 +150,7 @@ impl World {
     }
 
     /// One server's hosts, messages and operation have a turn each, so that migrations get somewhere.
-    async fn carry_on(&mut self) {
+    pub(super) async fn carry_on(&mut self) {
         let subjects = self.open_subjects().await;
         let Some(subject) = subjects.choose(&mut self.random).cloned() else {
             return;
@@ -235,7 +235,7 @@ async fn storms(mut seeds: std::ops::Range<u64>, migrates: Migrates) {
     for seed in seeds {
         // Among all else that is asked for, fewer of them arrive.
         let events = match migrates {
-            Migrates::Too => 360,
+            Migrates::Too => 600,
             Migrates::Only | Migrates::Never => 200,
         };
         let plan = Plan {

@@ -15,10 +15,11 @@ use crate::compute::ops::create::{self, NewServer};
 use crate::compute::ops::migrate::{self, CANCELLED};
 use crate::compute::ops::resize::verdict::{self, Verdict};
 use crate::compute::ops::resize::{self, Size};
-use crate::compute::ops::{RequestError, delete, image, shelve, unshelve};
+use crate::compute::ops::{RequestError, delete, evacuate, image, reset, shelve, unshelve};
 use crate::compute::store::server;
 use crate::event::Origin;
 use crate::http::App;
+use crate::image::model::{Image, Status};
 use crate::image::snapshot;
 use crate::reconcile::migration;
 use crate::scheduler::Amounts;
@@ -52,6 +53,21 @@ fn plan() -> BootPlan {
         }),
         guest: Default::default(),
     }
+}
+
+/// The image that every disk is made of. Nobody reads its bytes.
+pub fn image_row(now_us: i64) -> Image {
+    let disk = plan().root_disk.and_then(|disk| disk.image).unwrap();
+    let mut image = snapshot::new(disk.id.to_string(), "cloud".to_owned(), now_us);
+    image.row.status = Status::Active.name().to_owned();
+    image.row.size = Some(1);
+    image.row.blake3 = Some(disk.blake3);
+    image
+}
+
+/// An administrator says that the server is well.
+pub async fn reset(app: &App, id: Uuid) -> Result<(), DbErr> {
+    reset::reset(app, &id.to_string(), true).await
 }
 
 fn spec() -> MachineSpec {
@@ -183,6 +199,36 @@ pub async fn migrate(app: &App, id: Uuid, host: Option<HostId>) -> Result<bool, 
     }
 }
 
+/// Asks for the server to be made anew elsewhere if its state admits it and its host was declared to be down; false
+/// otherwise.
+pub async fn evacuate(app: &App, id: Uuid, host: Option<HostId>) -> Result<bool, RequestError> {
+    let id = id.to_string();
+    let Some(row) = server::find(app.database().reader(), &id).await? else {
+        return Ok(false);
+    };
+    let situation = Situation {
+        server: &id,
+        state: row.state(),
+        placed: true,
+        launched: row.launched_at_us.is_some(),
+        locked: false,
+    };
+    if state::admit(Action::Evacuate, situation).is_err() {
+        return Ok(false);
+    }
+    let wish = evacuate::Wish {
+        from: row.state(),
+        host,
+        stop: false,
+        admin_pass: None,
+    };
+    match evacuate::request(app, origin(), &id, wish).await {
+        Ok(()) => Ok(true),
+        Err(RequestError::Overtaken | RequestError::OnItsWay(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Asks for an image of the server's disk if its state admits it; false if it does not.
 pub async fn image(app: &App, id: Uuid) -> Result<bool, RequestError> {
     let id = id.to_string();
@@ -273,7 +319,6 @@ pub async fn resize(app: &App, id: Uuid, turn: bool) -> Result<bool, RequestErro
             from: row.state(),
             size: turn.then(|| other_size(&row)),
             host: None,
-            columns: Default::default(),
         };
         resize::request(app, origin(), &id, wish).await
     } else if admitted(Action::ConfirmResize) {
@@ -318,6 +363,7 @@ fn other_size(row: &server::Model) -> Size {
         vcpus,
         ram,
         spec,
+        disk_config: None,
     }
 }
 

@@ -61,12 +61,12 @@ pub(super) fn holder(world: &World, id: Uuid) -> Option<Arc<SimulatedHost>> {
 }
 
 /// Copies the database; answers where to.
-async fn back_up(world: &World) -> String {
+pub(super) async fn back_up(world: &World) -> String {
     world.test.copy().await
 }
 
 /// Goes on with the copy, and a controller that knows that it is one.
-async fn restore(world: &mut World, backup: &str) {
+pub(super) async fn restore(world: &mut World, backup: &str) {
     world.controller = None;
     world.test.database = Database::connect(backup).await.unwrap();
     let begin = world.database().write(|tx| {
@@ -85,7 +85,7 @@ pub(super) async fn fault(world: &World, id: Uuid) -> String {
 }
 
 pub(super) const ONE: Uuid = Uuid::from_u128(0x11);
-const TWO: Uuid = Uuid::from_u128(0x22);
+pub(super) const TWO: Uuid = Uuid::from_u128(0x22);
 
 #[tokio::test]
 async fn a_create_takes_at_most_four_syncs() {

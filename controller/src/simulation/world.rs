@@ -66,6 +66,8 @@ pub struct World {
     pub master: MasterKey,
     /// What of live migrations is in a storm.
     pub migrates: Migrates,
+    /// Whether hosts without power are.
+    pub evacuates: bool,
     /// What was seen of guests, for [`super::migration`].
     pub guests: Guests,
 }
@@ -110,6 +112,10 @@ impl World {
             });
             insert.await.unwrap();
         }
+        let insert = test.database.write(move |tx| {
+            Box::pin(async move { Images::add(tx, requests::image_row(START_US), None).await })
+        });
+        insert.await.unwrap();
         Self::of(test, ids, seed, plan).await
     }
 
@@ -146,6 +152,7 @@ impl World {
             keeps_controller: false,
             master: MasterKey::ephemeral().unwrap(),
             migrates: Migrates::Never,
+            evacuates: false,
             guests: Guests::default(),
         };
         world.start_controller().await;
@@ -282,6 +289,9 @@ impl World {
         }
         if self.migrates != Migrates::Never && self.random.random_bool(self.migrates.share()) {
             return self.migration_event().await;
+        }
+        if self.evacuates && self.random.random_bool(0.5) {
+            return self.evacuation_event().await;
         }
         // As often in a bigger cloud, for each host and server.
         let per_event = 1 + self.plan.hosts / 30;
@@ -524,6 +534,9 @@ impl World {
 
     fn kill_or_start_agent(&mut self) {
         let host = self.any_host();
+        if host.is_off() {
+            return;
+        }
         if host.agent_is_down() {
             host.start_agent(self.ids.uuid());
         } else {
@@ -588,12 +601,12 @@ impl World {
         }
     }
 
-    /// Ends all faults and lets everything run until nothing is left to do.
+    /// Ends all faults and lets everything run until nothing is left to do: hosts without power last.
     pub async fn heal(&mut self) {
         self.network.set_loss(0);
         self.network.thaw_all();
         for host in self.hosts.clone() {
-            if host.agent_is_down() {
+            if host.agent_is_down() && !host.is_off() {
                 host.start_agent(self.ids.uuid());
             }
         }
@@ -606,6 +619,14 @@ impl World {
             controller.doom.arm(u32::MAX);
         }
         while self.network.deliver_late() {}
+        self.settle_down().await;
+        if self.power_on().await {
+            self.settle_down().await;
+        }
+    }
+
+    /// Lets everything run until nothing is left to do.
+    pub async fn settle_down(&mut self) {
         let mut quiet = 0;
         for _ in 0..400 {
             let before = self.fingerprint().await;

@@ -61,6 +61,8 @@ struct Agent {
     listen: SocketAddr,
     users: Range<u32>,
     process: Option<Process>,
+    /// A file with the id of its host's boot, if that is another than this machine's.
+    boot: Option<PathBuf>,
 }
 
 /// Where a cloud listens: at an address of the loopback that no other test has, at ports that no outgoing
@@ -199,6 +201,7 @@ impl Cloud {
             listen,
             users: first..first + USERS_EACH,
             process: None,
+            boot: None,
         };
         let token = self.join_token().await?;
         let mut arguments = vec!["join".to_owned()];
@@ -212,7 +215,7 @@ impl Cloud {
         ] {
             arguments.extend([flag.to_owned(), value]);
         }
-        let (program, first) = self.as_a_host(&agent.name)?;
+        let (program, first) = self.as_a_host(&agent.name, None)?;
         let output = tokio::process::Command::new(program)
             .args(first.iter().chain(&arguments))
             .kill_on_drop(true)
@@ -255,7 +258,7 @@ impl Cloud {
     /// Starts an agent that has joined, also again after it was killed.
     pub fn start_agent(&mut self, index: usize) -> Result<()> {
         let agent = &self.agents[index];
-        let (program, mut arguments) = self.as_a_host(&agent.name)?;
+        let (program, mut arguments) = self.as_a_host(&agent.name, agent.boot.as_deref())?;
         arguments.push("run".to_owned());
         arguments.extend(self.folders(agent));
         for (flag, value) in [
@@ -273,16 +276,26 @@ impl Cloud {
         Ok(())
     }
 
-    /// The agents' program, and what stands before its arguments: several are hosts of different names.
-    fn as_a_host(&self, name: &str) -> Result<(PathBuf, Vec<String>)> {
+    /// The agents' program, and what stands before its arguments: several are hosts of different names, and of boots of
+    /// their own once they have lost their power.
+    fn as_a_host(&self, name: &str, boot: Option<&Path>) -> Result<(PathBuf, Vec<String>)> {
         let program = self.agent_program()?;
-        if self.options.agents < 2 {
+        if self.options.agents < 2 && boot.is_none() {
             return Ok((program, Vec::new()));
         }
         let named = "hostname \"$1\" && shift && exec \"$@\"";
+        let booted =
+            format!("mount --bind \"$1\" /proc/sys/kernel/random/boot_id && shift && {named}");
         let program = program.display().to_string();
-        let words = ["--uts", "sh", "-c", named, "sh", name, &program];
-        let words = words.map(str::to_owned).to_vec();
+        let mut words = vec!["--uts".to_owned()];
+        match boot {
+            None => words.extend(["sh", "-c", named, "sh"].map(str::to_owned)),
+            Some(boot) => {
+                words.extend(["--mount", "sh", "-c", &booted, "sh"].map(str::to_owned));
+                words.push(boot.display().to_string());
+            }
+        }
+        words.extend([name.to_owned(), program]);
         Ok((PathBuf::from("unshare"), words))
     }
 
@@ -371,6 +384,36 @@ impl Cloud {
 
     pub fn kill_agent(&mut self, index: usize) {
         self.agents[index].process = None;
+    }
+
+    /// The host loses its power: agent and machines end, and none has a last word.
+    pub async fn power_off(&mut self, index: usize) -> Result<()> {
+        self.kill_agent(index);
+        let users = self.agents[index].users.clone();
+        let ended = until("its machines have ended", READY, || async {
+            let left = machines::processes(&users);
+            for process in &left {
+                let pid = i32::try_from(process.pid).unwrap_or_default();
+                if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                }
+            }
+            match left.is_empty() {
+                true => Ok(()),
+                false => Err(format!("{left:?}")),
+            }
+        });
+        ended.await
+    }
+
+    /// It has power again: its agent starts, in another boot of the host.
+    pub fn power_on(&mut self, index: usize) -> Result<()> {
+        let boot = self
+            .folder
+            .join(format!("{}.boot", self.agents[index].name));
+        fs::write(&boot, format!("{}\n", uuid::Uuid::new_v4().hyphenated()))?;
+        self.agents[index].boot = Some(boot);
+        self.start_agent(index)
     }
 
     /// The agent's process, while it runs.

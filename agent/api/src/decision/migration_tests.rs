@@ -82,6 +82,7 @@ impl Host {
                 kept: false,
                 transit: self.transit,
                 remains: self.disk || self.process.is_some(),
+                unheard: false,
             },
         );
         match step {
@@ -183,6 +184,7 @@ impl Row {
             revision: Revision(revision),
             wanted,
             request_id: None,
+            boot_id: None,
         }
     }
 }
@@ -330,6 +332,7 @@ fn an_agent_that_knows_nothing_of_migrations_is_not_told_of_one() {
         revision: Revision(1),
         wanted: wanted(Power::Running, 0, 0, 0),
         request_id: None,
+        boot_id: None,
     };
     assert_eq!(intake(None, &put), Ok(Intake::New));
     put.wanted.continues = Some(id(1));

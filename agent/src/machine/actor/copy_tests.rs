@@ -13,7 +13,9 @@ const ONE: CopyId = CopyId(Uuid::from_u128(0xc1));
 const TWO: CopyId = CopyId(Uuid::from_u128(0xc2));
 
 fn wants(revision: u64, power: Power, copy: Option<CopyId>) -> Message {
-    let (Message::Put(mut put, answer), _) = put(revision, power);
+    let (Message::Put(mut put, answer), _) = put(revision, power) else {
+        unreachable!("as it was made")
+    };
     put.version = PUT_VERSION;
     put.wanted.copy = copy;
     put.wanted.copies = u64::from(copy.is_some());
@@ -195,7 +197,9 @@ async fn a_copy_that_came_and_went_unheard_is_no_wish_for_a_guest_that_has_ended
     let reason = StopReason::GuestPowerOff;
     stage.words.say(Heard::Ended(End::Said(reason.clone())));
     stage.hear_all();
-    let (Message::Put(mut put, answer), _) = put(3, Power::Running);
+    let (Message::Put(mut put, answer), _) = put(3, Power::Running) else {
+        unreachable!("as it was made")
+    };
     put.wanted.copies = 1;
     stage.actor.take(Message::Put(put, answer));
     turn(&mut stage).await;
@@ -205,7 +209,9 @@ async fn a_copy_that_came_and_went_unheard_is_no_wish_for_a_guest_that_has_ended
         (Observed::Stopped { reason }, 1)
     );
     // The same once more, at another revision, is a wish.
-    let (Message::Put(mut again, answer), _) = super::tests::put(4, Power::Running);
+    let (Message::Put(mut again, answer), _) = super::tests::put(4, Power::Running) else {
+        unreachable!("as it was made")
+    };
     again.wanted.copies = 1;
     stage.actor.take(Message::Put(again, answer));
     stage.settle(Observed::Running).await;

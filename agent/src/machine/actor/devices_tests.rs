@@ -44,7 +44,9 @@ fn status(devices: Option<Vec<Has>>, fresh: bool) -> Heard {
 
 impl Stage {
     fn want(&mut self, revision: u64, disks: Vec<Disk>) {
-        let (Message::Put(mut put, answer), _) = super::tests::put(revision, Power::Running);
+        let (Message::Put(mut put, answer), _) = super::tests::put(revision, Power::Running) else {
+            unreachable!("as it was made")
+        };
         put.wanted.spec.disks = disks;
         self.actor.take(Message::Put(put, answer));
     }
@@ -248,7 +250,9 @@ async fn a_network_device_comes_and_is_taken_away_when_nobody_names_it() {
         queues: 1,
         limit: None,
     };
-    let (Message::Put(mut put, answer), _) = super::tests::put(2, Power::Running);
+    let (Message::Put(mut put, answer), _) = super::tests::put(2, Power::Running) else {
+        unreachable!("as it was made")
+    };
     put.wanted.spec.nics = vec![nic];
     stage.actor.take(Message::Put(put, answer));
     stage.moves().await;

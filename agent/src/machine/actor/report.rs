@@ -55,6 +55,7 @@ impl<L: Launcher> Actor<L> {
             self.devices_are_pending() || self.sizes.is_pending() || self.next_size().is_some();
         let changing = changing || !self.copy_is_settled();
         let settled = self.failed.is_some() || done && !changing;
+        let waits = self.next() == Step::Await;
         let observed = match (&self.failed, self.phase) {
             (Some(reason), _) => Observed::Failed {
                 reason: reason.clone(),
@@ -84,6 +85,7 @@ impl<L: Launcher> Actor<L> {
                         reason: StopReason::Requested,
                     }
                 }
+                (None, _) if waits => waiting(),
                 (None, _) => Observed::Starting {
                     step: "to be started".to_owned(),
                 },
@@ -103,6 +105,7 @@ impl<L: Launcher> Actor<L> {
         now.size = self.size_report();
         (now.shape, now.migration) = (self.shape(), self.migration_report());
         now.copy = self.copy_report();
+        now.waits = self.next() == Step::Await;
         if now != before {
             self.reports.send_replace(now);
             let _ = self.surroundings.changed.send(self.record.id);
@@ -134,5 +137,13 @@ pub(super) fn report(record: &Record, observed: Observed, settled: bool) -> Mach
         migration: None,
         parks: record.intent.wanted.parks,
         copy: None,
+        waits: false,
+    }
+}
+
+/// Its host has rebooted, and nobody has said since that it is wanted here.
+pub(super) fn waiting() -> Observed {
+    Observed::Starting {
+        step: "waiting for a controller to say that it is still this host's".to_owned(),
     }
 }

@@ -35,7 +35,9 @@ fn status(size: Size, fresh: bool) -> Heard {
 impl Stage {
     /// Takes the intent, and asks for what is to be asked for.
     async fn want_size(&mut self, revision: u64, vcpus: u8, memory_mib: u64) {
-        let (Message::Put(mut put, answer), _) = super::tests::put(revision, Power::Running);
+        let (Message::Put(mut put, answer), _) = super::tests::put(revision, Power::Running) else {
+            unreachable!("as it was made")
+        };
         let spec = &mut put.wanted.spec;
         (spec.vcpus, spec.memory_mib) = (vcpus, memory_mib);
         (spec.max_vcpus, spec.max_memory_mib) = (Some(vcpus), Some(memory_mib));

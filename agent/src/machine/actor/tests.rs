@@ -352,6 +352,7 @@ pub(super) fn put(
         revision: Revision(revision),
         wanted: wanted(power),
         request_id: None,
+        boot_id: None,
     };
     let (answer, answered) = oneshot::channel();
     (Message::Put(Box::new(put), answer), answered)
@@ -399,6 +400,7 @@ impl Stage {
             process: None,
             stop: None,
             kept: None,
+            heard: Some(BOOT),
             gone_at_us: None,
             changed_at_us: 0,
         };
@@ -465,6 +467,93 @@ async fn a_processes_end_is_of_the_intent_that_was_held_when_it_ended() {
     stage.settle(Observed::Running).await;
     let report = stage.reports.borrow().clone();
     assert_eq!((report.revision, report.starts), (Revision(2), 2));
+}
+
+/// Another agent, in another boot of the host, finds the record of a machine that ran.
+async fn after_a_reboot(folder: &Path) -> Stage {
+    let mut stage = Stage::running(folder).await;
+    stage.actor.record.heard = Some(Uuid::from_u128(0xa0));
+    if let Some(process) = &mut stage.actor.record.process {
+        process.boot_id = Uuid::from_u128(0xa0);
+    }
+    let detail = "gone with the host".to_owned();
+    stage.words.say(Heard::Ended(End::Silent { detail }));
+    stage.hear_all();
+    wait_for_word(&mut stage).await;
+    stage
+}
+
+async fn wait_for_word(stage: &mut Stage) {
+    stage.actor.publish();
+    assert_eq!(stage.actor.next(), Step::Await);
+    let report = stage.reports.borrow().clone();
+    assert!(report.waits && !report.settled, "{report:?}");
+    assert!(
+        matches!(report.observed, Observed::Starting { .. }),
+        "{report:?}"
+    );
+}
+
+fn said_in(
+    boot: u128,
+    revision: u64,
+) -> (Message, oneshot::Receiver<Result<MachineReport, Refusal>>) {
+    let (Message::Put(mut put, answer), answered) = put(revision, Power::Running) else {
+        unreachable!("as it was made")
+    };
+    put.boot_id = Some(Uuid::from_u128(boot));
+    (Message::Put(put, answer), answered)
+}
+
+#[tokio::test]
+async fn what_was_wanted_before_a_reboot_is_started_once_it_is_said_in_this_boot() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = after_a_reboot(folder.path()).await;
+    // Late ones, of the boot before: the newer is taken, and says nothing of this boot.
+    for (revision, boot) in [(1, 0xa0), (2, 0xa0), (2, 0)] {
+        stage.actor.take(said_in(boot, revision).0);
+        wait_for_word(&mut stage).await;
+    }
+    let (message, mut answered) = said_in(0xb0, 2);
+    stage.actor.take(message);
+    let answer = answered.try_recv().unwrap().unwrap();
+    assert!(!answer.waits, "{answer:?}");
+    stage.settle(Observed::Running).await;
+    assert_eq!(stage.reports.borrow().starts, 2);
+    // The next agent of this boot knows it.
+    let record = Record::read(&stage.actor.paths.record()).unwrap();
+    assert_eq!(record.heard, Some(BOOT));
+}
+
+#[tokio::test]
+async fn an_operators_word_will_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = after_a_reboot(folder.path()).await;
+    stage.actor.take(Message::Hear);
+    stage.settle(Observed::Running).await;
+    assert_eq!(stage.reports.borrow().starts, 2);
+}
+
+#[tokio::test]
+async fn a_machine_that_waits_is_removed_without_a_word() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = after_a_reboot(folder.path()).await;
+    let (Message::Put(mut put, answer), _) = put(2, Power::Absent) else {
+        unreachable!("as it was made")
+    };
+    (put.generation, put.boot_id) = (Generation(2), Some(Uuid::nil()));
+    stage.actor.take(Message::Put(put, answer));
+    stage.settle(Observed::Absent).await;
+    let report = stage.reports.borrow().clone();
+    assert_eq!((report.starts, report.waits), (1, false));
+    // It comes back as another owner's, by what was on its way to an earlier boot.
+    let (Message::Put(mut put, answer), _) = said_in(0xa0, 3) else {
+        unreachable!("as it was made")
+    };
+    put.generation = Generation(3);
+    stage.actor.user.store(2, Ordering::Relaxed);
+    stage.actor.take(Message::Put(put, answer));
+    wait_for_word(&mut stage).await;
 }
 
 #[tokio::test]

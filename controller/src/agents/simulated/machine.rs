@@ -41,6 +41,8 @@ pub(super) struct Record {
     /// The disk was made of it, and both are one file.
     is_one: bool,
     pub(super) copy_failed: Option<(CopyId, String)>,
+    /// Nobody has said in this boot of the host that it is wanted here.
+    pub(super) unheard: bool,
     host: HostId,
 }
 
@@ -84,6 +86,7 @@ impl Record {
             copied: None,
             is_one: false,
             copy_failed: None,
+            unheard: true,
             host,
         }
     }
@@ -104,6 +107,8 @@ impl Record {
             self.stop = None;
             self.held = false;
         }
+        // What was said before was said of another owner's machine.
+        self.unheard |= intent.generation != self.intent.generation;
         self.intent = intent;
         self.copy_failed = None;
         self.failed = None;
@@ -144,6 +149,7 @@ impl Record {
             migration: self.migration.clone(),
             parks: self.intent.wanted.parks,
             copy: self.copy_report(),
+            waits: self.next() == Step::Await,
         }
     }
 
@@ -260,6 +266,7 @@ impl Record {
             kept: self.kept.is_some(),
             transit: self.transit,
             remains: self.remains(),
+            unheard: self.unheard,
         };
         match decision::next(&self.intent.wanted, &self.done, &seen) {
             // Its process was told, and does not do it.
@@ -272,7 +279,7 @@ impl Record {
         let step = self.next();
         let wanted = &self.intent.wanted.clone();
         match step {
-            Step::Settled => return false,
+            Step::Settled | Step::Await => return false,
             Step::SkipReboots => {}
             Step::MakeDisk => {
                 self.disk = true;

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use http::Method;
 use serde_json::{Value, json};
 
-use super::{migration, path_segment, query_value, rows, server};
+use super::{evacuate, migration, path_segment, query_value, rows, server};
 use crate::cli::CliError;
 use crate::cli::output::Output;
 use crate::cli::session::{Service, Session};
@@ -26,6 +26,8 @@ pub enum Command {
         #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
         timeout: u64,
     },
+    /// Have the servers of a host that is off, and was declared to be down, made anew on others
+    Evacuate(evacuate::OfHost),
     /// End a host's membership: its certificate is refused from now on
     Remove {
         /// Name or id
@@ -79,6 +81,7 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
             Ok(())
         }
         Command::Drain { host, timeout } => drain(&host, timeout, session, output).await,
+        Command::Evacuate(evacuate) => evacuate.execute(session, output).await,
         Command::Remove { host } => {
             let (id, _) = find(&host, session).await?;
             let path = format!("/hosts/{}", path_segment(&id));
@@ -91,7 +94,7 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
 }
 
 /// Its id and name.
-async fn find(host: &str, session: &Session) -> Result<(String, String), CliError> {
+pub async fn find(host: &str, session: &Session) -> Result<(String, String), CliError> {
     let hosts = session.list(Service::Hosts, "/hosts", "hosts").await?;
     let text = |known: &Value, name: &str| known[name].as_str().unwrap_or_default().to_owned();
     let found = hosts
@@ -150,12 +153,16 @@ async fn drain(
             quiet => is_last = quiet,
         }
     }
-    if stay == 0 {
+    let kept = kept_disks(&name, session, output).await?;
+    if stay + kept == 0 {
         return Ok(());
     }
     Err(CliError::Errored {
         what: format!("host {name}"),
-        reason: format!("{stay} of its {} servers are there still", seen.len()),
+        reason: format!(
+            "{stay} of its {} servers are there still, and disks of {kept} others",
+            seen.len()
+        ),
     })
 }
 
@@ -202,6 +209,25 @@ async fn leave(
         }
         Err(error) => Err(error),
     }
+}
+
+/// Names the servers that are elsewhere, and may still come back to the disk that they have left here; answers how many.
+async fn kept_disks(name: &str, session: &Session, output: &Output) -> Result<usize, CliError> {
+    let path = format!("/os-migrations?host={}&status=finished", query_value(name));
+    let all = session.list(Service::Compute, &path, "migrations").await?;
+    let left = all.iter().filter(|migration| {
+        text(migration, "source_compute") == name && text(migration, "dest_compute") != name
+    });
+    let mut kept = 0;
+    for migration in left {
+        output.remark(&format!(
+            "{} is on {}, and its disk is here until it is confirmed or reverted",
+            text(migration, "instance_uuid"),
+            text(migration, "dest_compute")
+        ));
+        kept += 1;
+    }
+    Ok(kept)
 }
 
 /// Waits until what is on its way to the host is there, or will not come; false if nothing was.

@@ -213,7 +213,7 @@ pub async fn arrived(
         let newest = found["migrations"][0].clone();
         let status = text(&newest, "status").to_owned();
         match status.as_str() {
-            "completed" | "finished" | "confirmed" => {
+            "completed" | "done" | "finished" | "confirmed" => {
                 break Ok(text(&newest, "dest_compute").to_owned());
             }
             "error" | "failed" | "cancelled" | "reverted" => {

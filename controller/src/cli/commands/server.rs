@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::console::{self, Attach};
 use super::flavor::FLAVOR;
 use super::image::{self, IMAGE};
-use super::{Kind, migration, object, pair, query_value, row, rows};
+use super::{Kind, evacuate, migration, object, pair, query_value, row, rows};
 use crate::cli::CliError;
 use crate::cli::output::{Output, Row};
 use crate::cli::session::{Service, Session};
@@ -115,6 +115,8 @@ pub enum Command {
     Image(Picture),
     /// Bring servers to another host, while they run or not (administrators)
     Migrate(migration::Migrate),
+    /// Make servers anew on another host whose own is off, and was declared to be down (administrators); they stay off
+    Evacuate(evacuate::Evacuate),
     /// Servers that go, or went, to another host or size (administrators)
     #[command(subcommand)]
     Migration(migration::Command),
@@ -302,6 +304,7 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
         Command::Revert(named) => act(named, json!({"revertResize": null}), Some(AT_REST)).await,
         Command::Image(picture) => picture.execute(session, output).await,
         Command::Migrate(migrate) => migrate.execute(session, output).await,
+        Command::Evacuate(evacuate) => evacuate.execute(session, output).await,
         Command::Migration(command) => migration::execute(command, session, output).await,
         Command::Log { server, lines } => console::log(&server, lines, session, output).await,
         Command::Console(attach) => console::attach(attach, session, output).await,

@@ -14,21 +14,20 @@ use super::schemas::{closed, string, wrapped};
 use super::servers::schema::{self, Aged};
 use super::servers::view::{self, Occasion};
 use super::servers::{admit, create, find, metadata, shortest};
-use super::{consoles, images, migrations, origin, resize, shelve};
-use crate::compute::model::state::{Action, ServerState};
+use super::{consoles, evacuate, images, migrations, origin, resize, shelve};
+use crate::compute::model::state::Action;
 use crate::compute::ops;
 use crate::compute::ops::change::{Change, Wish};
 use crate::compute::store::{keypair, server};
 use crate::event::{self, Event, Phase};
 use crate::http::schema::Schema;
 use crate::http::{ApiError, JsonBody, Routes};
-use crate::operation;
 use crate::policy::Rule;
 
 const PATH: &str = "/v2.1/servers/{id}/action";
 
 /// Every action that is served, and who may do it.
-const ACTIONS: [(&str, Rule); 25] = [
+const ACTIONS: [(&str, Rule); 26] = [
     ("os-start", Rule::member("os_compute_api:servers:start")),
     ("os-stop", Rule::member("os_compute_api:servers:stop")),
     ("reboot", Rule::member("os_compute_api:servers:reboot")),
@@ -92,6 +91,7 @@ const ACTIONS: [(&str, Rule); 25] = [
         "os-migrateLive",
         Rule::admin("os_compute_api:os-migrate-server:migrate_live"),
     ),
+    ("evacuate", Rule::admin("os_compute_api:os-evacuate")),
     (
         "os-getConsoleOutput",
         Rule::member("os_compute_api:os-console-output"),
@@ -167,6 +167,7 @@ async fn act(call: Call, Path(id): Path<String>, body: JsonBody) -> Result<Respo
         "forceDelete" => force_delete(&call, &id).await,
         "os-resetState" => reset_state(&call, &id, &body.0).await,
         "os-migrateLive" => migrations::migrate_live(&call, &id, &body.0).await,
+        "evacuate" => evacuate::evacuate(&call, &id, &body.0).await,
         "os-getConsoleOutput" => consoles::output(&call, &id, &body.0).await,
         other => consoles::of_old(&call, &id, other, &body.0).await,
     }
@@ -317,33 +318,7 @@ async fn reset_state(call: &Call, id: &str, body: &Value) -> Result<Response, Ap
     SCHEMA.check(body)?;
     let row = find(call, id).await?;
     let is_well = body["os-resetState"]["state"] == "active";
-    let server = ops::machine_id(&row.id).map_err(ApiError::internal)?;
-    let (id, now) = (row.id.clone(), call.app.now_us());
-    let reset = call.app.database().write(move |tx| {
-        let id = id.clone();
-        Box::pin(async move {
-            let reason = "the server's state was reset";
-            // One that was going elsewhere stays, if it can still be had back.
-            operation::cancel(tx, &id, &[ops::image::KIND], reason).await?;
-            ops::shelve::give_up(tx, &id, reason).await?;
-            ops::migrate::give_up(tx, server, reason).await?;
-            ops::resize::give_up(tx, &id, reason, now).await?;
-            let is_kept = ops::shelve::is_kept_nowhere_else(tx, &id).await?;
-            let state = match is_well {
-                true if is_kept => ServerState::ShelvedOffloaded,
-                true => ServerState::Active,
-                false => ServerState::Error,
-            };
-            let change = server::ActiveModel {
-                state: Set(state.key()),
-                updated_at_us: Set(now),
-                ..Default::default()
-            };
-            server::update(tx, &id, change).await
-        })
-    });
-    reset.await?;
-    call.app.compute().engine.wake(&row.id);
+    ops::reset::reset(&call.app, &row.id, is_well).await?;
     Ok(accepted())
 }
 

@@ -5,6 +5,7 @@ mod actions;
 mod addresses;
 mod call;
 mod consoles;
+mod evacuate;
 mod flavors;
 mod hosts;
 mod hypervisors;

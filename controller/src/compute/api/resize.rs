@@ -9,7 +9,6 @@ use std::sync::LazyLock;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use fractus_agent_api::machine::RootDisk;
-use sea_orm::ActiveValue::Set;
 use serde_json::{Value, json};
 
 use super::call::Call;
@@ -21,12 +20,13 @@ use super::{actions, origin};
 use crate::compute::model::flavor::FlavorSnapshot;
 use crate::compute::model::server::BootPlan;
 use crate::compute::model::state::Action;
-use crate::compute::ops::boot::GIB;
+use crate::compute::ops::boot::{self, GIB};
 use crate::compute::ops::resize::verdict::{self, Verdict};
 use crate::compute::ops::resize::{self as ops, Size, Wish};
 use crate::compute::store::{flavor, placement, server};
 use crate::http::schema::Schema;
 use crate::http::{ApiError, Microversion};
+use crate::image::store;
 
 fn resize_body() -> Value {
     let properties = json!({
@@ -100,7 +100,11 @@ pub async fn resize(call: &Call, id: &str, body: &Value) -> Result<Response, Api
             "When resizing, instances must change flavor!",
         ));
     }
-    let plan = planned(&row, (&row.flavor()?, &new))?;
+    let mut plan = planned(&row, (&row.flavor()?, &new))?;
+    // As that image is now; one that was deleted demands nothing any more.
+    if let Some(image) = store::find(call.reader(), &row.image_id).await? {
+        plan.guest = boot::suited(&image, &new)?;
+    }
     let size = Size {
         flavor: serde_json::to_string(&new).map_err(ApiError::internal)?,
         flavor_id: new.id.clone(),
@@ -108,16 +112,12 @@ pub async fn resize(call: &Call, id: &str, body: &Value) -> Result<Response, Api
         vcpus: i32::try_from(new.vcpus).unwrap_or(i32::MAX),
         ram: i64::try_from(new.ram).unwrap_or(i64::MAX),
         spec: create::spec(&new, &plan)?,
+        disk_config: given["OS-DCF:diskConfig"].as_str().map(str::to_owned),
     };
-    let mut columns = server::ActiveModel::default();
-    if let Some(mode) = given["OS-DCF:diskConfig"].as_str() {
-        columns.disk_config = Set(mode.to_owned());
-    }
     let wish = Wish {
         from: row.state(),
         size: Some(size),
         host: None,
-        columns,
     };
     ops::request(&call.app, origin(call), &row.id, wish).await?;
     Ok(actions::accepted())
@@ -147,7 +147,6 @@ pub async fn migrate(call: &Call, id: &str, body: &Value) -> Result<Response, Ap
         from: row.state(),
         size: None,
         host: host.map(|host| host.host_id()),
-        columns: server::ActiveModel::default(),
     };
     ops::request(&call.app, origin(call), &row.id, wish).await?;
     Ok(actions::accepted())

@@ -118,6 +118,8 @@ pub enum ServerState {
     Rebuilding(Standing),
     /// Its guest goes to another host, and runs, or is paused, meanwhile.
     Migrating(Standing),
+    /// Its host was declared to be down, and another one makes it anew.
+    Evacuating(Standing),
     /// Its disk becomes an image.
     Imaging(Standing, Shot),
     /// Its guest is stopped, and its disk becomes the image that it is kept in.
@@ -186,6 +188,9 @@ impl Standing {
         Self::Stopped,
         Self::Error,
     ];
+
+    /// Those that a server is evacuated from.
+    const OF_EVACUATIONS: [Self; 3] = [Self::Active, Self::Stopped, Self::Error];
 
     /// Those that a server is shelved from.
     const OF_GUESTS: [Self; 4] = [Self::Active, Self::Paused, Self::Suspended, Self::Stopped];
@@ -295,6 +300,7 @@ impl ServerState {
             .into_iter()
             .flat_map(|make| Standing::OF_HOSTS.into_iter().map(make));
         let deleting = Standing::ALL.map(Self::Deleting);
+        let evacuating = Standing::OF_EVACUATIONS.map(Self::Evacuating);
         let resizing = Move::ALL.into_iter();
         let resizing = resizing
             .flat_map(|at| Standing::OF_RESIZES.map(|standing| Self::Resizing(standing, at)));
@@ -303,7 +309,7 @@ impl ServerState {
             .flat_map(|standing| [Self::Resized(standing), Self::Confirming(standing)]);
         let plain = plain.into_iter().chain(imaging).chain(shelving);
         let plain = plain.chain(resizing).chain(resized);
-        plain.chain(nested).chain(deleting)
+        plain.chain(nested).chain(evacuating).chain(deleting)
     }
 
     /// What the server is or was before what is being done to it.
@@ -324,6 +330,7 @@ impl ServerState {
             | Self::HardRebooting(standing)
             | Self::Rebuilding(standing)
             | Self::Migrating(standing)
+            | Self::Evacuating(standing)
             | Self::Imaging(standing, _)
             | Self::Shelving(standing, _)
             | Self::Unshelving(standing)
@@ -345,7 +352,7 @@ impl ServerState {
             Self::Resuming => Some("resuming"),
             Self::SoftRebooting => Some("rebooting"),
             Self::HardRebooting(_) => Some("rebooting_hard"),
-            Self::Rebuilding(_) => Some("rebuilding"),
+            Self::Rebuilding(_) | Self::Evacuating(_) => Some("rebuilding"),
             Self::Migrating(_) => Some("migrating"),
             Self::Imaging(_, shot) => Some(shot.task()),
             Self::Shelving(_, shot) => Some(shot.task_of_shelving()),
@@ -382,7 +389,7 @@ impl ServerState {
         let status = match self {
             Self::SoftRebooting => "REBOOT",
             Self::HardRebooting(Standing::Active) => "HARD_REBOOT",
-            Self::Rebuilding(_) => "REBUILD",
+            Self::Rebuilding(_) | Self::Evacuating(_) => "REBUILD",
             Self::Migrating(Standing::Active | Standing::Paused) => "MIGRATING",
             Self::Resizing(..) => "RESIZE",
             Self::Reverting => "REVERT_RESIZE",
@@ -421,6 +428,7 @@ impl ServerState {
             Self::HardRebooting(standing) => format!("hard_rebooting:{}", standing.word()),
             Self::Rebuilding(standing) => format!("rebuilding:{}", standing.word()),
             Self::Migrating(standing) => format!("migrating:{}", standing.word()),
+            Self::Evacuating(standing) => format!("evacuating:{}", standing.word()),
             Self::Imaging(standing, shot) => format!("{}:{}", shot.task(), standing.word()),
             Self::Shelving(standing, shot) => {
                 format!("{}:{}", shot.task_of_shelving(), standing.word())
@@ -476,6 +484,7 @@ pub enum Action {
     Rebuild,
     CreateImage,
     LiveMigrate,
+    Evacuate,
     Shelve,
     ShelveOffload,
     Unshelve,
@@ -501,7 +510,7 @@ pub enum Action {
 }
 
 impl Action {
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 34] = [
         Self::Start,
         Self::Stop,
         Self::SoftReboot,
@@ -513,6 +522,7 @@ impl Action {
         Self::Rebuild,
         Self::CreateImage,
         Self::LiveMigrate,
+        Self::Evacuate,
         Self::Shelve,
         Self::ShelveOffload,
         Self::Unshelve,
@@ -550,6 +560,7 @@ impl Action {
             Self::Rebuild => "rebuild",
             Self::CreateImage => "createImage",
             Self::LiveMigrate => "os-migrateLive",
+            Self::Evacuate => "evacuate",
             Self::Shelve => "shelve",
             Self::ShelveOffload => "shelveOffload",
             Self::Unshelve => "unshelve",
@@ -581,6 +592,7 @@ impl Action {
         !matches!(
             self,
             Self::CreateImage
+                | Self::Evacuate
                 | Self::Lock
                 | Self::Unlock
                 | Self::ResetState
@@ -710,7 +722,7 @@ fn standings(action: Action) -> Option<&'static [Standing]> {
         Action::Pause | Action::Suspend => Some(&[Active]),
         Action::Unpause => Some(&[Paused]),
         Action::Resume => Some(&[Suspended]),
-        Action::Rebuild => Some(&[Active, Stopped, Error]),
+        Action::Rebuild | Action::Evacuate => Some(&[Active, Stopped, Error]),
         Action::LiveMigrate => Some(&[Active, Paused]),
         Action::CreateImage | Action::Shelve => Some(&[Active, Paused, Suspended, Stopped]),
         Action::ShelveOffload => Some(&[Shelved]),
@@ -754,6 +766,11 @@ fn passes_task(action: Action, state: ServerState) -> bool {
         | Action::ColdMigrate
         | Action::ConfirmResize
         | Action::RevertResize => false,
+        // Its host does nothing any more, whatever was under way there; a resize goes back by itself.
+        Action::Evacuate => !matches!(
+            state,
+            ServerState::Deleting(_) | ServerState::Resizing(..) | ServerState::Reverting
+        ),
         // It is under way: clients that see SHELVED ask for it.
         Action::ShelveOffload => state == ServerState::Offloading,
         Action::ForceComplete | Action::AbortMigration => {
@@ -797,6 +814,7 @@ fn needs_launch(action: Action) -> bool {
             | Action::Rebuild
             | Action::CreateImage
             | Action::LiveMigrate
+            | Action::Evacuate
             | Action::Shelve
             | Action::ShelveOffload
             | Action::Unshelve

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Columns of the table: every state, in the order of its rows' marks.
-const COLUMNS: [&str; 40] = [
+const COLUMNS: [&str; 41] = [
     "building:scheduling",
     "building:spawning",
     "active",
@@ -44,103 +44,111 @@ const COLUMNS: [&str; 40] = [
     "resized:active",
     "resize_confirming:active",
     "resize_reverting",
+    "evacuating:active",
 ];
 
 /// server state × action: `y` admitted (202), `v` refused for vm_state, `t` for task_state, `r` for
 /// not ready, `n` for nothing that is under way (409 each). The situation: placed once past scheduling, launched, not locked.
-const TABLE: [(Action, &str); 33] = [
-    (Action::Start, "rvvvyvtvvvvvtvvvvvvvvvvvvvvvvvrvrvvvvvvv"),
-    (Action::Stop, "rvyvvyvttvttvttvyvtvttttttttvvrvrttttvvv"),
+const TABLE: [(Action, &str); 34] = [
+    (Action::Start, "rvvvyvtvvvvvtvvvvvvvvvvvvvvvvvrvrvvvvvvvv"),
+    (Action::Stop, "rvyvvyvttvttvttvyvtvttttttttvvrvrttttvvvt"),
     (
         Action::SoftReboot,
-        "vvyvvvvttvttvttvvvtvttttttttvvvvvttttvvv",
+        "vvyvvvvttvttvttvvvtvttttttttvvvvvttttvvvt",
     ),
     (
         Action::HardReboot,
-        "vvyyyyttyyyyyttvyyyyttttttttvvvvvttttvvv",
+        "vvyyyyttyyyyyttvyyyyttttttttvvvvvttttvvvt",
     ),
-    (Action::Pause, "vvyvvvvttvttvttvvvtvttttttttvvvvvttttvvv"),
-    (Action::Unpause, "vvvyvvvvvtvvvvvvvvvvvvvvvvvvvvvvvvvvvvvv"),
-    (Action::Suspend, "vvyvvvvttvttvttvvvtvttttttttvvvvvttttvvv"),
-    (Action::Resume, "vvvvvvvvvvvvvvvvvyvtvvvvvvvvvvvvvvvvvvvv"),
-    (Action::Rebuild, "vvyvyytttvtttttvyvtvttttttttvvvvvttttvvv"),
+    (Action::Pause, "vvyvvvvttvttvttvvvtvttttttttvvvvvttttvvvt"),
+    (Action::Unpause, "vvvyvvvvvtvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvv"),
+    (Action::Suspend, "vvyvvvvttvttvttvvvtvttttttttvvvvvttttvvvt"),
+    (Action::Resume, "vvvvvvvvvvvvvvvvvyvtvvvvvvvvvvvvvvvvvvvvv"),
+    (Action::Rebuild, "vvyvyytttvtttttvyvtvttttttttvvvvvttttvvvt"),
     (
         Action::CreateImage,
-        "vvyyyvtttttttttvvyttttttttttvvvvvttttvvv",
+        "vvyyyvtttttttttvvyttttttttttvvvvvttttvvvt",
     ),
     (
         Action::LiveMigrate,
-        "vvyyvvvtttttvttvvvtvttttttttvvvvvttttvvv",
+        "vvyyvvvtttttvttvvvtvttttttttvvvvvttttvvvt",
     ),
-    (Action::Shelve, "vvyyyvtttttttttvvyttttttttttvvvvvttttvvv"),
+    (
+        Action::Evacuate,
+        "vvyvyyyyyvyyyytvyvyvyyyyyyyyvvvvvttttvvvy",
+    ),
+    (Action::Shelve, "vvyyyvtttttttttvvyttttttttttvvvvvttttvvvt"),
     (
         Action::ShelveOffload,
-        "vvvvvvvvvvvvvvvvvvvvvvvvvvvvyyvtvvvvvvvv",
+        "vvvvvvvvvvvvvvvvvvvvvvvvvvvvyyvtvvvvvvvvv",
     ),
-    (Action::Unshelve, "vvvvvvvvvvvvvvvvvvvvvvvvvvvvytyttvvvvvvv"),
-    (Action::Resize, "vvyvyvtttvtttttvvvtvttttttttvvvvvttttvvv"),
+    (
+        Action::Unshelve,
+        "vvvvvvvvvvvvvvvvvvvvvvvvvvvvytyttvvvvvvvv",
+    ),
+    (Action::Resize, "vvyvyvtttvtttttvvvtvttttttttvvvvvttttvvvt"),
     (
         Action::ColdMigrate,
-        "vvyvyvtttvtttttvvvtvttttttttvvvvvttttvvv",
+        "vvyvyvtttvtttttvvvtvttttttttvvvvvttttvvvt",
     ),
     (
         Action::ConfirmResize,
-        "vvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvytt",
+        "vvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvyttv",
     ),
     (
         Action::RevertResize,
-        "vvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvytt",
+        "vvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvyttv",
     ),
     (
         Action::ForceComplete,
-        "ttnnnntttttttttnnnttytttttttntnttttttntt",
+        "ttnnnntttttttttnnnttytttttttntnttttttnttt",
     ),
     (
         Action::AbortMigration,
-        "ttnnnntttttttttnnnttytttttttntnttttttntt",
+        "ttnnnntttttttttnnnttytttttttntnttttttnttt",
     ),
-    (Action::Delete, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::Delete, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
     (
         Action::ForceDelete,
-        "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy",
+        "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy",
     ),
-    (Action::Lock, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
-    (Action::Unlock, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::Lock, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
+    (Action::Unlock, "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"),
     (
         Action::ResetState,
-        "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy",
+        "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy",
     ),
     (
         Action::ConsoleOutput,
-        "ryyyyyyyyyyyyyyyyyyyyyyyyyyyyyryryyyyyyy",
+        "ryyyyyyyyyyyyyyyyyyyyyyyyyyyyyryryyyyyyyy",
     ),
     (
         Action::RemoteConsole,
-        "rryyrrryyyyyrytrrryrtyyyyyyyrrrrryyyyyyr",
+        "rryyrrryyyyyrytrrryrtyyyyyyyrrrrryyyyyyry",
     ),
     (
         Action::UpdateMetadata,
-        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvvy",
     ),
     (
         Action::DeleteMetadata,
-        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvvy",
     ),
     (
         Action::UpdateTag,
-        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvvy",
     ),
     (
         Action::UpdateTags,
-        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvvy",
     ),
     (
         Action::DeleteTag,
-        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvvy",
     ),
     (
         Action::DeleteTags,
-        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvv",
+        "vvyyyvyyyyyyyyyvvyyyyyyyyyyyvvvvvyyyyvvvy",
     ),
 ];
 
@@ -298,6 +306,10 @@ fn the_projection_is_novas() {
     assert_eq!(
         projected("migrating:paused"),
         ("MIGRATING", "paused", Some("migrating"), 3)
+    );
+    assert_eq!(
+        projected("evacuating:stopped"),
+        ("REBUILD", "stopped", Some("rebuilding"), 4)
     );
     for (key, task) in [
         ("shelving:active", "shelving"),

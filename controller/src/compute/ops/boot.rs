@@ -7,6 +7,7 @@
 //!   bzImage) boots as it is; its `ramdisk_id` and `os_command_line` count too, and the disk is an
 //!   empty one of the flavor's size.
 
+use fractus_agent_api::guest::GuestOptions;
 use fractus_agent_api::machine::{ImageRef, RootDisk};
 use sea_orm::ConnectionTrait;
 
@@ -32,8 +33,7 @@ pub async fn plan(
             "Image {image_id} is not active."
         )));
     }
-    fits(&image, flavor)?;
-    let guest = super::instance::options(&image, flavor)?;
+    let guest = suited(&image, flavor)?;
     let command_line = image.property("os_command_line").map(str::to_owned);
     let initrd = match image.property("ramdisk_id").filter(|id| !id.is_empty()) {
         Some(id) => Some(reference(&part(connection, caller, id).await?)?),
@@ -124,6 +124,12 @@ async fn find(
         Err(StoreError::Refused(_)) => Err(ApiError::bad_request(words)),
         Err(other) => Err(ApiError::internal(other)),
     }
+}
+
+/// How a guest of this image is treated with this flavor, or what speaks against it.
+pub fn suited(image: &Image, flavor: &FlavorSnapshot) -> Result<GuestOptions, ApiError> {
+    fits(image, flavor)?;
+    super::instance::options(image, flavor)
 }
 
 /// Nova's three checks of an image against a flavor.

@@ -338,7 +338,7 @@ pub(super) async fn settle(
     if !matches!(report.observed, Observed::Failed { .. })
         && report.rebuilds >= machine.wanted.rebuilds
     {
-        resize::forget_restored(tx, server, now).await?;
+        resize::runs_again(tx, server, now).await?;
     }
     Ok(Some(report.observed))
 }

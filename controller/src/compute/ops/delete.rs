@@ -11,8 +11,8 @@ use sea_orm::DatabaseTransaction;
 
 use super::create::{gone, want_absent};
 use super::{
-    RequestError, Tools, change, create, image, machine_id, migrate, resize, shelve, to_error,
-    to_state, turn, unshelve,
+    RequestError, Tools, change, create, evacuate, image, machine_id, migrate, resize, shelve,
+    to_error, to_state, turn, unshelve,
 };
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
@@ -53,6 +53,7 @@ pub async fn request(app: &App, origin: Origin, id: &str) -> Result<(), RequestE
                     resize::MIGRATE,
                     resize::verdict::CONFIRM,
                     resize::verdict::REVERT,
+                    evacuate::KIND,
                 ];
                 let kinds: Vec<&str> = kinds.into_iter().chain(change::kinds()).collect();
                 operation::cancel(tx, &id, &kinds, "the server is deleted").await?;

@@ -270,7 +270,21 @@ pub(super) async fn dropped(tools: &Tools, operation: &Operation) -> Result<Prog
     let server = machine_id(&operation.subject)?;
     let known = machine::find(tools.machines.reader(), server).await?;
     // A tombstone is the delete's to tell.
-    if known.is_none_or(|known| known.is_tombstone() || known.wanted.copy.is_some()) {
+    if known
+        .as_ref()
+        .is_none_or(|known| known.is_tombstone() || known.wanted.copy.is_some())
+    {
+        return Ok(Progress::Done);
+    }
+    let owner = known.and_then(|known| known.host);
+    if let Some(owner) = owner
+        && tools
+            .machines
+            .is_off(tools.machines.reader(), owner)
+            .await?
+            .is_some()
+    {
+        // It drops that when it is back.
         return Ok(Progress::Done);
     }
     let late = waited_us(tools, operation) > LONGEST_DROP_US;

@@ -8,10 +8,12 @@ pub mod boot;
 pub mod change;
 pub mod create;
 pub mod delete;
+pub mod evacuate;
 pub mod image;
 pub mod instance;
 pub mod migrate;
 mod observe;
+pub mod reset;
 pub mod resize;
 pub mod shelve;
 pub mod unshelve;
@@ -80,6 +82,7 @@ pub fn register(
     kinds.register(Arc::new(create::ServerCreate::new(tools.clone())));
     kinds.register(Arc::new(delete::ServerDelete::new(tools.clone())));
     kinds.register(Arc::new(migrate::LiveMigrate::new(tools.clone())));
+    kinds.register(Arc::new(evacuate::Evacuate::new(tools.clone())));
     for change in change::Change::ALL {
         kinds.register(Arc::new(change::ServerChange::new(change, tools.clone())));
     }
@@ -111,6 +114,11 @@ pub enum RequestError {
     NotThere(String),
     #[error("Instance {0} has not been resized.")]
     NothingToConfirm(String),
+    /// Its migration has been decided, and not ended.
+    #[error(
+        "server {0} may be had back from where it came; try again when that is over, or reset its state"
+    )]
+    OnItsWay(String),
     #[error("{0}")]
     OverQuota(String),
     /// Its host has no room for what the server is to become.
@@ -126,6 +134,7 @@ impl From<RequestError> for ApiError {
             | RequestError::OtherDisks(_)
             | RequestError::NotShelved(_)
             | RequestError::NotThere(_)
+            | RequestError::OnItsWay(_)
             | RequestError::NoRoom(_) => Self::conflict(error.to_string()),
             RequestError::NothingToConfirm(_) => Self::bad_request(error.to_string()),
             RequestError::OverQuota(words) => Self::forbidden(words),

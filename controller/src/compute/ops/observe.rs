@@ -44,7 +44,10 @@ impl Observer for ServerObserver {
             }
             if let ServerState::Resized(_) = row.state() {
                 // It can still go back, whatever has ended it.
-                return Some(to_state(ServerState::Resized(Standing::Stopped), now));
+                return Some(server::ActiveModel {
+                    state: Set(ServerState::Resized(Standing::Stopped).key()),
+                    ..ended(reason, now)
+                });
             }
             let end = ended(reason, now);
             Some(still_imaging(row, end))
@@ -101,7 +104,7 @@ impl Observer for ServerObserver {
     }
 
     async fn restored(&self, tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr> {
-        resize::forget_restored(tx, server, self.clock.now_us()).await
+        resize::runs_again(tx, server, self.clock.now_us()).await
     }
 
     async fn failed(
@@ -113,7 +116,10 @@ impl Observer for ServerObserver {
         let now = self.clock.now_us();
         turn(tx, &server.to_string(), |row| {
             if let ServerState::Resized(_) = row.state() {
-                return Some(to_state(ServerState::Resized(Standing::Stopped), now));
+                return Some(server::ActiveModel {
+                    state: Set(ServerState::Resized(Standing::Stopped).key()),
+                    ..to_error(reason, Some(reason), now)
+                });
             }
             let over = is_told_by_its_operation(row.state());
             // Said before: when it happened stays as it was.

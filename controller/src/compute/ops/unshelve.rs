@@ -171,7 +171,7 @@ impl Kind for Unshelve {
 }
 
 /// What a server is whose guest has been started.
-fn runs(observed: Option<&Observed>, now: i64) -> server::ActiveModel {
+pub(super) fn runs(observed: Option<&Observed>, now: i64) -> server::ActiveModel {
     let change = match observed {
         Some(Observed::Failed { reason }) => return to_error(reason, Some(reason), now),
         Some(Observed::Paused) => to_state(ServerState::Paused, now),
@@ -187,46 +187,47 @@ fn runs(observed: Option<&Observed>, now: i64) -> server::ActiveModel {
 }
 
 /// Hosts that have anything of a server which none is to have, as far as they were heard.
-fn leftovers(machines: &Machines, server: ServerId) -> Vec<(HostId, MachineReport)> {
+pub(super) fn leftovers(machines: &Machines, server: ServerId) -> Vec<(HostId, MachineReport)> {
     let holders = machines.fleet().holders(server).into_iter();
     holders
         .filter(|(_, said)| !(said.settled && said.observed == Observed::Absent))
         .collect()
 }
 
+/// After a restore of the database a host may have the server by a newer row than this one: each has to have said
+/// what it has, but for those that are declared to be down. The owner by the row, if there is one, does not count.
+pub(super) async fn is_nobodys(
+    machines: &Machines,
+    known: &machine::Machine,
+    connection: &impl ConnectionTrait,
+) -> Result<(), StepError> {
+    if known.confirmed {
+        return Ok(());
+    }
+    let rows = host::all(connection).await?;
+    let silent = rows
+        .iter()
+        .find(|row| !row.forced_down && machines.fleet().machines(row.host_id()).is_none());
+    if let Some(row) = silent {
+        return Err(StepError::retry(format!(
+            "the database was restored, and host {} has not said yet what it has",
+            row.hostname
+        )));
+    }
+    // Looked at after that: what the last of them has said is among it.
+    let mut others = leftovers(machines, known.server).into_iter();
+    match others.find(|(holder, _)| Some(*holder) != known.host) {
+        None => Ok(()),
+        Some((holder, _)) => Err(StepError::fail(format!(
+            "the database was restored, and host {holder} has the server since its backup"
+        ))),
+    }
+}
+
 /// Chooses a host, takes what the server needs of it, and makes it the owner.
 struct Place(Tools);
 
 impl Place {
-    /// After a restore of the database a host may have the server by a newer row than this one: each has to have said
-    /// what it has, but for those that are declared to be down.
-    async fn is_nobodys(
-        &self,
-        known: &machine::Machine,
-        connection: &impl ConnectionTrait,
-    ) -> Result<(), StepError> {
-        if known.confirmed {
-            return Ok(());
-        }
-        let machines = &self.0.machines;
-        if let Some((holder, _)) = leftovers(machines, known.server).first() {
-            return Err(StepError::fail(format!(
-                "the database was restored, and host {holder} has the server since its backup"
-            )));
-        }
-        let rows = host::all(connection).await?;
-        let silent = rows
-            .iter()
-            .find(|row| !row.forced_down && machines.fleet().machines(row.host_id()).is_none());
-        match silent {
-            None => Ok(()),
-            Some(row) => Err(StepError::retry(format!(
-                "the database was restored, and host {} has not said yet what it has",
-                row.hostname
-            ))),
-        }
-    }
-
     /// What the host is told: as before, of that image.
     async fn wanted(
         &self,
@@ -253,7 +254,7 @@ impl Place {
         let Some(known) = known else {
             return Err(StepError::fail("a host owns the server"));
         };
-        self.is_nobodys(&known, tx).await?;
+        is_nobodys(&self.0.machines, &known, tx).await?;
         let mut wanted = known.wanted;
         wanted.power = Power::Running;
         // A host that has a disk of the server still, or had one, makes it anew all the same.
@@ -285,7 +286,7 @@ impl Step for Place {
         let Some(known) = known.filter(|known| known.host.is_none()) else {
             return Ok(Progress::Done);
         };
-        self.is_nobodys(&known, machines.reader()).await?;
+        is_nobodys(machines, &known, machines.reader()).await?;
         let mut goes = false;
         for (holder, said) in leftovers(machines, server) {
             if machines.is_off(machines.reader(), holder).await?.is_some() {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use fractus_agent_api::host::HostId;
+use fractus_agent_api::VERSION;
+use fractus_agent_api::host::{Heartbeat, HostId};
 use http::{Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use sea_orm::DbErr;
@@ -210,6 +211,41 @@ impl Cloud {
         let database = self.app.database();
         let joined = (database, &self.agents, &self.fleet, &self.reconciler);
         join_host(n, joined, self.frozen.subscribe(), &self.stop).await
+    }
+
+    /// The id of `host-N`.
+    pub fn other(&self, n: u128) -> HostId {
+        HostId(host_uuid(n))
+    }
+
+    /// One host goes on for once, where all are frozen.
+    pub fn pump(&self, host: &SimulatedHost) {
+        let endpoint = self.fleet.endpoint(host.id()).unwrap_or_default();
+        pump(host, &endpoint, &self.fleet, &self.reconciler);
+    }
+
+    /// The host has been silent for a minute.
+    pub async fn was_heard_last_minute(&self, host: &SimulatedHost) {
+        use sea_orm::{ActiveModelTrait, Set};
+        let then = crate::clock::Clock::now_us(&SystemClock) - 60_000_000;
+        let id = host.id();
+        let write = self.app.database().write(move |tx| {
+            Box::pin(async move {
+                let heard = host::row::ActiveModel {
+                    id: Set(id.to_string()),
+                    heard_at_us: Set(then),
+                    ..Default::default()
+                };
+                heard.update(tx).await.map(|_| ())
+            })
+        });
+        write.await.unwrap();
+        self.fleet.last_heard(id, then);
+    }
+
+    /// The reconciler looks at a server.
+    pub async fn look(&self, id: &str) {
+        self.reconciler.look(super::machine(id)).await.unwrap();
     }
 
     /// Nobody carries on what is asked for from now on.
@@ -474,21 +510,19 @@ async fn join_host(
     mut frozen: watch::Receiver<bool>,
     stop: &CancellationToken,
 ) -> Arc<SimulatedHost> {
-    let id = HostId(Uuid::from_u128(
-        0xfeed_0000_0000_4000_8000_0000_0000_0000 + n,
-    ));
+    let id = HostId(host_uuid(n));
     let inventory = SimulatedHost::inventory(&format!("host-{n}"), 64, 1 << 20);
     let endpoint = format!("https://10.0.0.{n}:9001");
-    let report = inventory.clone();
+    let (report, at) = (inventory.clone(), endpoint.clone());
     let now = crate::clock::Clock::now_us(&SystemClock);
     database
         .write(move |tx| {
-            let (report, endpoint) = (report.clone(), endpoint.clone());
-            Box::pin(async move { host::insert(tx, id, &endpoint, &report, now).await })
+            let (report, at) = (report.clone(), at.clone());
+            Box::pin(async move { host::insert(tx, id, &at, &report, now).await })
         })
         .await
         .unwrap();
-    fleet.admit(id, &format!("https://10.0.0.{n}:9001"));
+    fleet.admit(id, &endpoint);
     let (changed, mut changes) = tokio::sync::mpsc::unbounded_channel();
     let host = SimulatedHost::new(id, inventory, Uuid::from_u128(6 + n), move |_| {
         let _ = changed.send(());
@@ -508,16 +542,38 @@ async fn join_host(
             if *frozen.borrow_and_update() {
                 continue;
             }
-            pumped.settle();
-            let now = crate::clock::Clock::now_us(&SystemClock);
-            if let Some(push) = pumped.push() {
-                let servers: Vec<_> = push.machines.iter().map(|report| report.id).collect();
-                if fleet.changes(id, &push, now).is_err() {
-                    fleet.full_report(id, &pumped.full_report(), now);
-                }
-                reconciler.heard(servers);
+            if !pumped.is_off() {
+                pump(&pumped, &endpoint, &fleet, &reconciler);
             }
         }
     });
     host
+}
+
+fn host_uuid(n: u128) -> Uuid {
+    Uuid::from_u128(0xfeed_0000_0000_4000_8000_0000_0000_0000 + n)
+}
+
+/// The host does what it is to do, and says so.
+fn pump(host: &SimulatedHost, endpoint: &str, fleet: &Fleet, reconciler: &Reconciler) {
+    host.settle();
+    let now = crate::clock::Clock::now_us(&SystemClock);
+    let (agent_instance, sequence) = host.pushes();
+    let beat = Heartbeat {
+        version: VERSION,
+        agent_instance,
+        sequence,
+        endpoint: endpoint.to_owned(),
+        host: host.host_report(),
+    };
+    if fleet.heartbeat(host.id(), &beat, now) {
+        fleet.full_report(host.id(), &host.full_report(), now);
+    }
+    if let Some(push) = host.push() {
+        let servers: Vec<_> = push.machines.iter().map(|report| report.id).collect();
+        if fleet.changes(host.id(), &push, now).is_err() {
+            fleet.full_report(host.id(), &host.full_report(), now);
+        }
+        reconciler.heard(servers);
+    }
 }

@@ -103,6 +103,7 @@ async fn a_target_that_is_told_meanwhile_to_have_nothing_takes_the_guest_all_the
             revision: Revision(held.revision.0 + 1 + above),
             wanted,
             request_id: None,
+            boot_id: None,
         };
         target.overtake(machine(&id), put.clone());
         let answer = cloud.act("admin", &id, "2.96", live(Some("host-2"))).await;

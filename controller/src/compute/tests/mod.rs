@@ -2,6 +2,7 @@
 
 mod actions;
 mod cloud;
+mod evacuate;
 mod flavors;
 mod images;
 mod instance;
@@ -9,6 +10,7 @@ mod lists;
 mod machines;
 mod migrations;
 mod resize;
+mod resize_faults;
 mod servers;
 mod shelve;
 mod table;

@@ -254,8 +254,10 @@ pub(super) async fn bury(
             ended_at_us: Set(Some(now_us)),
             ..Default::default()
         };
-        // What was parked has said why.
-        if parked.reason.is_none() {
+        // What was parked has said why; what only waited for its user's word is as it was to be.
+        if matches!(parked.status(), Status::Finished | Status::Confirming) {
+            change.status = Set(Status::Confirmed.word().to_owned());
+        } else if parked.reason.is_none() {
             change.status = Set(Status::Error.word().to_owned());
             change.reason = Set(Some("the server was deleted".to_owned()));
         }

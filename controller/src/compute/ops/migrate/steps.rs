@@ -156,7 +156,12 @@ impl Step for Place {
             _ => Dropped::Gone,
         };
         // A tombstone is the delete's to tell.
-        if known.host == Some(state.source) && !known.is_tombstone() && known.confirmed {
+        let is_off = machines.is_off(machines.reader(), state.source).await?;
+        if known.host == Some(state.source)
+            && !known.is_tombstone()
+            && known.confirmed
+            && is_off.is_none()
+        {
             // The row says what is wanted: a source that is not heard is told by the reconciler when it is.
             let late = waited_us(&self.0, operation) > LONGEST_DROP_US;
             match machines.converge(server).await {

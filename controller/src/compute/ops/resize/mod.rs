@@ -19,8 +19,12 @@
 //!
 //! What fails before the guest was started takes all of it back.
 
+mod given_up;
 mod steps;
 pub mod verdict;
+
+pub use given_up::give_up;
+pub(super) use given_up::runs_again;
 
 use std::sync::Arc;
 
@@ -30,7 +34,7 @@ use fractus_agent_api::guest::GuestOptions;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{MachineSpec, Observed, Power, RootDisk, ServerId, Wanted};
 use fractus_agent_api::migration::MigrationId;
-use sea_orm::ActiveValue::Set;
+use sea_orm::ActiveValue::{NotSet, Set};
 use sea_orm::{DatabaseTransaction, DbErr};
 use serde::{Deserialize, Serialize};
 
@@ -43,7 +47,7 @@ use crate::compute::quota::{self, Usage};
 use crate::compute::store::server;
 use crate::event::Origin;
 use crate::http::App;
-use crate::operation::{self, Kind, Operation, Outcome, Step, StepError};
+use crate::operation::{Kind, Operation, Outcome, Step, StepError};
 use crate::reconcile::machine::{self, Machine};
 use crate::reconcile::migration::{self, Purpose, Status};
 use crate::scheduler::Amounts;
@@ -71,6 +75,9 @@ struct State {
     /// What was seen when the target had settled.
     #[serde(default)]
     observed: Option<Observed>,
+    /// While it is taken back: what has been asked of the guest since.
+    #[serde(default)]
+    followed: Option<Power>,
 }
 
 impl State {
@@ -93,6 +100,9 @@ pub struct Size {
     pub ram: i64,
     /// Without devices, and without what the guest is told.
     pub spec: MachineSpec,
+    /// None: as it is.
+    #[serde(default)]
+    pub disk_config: Option<String>,
 }
 
 impl Size {
@@ -107,6 +117,7 @@ impl Size {
             vcpus: row.vcpus,
             ram: row.ram,
             spec,
+            disk_config: Some(row.disk_config.clone()),
         }
     }
 
@@ -116,6 +127,7 @@ impl Size {
             flavor: Set(self.flavor.clone()),
             flavor_id: Set(self.flavor_id.clone()),
             boot: Set(self.boot.clone()),
+            disk_config: self.disk_config.clone().map_or(NotSet, Set),
             ..Default::default()
         }
     }
@@ -180,8 +192,6 @@ pub struct Wish {
     pub size: Option<Size>,
     /// None: the scheduler's choice.
     pub host: Option<HostId>,
-    /// Columns that change with it.
-    pub columns: server::ActiveModel,
 }
 
 /// Writes what is to become of the server, and the operation that brings it about.
@@ -217,6 +227,7 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
         target: None,
         begun: false,
         observed: None,
+        followed: None,
     };
     let prepared = engine.prepare(kind, id, &state, origin.clone())?;
     let (subject, now) = (id.to_owned(), app.now_us());
@@ -231,7 +242,7 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
                 });
                 let row = server::find(tx, &id).await?;
                 let row = row.filter(|_| is_as_read).ok_or(RequestError::Overtaken)?;
-                let mut change = wish.columns;
+                let mut change = server::ActiveModel::default();
                 if let Some(size) = &wish.size {
                     let more = Usage {
                         instances: 0,
@@ -348,82 +359,9 @@ async fn open_one(
     Ok(open.into_iter().find(|row| row.before.is_some()))
 }
 
-/// An administrator has said what the server is: what is under way is taken back if it can be, and what waits for its
-/// user's word stays as it is now; part of the transaction of what wants so.
-pub async fn give_up(
-    tx: &DatabaseTransaction,
-    id: &str,
-    reason: &str,
-    now_us: i64,
-) -> Result<(), DbErr> {
-    let kinds = [RESIZE, MIGRATE, verdict::REVERT, verdict::CONFIRM];
-    // A confirm goes on: it comes to the same.
-    operation::cancel(tx, id, &[RESIZE, MIGRATE, verdict::REVERT], reason).await?;
-    let Ok(server) = machine_id(id) else {
-        return Ok(());
-    };
-    let open = operation::unfinished(tx, Some(id)).await?;
-    let is_at_work = open
-        .iter()
-        .any(|other| other.parked.is_none() && kinds.contains(&other.kind.as_str()));
-    if is_at_work {
-        return Ok(());
-    }
-    // It waits for its user's word, or its operation is parked.
-    if let Some(row) = open_one(tx, server).await? {
-        stays(tx, server, &row, reason, now_us).await?;
-    }
-    Ok(())
-}
-
-/// The server stays what it is now, and cannot go back any more.
-async fn stays(
-    tx: &DatabaseTransaction,
-    server: ServerId,
-    of: &migration::Model,
-    reason: &str,
-    now_us: i64,
-) -> Result<(), DbErr> {
-    let known = machine::find(tx, server).await?;
-    let Some(mut known) = known else {
-        return Ok(());
-    };
-    // A rebuild that is to make the disk of the copy, and has not yet, needs it still.
-    let is_made = known.settled || known.wanted.restores.is_none();
-    let has_any = known.wanted.copy.is_some() || known.wanted.parks.is_some();
-    if known.host.is_some() && is_made && has_any {
-        let changed = machine::change(tx, server, None, now_us, forget_copy).await?;
-        known = changed.unwrap_or(known);
-    }
-    let ended = (Status::Error, Some(reason.to_owned()));
-    close(tx, &known, of, ended, now_us).await
-}
-
 /// The host need not keep what the server could go back to.
-fn forget_copy(wanted: &mut Wanted) {
+pub(super) fn forget_copy(wanted: &mut Wanted) {
     (wanted.copy, wanted.restores, wanted.parks) = (None, None, None);
-}
-
-/// The disk was made of the copy that it was to be made of, if it was to be: that is of no use any more. Of a server that
-/// could still go back, it is what it goes back to.
-pub(super) async fn forget_restored(
-    tx: &DatabaseTransaction,
-    server: ServerId,
-    now_us: i64,
-) -> Result<(), DbErr> {
-    let known = machine::find(tx, server).await?;
-    let row = server::find(tx, &server.to_string()).await?;
-    let (Some(known), Some(row)) = (known, row) else {
-        return Ok(());
-    };
-    let may_go_back = matches!(
-        row.state(),
-        ServerState::Resizing(..) | ServerState::Resized(_)
-    );
-    if known.wanted.restores.is_some() && !may_go_back {
-        machine::change(tx, server, known.request_id, now_us, forget_copy).await?;
-    }
-    Ok(())
 }
 
 pub struct Resize {
@@ -482,7 +420,7 @@ impl Resize {
             let of = migration::find(tx, state.migration).await?;
             if let Some(of) = of.filter(|of| of.ended_at_us.is_none()) {
                 let server = machine_id(&operation.subject)?;
-                stays(tx, server, &of, "the server's state was reset", now).await?;
+                given_up::was_reset(tx, &self.tools.machines, server, &of, now).await?;
             }
             return Ok(());
         }

@@ -10,7 +10,7 @@ use super::{State, forget_copy, hold};
 use crate::agents::host;
 use crate::compute::model::state::{self, ServerState};
 use crate::compute::ops::create::settle;
-use crate::compute::ops::image::{self, Fetch, dropped, host_has, unstored, unwritten};
+use crate::compute::ops::image::{self, Fetch, dropped, host_has, unstored, unwritten, waited_us};
 use crate::compute::ops::shelve::{has_other_disks, is_over, let_go_of, want_gone};
 use crate::compute::ops::{Tools, change, instance, machine_id, migrate, to_state, turn};
 use crate::compute::store::server;
@@ -21,6 +21,9 @@ use crate::reconcile::machine::{self, Machine};
 use crate::reconcile::migration::{self, Status};
 use crate::reconcile::{ASK_AGAIN, Converged, Dropped, NoHost};
 use crate::scheduler::{Amounts, Request};
+
+/// A target that is silent for so long before it owns anything is given up.
+const LONGEST_WAIT_US: i64 = 120_000_000;
 
 /// How far the server and its migration are, for those who look.
 async fn is_at(
@@ -67,9 +70,13 @@ async fn as_before(
     (operation, tx): (&Operation, &DatabaseTransaction),
 ) -> Result<(), StepError> {
     wanted.spec = state.before.size.applied(&wanted.spec);
-    if !change::is_followed(operation, tx).await? {
-        wanted.power = state.before.power();
-    }
+    let is_followed = change::is_followed(operation, tx).await?;
+    wanted.power = match (is_followed, wanted.power) {
+        // Its target's guest and disk were to go: so is not what stands at the source.
+        (true, Power::Absent) => state.followed.unwrap_or_else(|| state.before.power()),
+        (true, power) => power,
+        (false, _) => state.before.power(),
+    };
     forget_copy(wanted);
     Ok(())
 }
@@ -88,7 +95,12 @@ async fn take_back(
         return Ok(());
     }
     let mut back = known.wanted.clone();
+    // Its host may have started the guest so large: what it holds of the host is given back, so it is started anew.
+    let may_be_larger = state.stays() && back.restores.is_some() && state.before.ran;
     as_before(&state, &mut back, (operation, tx)).await?;
+    if may_be_larger && back.power == Power::Running {
+        back.hard_reboots += 1;
+    }
     if back != known.wanted {
         let (request_id, now) = (operation.origin.request_id.clone(), tools.clock.now_us());
         machine::change(tx, known.server, request_id, now, |wanted| *wanted = back).await?;
@@ -393,10 +405,22 @@ impl Step for Move {
         let Some(known) = known.filter(|known| known.host == Some(state.source)) else {
             return Ok(Progress::Done);
         };
-        if let Some(said) = machines.ask(target, server).await?
+        if let Some(reason) = machines.is_off(machines.reader(), target).await? {
+            return Err(StepError::fail(reason));
+        }
+        // Nothing is decided yet: a host that cannot be had is none for the server.
+        let late = waited_us(&self.0, operation) > LONGEST_WAIT_US;
+        let said = machines.ask(target, server).await;
+        let said = said.map_err(|error| error.given_up_if(late))?;
+        if let Some(said) = said
             && !(said.settled && said.observed == Observed::Absent)
         {
             let dropped = machines.drop_at(target, &known, said.revision).await?;
+            if dropped != Dropped::Gone && late {
+                return Err(StepError::fail(format!(
+                    "host {target} does not let go of what it has had of the server"
+                )));
+            }
             if dropped != Dropped::Gone {
                 return Ok(Progress::Wait(ASK_AGAIN));
             }
@@ -541,12 +565,16 @@ impl Step for Start {
         operation: &mut Operation,
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
-        let state: State = operation.state()?;
+        let mut state: State = operation.state()?;
         let Some(known) = owned(operation, tx).await? else {
             return Ok(());
         };
         if state.begun || state.stays() || known.host != state.target {
             return Ok(());
+        }
+        if change::is_followed(operation, tx).await? && known.wanted.power != Power::Absent {
+            state.followed = Some(known.wanted.power);
+            operation.set_state(&state)?;
         }
         let (request_id, now) = (operation.origin.request_id.clone(), self.0.clock.now_us());
         Ok(want_gone(tx, known.server, request_id, now).await?)

@@ -7,9 +7,10 @@
 //!
 //! | revert | what it does |
 //! |---|---|
-//! | (request) | the guest is to stop |
+//! | (request) | the host that it came from is there |
 //! | settle | it undoes |
-//! | stop | waits for that, and for the word of the host that it came from that it has the disk |
+//! | look | that host says that it has the disk; commit: the guest is to stop |
+//! | stop | waits for that, and for that host's word again |
 //! | back | commit: the machine has its former size, and is its former host's, a generation higher; or its disk is to be made of the copy |
 //! | start | the guest runs, if it did before |
 //! | drop | what is left of it goes; commit: what it held besides is given back |
@@ -21,21 +22,21 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use fractus_agent_api::copy::CopyState;
 use fractus_agent_api::host::HostId;
-use fractus_agent_api::machine::{Observed, Power, ServerId, Wanted};
+use fractus_agent_api::machine::{MachineReport, Observed, Power, ServerId, Wanted};
 use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 use sea_orm::prelude::Uuid;
 use serde::{Deserialize, Serialize};
 
 use super::steps::is_made;
-use super::{Before, close, forget_copy, kept, open_one, stands, stays};
+use super::{Before, close, forget_copy, given_up, kept, open_one, stands};
 use crate::agents::host;
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::ops::create::settle;
 use crate::compute::ops::image::{self, dropped, waited_us};
 use crate::compute::ops::shelve::is_over;
 use crate::compute::ops::{
-    RequestError, Tools, instance, machine_id, migrate, to_error, to_state, turn,
+    RequestError, Tools, change, instance, machine_id, migrate, to_error, to_state, turn,
 };
 use crate::compute::store::server;
 use crate::event::Origin;
@@ -44,7 +45,6 @@ use crate::operation::{Kind, Operation, Outcome, Progress, Step, StepError};
 use crate::reconcile::machine::{self, Machine};
 use crate::reconcile::migration::{self, Status};
 use crate::reconcile::{ASK_AGAIN, Converged, Dropped};
-use crate::scheduler::HostPresence;
 
 pub const CONFIRM: &str = "server_confirm_resize";
 pub const REVERT: &str = "server_revert_resize";
@@ -95,8 +95,9 @@ pub async fn request(
     let waiting = |row: &migration::Model| row.before.is_some() && row.status() == Status::Finished;
     let of = open.into_iter().find(waiting);
     let of = of.ok_or_else(|| RequestError::NothingToConfirm(id.to_owned()))?;
-    if verdict == Verdict::Confirm {
-        is_there(app, server).await?;
+    match verdict {
+        Verdict::Confirm => is_there(app, server).await?,
+        Verdict::Revert => can_be_had(app, &of).await?,
     }
     let state = State {
         uuid: of.migration().0,
@@ -136,12 +137,8 @@ pub async fn request(
                     return Err(RequestError::Overtaken);
                 }
                 let has_copy = known.is_some_and(|known| known.wanted.copy.is_some());
-                if has_copy || verdict == Verdict::Revert {
-                    machine::change(tx, server, request_id, now, |wanted| match verdict {
-                        Verdict::Confirm => forget_copy(wanted),
-                        Verdict::Revert => wanted.power = Power::Stopped,
-                    })
-                    .await?;
+                if has_copy && verdict == Verdict::Confirm {
+                    machine::change(tx, server, request_id, now, forget_copy).await?;
                 }
                 migration::update(tx, uuid, migrate::is_now(status, now)).await?;
                 Ok::<(), RequestError>(prepared.insert(tx).await?)
@@ -156,43 +153,31 @@ pub async fn request(
 /// the server has become, and be there.
 async fn is_there(app: &App, server: ServerId) -> Result<(), RequestError> {
     let machines = &app.compute().machines;
-    let reader = app.database().reader();
-    let known = machine::find(reader, server).await?;
-    let not_there = |why: String| {
-        Err(RequestError::NotThere(format!(
+    let why = given_up::why_not_there(machines, app.database().reader(), server).await?;
+    match why {
+        None => Ok(()),
+        Some(why) => Err(RequestError::NotThere(format!(
             "{why}: what server {server} could go back to is kept; revert, or mend that first"
-        )))
-    };
-    let owned = known.and_then(|known| {
-        let owner = known.host?;
-        Some((known, owner))
-    });
-    let Some((known, owner)) = owned else {
-        return not_there("no host has the server".to_owned());
-    };
-    let row = host::find(reader, owner).await?;
-    let presence = row.as_ref().map(|row| machines.presence(row));
-    if presence != Some(HostPresence::Up) {
-        return not_there(format!("the server's host {owner} is not there"));
+        ))),
     }
-    // As the leader has recorded it: this may be another controller. Of a record that is gone the row says that it has not
-    // settled, though nothing newer is wanted.
-    let said = known.report.as_ref();
-    let said = said.filter(|said| known.settled || said.revision < known.revision);
-    let Some(said) = said.filter(|_| known.confirmed) else {
-        return not_there("the server's host has not said what it has".to_owned());
-    };
-    let is_well = matches!(
-        said.observed,
-        Observed::Running | Observed::Paused | Observed::Stopped { .. }
-    );
-    match is_well && is_made(&known, said) {
+}
+
+/// A revert stops the guest: so the host that it goes back to must be there.
+async fn can_be_had(app: &App, of: &migration::Model) -> Result<(), RequestError> {
+    let machines = &app.compute().machines;
+    match given_up::is_up(machines, app.database().reader(), of.source()).await? {
         true => Ok(()),
-        false => not_there(format!(
-            "the server's host says that it is {:?}",
-            said.observed
-        )),
+        false => Err(RequestError::NotThere(format!(
+            "host {}, which has what the server could go back to, is not there",
+            of.source
+        ))),
     }
+}
+
+/// Time decides nothing of a server whose guest has ended by a fault since it was started as it is now.
+fn has_failed(server: &server::Model) -> bool {
+    let started = server.launched_at_us.unwrap_or(0);
+    server.fault_at_us.is_some_and(|failed| failed >= started)
 }
 
 /// Confirms all servers that have waited for `window` to be, as nova does by `resize_confirm_window`.
@@ -201,7 +186,10 @@ pub async fn confirm_overdue(app: &App, window: std::time::Duration) -> Result<(
     let before = app.now_us().saturating_sub(window);
     for row in migration::unconfirmed(app.database().reader(), before).await? {
         let server = server::find(app.database().reader(), &row.server_id).await?;
-        let Some(from @ ServerState::Resized(_)) = server.map(|server| server.state()) else {
+        let Some(server) = server.filter(|server| !has_failed(server)) else {
+            continue;
+        };
+        let from @ ServerState::Resized(_) = server.state() else {
             continue;
         };
         let origin = Origin {
@@ -383,6 +371,7 @@ impl Kind for Revert {
         let tools = || self.tools.clone();
         vec![
             Arc::new(Settle(tools())),
+            Arc::new(Look(tools())),
             Arc::new(Stop(tools())),
             Arc::new(Back(tools())),
             Arc::new(Start(tools())),
@@ -408,8 +397,7 @@ impl Kind for Revert {
         match (outcome, &state.observed) {
             (Outcome::Parked { .. }, _) => {}
             _ if !state.is_back && is_reset => {
-                let reason = "the server's state was reset";
-                stays(tx, known.server, &of, reason, now).await?;
+                given_up::was_reset(tx, &self.tools.machines, known.server, &of, now).await?;
             }
             _ if !state.is_back => {
                 let waits = migrate::is_now(Status::Finished, now);
@@ -432,7 +420,12 @@ impl Kind for Revert {
             }
             // The action's event says why.
             (ServerState::Reverting, _) if !state.is_back => {
-                Some(to_state(stands(state.observed.as_ref()), now))
+                // It runs on, if it did: what it is asked to be besides, others say.
+                let runs = state.ran.then_some(Observed::Running);
+                Some(to_state(
+                    stands(state.observed.as_ref().or(runs.as_ref())),
+                    now,
+                ))
             }
             (ServerState::Reverting, Outcome::Undone { reason }) if state.observed.is_none() => {
                 Some(to_error(reason, Some(reason), now))
@@ -456,53 +449,107 @@ fn is_again(state: &State, now: i64) -> server::ActiveModel {
     }
 }
 
-/// The guest stands nowhere any more, and what it goes back to is there.
-struct Stop(Tools);
+/// What the server goes back to is there, as its host says now; then its guest is to stop.
+struct Look(Tools);
 
-impl Stop {
-    /// What the host says on which it was.
-    async fn source_has_it(
-        &self,
-        (state, of, known): (&State, &migration::Model, &Machine),
-    ) -> Result<(), StepError> {
-        let machines = &self.0.machines;
-        let gone = |what: &str| {
-            StepError::fail(format!(
-                "what the server goes back to is not on host {} any more: {what}",
-                of.source
-            ))
+#[async_trait]
+impl Step for Look {
+    fn name(&self) -> &'static str {
+        "look"
+    }
+
+    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
+        let Some(looked_at) = looked_at(operation, self.0.machines.reader()).await? else {
+            return Err(StepError::fail("the server is deleted"));
         };
-        if other(state, of, known).is_none() {
-            let Some(copy) = state.before.copy else {
-                return Ok(());
-            };
-            let said = machines.fleet().machine(state.source, known.server);
-            let said = said.and_then(|said| said.copy);
-            let is_made = said.is_some_and(|said| {
-                said.id == copy && matches!(said.state, CopyState::Made { .. })
-            });
-            return match is_made {
-                true => Ok(()),
-                false => Err(gone("there is no copy of its disk")),
-            };
+        source_has_it(&self.0, operation, &looked_at).await?;
+        Ok(Progress::Done)
+    }
+
+    async fn commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        let row = server::find(tx, &operation.subject).await?;
+        if row.is_none_or(|row| row.state() != ServerState::Reverting) {
+            return Err(StepError::fail("the server's state was changed meanwhile"));
         }
-        if let Some(reason) = machines.is_off(machines.reader(), state.source).await? {
-            return Err(StepError::fail(reason));
-        }
-        // Its word of now, and of this migration.
-        match machines.ask(state.source, known.server).await? {
-            Some(said)
-                if said.settled
-                    && said.parks == Some(of.migration())
-                    && matches!(said.observed, Observed::Stopped { .. }) =>
-            {
-                Ok(())
-            }
-            Some(said) => Err(gone(&format!("it is {:?}", said.observed))),
-            None => Err(gone("it has no record of it")),
-        }
+        let (request_id, now) = (operation.origin.request_id.clone(), self.0.clock.now_us());
+        let server = machine_id(&operation.subject)?;
+        machine::change(tx, server, request_id, now, |wanted| {
+            wanted.power = Power::Stopped;
+        })
+        .await?;
+        Ok(())
+    }
+
+    async fn undo_commit(
+        &self,
+        operation: &mut Operation,
+        tx: &DatabaseTransaction,
+    ) -> Result<(), StepError> {
+        run_on(&self.0, operation, tx).await
     }
 }
+
+/// What the host says on which it was; it is not asked for ever.
+async fn source_has_it(
+    tools: &Tools,
+    operation: &Operation,
+    (state, of, known): &(State, migration::Model, Machine),
+) -> Result<(), StepError> {
+    let machines = &tools.machines;
+    let gone = |what: &str| {
+        StepError::fail(format!(
+            "what the server goes back to is not on host {} any more: {what}",
+            of.source
+        ))
+    };
+    if other(state, of, known).is_none() {
+        let Some(copy) = state.before.copy else {
+            return Ok(());
+        };
+        let said = machines.fleet().machine(state.source, known.server);
+        let said = said.and_then(|said| said.copy);
+        let is_made = said
+            .is_some_and(|said| said.id == copy && matches!(said.state, CopyState::Made { .. }));
+        return match is_made {
+            true => Ok(()),
+            false => Err(gone("there is no copy of its disk")),
+        };
+    }
+    // Its word of now, and of this migration.
+    match asked(tools, operation, (state.source, known.server)).await? {
+        Some(said)
+            if said.settled
+                && said.parks == Some(of.migration())
+                && matches!(said.observed, Observed::Stopped { .. }) =>
+        {
+            Ok(())
+        }
+        Some(said) => Err(gone(&format!("it is {:?}", said.observed))),
+        None => Err(gone("it has no record of it")),
+    }
+}
+
+/// What a host says of the server, if it says so within a minute, and was not declared to be off.
+async fn asked(
+    tools: &Tools,
+    operation: &Operation,
+    (host, server): (HostId, ServerId),
+) -> Result<Option<MachineReport>, StepError> {
+    let machines = &tools.machines;
+    if let Some(reason) = machines.is_off(machines.reader(), host).await? {
+        return Err(StepError::fail(reason));
+    }
+    let late = waited_us(tools, operation) > LONGEST_DROP_US;
+    let said = machines.ask(host, server).await;
+    said.map_err(|error| error.given_up_if(late))
+}
+
+/// The guest stands nowhere any more, and what it goes back to is still there.
+struct Stop(Tools);
 
 #[async_trait]
 impl Step for Stop {
@@ -512,26 +559,31 @@ impl Step for Stop {
 
     async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
         let machines = &self.0.machines;
-        let Some((state, of, known)) = looked_at(operation, machines.reader()).await? else {
+        let Some(looked_at) = looked_at(operation, machines.reader()).await? else {
             return Err(StepError::fail("the server is deleted"));
         };
-        if let Some(owner) = known.host
-            && machines.is_off(machines.reader(), owner).await?.is_some()
-        {
-            self.source_has_it((&state, &of, &known)).await?;
+        let known = &looked_at.2;
+        let is_off = match known.host {
+            Some(owner) => machines.is_off(machines.reader(), owner).await?.is_some(),
+            None => false,
+        };
+        if is_off {
+            source_has_it(&self.0, operation, &looked_at).await?;
             return Ok(Progress::Done);
         }
-        // The owner's record of it is gone, and with it all that it had.
+        // Its record is gone, or cannot be read: whether a guest runs by it nobody knows.
         if let Some(owner) = known.host
-            && machines.has_vanished(owner, &known)
+            && machines.has_vanished(owner, known)
         {
-            self.source_has_it((&state, &of, &known)).await?;
-            return Ok(Progress::Done);
+            return Err(StepError::fail(format!(
+                "host {owner} has no record of the server any more, and may run it all the same: declare it to be down \
+                 once it is off for certain"
+            )));
         }
         match machines.converge(known.server).await? {
             Converged::Settled(report) => match report.observed {
                 Observed::Stopped { .. } => {
-                    self.source_has_it((&state, &of, &known)).await?;
+                    source_has_it(&self.0, operation, &looked_at).await?;
                     Ok(Progress::Done)
                 }
                 // Whether it has a process still cannot be told.
@@ -543,7 +595,7 @@ impl Step for Stop {
             Converged::NoOwner => Err(StepError::fail("the server has no host")),
             // Whoever had it is no part of this cloud any more.
             Converged::Lost(_) => {
-                self.source_has_it((&state, &of, &known)).await?;
+                source_has_it(&self.0, operation, &looked_at).await?;
                 Ok(Progress::Done)
             }
             pending => Ok(pending.pending().unwrap_or(Progress::Done)),
@@ -632,9 +684,9 @@ impl Step for Back {
 
     /// How often the host to be has made the disk, by its own word: it is to be made once more, or not again.
     async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
-        let machines = &self.0.machines;
-        if let Some((state, _, known)) = looked_at(operation, machines.reader()).await? {
-            machines.ask(state.source, known.server).await?;
+        let looked_at = looked_at(operation, self.0.machines.reader()).await?;
+        if let Some((state, _, known)) = looked_at {
+            asked(&self.0, operation, (state.source, known.server)).await?;
         }
         Ok(Progress::Done)
     }
@@ -694,7 +746,8 @@ async fn run_on(
     if state.is_back {
         return Ok(());
     }
-    if state.ran && known.wanted.power == Power::Stopped {
+    let is_followed = change::is_followed(operation, tx).await?;
+    if state.ran && known.wanted.power == Power::Stopped && !is_followed {
         let (request_id, now) = (operation.origin.request_id.clone(), tools.clock.now_us());
         let running = |wanted: &mut Wanted| wanted.power = Power::Running;
         machine::change(tx, known.server, request_id, now, running).await?;

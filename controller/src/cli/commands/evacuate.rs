@@ -1,0 +1,145 @@
+//! `fractus server evacuate` and `fractus host evacuate`: servers of a host that is off are made anew on others.
+//! Administrators only.
+
+use clap::Args;
+use http::Method;
+use serde_json::{Value, json};
+
+use super::migration::arrived;
+use super::server::{SERVER, Wait};
+use super::{path_segment, query_value};
+use crate::cli::CliError;
+use crate::cli::output::Output;
+use crate::cli::session::{Service, Session};
+
+#[derive(Debug, Args)]
+pub struct Evacuate {
+    #[arg(required = true)]
+    servers: Vec<String>,
+    /// Where to; the scheduler chooses if not given
+    #[arg(long)]
+    host: Option<String>,
+    #[command(flatten)]
+    wait: Wait,
+}
+
+#[derive(Debug, Args)]
+pub struct OfHost {
+    /// Name or id
+    host: String,
+    /// Where to; the scheduler chooses if not given
+    #[arg(long)]
+    to: Option<String>,
+    /// Declare the host to be down first: it is off for certain, and what it ran does not run any more
+    #[arg(long)]
+    is_off: bool,
+    /// Start those again that ran (from 2.95 of the compute API on they stay off)
+    #[arg(long)]
+    start: bool,
+    /// Longest wait for one server
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    timeout: u64,
+}
+
+impl Evacuate {
+    pub async fn execute(self, session: &Session, output: &Output) -> Result<(), CliError> {
+        let mut ids = Vec::new();
+        for server in &self.servers {
+            let id = SERVER.id(session, server).await?;
+            begin(&id, self.host.as_deref(), session).await?;
+            ids.push(id);
+        }
+        for id in ids.iter().filter(|_| self.wait.wait) {
+            arrived(id, self.wait.timeout, session, output).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Asks that the server is made anew elsewhere.
+async fn begin(id: &str, host: Option<&str>, session: &Session) -> Result<(), CliError> {
+    let body = match host {
+        Some(host) => json!({"evacuate": {"host": host}}),
+        None => json!({"evacuate": {}}),
+    };
+    act(id, body, session).await
+}
+
+async fn act(id: &str, body: Value, session: &Session) -> Result<(), CliError> {
+    let path = format!("/servers/{id}/action");
+    let asked = session.call(Service::Compute, Method::POST, &path, Some(body));
+    asked.await.map(|_| ())
+}
+
+impl OfHost {
+    /// All are asked for first, so that they go at once; those that cannot are named, and stay.
+    pub async fn execute(self, session: &Session, output: &Output) -> Result<(), CliError> {
+        let (id, name) = super::host::find(&self.host, session).await?;
+        if self.is_off {
+            let path = format!("/os-services/{}", path_segment(&id));
+            let down = Some(json!({"forced_down": true}));
+            session
+                .call(Service::Compute, Method::PUT, &path, down)
+                .await?;
+        }
+        let path = format!("/servers/detail?all_tenants=1&host={}", query_value(&name));
+        let servers = session.list(Service::Compute, &path, "servers").await?;
+        let mut begun = Vec::new();
+        for server in &servers {
+            begun.push(begin(text(server, "id"), self.to.as_deref(), session).await);
+        }
+        let mut stay = 0;
+        for (n, (server, begun)) in servers.iter().zip(begun).enumerate() {
+            let shown = format!(
+                "{} of {}: {} ({})",
+                n + 1,
+                servers.len(),
+                text(server, "id"),
+                text(server, "name")
+            );
+            let went = match begun {
+                Ok(()) => self.follow(server, session, output).await,
+                Err(error) => Err(error),
+            };
+            match went {
+                Ok(to) => output.remark(&format!("{shown}: is on {to}")),
+                Err(error @ (CliError::Errored { .. } | CliError::Refused { .. })) => {
+                    output.remark(&format!("{shown}: {error}"));
+                    stay += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if stay == 0 {
+            return Ok(());
+        }
+        Err(CliError::Errored {
+            what: format!("host {name}"),
+            reason: format!("{stay} of its {} servers are not elsewhere", servers.len()),
+        })
+    }
+
+    /// Until it is elsewhere, and runs if it is to; where it is.
+    async fn follow(
+        &self,
+        server: &Value,
+        session: &Session,
+        output: &Output,
+    ) -> Result<String, CliError> {
+        let id = text(server, "id");
+        let to = arrived(id, self.timeout, session, output).await?;
+        if self.start && text(server, "status") == "ACTIVE" {
+            let path = format!("/servers/{id}");
+            let now = session.get(Service::Compute, &path).await?;
+            // Where an older version was asked for, it runs already.
+            if text(&now["server"], "status") == "SHUTOFF" {
+                act(id, json!({"os-start": null}), session).await?;
+            }
+        }
+        Ok(to)
+    }
+}
+
+fn text<'a>(item: &'a Value, name: &str) -> &'a str {
+    item[name].as_str().unwrap_or_default()
+}
