@@ -34,7 +34,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use fractus_vmm::config::{ConsoleFiles, FallbackFiles, MachineFiles, NetFiles, WatchdogAction};
-use fractus_vmm::machine::{self, Landing, Machine};
+use fractus_vmm::machine::{self, Landing, Loading, Machine};
 use fractus_vmm::thread::{ThreadHook, ThreadKind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
 
@@ -420,10 +420,14 @@ fn build(
         return arrive(stream, launch, machine, Some(hook));
     }
     let machine = match kept {
-        Some(Kept::Machine(snapshot, _)) => {
-            Machine::from_snapshot(&snapshot, &launch.config, machine, Some(hook))
-                .map_err(|e| VmError::Build(chain(&e)))?
-        }
+        Some(Kept::Machine(snapshot, _)) => Machine::from_snapshot(
+            &snapshot,
+            &launch.config,
+            machine,
+            Loading::Eager,
+            Some(hook),
+        )
+        .map_err(|e| VmError::Build(chain(&e)))?,
         _ => Machine::build(launch.config.clone(), machine, Some(hook))
             .map_err(|e| VmError::Build(chain(&e)))?,
     };

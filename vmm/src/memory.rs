@@ -3,19 +3,21 @@
 //! Owns the descriptor, the mapping, page size and NUMA binding. The descriptor is what is handed over
 //! when source and target of a migration share a host; its size is sealed, so that whoever maps it
 //! can never be made to fault by a truncation. What is not touched is not there: a page that was given
-//! back reads as zero.
+//! back reads as zero. Parts of it may still be a snapshot's file ([`overlay`]): then the descriptor alone
+//! is not all of memory, until it is [`GuestMemory::settle`]d.
 
 mod dirty;
 mod hot;
+mod overlay;
 
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -26,6 +28,7 @@ use vm_memory::{
 use crate::config::{HOT_BLOCK, HotMemoryConfig, MemoryConfig, PageSize};
 use crate::layout::{Layout, Window};
 use crate::stream::Target;
+use overlay::{Ground, Overlay};
 
 pub use dirty::PageSet;
 pub use hot::{BlockState, Blocks, HotMemory};
@@ -41,6 +44,7 @@ pub struct GuestMemory {
     pages: PageSize,
     bytes: u64,
     hot: Option<Arc<HotMemory>>,
+    over: Arc<Overlay>,
 }
 
 /// One contiguous range as KVM wants it.
@@ -90,6 +94,13 @@ pub enum MemoryError {
     Size { source: io::Error },
     #[error("give memory back to the host")]
     Discard { source: io::Error },
+    #[error("{action} the snapshot that memory is made of")]
+    Overlay {
+        action: &'static str,
+        source: io::Error,
+    },
+    #[error("look for what there is of guest memory")]
+    Present { source: io::Error },
 }
 
 impl GuestMemory {
@@ -101,6 +112,11 @@ impl GuestMemory {
     /// Bytes of the memfd of such memory; `config` and `hot` are valid.
     pub fn file_bytes_of(config: &MemoryConfig, hot: Option<&HotMemoryConfig>) -> u64 {
         hot.map_or(config.bytes, |hot| hot_offset(config) + hot.max)
+    }
+
+    /// Where hot memory begins in the memfd of such memory.
+    pub fn hot_offset_of(config: &MemoryConfig) -> u64 {
+        hot_offset(config)
     }
 
     /// With room for hot memory, of which nothing is plugged.
@@ -121,7 +137,7 @@ impl GuestMemory {
 
     /// Huge pages are taken at once: the first touch of one that is not there would be a SIGBUS.
     fn reserve(&self) -> Result<(), MemoryError> {
-        if !matches!(self.pages, PageSize::Huge2MiB | PageSize::Huge1GiB) {
+        if !self.has_reserved_pages() {
             return Ok(());
         }
         let bytes = self.bytes;
@@ -161,7 +177,14 @@ impl GuestMemory {
                 size: range.size,
                 source,
             })?;
-            prepare(&region, config)?;
+            let start = region.as_ptr().cast::<libc::c_void>();
+            if config.pages == PageSize::Transparent {
+                advise(start, region.size()).map_err(|source| MemoryError::HugePages { source })?;
+            }
+            bind(start, region.size(), config).map_err(|source| MemoryError::Bind {
+                nodes: config.host_nodes.clone(),
+                source,
+            })?;
             offset += range.size;
             // The layout never overflows: memory is at most 4 TiB from 4 GiB.
             regions.extend(GuestRegionMmap::new(region, GuestAddress(range.base)));
@@ -178,7 +201,96 @@ impl GuestMemory {
             pages: config.pages,
             bytes: config.bytes,
             hot,
+            over: Arc::default(),
         })
+    }
+
+    /// Has `runs` of memory be what stands in `file`, without reading it: pages of 4 KiB by their offset in the memfd,
+    /// in ascending order, of which the first byte of all would stand at `at`, whole pages into the file. They are read
+    /// when they are touched, and copied when they are written to; the file is never written to. Memory is all zeros
+    /// until now, not of huge pages that are reserved, and nothing of what is hot is among the runs.
+    ///
+    /// The file has to stay as it is for as long as memory lives: what is written to it changes under the guest, and
+    /// where it is truncated, or cannot be read, a touch is a SIGBUS, which ends the process.
+    pub fn lay_over(
+        &self,
+        config: &MemoryConfig,
+        file: &File,
+        at: u64,
+        runs: &[Range<u64>],
+    ) -> Result<(), MemoryError> {
+        let failed = |source| MemoryError::Overlay {
+            action: "map",
+            source,
+        };
+        let beyond = runs.last().is_some_and(|last| last.end > self.bytes);
+        if beyond || self.has_reserved_pages() {
+            return Err(failed(io::ErrorKind::InvalidInput.into()));
+        }
+        let laid = self.over.lay(self.ground(), config, file, at, runs);
+        laid.map_err(failed)
+    }
+
+    /// Something of memory is still that file's ([`GuestMemory::lay_over`]).
+    pub fn is_made_of(&self, file: &File) -> Result<bool, MemoryError> {
+        self.over
+            .is_of(file)
+            .map_err(|source| MemoryError::Overlay {
+                action: "look at",
+                source,
+            })
+    }
+
+    /// The memfd alone is all of memory.
+    pub fn is_settled(&self) -> bool {
+        self.over.is_empty()
+    }
+
+    /// Reads what is still a file's, so that the memfd alone is all of memory from now on. No vCPU runs, no device is
+    /// active.
+    pub fn settle(&self) -> Result<(), MemoryError> {
+        let settled = self.over.settle(self.ground());
+        settled.map_err(|source| MemoryError::Overlay {
+            action: "read",
+            source,
+        })
+    }
+
+    /// What parts that are a file's lie on.
+    fn ground(&self) -> Ground<'_> {
+        Ground {
+            map: &self.map,
+            memfd: &self.file,
+            pages: self.pages,
+        }
+    }
+
+    fn has_reserved_pages(&self) -> bool {
+        matches!(self.pages, PageSize::Huge2MiB | PageSize::Huge1GiB)
+    }
+
+    /// As the guest has it, from an offset in the memfd; as much as there is. What is not there is zero, and is not
+    /// made by being read.
+    pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.over.read_at(self.ground(), buffer, offset)
+    }
+
+    /// Pages that may be something else than zero, by their place in the memfd.
+    pub fn present(&self) -> Result<PageSet, MemoryError> {
+        let failed = |source| MemoryError::Present { source };
+        let end = self.file_bytes()?;
+        let (mut pages, mut at) = (PageSet::new(end), 0);
+        while let Some(data) = next(&self.file, SeekFrom::Data(at)).map_err(failed)? {
+            // No hole behind it: to the end.
+            at = next(&self.file, SeekFrom::Hole(data))
+                .map_err(failed)?
+                .unwrap_or(end);
+            pages.add_range(data, at);
+        }
+        for extent in self.over.extents() {
+            pages.add_range(extent.start, extent.end);
+        }
+        Ok(pages)
     }
 
     /// The ranges to be given to KVM.
@@ -194,7 +306,7 @@ impl GuestMemory {
         self.map.iter().map(start)
     }
 
-    /// The memfd.
+    /// The memfd: all of memory, if that is [settled](GuestMemory::settle).
     pub fn file(&self) -> &File {
         &self.file
     }
@@ -289,7 +401,7 @@ impl GuestMemory {
     /// Huge pages are not given back: they were taken in advance so that no touch can fail, and another
     /// would take them meanwhile.
     pub fn give_back(&self, guest: u64, length: u64) -> Result<u64, MemoryError> {
-        if matches!(self.pages, PageSize::Huge2MiB | PageSize::Huge1GiB) {
+        if self.has_reserved_pages() {
             return Ok(0);
         }
         let page = self.pages.bytes();
@@ -306,23 +418,28 @@ impl GuestMemory {
             if bytes == 0 {
                 continue;
             }
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             let offset = file.start() + (first - base);
-            rustix::fs::fallocate(&*self.file, flags, offset, bytes).map_err(|source| {
-                MemoryError::Discard {
-                    source: source.into(),
-                }
-            })?;
+            let kept = self.punch(offset, bytes);
             // What a stream has sent of them is no longer so.
             let mapping = region.get_mmap();
             (mapping.bitmap()).set_addr_range((first - base) as usize, bytes as usize);
-            given += bytes;
+            given += bytes - kept.map_err(|source| MemoryError::Discard { source })?;
         }
         Ok(given)
     }
 
-    /// All zeros again, and nothing of it in the host's memory. No vCPU runs, no device is active.
+    /// These pages are zero; how many bytes of them take memory all the same.
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<u64> {
+        let kept = self.over.give_back(self.ground(), offset..offset + bytes)?;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&*self.file, flags, offset, bytes)?;
+        Ok(kept)
+    }
+
+    /// All zeros again, and nothing of it in the host's memory, nor of a file. No vCPU runs, no device is active.
     pub fn clear(&self) -> Result<(), MemoryError> {
+        let cleared = self.over.clear(self.ground());
+        cleared.map_err(|source| MemoryError::Discard { source })?;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let hot = self.hot.as_ref().map_or(0, |hot| hot.window().size);
         // What lies between the two is nothing.
@@ -346,14 +463,15 @@ impl Target for GuestMemory {
     }
 
     fn put(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        if !matches!(self.pages, PageSize::Huge2MiB | PageSize::Huge1GiB) {
+        if self.has_reserved_pages() {
+            // hugetlbfs takes no write; and a page of it that is not there when it is touched is a SIGBUS.
+            let page = self.pages.bytes();
+            let first = offset / page * page;
+            let length = (offset + bytes.len() as u64).next_multiple_of(page) - first;
+            rustix::fs::fallocate(&*self.file, FallocateFlags::KEEP_SIZE, first, length)?;
+        } else if self.over.is_empty() {
             return self.file.write_all_at(bytes, offset);
         }
-        // hugetlbfs takes no write; and a page of it that is not there when it is touched is a SIGBUS.
-        let page = self.pages.bytes();
-        let first = offset / page * page;
-        let length = (offset + bytes.len() as u64).next_multiple_of(page) - first;
-        rustix::fs::fallocate(&*self.file, FallocateFlags::KEEP_SIZE, first, length)?;
         let nowhere = || io::Error::from(io::ErrorKind::AddrNotAvailable);
         let region = |region: &&GuestRegionMmap<AtomicBitmap>| {
             let start = region.file_offset().map_or(0, FileOffset::start);
@@ -366,11 +484,10 @@ impl Target for GuestMemory {
     }
 
     fn clear(&self, offset: u64, length: u64) -> io::Result<()> {
-        if matches!(self.pages, PageSize::Huge2MiB | PageSize::Huge1GiB) {
-            return self.put(&vec![0; length as usize], offset);
+        match self.has_reserved_pages() {
+            true => self.put(&vec![0; length as usize], offset),
+            false => self.punch(offset, length).map(drop),
         }
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&*self.file, flags, offset, length)?)
     }
 }
 
@@ -427,126 +544,52 @@ fn create_file(pages: PageSize, bytes: u64) -> io::Result<File> {
     Ok(File::from(fd))
 }
 
-fn prepare(
-    region: &vm_memory::MmapRegion<AtomicBitmap>,
-    config: &MemoryConfig,
-) -> Result<(), MemoryError> {
-    let (start, length) = (region.as_ptr().cast::<libc::c_void>(), region.size());
-    // Kernels without transparent huge pages answer EINVAL: small pages then.
-    if config.pages == PageSize::Transparent {
-        // SAFETY: the range is a mapping of ours; MADV_HUGEPAGE changes no content and no validity.
-        let failed = unsafe { libc::madvise(start, length, libc::MADV_HUGEPAGE) } != 0;
-        let error = io::Error::last_os_error();
-        if failed && error.raw_os_error() != Some(libc::EINVAL) {
-            return Err(MemoryError::HugePages { source: error });
-        }
+/// The next data or hole; `None`: there is no more.
+fn next(file: &File, what: SeekFrom) -> io::Result<Option<u64>> {
+    match rustix::fs::seek(file, what) {
+        Ok(at) => Ok(Some(at)),
+        Err(rustix::io::Errno::NXIO) => Ok(None),
+        Err(errno) => Err(errno.into()),
     }
-    if !config.host_nodes.is_empty() {
-        let mask = config
-            .host_nodes
-            .iter()
-            .fold(0u64, |mask, node| mask | 1 << (node & 63));
-        // SAFETY: the range is a mapping of ours, the mask lives through the call and has the 64 bits
-        // that are said (the kernel wants one more than the highest).
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_mbind,
-                start,
-                length,
-                libc::MPOL_BIND,
-                &raw const mask,
-                65,
-                0,
-            )
-        };
-        if result != 0 {
-            let source = io::Error::last_os_error();
-            return Err(MemoryError::Bind {
-                nodes: config.host_nodes.clone(),
-                source,
-            });
-        }
+}
+
+/// Asks for huge pages where there can be some. Kernels without answer EINVAL: small pages then. `start` and `length`
+/// are of a mapping of ours.
+fn advise(start: *mut libc::c_void, length: usize) -> io::Result<()> {
+    // SAFETY: MADV_HUGEPAGE changes no content and no validity, of whatever range.
+    let failed = unsafe { libc::madvise(start, length, libc::MADV_HUGEPAGE) } != 0;
+    let error = io::Error::last_os_error();
+    match failed && error.raw_os_error() != Some(libc::EINVAL) {
+        true => Err(error),
+        false => Ok(()),
     }
-    Ok(())
+}
+
+/// Has the pages of a mapping of ours be of the host's NUMA nodes of `config`, if it names any.
+fn bind(start: *mut libc::c_void, length: usize, config: &MemoryConfig) -> io::Result<()> {
+    if config.host_nodes.is_empty() {
+        return Ok(());
+    }
+    let nodes = config.host_nodes.iter();
+    let mask = nodes.fold(0u64, |mask, node| mask | 1 << (node & 63));
+    // SAFETY: a policy changes no content and no validity, of whatever range; the mask lives through the call and has
+    // the 64 bits that are said (the kernel wants one more than the highest).
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            start,
+            length,
+            libc::MPOL_BIND,
+            &raw const mask,
+            65,
+            0,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::layout::{HOLE_END, HOLE_START};
-
-    fn config(bytes: u64) -> MemoryConfig {
-        MemoryConfig {
-            bytes,
-            pages: PageSize::Small,
-            host_nodes: Vec::new(),
-        }
-    }
-
-    #[test]
-    fn memory_above_the_hole_follows_in_the_file() {
-        let memory = GuestMemory::create(&config(HOLE_START + (2 << 20))).unwrap();
-        memory
-            .write_obj(0x1122_3344u32, GuestAddress(HOLE_END))
-            .unwrap();
-        let mut bytes = [0; 4];
-        rustix::io::pread(memory.as_fd(), &mut bytes, HOLE_START).unwrap();
-        assert_eq!(u32::from_le_bytes(bytes), 0x1122_3344);
-        assert!(memory.write_obj(0u8, GuestAddress(HOLE_START)).is_err());
-    }
-
-    #[test]
-    fn own_writes_are_in_the_dirty_bitmap() {
-        let memory = GuestMemory::create(&config(4 << 20)).unwrap();
-        memory.write_obj(1u8, GuestAddress(0x5000)).unwrap();
-        let region = memory.iter().next().unwrap();
-        let dirty = |address| GuestMemoryRegion::bitmap(region).dirty_at(address);
-        assert!(dirty(0x5000) && !dirty(0x4000) && !dirty(0x6000));
-    }
-
-    #[test]
-    fn cleared_memory_reads_as_zero_and_costs_nothing() {
-        let memory = GuestMemory::create(&config(4 << 20)).unwrap();
-        memory.write_slice(&[7; 1 << 20], GuestAddress(0)).unwrap();
-        memory.clear().unwrap();
-        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x8_0000)).unwrap(), 0);
-        let blocks = rustix::fs::fstat(memory.as_fd()).unwrap().st_blocks;
-        assert!(blocks <= 8, "{blocks} blocks are still there");
-    }
-
-    #[test]
-    fn whole_pages_of_ram_are_given_back_and_nothing_beside_them() {
-        let memory = GuestMemory::create(&config(HOLE_START + (2 << 20))).unwrap();
-        let byte = |address| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
-        memory.write_slice(&[7; 0x5000], GuestAddress(0)).unwrap();
-        memory.write_obj(7u8, GuestAddress(HOLE_END)).unwrap();
-        memory
-            .iter()
-            .for_each(|region| region.get_mmap().bitmap().reset());
-
-        assert_eq!(memory.give_back(0x1001, 0x2fff).unwrap(), 0x2000);
-        assert_eq!(
-            [0xfff, 0x1fff, 0x2000, 0x3fff, 0x4000].map(byte),
-            [7, 7, 0, 0, 7]
-        );
-        let region = memory.iter().next().unwrap();
-        let dirty = |address| GuestMemoryRegion::bitmap(region).dirty_at(address);
-        assert_eq!(
-            [0x1000, 0x2000, 0x3000, 0x4000].map(dirty),
-            [false, true, true, false]
-        );
-
-        assert_eq!(memory.give_back(HOLE_START, 1 << 20).unwrap(), 0);
-        assert_eq!(memory.give_back(u64::MAX - 1, u64::MAX).unwrap(), 0);
-        // Over the end of the low part, the hole, and the high part.
-        let across = memory.give_back(HOLE_START - 0x2000, HOLE_END - HOLE_START + 0x3000);
-        assert_eq!(across.unwrap(), 0x3000);
-        assert_eq!(byte(HOLE_END), 0);
-    }
-
-    #[test]
-    fn the_size_is_sealed() {
-        let memory = GuestMemory::create(&config(4 << 20)).unwrap();
-        assert!(rustix::fs::ftruncate(memory.as_fd(), 0).is_err());
-    }
-}
+mod tests;

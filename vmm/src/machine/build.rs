@@ -1,7 +1,6 @@
 //! How a machine is put together, in the order that keeps its start short: memory and VM, then the
 //! vCPUs' threads, which prepare themselves while the board is made and the kernel loaded.
 
-use std::fs::File;
 use std::sync::Arc;
 
 use fractus_loader::FindError;
@@ -79,10 +78,10 @@ pub(super) fn build(
     Ok(parts)
 }
 
-/// A machine that goes on where another was saved, on the memory that the other had.
+/// A machine that goes on where another was saved, on the memory that the other had, or one like it.
 pub(super) fn restore(
     saved: MachineState,
-    memory: File,
+    memory: GuestMemory,
     files: MachineFiles,
     hook: Option<ThreadHook>,
 ) -> Result<Machine, BuildError> {
@@ -95,7 +94,6 @@ pub(super) fn restore(
         devices,
         ..
     } = saved;
-    let memory = GuestMemory::map(memory, &config.memory, config.hot_memory.as_ref())?;
     let saved = Saved {
         devices: SavedDevices::new(devices),
         placement,

@@ -11,7 +11,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::build::check;
 use super::receive::{Landing, gather};
-use super::snapshot::loaded;
+use super::snapshot::{Loading, loaded};
 use super::state::MachineState;
 use crate::config::MachineFiles;
 use crate::device::SavedDevices;
@@ -32,6 +32,8 @@ pub(super) const SNAPSHOT: u8 = 1;
 pub(super) const SEALED: u8 = 2;
 /// The frames' numbers, too.
 pub(super) const NUMBERED: u8 = 4;
+/// The file's memory is mapped, not read.
+pub(super) const LAZY: u8 = 8;
 
 /// Reads `input` as what arrives at a host that awaits the smallest machine with every device: a byte of bits, then a
 /// stream or a file, [`sparse`].
@@ -71,7 +73,12 @@ fn from_stream(mode: u8, squeezed: &[u8], files: MachineFiles) -> Result<Parts, 
     let land = |_: &[u8]| Ok(Landing { files, most });
     let mut frames = FrameReader::new(stream.as_slice());
     let gathered = gather(&mut frames, &every_device(), land)?;
-    Ok((gathered.state, gathered.memory, gathered.files))
+    let (state, file) = (gathered.state, gathered.memory.file().try_clone()?);
+    drop(gathered.memory);
+    // By what the state says of it, as `receive` has it.
+    let config = &state.config;
+    let memory = GuestMemory::map(file, &config.memory, config.hot_memory.as_ref())?;
+    Ok((state, memory, gathered.files))
 }
 
 fn from_file(mode: u8, squeezed: &[u8]) -> Result<(MachineState, GuestMemory), Box<dyn Error>> {
@@ -86,7 +93,11 @@ fn from_file(mode: u8, squeezed: &[u8]) -> Result<(MachineState, GuestMemory), B
     if mode & SEALED != 0 {
         snapshot::seal(&file, mode & NUMBERED != 0)?;
     }
-    Ok(loaded(&Snapshot::open(file)?, &every_device())?)
+    let loading = match mode & LAZY {
+        0 => Loading::Eager,
+        _ => Loading::Lazy,
+    };
+    Ok(loaded(&Snapshot::open(file)?, &every_device(), loading)?)
 }
 
 /// As [`super::build`] makes it, but for KVM.
@@ -98,9 +109,6 @@ pub(super) fn board(
     check(&state)?;
     let config = &state.config;
     config.validate_files(files)?;
-    let file = memory.file().try_clone()?;
-    drop(memory);
-    let memory = GuestMemory::map(file, &config.memory, config.hot_memory.as_ref())?;
     let saved = SavedDevices::new(state.devices);
     Rig::build(config, files, memory, saved, state.placement)
 }

@@ -61,7 +61,7 @@ pub use send::{
     Luggage, MigrationError, Offered, Pause, Progress, SendReport, Sender, Sending, SentRound,
     Unsent,
 };
-pub use snapshot::{Round, SnapshotError, SnapshotReport};
+pub use snapshot::{Loading, Round, SnapshotError, SnapshotReport};
 pub use state::MachineState;
 
 /// One virtual machine of this process. Dropping it ends it.
@@ -169,11 +169,22 @@ impl Machine {
         files: MachineFiles,
         hook: Option<ThreadHook>,
     ) -> Result<Machine, BuildError> {
+        build::check(&saved)?;
+        let (config, hot) = (&saved.config.memory, saved.config.hot_memory.as_ref());
+        let memory = GuestMemory::map(memory, config, hot)?;
         build::restore(saved, memory, files, hook)
     }
 
-    /// All that a paused machine is, but its memory and descriptors.
+    /// All that a paused machine is, but its memory and descriptors. Its memory's descriptor is all of that: what was
+    /// still a snapshot's file is read now.
     pub fn save(&self) -> Result<MachineState, MachineError> {
+        self.expect(RunState::Paused, "saved")?;
+        self.memory.settle()?;
+        self.saved()
+    }
+
+    /// The same, with memory as it is.
+    fn saved(&self) -> Result<MachineState, MachineError> {
         self.expect(RunState::Paused, "saved")?;
         let devices: Result<_, _> = self.devices.iter().map(|device| device.save()).collect();
         Ok(MachineState {

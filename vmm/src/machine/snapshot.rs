@@ -4,18 +4,19 @@
 //! guest stands still: its state is saved and the pages that are left are copied to a buffer, which goes to the file
 //! when the guest runs again. So neither the size of memory nor a slow file is in the pause; but they are where the
 //! guest writes faster than is copied, and where vhost-net writes to its memory.
+//!
+//! A machine is made from the file in two ways ([`Loading`]): memory is read first, or mapped and read when it is
+//! touched.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{SeekFrom, seek};
 use uuid::Uuid;
 
 use super::state::STATE_VERSION;
-use super::{BuildError, Machine, MachineError, MachineState, RunState};
-use crate::config::{MachineConfig, MachineFiles, PageSize};
+use super::{BuildError, Machine, MachineError, MachineState, RunState, build};
+use crate::config::{MachineConfig, MachineFiles, MemoryConfig, PageSize};
 use crate::kvm::{KvmError, Vm};
 use crate::memory::{GuestMemory, MemoryError, PageSet};
 use crate::stream::snapshot::{Snapshot, SnapshotWriter};
@@ -46,6 +47,10 @@ pub enum SnapshotError {
     Over,
     #[error("it is laid over the snapshot {base}, which was not loaded before it")]
     Base { base: Uuid },
+    #[error(
+        "the machine's memory is still read from that very file: it has to be written to another"
+    )]
+    Onto,
     #[error("read the guest's memory")]
     Read(#[source] std::io::Error),
     #[error("the machine's state cannot be {action}")]
@@ -53,6 +58,23 @@ pub enum SnapshotError {
         action: &'static str,
         source: postcard::Error,
     },
+}
+
+/// How memory comes from a snapshot's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loading {
+    /// All of it is read and checked first; the file is not needed afterwards.
+    Eager,
+    /// Pages are mapped, read when they are touched, and copied when they are written to: nothing is read first, and
+    /// machines of one file share what they have not written to.
+    ///
+    /// The price: no checksum of a page is looked at ([`Snapshot::check`] does that, before or meanwhile). The file has
+    /// to stay as it is for as long as any such machine lives, or until it was reset: what is written to it changes
+    /// under the guest, and a truncation of it, or a disk that cannot be read, ends the process by SIGBUS. So it is for
+    /// who owns it: a file that was unlinked, or is nobody's but root's, open for reading only (a process that a guest
+    /// has taken over could write to the memory of others else). Memory of huge pages (hugetlbfs) and hot memory are
+    /// read first all the same; pages that are copied are of 4 KiB, also in a machine of transparent ones.
+    Lazy,
 }
 
 /// What a snapshot took.
@@ -90,7 +112,11 @@ impl Machine {
             self.expect(RunState::Running, "written to a snapshot")?;
         }
         let memory = self.memory.clone();
-        let bytes = memory.file().metadata().map_err(SnapshotError::Read)?.len();
+        // The first thing that is done to the file is that it is emptied.
+        if memory.is_made_of(&file)? {
+            return Err(SnapshotError::Onto);
+        }
+        let bytes = memory.file_bytes()?;
         let opening = Opening {
             id: Uuid::new_v4(),
             base: None,
@@ -123,8 +149,10 @@ impl Machine {
         Ok(report)
     }
 
-    /// A paused machine from a snapshot, on memory of its own. `here` says which of the host's CPUs and NUMA nodes
-    /// it may use; what it had elsewhere, or a file that somebody made up, says nothing of that.
+    /// A paused machine from a snapshot, on memory of its own, which comes as `loading` says. `here` says which of the
+    /// host's CPUs and NUMA nodes it may use; what it had elsewhere, or a file that somebody made up, says nothing of
+    /// that. The guest is told nothing: of several that go on from one file, each is to be told that it is another
+    /// ([`Machine::change_generation`]).
     ///
     /// # Errors
     /// The snapshot is damaged, of another build or of huge pages that `here` has not, or this host cannot run it.
@@ -133,12 +161,11 @@ impl Machine {
         snapshot: &Snapshot,
         here: &MachineConfig,
         files: MachineFiles,
+        loading: Loading,
         hook: Option<ThreadHook>,
     ) -> Result<Machine, SnapshotError> {
-        let (state, memory) = loaded(snapshot, here)?;
-        let file = memory.file().try_clone().map_err(SnapshotError::Read)?;
-        drop(memory);
-        Ok(Machine::restore(state, file, files, hook)?)
+        let (state, memory) = loaded(snapshot, here, loading)?;
+        Ok(build::restore(state, memory, files, hook)?)
     }
 
     /// Names of the disks, in the order of the configuration, as [`Machine::detach`] takes them. One that was made
@@ -160,7 +187,7 @@ impl Machine {
         }
         let action = "packed";
         let mut bytes = STATE_VERSION.to_le_bytes().to_vec();
-        let state = postcard::to_stdvec(&self.save()?)
+        let state = postcard::to_stdvec(&self.saved()?)
             .map_err(|source| SnapshotError::State { action, source })?;
         bytes.extend(state);
         Ok(bytes)
@@ -247,6 +274,7 @@ impl Machine {
 pub(super) fn loaded(
     snapshot: &Snapshot,
     here: &MachineConfig,
+    loading: Loading,
 ) -> Result<(MachineState, GuestMemory), SnapshotError> {
     if let Some(base) = snapshot.opening().base {
         return Err(SnapshotError::Base { base });
@@ -257,8 +285,27 @@ pub(super) fn loaded(
     config.validate().map_err(BuildError::from)?;
     check_memory(config, here, snapshot.opening().memory)?;
     let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
-    snapshot.load(&memory)?;
+    fill(&memory, snapshot, &config.memory, loading)?;
     Ok((state, memory))
+}
+
+/// Brings memory that is all zeros what the snapshot has of it.
+fn fill(
+    memory: &GuestMemory,
+    snapshot: &Snapshot,
+    config: &MemoryConfig,
+    loading: Loading,
+) -> Result<(), SnapshotError> {
+    let huge = matches!(config.pages, PageSize::Huge2MiB | PageSize::Huge1GiB);
+    if loading == Loading::Eager || huge {
+        return Ok(snapshot.load(memory)?);
+    }
+    // Hot memory is mapped twice, which a private mapping cannot be.
+    let hot = GuestMemory::hot_offset_of(config);
+    snapshot.load_from(memory, hot)?;
+    let (file, at) = snapshot.placed_in();
+    let runs = snapshot.placed_below(config.bytes);
+    Ok(memory.lay_over(config, file, at, &runs)?)
 }
 
 /// What is saved says how much memory is made. It has to be as much as there is of it in the file; and huge pages, which
@@ -316,23 +363,8 @@ struct Copy {
 impl Copy {
     /// All that there is; how many pages that may be.
     fn all(&mut self) -> Result<u64, SnapshotError> {
-        let memory = self.memory.clone();
-        let (file, mut at, mut pages) = (memory.file(), 0, 0);
-        let end = file.metadata().map_err(SnapshotError::Read)?.len();
-        while let Some(data) = next(file, SeekFrom::Data(at))? {
-            // No hole behind it: to the end.
-            at = next(file, SeekFrom::Hole(data))?.unwrap_or(end);
-            for number in data / BLOCK as u64..at.div_ceil(BLOCK as u64) {
-                self.block(number)?;
-            }
-            pages += (at - data).div_ceil(PAGE as u64);
-            // Blocks that begin in this stretch are done.
-            at = at.next_multiple_of(BLOCK as u64);
-            if at >= end {
-                break;
-            }
-        }
-        Ok(pages)
+        let present = self.memory.present()?;
+        self.again(&present)
     }
 
     /// What has been written to; how many pages.
@@ -345,8 +377,9 @@ impl Copy {
 
     fn block(&mut self, number: u64) -> Result<(), SnapshotError> {
         let mut content = [0; BLOCK];
-        let file = self.memory.file();
-        let read = read(file, &mut content, number * BLOCK as u64)?;
+        let at = number * BLOCK as u64;
+        let read = self.memory.read_at(&mut content, at);
+        let read = read.map_err(SnapshotError::Read)?;
         let content = content.get(..read).unwrap_or_default();
         Ok(self.writer.put(number, content)?)
     }
@@ -365,45 +398,10 @@ pub(super) fn read_pages(
             break;
         };
         let at = number * BLOCK as u64 + run.start as u64;
-        read(memory.file(), target, at)?;
+        memory.read_at(target, at).map_err(SnapshotError::Read)?;
         rest = more;
     }
     Ok(pages)
-}
-
-/// The pages that are there: all others are zero.
-pub(super) fn present(memory: &GuestMemory) -> Result<PageSet, SnapshotError> {
-    let (file, mut at, end) = (memory.file(), 0, memory.file_bytes()?);
-    let mut pages = PageSet::new(end);
-    while let Some(data) = next(file, SeekFrom::Data(at))? {
-        // No hole behind it: to the end.
-        at = next(file, SeekFrom::Hole(data))?.unwrap_or(end);
-        pages.add_range(data, at);
-    }
-    Ok(pages)
-}
-
-/// As much as there is.
-fn read(file: &File, buffer: &mut [u8], at: u64) -> Result<usize, SnapshotError> {
-    let mut done = 0;
-    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        match file.read_at(rest, at + done as u64) {
-            Ok(0) => break,
-            Ok(read) => done += read,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(SnapshotError::Read(error)),
-        }
-    }
-    Ok(done)
-}
-
-/// The next data or hole; `None`: there is no more.
-fn next(file: &File, what: SeekFrom) -> Result<Option<u64>, SnapshotError> {
-    match seek(file, what) {
-        Ok(at) => Ok(Some(at)),
-        Err(rustix::io::Errno::NXIO) => Ok(None),
-        Err(errno) => Err(SnapshotError::Read(errno.into())),
-    }
 }
 
 /// What guest and process write to, for as long as it lives. There is one at a time.
@@ -415,7 +413,7 @@ pub(super) struct WriteLog {
 
 impl WriteLog {
     pub(super) fn begin(vm: &Arc<Vm>, memory: &GuestMemory) -> Result<Self, SnapshotError> {
-        let bytes = memory.file().metadata().map_err(SnapshotError::Read)?.len();
+        let bytes = memory.file_bytes()?;
         let log = WriteLog {
             vm: Arc::clone(vm),
             memory: memory.clone(),
@@ -443,3 +441,6 @@ impl Drop for WriteLog {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

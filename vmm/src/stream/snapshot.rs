@@ -12,6 +12,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{FallocateFlags, fallocate};
@@ -348,6 +349,11 @@ impl Snapshot {
     /// # Errors
     /// `memory` is of another size, or a page is not what it was; then `memory` is in no state to be used.
     pub fn load(&self, memory: &impl Target) -> Result<(), StreamError> {
+        self.load_from(memory, 0)
+    }
+
+    /// The same of the blocks from an offset in memory on.
+    pub fn load_from(&self, memory: &impl Target, first: u64) -> Result<(), StreamError> {
         let found = memory.length().map_err(io("look at the memory for"))?;
         if found != self.opening.memory {
             return Err(StreamError::Shape {
@@ -358,20 +364,10 @@ impl Snapshot {
         let mut content = vec![0; BLOCK];
         for (number, entry) in &self.blocks {
             let start = u64::from(*number) * BLOCK as u64;
-            let size = (self.opening.memory - start).min(BLOCK as u64) as usize;
-            let mut hasher = crc32fast::Hasher::new();
-            for run in entry.placed.runs() {
-                let range = run.start..run.end.min(size);
-                let bytes = content.get_mut(range).unwrap_or_default();
-                let at = self.memory + start + run.start as u64;
-                self.file.read_exact_at(bytes, at).map_err(io("read"))?;
-                hasher.update(bytes);
+            if start < first {
+                continue;
             }
-            if hasher.finalize() != entry.checksum {
-                return Err(StreamError::Checksum {
-                    what: format!("memory at offset {start:#x}"),
-                });
-            }
+            let size = self.read_block(*number, entry, &mut content)?;
             for run in entry.placed.runs() {
                 let bytes = content
                     .get(run.start..run.end.min(size))
@@ -388,6 +384,67 @@ impl Snapshot {
             }
         }
         Ok(())
+    }
+
+    /// Reads all of its pages, and nothing else: what is to be mapped and not read first can be checked by it, before or
+    /// in another thread meanwhile.
+    ///
+    /// # Errors
+    /// A page is not what it was.
+    pub fn check(&self) -> Result<(), StreamError> {
+        let mut content = vec![0; BLOCK];
+        for (number, entry) in &self.blocks {
+            self.read_block(*number, entry, &mut content)?;
+        }
+        Ok(())
+    }
+
+    /// Reads a block's placed pages to their places in `content`, and checks them; returns how many bytes the block has.
+    fn read_block(
+        &self,
+        number: u32,
+        entry: &Entry,
+        content: &mut [u8],
+    ) -> Result<usize, StreamError> {
+        let start = u64::from(number) * BLOCK as u64;
+        let size = (self.opening.memory - start).min(BLOCK as u64) as usize;
+        let mut hasher = crc32fast::Hasher::new();
+        for run in entry.placed.runs() {
+            let range = run.start..run.end.min(size);
+            let bytes = content.get_mut(range).unwrap_or_default();
+            let at = self.memory + start + run.start as u64;
+            self.file.read_exact_at(bytes, at).map_err(io("read"))?;
+            hasher.update(bytes);
+        }
+        match hasher.finalize() == entry.checksum {
+            true => Ok(size),
+            false => Err(StreamError::Checksum {
+                what: format!("memory at offset {start:#x}"),
+            }),
+        }
+    }
+
+    /// The file, and where memory begins in it, for who maps it.
+    pub fn placed_in(&self) -> (&File, u64) {
+        (&self.file, self.memory)
+    }
+
+    /// Where memory lies in the file and not in holes, below an offset in memory: whole pages, neighbours together, in
+    /// ascending order.
+    pub fn placed_below(&self, end: u64) -> Vec<Range<u64>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for (number, entry) in &self.blocks {
+            let start = u64::from(*number) * BLOCK as u64;
+            for run in entry.placed.runs() {
+                let run = start + run.start as u64..(start + run.end as u64).min(end);
+                match runs.last_mut() {
+                    _ if run.is_empty() => {}
+                    Some(last) if last.end == run.start => last.end = run.end,
+                    _ => runs.push(run),
+                }
+            }
+        }
+        runs
     }
 }
 

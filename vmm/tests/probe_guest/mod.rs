@@ -18,8 +18,8 @@ use fractus_vmm::config::{
     RngConfig, VsockConfig,
 };
 use fractus_vmm::machine::{
-    self, Arrived, Event, Landing, Luggage, Machine, MigrationError, Offered, Progress, Sender,
-    StopReason, Unsent,
+    self, Arrived, Event, Landing, Loading, Luggage, Machine, MigrationError, Offered, Progress,
+    Sender, StopReason, Unsent,
 };
 use fractus_vmm::stream::converge::Policy;
 use fractus_vmm::stream::snapshot::Snapshot;
@@ -375,12 +375,18 @@ impl Guest {
     /// Another machine from a snapshot of this one, which may run on; the other runs, too, on the disks that are
     /// given.
     pub fn cloned_from(&self, file: File, disks: &[&File]) -> Guest {
+        self.cloned_as(Loading::Eager, file, disks)
+    }
+
+    /// The same, with its memory mapped or read first.
+    pub fn cloned_as(&self, loading: Loading, file: File, disks: &[&File]) -> Guest {
         let (serial, end) = UnixStream::pair().expect("a socket pair");
         let nets: Vec<_> = self.nets.iter().map(duplicate_net).collect();
         let files = files_again(&nets, None, disks, &end);
         let snapshot = Snapshot::open(file).expect("a snapshot");
         let here = self.machine.config();
-        let machine = Machine::from_snapshot(&snapshot, here, files, None).expect("restore");
+        let machine = Machine::from_snapshot(&snapshot, here, files, loading, None);
+        let machine = machine.expect("restore");
         Guest::going_on(machine, serial, nets, None)
     }
 

@@ -54,7 +54,7 @@ fn no_flipped_bit_in_a_snapshot_changes_what_is_loaded() {
     let file = file(&bytes);
     let load = || -> Result<_, SnapshotError> {
         let snapshot = Snapshot::open(file.try_clone().unwrap())?;
-        loaded(&snapshot, &every_device())
+        loaded(&snapshot, &every_device(), Loading::Eager)
     };
     let content = |memory: &GuestMemory| {
         let mut all = vec![0; memory.file_bytes().unwrap() as usize];
@@ -181,7 +181,7 @@ fn a_snapshot_of_a_newer_state_or_form_is_refused_with_its_number() {
         file.write_all_at(&number.to_le_bytes(), at as u64).unwrap();
         snapshot::seal(&file, true).unwrap();
         let opened = Snapshot::open(file).map_err(SnapshotError::from);
-        let loaded = opened.and_then(|snapshot| loaded(&snapshot, &every_device()));
+        let loaded = opened.and_then(|snapshot| loaded(&snapshot, &every_device(), Loading::Eager));
         loaded.err().unwrap().to_string()
     };
     let state = said(at + frame::HEAD, STATE_VERSION + 1);
@@ -195,9 +195,13 @@ fn a_snapshot_of_a_newer_state_or_form_is_refused_with_its_number() {
 
 #[test]
 fn a_device_of_a_newer_state_is_refused_with_its_number_and_name() {
-    let count = open(&golden().snapshot()).unwrap().1.devices.len();
+    let count = open(&golden().snapshot(), Loading::Eager)
+        .unwrap()
+        .1
+        .devices
+        .len();
     for index in 0..count {
-        let (_, mut state, memory) = open(&golden().snapshot()).unwrap();
+        let (_, mut state, memory) = open(&golden().snapshot(), Loading::Eager).unwrap();
         let device = &mut state.devices[index];
         device.version += 1;
         let (id, version) = (device.id.clone(), device.version);
@@ -217,7 +221,7 @@ fn a_device_of_a_newer_state_is_refused_with_its_number_and_name() {
 #[test]
 fn a_snapshot_that_claims_other_memory_than_it_has_or_huge_pages_is_refused() {
     let refused = |change: fn(&mut MachineConfig), here: &MachineConfig| {
-        let (snapshot, mut state, _) = open(&golden().snapshot()).unwrap();
+        let (snapshot, mut state, _) = open(&golden().snapshot(), Loading::Eager).unwrap();
         change(&mut state.config);
         let file = tempfile::tempfile().unwrap();
         let opening = snapshot.opening().clone();
@@ -228,7 +232,7 @@ fn a_snapshot_that_claims_other_memory_than_it_has_or_huge_pages_is_refused() {
         ]
         .concat();
         writer.finish(&bytes, b"").unwrap();
-        let loaded = loaded(&Snapshot::open(file).unwrap(), here);
+        let loaded = loaded(&Snapshot::open(file).unwrap(), here, Loading::Eager);
         loaded.err().map(|error| error.to_string())
     };
     let here = every_device();

@@ -142,11 +142,16 @@ fn arrive_with(stream: &[u8], files: MachineFiles) -> Result<Gathered, Migration
 }
 
 /// The same of a snapshot's file.
-fn open(bytes: &[u8]) -> Result<(Snapshot, MachineState, GuestMemory), SnapshotError> {
+fn open(
+    bytes: &[u8],
+    loading: Loading,
+) -> Result<(Snapshot, MachineState, GuestMemory), SnapshotError> {
     let snapshot = Snapshot::open(file(bytes))?;
-    let (state, memory) = loaded(&snapshot, &every_device())?;
+    let (state, memory) = loaded(&snapshot, &every_device(), loading)?;
     Ok((snapshot, state, memory))
 }
+
+const BOTH: [Loading; 2] = [Loading::Eager, Loading::Lazy];
 
 /// Which CPU and kernel a saved vCPU is of, as far as it matters to KVM.
 fn host_cpu() -> String {
@@ -303,8 +308,9 @@ fn a_golden_stream_is_the_machine_that_was_sent() {
 
 #[test]
 fn a_golden_snapshot_is_the_machine_that_was_written() {
-    for golden in read() {
-        let (snapshot, state, memory) = open(&golden.snapshot()).unwrap();
+    for (golden, loading) in read().iter().flat_map(|golden| BOTH.map(|it| (golden, it))) {
+        let (snapshot, state, memory) = open(&golden.snapshot(), loading).unwrap();
+        assert_eq!(memory.is_settled(), loading == Loading::Eager);
         assert_eq!(snapshot.opening().base, None);
         assert!(snapshot.totals().pages > 0 && snapshot.totals().zeros == 0);
         assert!(!snapshot.owner().is_empty());
@@ -325,7 +331,7 @@ fn a_golden_stream_that_this_build_does_not_read_is_refused_by_its_version() {
         };
         let error = arrive(&golden.stream()).err().unwrap();
         says(error.to_string(), golden.state);
-        let error = open(&golden.snapshot()).err().unwrap();
+        let error = open(&golden.snapshot(), Loading::Eager).err().unwrap();
         let number = if golden.form > FORMAT {
             golden.form
         } else {
@@ -341,13 +347,15 @@ fn go_on(
     vcpus: impl Fn(Vec<VcpuState>) -> Vec<VcpuState>,
 ) -> Result<(), BuildError> {
     let gathered = arrive(&golden.stream()).unwrap();
-    let (_, state, memory) = open(&golden.snapshot()).unwrap();
-    for (mut state, memory) in [(gathered.state, gathered.memory), (state, memory)] {
+    let mut all = vec![(gathered.state, gathered.memory)];
+    for loading in BOTH {
+        let (_, state, memory) = open(&golden.snapshot(), loading).unwrap();
+        all.push((state, memory));
+    }
+    for (mut state, memory) in all {
         let (files, mut serial) = guest::files();
         state.vcpus = vcpus(state.vcpus);
-        let file = memory.file().try_clone().unwrap();
-        drop(memory);
-        let mut machine = Machine::restore(state, file, files, None)?;
+        let mut machine = build::restore(state, memory, files, None)?;
         machine.resume().unwrap();
         guest::ask(&mut serial, BEFORE + 1);
         guest::take_numbers(&machine, u16::from(BEFORE) + 1);

@@ -1,7 +1,7 @@
 //! What of a machine is to be sent: all of it once, and then what it has written since.
 
 use super::MigrationError;
-use crate::machine::snapshot::{WriteLog, present};
+use crate::machine::snapshot::WriteLog;
 use crate::machine::{Machine, SnapshotError};
 use crate::memory::PageSet;
 use crate::stream::Mask;
@@ -68,7 +68,7 @@ impl Journal {
         };
         let mut all = journal.nothing();
         if journal.memory.is_some() {
-            all.memory = present(&machine.memory)?;
+            all.memory = machine.memory.present()?;
         }
         for (index, (log, pages)) in journal.disks.iter().zip(&mut all.disks).enumerate() {
             let action = "look for the data of";
@@ -125,7 +125,7 @@ impl Journal {
     pub fn take_last(&self, machine: &Machine) -> Result<Left, SnapshotError> {
         let mut left = self.take()?;
         if self.memory.is_none() {
-            left.memory = present(&machine.memory)?;
+            left.memory = machine.memory.present()?;
         }
         Ok(left)
     }
@@ -134,7 +134,7 @@ impl Journal {
     pub fn unlogged(&self, machine: &Machine) -> Result<u64, SnapshotError> {
         match self.memory {
             Some(_) => Ok(0),
-            None => Ok(present(&machine.memory)?.count()),
+            None => Ok(machine.memory.present()?.count()),
         }
     }
 

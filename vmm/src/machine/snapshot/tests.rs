@@ -1,0 +1,252 @@
+//! Memory through snapshots and back, without KVM.
+
+use std::os::unix::fs::FileExt;
+
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::config::{HOT_BLOCK, HotMemoryConfig};
+use crate::memory::Blocks;
+
+/// Pages of what is always there, more than a block and not whole ones, and of a block of hot memory.
+const PAGES: u64 = 2 * 16 + 5;
+const HOT_PAGES: u64 = HOT_BLOCK / PAGE as u64;
+const HOT_BLOCKS: u64 = 2;
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// A byte all over a page.
+    Write { page: u64, byte: u8 },
+    /// A balloon's or a report's pages.
+    GiveBack { page: u64, pages: u64 },
+    /// The guest has, or has not, this block of hot memory; what was in it is gone.
+    Plug { block: u64, plug: bool },
+    /// In its first page, if it has that.
+    WriteHot { block: u64, byte: u8 },
+    /// A reset.
+    Clear,
+    /// Handed over by descriptor.
+    Settle,
+    /// Written to a file, and made anew from that.
+    Restore(Loading),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let page = 0..PAGES;
+    let block = 0..HOT_BLOCKS;
+    prop_oneof![
+        8 => (page.clone(), any::<u8>()).prop_map(|(page, byte)| Step::Write { page, byte }),
+        6 => (page, 1..6u64).prop_map(|(page, pages)| Step::GiveBack { page, pages }),
+        2 => (block.clone(), any::<bool>()).prop_map(|(block, plug)| Step::Plug { block, plug }),
+        2 => (block, any::<u8>()).prop_map(|(block, byte)| Step::WriteHot { block, byte }),
+        1 => Just(Step::Clear),
+        1 => Just(Step::Settle),
+        2 => Just(Step::Restore(Loading::Eager)),
+        4 => Just(Step::Restore(Loading::Lazy)),
+    ]
+}
+
+fn config() -> (MemoryConfig, HotMemoryConfig) {
+    let memory = MachineConfig::minimal(PAGES * PAGE as u64).memory;
+    let max = HOT_BLOCKS * HOT_BLOCK;
+    (memory, HotMemoryConfig { max, bytes: 0 })
+}
+
+/// Memory, and what is to be in it.
+struct Modelled {
+    memory: GuestMemory,
+    pages: Vec<u8>,
+    /// The first page of each block, if it is plugged.
+    hot: Vec<Option<u8>>,
+}
+
+impl Modelled {
+    fn new() -> Self {
+        let (config, hot) = config();
+        Modelled {
+            memory: GuestMemory::create_with(&config, Some(&hot)).unwrap(),
+            pages: vec![0; PAGES as usize],
+            hot: vec![None; HOT_BLOCKS as usize],
+        }
+    }
+
+    /// Where the guest finds that block.
+    fn hot_at(&self, block: u64) -> GuestAddress {
+        let window = self.memory.hot().unwrap().window();
+        GuestAddress(window.base + block * HOT_BLOCK)
+    }
+
+    fn take(&mut self, step: &Step) {
+        let memory = &self.memory;
+        match *step {
+            Step::Write { page, byte } => {
+                let at = GuestAddress(page * PAGE as u64);
+                memory.write_slice(&[byte; PAGE], at).unwrap();
+                self.pages[page as usize] = byte;
+            }
+            Step::GiveBack { page, pages } => {
+                let end = (page + pages).min(PAGES);
+                let (at, length) = (page * PAGE as u64, pages * PAGE as u64);
+                let given = memory.give_back(at, length).unwrap();
+                assert_eq!(given, (end - page) * PAGE as u64);
+                self.pages[page as usize..end as usize].fill(0);
+            }
+            Step::Plug { block, plug } => {
+                let (hot, one) = (memory.hot().unwrap(), 1);
+                let blocks = Blocks {
+                    first: block,
+                    count: one,
+                };
+                let has = &mut self.hot[block as usize];
+                match (plug, *has) {
+                    (true, None) => (hot.plug(blocks).unwrap(), *has = Some(0)).1,
+                    (false, Some(_)) => (hot.unplug(blocks).unwrap(), *has = None).1,
+                    _ => {}
+                }
+            }
+            Step::WriteHot { block, byte } => {
+                if let Some(has) = &mut self.hot[block as usize] {
+                    *has = byte;
+                    memory
+                        .write_slice(&[byte; PAGE], self.hot_at(block))
+                        .unwrap();
+                }
+            }
+            Step::Clear => {
+                memory.clear().unwrap();
+                self.pages.fill(0);
+                for has in self.hot.iter_mut().flatten() {
+                    *has = 0;
+                }
+            }
+            Step::Settle => memory.settle().unwrap(),
+            Step::Restore(_) => {}
+        }
+    }
+
+    /// Another that is made of what this one writes, and what it wrote.
+    fn restored(&self, loading: Loading) -> (Self, Snapshot) {
+        let file = tempfile::tempfile().unwrap();
+        let opening = Opening {
+            id: Uuid::from_u128(1),
+            base: None,
+            memory: self.memory.file_bytes().unwrap(),
+            made_by: "a test".to_owned(),
+        };
+        let mut copy = Copy {
+            memory: self.memory.clone(),
+            writer: SnapshotWriter::new(file.try_clone().unwrap(), opening).unwrap(),
+        };
+        copy.all().unwrap();
+        copy.writer.finish(b"", b"").unwrap();
+        let snapshot = Snapshot::open(file).unwrap();
+        snapshot.check().unwrap();
+        let other = Modelled::new();
+        fill(&other.memory, &snapshot, &config().0, loading).unwrap();
+        let plugged = self.memory.hot().unwrap().plugged();
+        other.memory.hot().unwrap().plug_again(&plugged).unwrap();
+        let (pages, hot) = (self.pages.clone(), self.hot.clone());
+        (
+            Modelled {
+                pages,
+                hot,
+                ..other
+            },
+            snapshot,
+        )
+    }
+
+    /// As a stream reads it, and what it is told to look at.
+    fn check_stream(&self) {
+        let present = self.memory.present().unwrap();
+        let there: Vec<(u64, Mask)> = present.blocks().collect();
+        let is_there = |page: u64| {
+            let block = there.iter().find(|(number, _)| *number == page / 16);
+            block.is_some_and(|(_, mask)| mask.0 >> (page % 16) & 1 == 1)
+        };
+        let hot = GuestMemory::hot_offset_of(&config().0) / PAGE as u64;
+        let plugged = (0..).zip(&self.hot);
+        let of_hot = plugged.map(|(block, has)| (hot + block * HOT_PAGES, has.unwrap_or(0)));
+        let of_rest = (0..).zip(self.pages.iter().copied());
+        for (page, byte) in of_rest.chain(of_hot) {
+            let mut content = [1; PAGE];
+            let read = self.memory.read_at(&mut content, page * PAGE as u64);
+            assert_eq!(read.unwrap(), PAGE);
+            assert_eq!(content, [byte; PAGE], "page {page}");
+            assert!(byte == 0 || is_there(page), "page {page} is not to be read");
+        }
+    }
+
+    /// As guest and devices have it.
+    fn check(&self) {
+        self.check_stream();
+        let first = |at: GuestAddress| {
+            let mut content = [1; PAGE];
+            self.memory.read_slice(&mut content, at).unwrap();
+            content
+        };
+        for (page, byte) in (0..).zip(&self.pages) {
+            let found = first(GuestAddress(page * PAGE as u64));
+            assert_eq!(found, [*byte; PAGE], "page {page}");
+        }
+        for (block, has) in (0..).zip(&self.hot) {
+            let seen = self.memory.hot().unwrap().seen(block);
+            assert_eq!(seen, has.unwrap_or(0), "block {block}");
+        }
+    }
+}
+
+proptest! {
+    // Files are written in each.
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Also that what is given back is zero ever after, whatever memory is made of, and that none of several that are
+    /// made of one file knows of another.
+    #[test]
+    fn memory_is_what_was_written_to_it_through_any_snapshots(
+        steps in prop::collection::vec(step(), 1..40),
+    ) {
+        let (mut now, mut before) = (Modelled::new(), Vec::new());
+        for step in &steps {
+            now.take(step);
+            if let Step::Restore(loading) = step {
+                let (next, _) = now.restored(*loading);
+                let (twin, _) = now.restored(Loading::Lazy);
+                before.extend([std::mem::replace(&mut now, next), twin]);
+            }
+            now.check_stream();
+        }
+        before.iter().for_each(Modelled::check);
+        now.check();
+        // Of some that stood still meanwhile, another is made.
+        for old in before.iter().rev().take(2) {
+            old.restored(Loading::Lazy).0.check();
+        }
+    }
+}
+
+#[test]
+fn a_page_that_is_not_what_it_was_is_found_by_a_check_and_by_an_eager_restore_only() {
+    let mut one = Modelled::new();
+    for page in [3, 20] {
+        one.take(&Step::Write { page, byte: 7 });
+    }
+    let (_, snapshot) = one.restored(Loading::Lazy);
+    let (file, at) = snapshot.placed_in();
+    file.write_all_at(&[8], at + 20 * PAGE as u64).unwrap();
+    assert!(matches!(
+        snapshot.check(),
+        Err(StreamError::Checksum { .. })
+    ));
+    let filled = |loading| {
+        let other = Modelled::new();
+        fill(&other.memory, &snapshot, &config().0, loading).map(|()| other)
+    };
+    assert!(filled(Loading::Eager).is_err());
+    let other = filled(Loading::Lazy).unwrap();
+    let found: u8 = (other.memory)
+        .read_obj(GuestAddress(20 * PAGE as u64))
+        .unwrap();
+    assert_eq!(found, 8);
+}

@@ -1,0 +1,344 @@
+//! Memory that is a snapshot's file until it is written to: private mappings of the file, laid over those of the memfd.
+//!
+//! Where an extent lies the memfd has nothing: what nobody has written to is the file's (in the host's page cache, one
+//! for all machines that are made from it), what was written to is this process's own. Everywhere else memory is the
+//! memfd as ever. An extent never grows and never comes back: what is given back becomes the memfd's again, where it is
+//! a hole. (Dropping its pages would bring back what stands in the file.) So pages only ever go from here to the memfd,
+//! and who looks without a lock is wrong in no way that matters.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use libc::c_void;
+use vm_memory::{
+    Bytes, FileOffset, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+};
+
+use super::{AtomicBitmap, GuestMap, advise, bind};
+use crate::config::{MemoryConfig, PageSize};
+
+/// Extents that are laid at most. A mapping takes a microsecond or two and some of the 65,530 that a process has.
+const MOST_LAID: usize = 1024;
+/// Extents that a guest can make of them by giving back what lies within.
+const MOST: usize = 8192;
+/// Bytes that may lie between two runs of pages that become one extent: what is there is a hole in the file, and
+/// reading it costs a page of the page cache.
+const GAP: u64 = 64 << 10;
+
+/// Device and inode.
+type Identity = (u64, u64);
+
+#[derive(Debug, Default)]
+pub(super) struct Overlay(RwLock<Laid>);
+
+#[derive(Debug, Default)]
+struct Laid {
+    /// `None`: there are no extents.
+    file: Option<Identity>,
+    /// Offsets in the memfd, of whole pages of 4 KiB, each within one region; in ascending order.
+    extents: Vec<Range<u64>>,
+}
+
+/// What an overlay lies on.
+#[derive(Clone, Copy)]
+pub(super) struct Ground<'a> {
+    pub map: &'a GuestMap,
+    pub memfd: &'a File,
+    pub pages: PageSize,
+}
+
+impl Overlay {
+    /// Lays `runs` of the memfd's pages, in ascending order, from `file`, in which the memfd's first byte would stand at
+    /// `at`. Nothing of it was written to yet.
+    pub fn lay(
+        &self,
+        ground: Ground<'_>,
+        config: &MemoryConfig,
+        file: &File,
+        at: u64,
+        runs: &[Range<u64>],
+    ) -> io::Result<()> {
+        let identity = identity(file)?;
+        let mut laid = self.write();
+        for extent in joined(runs, MOST_LAID) {
+            for part in ground.within_regions(&extent) {
+                let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+                let address = ground.replace(&part, flags, file, at + part.start)?;
+                // What is copied on a write; where the page cache lies is not this machine's to say.
+                bind(address, length(&part), config)?;
+                laid.file = Some(identity);
+                laid.extents.push(part);
+            }
+        }
+        Ok(())
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.read().extents.is_empty()
+    }
+
+    /// Something of it is that file's.
+    pub fn is_of(&self, file: &File) -> io::Result<bool> {
+        let found = self.read().file;
+        Ok(found.is_some() && found == Some(identity(file)?))
+    }
+
+    pub fn extents(&self) -> Vec<Range<u64>> {
+        self.read().extents.clone()
+    }
+
+    /// Reads memory as the guest has it, from an offset in the memfd; as much as there is.
+    ///
+    /// A file that cannot be read ends the process (SIGBUS), as it does if any thread of it touches such a page.
+    pub fn read_at(&self, ground: Ground<'_>, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut done = 0;
+        while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let at = offset + done as u64;
+            let (is_laid, end) = self.piece(at);
+            let most = usize::try_from(end - at).unwrap_or(usize::MAX);
+            let length = rest.len().min(most);
+            let Some(part) = rest.get_mut(..length) else {
+                break;
+            };
+            done += match is_laid {
+                true => ground.copy(part, at)?,
+                false => match ground.memfd.read_at(part, at) {
+                    Ok(0) => break,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                    other => other?,
+                },
+            };
+        }
+        Ok(done)
+    }
+
+    /// Whether an extent has the byte at `at`, and where that ends.
+    fn piece(&self, at: u64) -> (bool, u64) {
+        let laid = self.read();
+        let next = laid.extents.partition_point(|extent| extent.end <= at);
+        match laid.extents.get(next) {
+            Some(extent) if extent.start <= at => (true, extent.end),
+            Some(extent) => (false, extent.start),
+            None => (false, u64::MAX),
+        }
+    }
+
+    /// Whole pages of 4 KiB are zero from now on; how many bytes of them take memory all the same, since the overlay
+    /// was to be cut into too many pieces.
+    pub fn give_back(&self, ground: Ground<'_>, range: Range<u64>) -> io::Result<u64> {
+        if self.is_empty() {
+            return Ok(0);
+        }
+        let mut laid = self.write();
+        let first = laid.extents.partition_point(|it| it.end <= range.start);
+        let last = laid.extents.partition_point(|it| it.start < range.end);
+        let found: Vec<_> = laid.extents.get(first..last).unwrap_or_default().to_vec();
+        let (mut left, mut kept) = (Vec::new(), 0);
+        let room = MOST.saturating_sub(laid.extents.len());
+        for extent in found {
+            let part = extent.start.max(range.start)..extent.end.min(range.end);
+            let sides = [extent.start..part.start, part.end..extent.end];
+            let sides = sides.into_iter().filter(|side| !side.is_empty());
+            let fits = sides.clone().count() <= 1 + room;
+            match fits && ground.restore(&part).is_ok() {
+                true => left.extend(sides),
+                false => {
+                    ground.zero(&part)?;
+                    kept += part.end - part.start;
+                    left.push(extent);
+                }
+            }
+        }
+        laid.extents.splice(first..last, left);
+        laid.forget_file();
+        Ok(kept)
+    }
+
+    /// What it has is gone; the memfd is all of memory.
+    pub fn clear(&self, ground: Ground<'_>) -> io::Result<()> {
+        self.take_away(|extent| ground.restore(extent))
+    }
+
+    /// What it has goes to the memfd, which is all of memory then. Nobody writes to memory meanwhile.
+    pub fn settle(&self, ground: Ground<'_>) -> io::Result<()> {
+        self.take_away(|extent| {
+            ground.write_down(extent)?;
+            ground.restore(extent)
+        })
+    }
+
+    fn take_away(&self, each: impl Fn(&Range<u64>) -> io::Result<()>) -> io::Result<()> {
+        let mut laid = self.write();
+        while let Some(extent) = laid.extents.last() {
+            each(extent)?;
+            laid.extents.pop();
+        }
+        laid.forget_file();
+        Ok(())
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Laid> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Laid> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Laid {
+    fn forget_file(&mut self) {
+        if self.extents.is_empty() {
+            self.file = None;
+        }
+    }
+}
+
+impl Ground<'_> {
+    /// Address of a range of the memfd in this process, if it lies in one region.
+    fn address(self, range: &Range<u64>) -> io::Result<*mut c_void> {
+        let (region, start) = self.region(range.start)?;
+        if range.end - start > region.len() {
+            return Err(io::ErrorKind::AddrNotAvailable.into());
+        }
+        Ok((region.as_ptr() as usize + (range.start - start) as usize) as *mut c_void)
+    }
+
+    /// Where an offset lies, and where that region begins in the memfd.
+    fn region(&self, offset: u64) -> io::Result<(&GuestRegionMmap<AtomicBitmap>, u64)> {
+        let start = |region: &GuestRegionMmap<AtomicBitmap>| {
+            region.file_offset().map_or(0, FileOffset::start)
+        };
+        let mut regions = self.map.iter().map(|region| (region, start(region)));
+        regions
+            .find(|(region, start)| (*start..start + region.len()).contains(&offset))
+            .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+    }
+
+    fn within_regions(self, range: &Range<u64>) -> Vec<Range<u64>> {
+        let part = |region: &GuestRegionMmap<AtomicBitmap>| {
+            let start = region.file_offset().map_or(0, FileOffset::start);
+            range.start.max(start)..range.end.min(start + region.len())
+        };
+        let parts = self.map.iter().map(part);
+        parts.filter(|part| !part.is_empty()).collect()
+    }
+
+    /// Something else is behind these pages from now on; where they are.
+    fn replace(
+        self,
+        range: &Range<u64>,
+        flags: libc::c_int,
+        file: &File,
+        at: u64,
+    ) -> io::Result<*mut c_void> {
+        let address = self.address(range)?;
+        // SAFETY: the range lies within a region of guest memory, a mapping that lives as long as `map`. What replaces
+        // it is as readable and writable as it was, and no reference points into it: guest memory is volatile to all.
+        let mapped = unsafe {
+            libc::mmap(
+                address,
+                length(range),
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags | libc::MAP_FIXED,
+                file.as_raw_fd(),
+                at as libc::off_t,
+            )
+        };
+        match mapped == libc::MAP_FAILED {
+            true => Err(io::Error::last_os_error()),
+            false => Ok(address),
+        }
+    }
+
+    /// The memfd is behind these pages again, as it was before anything was laid over it.
+    fn restore(self, range: &Range<u64>) -> io::Result<()> {
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        let address = self.replace(range, flags, self.memfd, range.start)?;
+        match self.pages {
+            PageSize::Transparent => advise(address, length(range)),
+            _ => Ok(()),
+        }
+    }
+
+    fn copy(self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let (region, start) = self.region(offset)?;
+        region
+            .read(buffer, MemoryRegionAddress(offset - start))
+            .map_err(|error| io::Error::other(error.to_string()))
+    }
+
+    fn zero(self, range: &Range<u64>) -> io::Result<()> {
+        let (region, start) = self.region(range.start)?;
+        for page in range.clone().step_by(4096) {
+            let at = MemoryRegionAddress(page - start);
+            (region.write_slice(&[0; 4096], at))
+                .map_err(|error| io::Error::other(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// Copies these pages to the memfd below them. What cannot be read is an error here: the kernel reads it.
+    fn write_down(self, range: &Range<u64>) -> io::Result<()> {
+        let address = self.address(range)? as usize;
+        let mut done = 0;
+        while done < length(range) {
+            // SAFETY: the rest of the range is mapped memory, which the kernel reads; it may change meanwhile, as any
+            // guest memory may.
+            let written = unsafe {
+                libc::pwrite(
+                    self.memfd.as_raw_fd(),
+                    (address + done) as *const c_void,
+                    length(range) - done,
+                    (range.start + done as u64) as libc::off_t,
+                )
+            };
+            match written {
+                1.. => done += written as usize,
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                _ => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn length(range: &Range<u64>) -> usize {
+    (range.end - range.start) as usize
+}
+
+fn identity(file: &File) -> io::Result<Identity> {
+    let metadata = file.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// At most so many extents that have all of these runs, which are in ascending order, and as little besides as that
+/// allows.
+fn joined(runs: &[Range<u64>], most: usize) -> Vec<Range<u64>> {
+    let mut gap = GAP;
+    loop {
+        let mut extents: Vec<Range<u64>> = Vec::new();
+        for run in runs {
+            match extents.last_mut() {
+                Some(last) if run.start - last.end <= gap => last.end = run.end,
+                _ => extents.push(run.clone()),
+            }
+        }
+        if extents.len() <= most.max(1) {
+            return extents;
+        }
+        gap = gap.saturating_mul(2);
+    }
+}
+
+#[cfg(test)]
+mod tests;
