@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use fractus_vmm::config::{BalloonConfig, HotMemoryConfig};
-use fractus_vmm::machine::{Event, Loading, RunState, SnapshotError};
+use fractus_vmm::machine::{Event, Loading, Machine, RunState, Scope, SnapshotError};
 use fractus_vmm::stream::converge::{AtLimit, Policy};
 use fractus_vmm::stream::snapshot::Snapshot;
 use probe_guest::{Guest, Setup, fields};
@@ -297,4 +297,95 @@ fn hot_memory_is_there_comes_and_goes() {
     let plugged = 0;
     third.event(|event| *event == Event::HotMemory { plugged });
     third.ok("memory check 0 16 0");
+}
+
+/// Each has what was written since the one before, while it goes on; the last is the guest of its moment.
+#[rstest]
+#[case(Loading::Eager)]
+#[case(Loading::Lazy)]
+fn snapshots_laid_over_each_other_are_the_guest(#[case] loading: Loading) {
+    let mut guest = Setup::new().start();
+    let nonce = guest.booted()["nonce"].clone();
+    guest.ok("touch 30");
+    let early = guest.machine.snapshot_of(Scope::Since, file(), b"");
+    assert!(matches!(early, Err(SnapshotError::Untracked)));
+    let write = |guest: &mut Guest, scope| {
+        let file = file();
+        let copy = file.try_clone().unwrap();
+        let report = guest.machine.snapshot_of(scope, copy, b"").unwrap();
+        println!("{report:?}");
+        (read_only(&file), report)
+    };
+    let mut chain = vec![write(&mut guest, Scope::Tracked).0];
+    guest.send("loudly weave 2");
+    guest.line("begun weave");
+    for round in 0..3 {
+        let (file, report) = write(&mut guest, Scope::Since);
+        // The guest writes to 2 MiB, and to a few pages of its own.
+        assert!(report.totals.pages < 3 << 8, "{report:?}");
+        chain.push(file);
+        if round == 0 {
+            // One that fails, and a whole one between, take nothing from the next.
+            let closed = read_only(&chain[0]);
+            assert!(
+                guest
+                    .machine
+                    .snapshot_of(Scope::Since, closed, b"")
+                    .is_err()
+            );
+            write(&mut guest, Scope::Whole);
+        }
+    }
+    let copies = |chain: &[File]| chain.iter().map(|file| file.try_clone().unwrap()).collect();
+    // Over another than its own it is nothing.
+    let odd = [0, 2].map(|at: usize| Snapshot::open(chain[at].try_clone().unwrap()).unwrap());
+    let (files, _serial) = guest.files_again(&[]);
+    let here = guest.machine.config();
+    let refused = Machine::from_snapshots(&[&odd[0], &odd[1]], here, files, loading, None);
+    assert!(matches!(refused, Err(SnapshotError::Base { .. })));
+    let last = guest.cloned_of(loading, copies(&chain), &[]);
+    let second = guest.cloned_of(loading, copies(&chain[..2]), &[]);
+    for mut each in [guest, last, second] {
+        each.send("");
+        each.line("ok weave");
+        assert_eq!(fields(&each.ok("info"))["nonce"], nonce);
+    }
+}
+
+/// A reset, a balloon and a pause in between.
+#[test]
+fn what_is_zero_since_is_zero_in_the_next() {
+    let mut setup = Setup::new();
+    setup.config.balloon = Some(BalloonConfig::default());
+    let mut guest = setup.boot();
+    guest.ok("touch 40");
+    let write = |guest: &mut Guest, scope| {
+        let file = file();
+        let copy = file.try_clone().unwrap();
+        let report = guest.machine.snapshot_of(scope, copy, b"").unwrap();
+        (read_only(&file), report.totals)
+    };
+    let (first, _) = write(&mut guest, Scope::Tracked);
+    guest.ok("balloon free 40");
+    guest.machine.pause().unwrap();
+    let (second, totals) = write(&mut guest, Scope::Since);
+    assert!(totals.zeros > 35 << 8, "{totals:?}");
+    guest.machine.resume().unwrap();
+    let few = 16;
+    let both = || vec![first.try_clone().unwrap(), second.try_clone().unwrap()];
+    let other = guest.cloned_of(Loading::Lazy, both(), &[]);
+    assert!(filled(&other) < few);
+    guest.ok("touch 40");
+    let all = filled(&guest);
+    guest.send("reboot");
+    guest.booted();
+    let (third, _) = write(&mut guest, Scope::Since);
+    let mut chain = both();
+    chain.push(third);
+    let mut other = guest.cloned_of(Loading::Lazy, chain, &[]);
+    assert!(filled(&other) < few && all > 7000);
+    assert_eq!(other.ok("echo alive"), "alive");
+    guest.machine.stop_tracking();
+    let refused = guest.machine.snapshot_of(Scope::Since, file(), b"");
+    assert!(matches!(refused, Err(SnapshotError::Untracked)));
 }

@@ -226,6 +226,7 @@ fn assemble(
         processors,
         used: UsedVcpus::default(),
         places,
+        ledger: None,
         vm,
     })
 }

@@ -97,7 +97,7 @@ fn from_file(mode: u8, squeezed: &[u8]) -> Result<(MachineState, GuestMemory), B
         0 => Loading::Eager,
         _ => Loading::Lazy,
     };
-    Ok(loaded(&Snapshot::open(file)?, &every_device(), loading)?)
+    Ok(loaded(&[&Snapshot::open(file)?], &every_device(), loading)?)
 }
 
 /// As [`super::build`] makes it, but for KVM.

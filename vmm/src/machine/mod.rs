@@ -61,7 +61,7 @@ pub use send::{
     Luggage, MigrationError, Offered, Pause, Progress, SendReport, Sender, Sending, SentRound,
     Unsent,
 };
-pub use snapshot::{Loading, Round, SnapshotError, SnapshotReport};
+pub use snapshot::{Loading, Round, Scope, SnapshotError, SnapshotReport};
 pub use state::MachineState;
 
 /// One virtual machine of this process. Dropping it ends it.
@@ -97,6 +97,8 @@ pub struct Machine {
     processors: Option<Arc<Processors>>,
     used: UsedVcpus,
     places: Places,
+    /// What was written since a snapshot that another can be laid over.
+    ledger: Option<snapshot::Ledger>,
     vm: Arc<Vm>,
 }
 

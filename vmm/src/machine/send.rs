@@ -181,11 +181,13 @@ impl<S: Read + Write> Sender<S> {
     /// # Errors
     /// The machine neither runs nor is paused, a disk that is to go cannot, or the connection is broken.
     pub fn begin(
-        machine: Machine,
+        mut machine: Machine,
         connection: S,
         policy: Policy,
         luggage: Luggage,
     ) -> Result<Self, Unsent> {
+        // Its log is this one's from here on, and there is one only.
+        machine.stop_tracking();
         let mut out = FrameWriter::new(connection);
         match prepare(&machine, &mut out, &luggage) {
             Ok((report, journal, pending)) => {

@@ -5,11 +5,14 @@
 //! when the guest runs again. So neither the size of memory nor a slow file is in the pause; but they are where the
 //! guest writes faster than is copied, and where vhost-net writes to its memory.
 //!
+//! A snapshot may have only what was written since another ([`Scope`]), which it is laid over when it is read.
+//!
 //! A machine is made from the file in two ways ([`Loading`]): memory is read first, or mapped and read when it is
 //! touched.
 
+mod log;
+
 use std::fs::File;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -17,11 +20,13 @@ use uuid::Uuid;
 use super::state::STATE_VERSION;
 use super::{BuildError, Machine, MachineError, MachineState, RunState, build};
 use crate::config::{MachineConfig, MachineFiles, MemoryConfig, PageSize};
-use crate::kvm::{KvmError, Vm};
+use crate::kvm::KvmError;
 use crate::memory::{GuestMemory, MemoryError, PageSet};
 use crate::stream::snapshot::{Snapshot, SnapshotWriter};
 use crate::stream::{BLOCK, Mask, Opening, PAGE, StreamError, Totals, malformed};
 use crate::thread::ThreadHook;
+
+pub(super) use log::{Ledger, WriteLog};
 
 /// With so few pages left the guest is stopped for them: 4 MiB, a millisecond's copy.
 const FEW: u64 = 1024;
@@ -47,6 +52,8 @@ pub enum SnapshotError {
     Over,
     #[error("it is laid over the snapshot {base}, which was not loaded before it")]
     Base { base: Uuid },
+    #[error("nobody has taken down what was written since a snapshot: a whole one is to be made")]
+    Untracked,
     #[error(
         "the machine's memory is still read from that very file: it has to be written to another"
     )]
@@ -75,6 +82,20 @@ pub enum Loading {
     /// has taken over could write to the memory of others else). Memory of huge pages (hugetlbfs) and hot memory are
     /// read first all the same; pages that are copied are of 4 KiB, also in a machine of transparent ones.
     Lazy,
+}
+
+/// What of memory a snapshot has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// All of it.
+    Whole,
+    /// All of it; and what is written from then on is taken down, so that the next may be [`Scope::Since`]. That costs
+    /// the guest as much as being migrated: its first write to each page after each snapshot (2 us on kvm-pvm). It ends
+    /// with a migration, or [`Machine::stop_tracking`].
+    Tracked,
+    /// What was written to since the last one that was tracked or was `Since`, over which it is to be laid: pages, not
+    /// blocks. It is tracked itself.
+    Since,
 }
 
 /// What a snapshot took.
@@ -107,20 +128,80 @@ impl Machine {
     /// The machine neither runs nor is paused, the guest ends or resets itself meanwhile, or something cannot be read
     /// or written; what is in the file then is taken for a snapshot by nobody.
     pub fn snapshot(&mut self, file: File, owner: &[u8]) -> Result<SnapshotReport, SnapshotError> {
+        self.snapshot_of(Scope::Whole, file, owner)
+    }
+
+    /// The same, of a part of memory.
+    ///
+    /// # Errors
+    /// Likewise; with [`Scope::Since`] there has to be one before it, and with it and [`Scope::Tracked`] nothing may
+    /// write to memory that is in no log (vhost-net). What is to be in the next one is not lost by an error.
+    pub fn snapshot_of(
+        &mut self,
+        scope: Scope,
+        file: File,
+        owner: &[u8],
+    ) -> Result<SnapshotReport, SnapshotError> {
         let began = Instant::now();
         if self.state != RunState::Paused {
             self.expect(RunState::Running, "written to a snapshot")?;
         }
-        let memory = self.memory.clone();
         // The first thing that is done to the file is that it is emptied.
-        if memory.is_made_of(&file)? {
+        if self.memory.is_made_of(&file)? {
             return Err(SnapshotError::Onto);
         }
-        let bytes = memory.file_bytes()?;
+        let mut ledger = self.ledger(scope)?;
+        let base = match (scope, &ledger) {
+            (Scope::Since, Some(ledger)) => ledger.base(),
+            _ => None,
+        };
+        let written = self.write(file, owner, base, ledger.as_mut());
+        if let (Ok(report), Some(ledger)) = (&written, &mut ledger)
+            && scope != Scope::Whole
+        {
+            ledger.is_based_on(report.id);
+        }
+        // One that was begun for this snapshot alone ends with it.
+        self.ledger = ledger.filter(|ledger| ledger.base().is_some());
+        let mut report = written?;
+        report.whole = began.elapsed();
+        Ok(report)
+    }
+
+    /// What is written to is not taken down any more; the next snapshot is a whole one.
+    pub fn stop_tracking(&mut self) {
+        self.ledger = None;
+    }
+
+    /// What takes down what is written from here on, and perhaps has since a snapshot; none: nobody writes meanwhile,
+    /// or nobody can tell.
+    fn ledger(&mut self, scope: Scope) -> Result<Option<Ledger>, SnapshotError> {
+        let before = self.ledger.take();
+        if self.devices.iter().any(|device| device.writes_unseen()) {
+            return match scope {
+                Scope::Whole => Ok(None),
+                Scope::Tracked | Scope::Since => Err(SnapshotError::Untracked),
+            };
+        }
+        match before {
+            None if scope == Scope::Since => Err(SnapshotError::Untracked),
+            None if scope == Scope::Whole && self.state == RunState::Paused => Ok(None),
+            None => Ledger::begin(&self.vm, &self.memory).map(Some),
+            before => Ok(before),
+        }
+    }
+
+    fn write(
+        &mut self,
+        file: File,
+        owner: &[u8],
+        base: Option<Uuid>,
+        mut ledger: Option<&mut Ledger>,
+    ) -> Result<SnapshotReport, SnapshotError> {
         let opening = Opening {
             id: Uuid::new_v4(),
-            base: None,
-            memory: bytes,
+            base,
+            memory: self.memory.file_bytes()?,
             made_by: concat!("fractus-vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         let mut report = SnapshotReport {
@@ -132,20 +213,20 @@ impl Machine {
             whole: Duration::ZERO,
         };
         let mut copy = Copy {
-            memory,
+            memory: self.memory.clone(),
+            is_whole: base.is_none(),
             writer: SnapshotWriter::new(file, opening)?,
         };
         let state = match self.state {
             RunState::Paused => {
                 // First, since disks are written to the end for it: what is copied may go to theirs.
                 let state = self.packed()?;
-                report.last = copy.all()?;
+                report.last = copy.first(ledger.as_deref_mut())?;
                 state
             }
-            _ => self.copy_running(&mut copy, &mut report)?,
+            _ => self.copy_running(&mut copy, &mut report, ledger)?,
         };
         report.totals = copy.writer.finish(&state, owner)?;
-        report.whole = began.elapsed();
         Ok(report)
     }
 
@@ -164,7 +245,19 @@ impl Machine {
         loading: Loading,
         hook: Option<ThreadHook>,
     ) -> Result<Machine, SnapshotError> {
-        let (state, memory) = loaded(snapshot, here, loading)?;
+        Machine::from_snapshots(&[snapshot], here, files, loading, hook)
+    }
+
+    /// The same from a whole snapshot and those that are laid over it, each over the one before ([`Scope::Since`]).
+    /// These are read first, however the whole one comes.
+    pub fn from_snapshots(
+        chain: &[&Snapshot],
+        here: &MachineConfig,
+        files: MachineFiles,
+        loading: Loading,
+        hook: Option<ThreadHook>,
+    ) -> Result<Machine, SnapshotError> {
+        let (state, memory) = loaded(chain, here, loading)?;
         Ok(build::restore(state, memory, files, hook)?)
     }
 
@@ -193,24 +286,19 @@ impl Machine {
         Ok(bytes)
     }
 
-    /// Returns the state that goes with what `copy` has.
+    /// Returns the state that goes with what `copy` has. What nobody logs is copied when nobody writes any more.
     fn copy_running(
         &mut self,
         copy: &mut Copy,
         report: &mut SnapshotReport,
+        mut ledger: Option<&mut Ledger>,
     ) -> Result<Vec<u8>, SnapshotError> {
-        // What nobody logs is copied when nobody writes any more.
-        let unseen = self.devices.iter().any(|device| device.writes_unseen());
-        let log = match unseen {
-            true => None,
-            false => Some(WriteLog::begin(&self.vm, &self.memory)?),
-        };
-        if let Some(log) = &log {
+        if let Some(ledger) = ledger.as_deref_mut() {
             let mut round = || -> Result<u64, SnapshotError> {
                 let (began, first) = (Instant::now(), report.rounds.is_empty());
                 let pages = match first {
-                    true => copy.all()?,
-                    false => copy.again(&log.take()?)?,
+                    true => copy.first(Some(&mut *ledger))?,
+                    false => copy.again(&ledger.take()?)?,
                 };
                 let took = began.elapsed();
                 report.rounds.push(Round { pages, took });
@@ -229,17 +317,16 @@ impl Machine {
             return Err(error.into());
         }
         self.state = RunState::Paused;
-        let kept = self.at_rest(copy, log.as_ref());
+        let kept = self.at_rest(copy, ledger);
         if let Err(error) = self.run() {
             self.run_on(&error);
             return Err(error.into());
         }
         report.pause = began.elapsed();
-        drop(log);
         let (state, kept) = kept?;
         report.last = kept.pages;
         for (number, mask, pages) in &kept.blocks {
-            copy.writer.amend(*number, *mask, pages)?;
+            copy.amend(*number, *mask, pages)?;
         }
         Ok(state)
     }
@@ -248,15 +335,15 @@ impl Machine {
     fn at_rest(
         &self,
         copy: &mut Copy,
-        log: Option<&WriteLog>,
+        ledger: Option<&mut Ledger>,
     ) -> Result<(Vec<u8>, Kept), SnapshotError> {
         let state = self.packed()?;
         let mut kept = Kept::default();
-        let Some(log) = log else {
-            kept.pages = copy.all()?;
+        let Some(ledger) = ledger else {
+            kept.pages = copy.first(None)?;
             return Ok((state, kept));
         };
-        let written = log.take()?;
+        let written = ledger.take()?;
         kept.pages = written.count();
         if kept.pages > MOST_KEPT {
             copy.again(&written)?;
@@ -272,20 +359,34 @@ impl Machine {
 
 /// All that a machine is made from, checked as far as it can be without KVM.
 pub(super) fn loaded(
-    snapshot: &Snapshot,
+    chain: &[&Snapshot],
     here: &MachineConfig,
     loading: Loading,
 ) -> Result<(MachineState, GuestMemory), SnapshotError> {
-    if let Some(base) = snapshot.opening().base {
-        return Err(SnapshotError::Base { base });
+    let mut below = None;
+    for snapshot in chain {
+        let opening = snapshot.opening();
+        if opening.base != below {
+            return Err(match opening.base {
+                Some(base) => SnapshotError::Base { base },
+                None => malformed("a whole snapshot, where one is laid over another").into(),
+            });
+        }
+        below = Some(opening.id);
     }
-    let mut state = unpacked(snapshot.state())?;
+    let (Some((first, over)), Some(last)) = (chain.split_first(), chain.last()) else {
+        return Err(malformed("no snapshot at all").into());
+    };
+    let mut state = unpacked(last.state())?;
     state.take_place(here);
     let config = state.config();
     config.validate().map_err(BuildError::from)?;
-    check_memory(config, here, snapshot.opening().memory)?;
+    check_memory(config, here, first.opening().memory)?;
     let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
-    fill(&memory, snapshot, &config.memory, loading)?;
+    fill(&memory, first, &config.memory, loading)?;
+    for snapshot in over {
+        snapshot.load(&memory)?;
+    }
     Ok((state, memory))
 }
 
@@ -357,22 +458,39 @@ struct Kept {
 /// Copies memory to a snapshot.
 struct Copy {
     memory: GuestMemory,
+    /// Not laid over another.
+    is_whole: bool,
     writer: SnapshotWriter,
 }
 
 impl Copy {
-    /// All that there is; how many pages that may be.
-    fn all(&mut self) -> Result<u64, SnapshotError> {
-        let present = self.memory.present()?;
-        self.again(&present)
+    /// All that is to be in it; how many pages that may be. From then on the ledger tells what is to be copied again.
+    fn first(&mut self, ledger: Option<&mut Ledger>) -> Result<u64, SnapshotError> {
+        let since = ledger.map(Ledger::take_all).transpose()?;
+        let pages = match since.filter(|_| !self.is_whole) {
+            Some(since) => since,
+            None => self.memory.present()?,
+        };
+        self.again(&pages)
     }
 
     /// What has been written to; how many pages.
     fn again(&mut self, written: &PageSet) -> Result<u64, SnapshotError> {
-        for (number, _) in written.blocks() {
-            self.block(number)?;
+        for (number, mask) in written.blocks() {
+            match self.is_whole {
+                true => self.block(number)?,
+                false => {
+                    let pages = read_pages(&self.memory, number, mask)?;
+                    self.amend(number, mask, &pages)?;
+                }
+            }
         }
         Ok(written.count())
+    }
+
+    /// Pages of a block, each whole, which are all that has changed since it was copied.
+    fn amend(&mut self, number: u64, mask: Mask, pages: &[u8]) -> Result<(), SnapshotError> {
+        Ok(self.writer.amend(number, mask, pages)?)
     }
 
     fn block(&mut self, number: u64) -> Result<(), SnapshotError> {
@@ -402,44 +520,6 @@ pub(super) fn read_pages(
         rest = more;
     }
     Ok(pages)
-}
-
-/// What guest and process write to, for as long as it lives. There is one at a time.
-pub(super) struct WriteLog {
-    vm: Arc<Vm>,
-    memory: GuestMemory,
-    bytes: u64,
-}
-
-impl WriteLog {
-    pub(super) fn begin(vm: &Arc<Vm>, memory: &GuestMemory) -> Result<Self, SnapshotError> {
-        let bytes = memory.file_bytes()?;
-        let log = WriteLog {
-            vm: Arc::clone(vm),
-            memory: memory.clone(),
-            bytes,
-        };
-        // What this process wrote before is in the first copy.
-        memory.take_own_writes(&mut PageSet::new(bytes));
-        vm.log_writes(true)?;
-        Ok(log)
-    }
-
-    /// Since it was begun or last taken.
-    pub(super) fn take(&self) -> Result<PageSet, SnapshotError> {
-        let mut pages = PageSet::new(self.bytes);
-        self.vm.take_written(&mut pages)?;
-        self.memory.take_own_writes(&mut pages);
-        Ok(pages)
-    }
-}
-
-impl Drop for WriteLog {
-    fn drop(&mut self) {
-        if let Err(error) = self.vm.log_writes(false) {
-            tracing::warn!(%error, "the guest's writes are logged on, and slower");
-        }
-    }
 }
 
 #[cfg(test)]

@@ -29,6 +29,11 @@ impl Mask {
         self.0.count_ones().into()
     }
 
+    /// The pages that both have.
+    pub fn and(self, other: Mask) -> Mask {
+        Mask(self.0 & other.0)
+    }
+
     pub fn without(self, other: Mask) -> Mask {
         Mask(self.0 & !other.0)
     }

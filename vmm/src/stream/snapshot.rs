@@ -85,6 +85,18 @@ impl SnapshotWriter {
 
     /// The content of block `number`, whole; it may come again, and the last time counts.
     pub fn put(&mut self, number: u64, content: &[u8]) -> Result<(), StreamError> {
+        self.put_known(number, content, Mask(u16::MAX), Mask(u16::MAX))
+    }
+
+    /// The same where only the pages of `known` are spoken of, and of these no more than those of `new` are not in the
+    /// file yet.
+    fn put_known(
+        &mut self,
+        number: u64,
+        content: &[u8],
+        known: Mask,
+        new: Mask,
+    ) -> Result<(), StreamError> {
         let start = number.saturating_mul(BLOCK as u64);
         let size = self.opening.memory.saturating_sub(start).min(BLOCK as u64);
         let block = usize::try_from(number)
@@ -95,48 +107,50 @@ impl SnapshotWriter {
         };
         let there = Mask::with_content(content);
         let before = std::mem::take(block);
+        let part = |run: Range<usize>| {
+            let bytes = content.get(run.start..run.end.min(content.len()));
+            (bytes.unwrap_or_default(), MEMORY + start + run.start as u64)
+        };
         let mut hasher = crc32fast::Hasher::new();
         for run in there.runs() {
-            let bytes = content
-                .get(run.start..run.end.min(content.len()))
-                .unwrap_or_default();
-            hasher.update(bytes);
-            let at = MEMORY + start + run.start as u64;
+            hasher.update(part(run).0);
+        }
+        for run in there.and(new).runs() {
+            let (bytes, at) = part(run);
             self.file.write_all_at(bytes, at).map_err(io("write"))?;
         }
         let whole = Mask(u16::MAX >> (16 - content.len().div_ceil(PAGE)));
         *block = Entry {
             placed: there,
             zero: match self.opening.base {
-                Some(_) => whole.without(there),
+                Some(_) => whole.and(known).without(there),
                 None => Mask::default(),
             },
             checksum: hasher.finalize(),
         };
         for run in before.placed.without(there).runs() {
-            let at = MEMORY + start + run.start as u64;
-            let end = (run.start + run.len()).min(content.len());
-            make_zero(&self.file, at, (end - run.start) as u64).map_err(io("make a hole in"))?;
+            let (bytes, at) = part(run);
+            make_zero(&self.file, at, bytes.len() as u64).map_err(io("make a hole in"))?;
         }
         Ok(())
     }
 
-    /// Puts the pages of `mask`, of block `number`, which are all that has changed since the block was put;
-    /// `content` has them behind each other, each whole.
+    /// Puts the pages of `mask`, of block `number`, which are all that has changed since the block was put, or else since
+    /// the base; `content` has them behind each other, each whole.
     pub fn amend(&mut self, number: u64, mask: Mask, content: &[u8]) -> Result<(), StreamError> {
         let start = number.saturating_mul(BLOCK as u64);
         let size = self.opening.memory.saturating_sub(start).min(BLOCK as u64) as usize;
-        let before = usize::try_from(number)
-            .ok()
-            .and_then(|at| self.blocks.get(at));
-        if self.opening.base.is_some() && before == Some(&Entry::default()) {
-            return Err(malformed("a part of a block that only the base has"));
-        }
-        let mut block = vec![0; size];
+        let index = usize::try_from(number).unwrap_or(usize::MAX);
+        let before = self.blocks.get(index).copied();
+        let before = before.ok_or_else(|| malformed("a block that the machine does not have"))?;
+        // Pages that are not spoken of stay as they are: those that the base has are zero here and not looked at.
+        let mut block = [0; BLOCK];
         let at = MEMORY.saturating_add(start);
-        self.file
-            .read_exact_at(&mut block, at)
-            .map_err(io("read back"))?;
+        for run in before.placed.without(mask).runs() {
+            let bytes = block.get_mut(run.start..run.end.min(size));
+            let at = at + run.start as u64;
+            (self.file.read_exact_at(bytes.unwrap_or_default(), at)).map_err(io("read back"))?;
+        }
         let mut rest = content;
         for run in mask.runs() {
             let target = block
@@ -148,7 +162,11 @@ impl SnapshotWriter {
             target.copy_from_slice(pages.get(..target.len()).unwrap_or_default());
             rest = more;
         }
-        self.put(number, &block)
+        let known = match self.opening.base {
+            Some(_) => Mask(before.placed.0 | before.zero.0 | mask.0),
+            None => Mask(u16::MAX),
+        };
+        self.put_known(number, block.get(..size).unwrap_or_default(), known, mask)
     }
 
     /// Writes what is to be known of all that, then the head; the file is on its disk when this returns.

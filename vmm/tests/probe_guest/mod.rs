@@ -380,12 +380,19 @@ impl Guest {
 
     /// The same, with its memory mapped or read first.
     pub fn cloned_as(&self, loading: Loading, file: File, disks: &[&File]) -> Guest {
+        self.cloned_of(loading, vec![file], disks)
+    }
+
+    /// The same, of a whole snapshot and those that are laid over it.
+    pub fn cloned_of(&self, loading: Loading, files: Vec<File>, disks: &[&File]) -> Guest {
+        let chain = files.into_iter().map(Snapshot::open);
+        let chain: Vec<Snapshot> = chain.map(|one| one.expect("a snapshot")).collect();
         let (serial, end) = UnixStream::pair().expect("a socket pair");
         let nets: Vec<_> = self.nets.iter().map(duplicate_net).collect();
         let files = files_again(&nets, None, disks, &end);
-        let snapshot = Snapshot::open(file).expect("a snapshot");
         let here = self.machine.config();
-        let machine = Machine::from_snapshot(&snapshot, here, files, loading, None);
+        let chain: Vec<&Snapshot> = chain.iter().collect();
+        let machine = Machine::from_snapshots(&chain, here, files, loading, None);
         let machine = machine.expect("restore");
         Guest::going_on(machine, serial, nets, None)
     }

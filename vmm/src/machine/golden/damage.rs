@@ -54,7 +54,7 @@ fn no_flipped_bit_in_a_snapshot_changes_what_is_loaded() {
     let file = file(&bytes);
     let load = || -> Result<_, SnapshotError> {
         let snapshot = Snapshot::open(file.try_clone().unwrap())?;
-        loaded(&snapshot, &every_device(), Loading::Eager)
+        loaded(&[&snapshot], &every_device(), Loading::Eager)
     };
     let content = |memory: &GuestMemory| {
         let mut all = vec![0; memory.file_bytes().unwrap() as usize];
@@ -181,7 +181,8 @@ fn a_snapshot_of_a_newer_state_or_form_is_refused_with_its_number() {
         file.write_all_at(&number.to_le_bytes(), at as u64).unwrap();
         snapshot::seal(&file, true).unwrap();
         let opened = Snapshot::open(file).map_err(SnapshotError::from);
-        let loaded = opened.and_then(|snapshot| loaded(&snapshot, &every_device(), Loading::Eager));
+        let loaded =
+            opened.and_then(|snapshot| loaded(&[&snapshot], &every_device(), Loading::Eager));
         loaded.err().unwrap().to_string()
     };
     let state = said(at + frame::HEAD, STATE_VERSION + 1);
@@ -232,7 +233,7 @@ fn a_snapshot_that_claims_other_memory_than_it_has_or_huge_pages_is_refused() {
         ]
         .concat();
         writer.finish(&bytes, b"").unwrap();
-        let loaded = loaded(&Snapshot::open(file).unwrap(), here, Loading::Eager);
+        let loaded = loaded(&[&Snapshot::open(file).unwrap()], here, Loading::Eager);
         loaded.err().map(|error| error.to_string())
     };
     let here = every_device();

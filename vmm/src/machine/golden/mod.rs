@@ -147,7 +147,7 @@ fn open(
     loading: Loading,
 ) -> Result<(Snapshot, MachineState, GuestMemory), SnapshotError> {
     let snapshot = Snapshot::open(file(bytes))?;
-    let (state, memory) = loaded(&snapshot, &every_device(), loading)?;
+    let (state, memory) = loaded(&[&snapshot], &every_device(), loading)?;
     Ok((snapshot, state, memory))
 }
 

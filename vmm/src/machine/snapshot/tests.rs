@@ -30,6 +30,10 @@ enum Step {
     Settle,
     /// Written to a file, and made anew from that.
     Restore(Loading),
+    /// Written to a file over which others are laid from then on.
+    Track,
+    /// Written to a file that has only what was written to since the one before; another is made of all of them.
+    Since(Loading),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -44,6 +48,9 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Settle),
         2 => Just(Step::Restore(Loading::Eager)),
         4 => Just(Step::Restore(Loading::Lazy)),
+        2 => Just(Step::Track),
+        3 => Just(Step::Since(Loading::Eager)),
+        3 => Just(Step::Since(Loading::Lazy)),
     ]
 }
 
@@ -59,6 +66,8 @@ struct Modelled {
     pages: Vec<u8>,
     /// The first page of each block, if it is plugged.
     hot: Vec<Option<u8>>,
+    /// A whole snapshot and those over it, if there are any since which nobody else has asked for its writes.
+    chain: Vec<Snapshot>,
 }
 
 impl Modelled {
@@ -68,6 +77,7 @@ impl Modelled {
             memory: GuestMemory::create_with(&config, Some(&hot)).unwrap(),
             pages: vec![0; PAGES as usize],
             hot: vec![None; HOT_BLOCKS as usize],
+            chain: Vec::new(),
         }
     }
 
@@ -121,40 +131,78 @@ impl Modelled {
                 }
             }
             Step::Settle => memory.settle().unwrap(),
-            Step::Restore(_) => {}
+            Step::Track => {
+                self.own_writes();
+                self.chain = vec![self.written(None)];
+            }
+            Step::Restore(_) | Step::Since(_) => {}
         }
     }
 
-    /// Another that is made of what this one writes, and what it wrote.
-    fn restored(&self, loading: Loading) -> (Self, Snapshot) {
+    fn own_writes(&self) -> PageSet {
+        let mut pages = PageSet::new(self.memory.file_bytes().unwrap());
+        self.memory.take_own_writes(&mut pages);
+        pages
+    }
+
+    /// All of it in a file, or these pages over another.
+    fn written(&self, over: Option<(Uuid, &PageSet)>) -> Snapshot {
         let file = tempfile::tempfile().unwrap();
         let opening = Opening {
-            id: Uuid::from_u128(1),
-            base: None,
+            id: Uuid::new_v4(),
+            base: over.map(|(base, _)| base),
             memory: self.memory.file_bytes().unwrap(),
             made_by: "a test".to_owned(),
         };
         let mut copy = Copy {
             memory: self.memory.clone(),
+            is_whole: over.is_none(),
             writer: SnapshotWriter::new(file.try_clone().unwrap(), opening).unwrap(),
         };
-        copy.all().unwrap();
+        match over {
+            None => copy.first(None).unwrap(),
+            Some((_, pages)) => copy.again(pages).unwrap(),
+        };
         copy.writer.finish(b"", b"").unwrap();
         let snapshot = Snapshot::open(file).unwrap();
         snapshot.check().unwrap();
+        snapshot
+    }
+
+    /// Another, made of snapshots of this one.
+    fn made_of(&self, chain: &[&Snapshot], loading: Loading) -> Self {
         let other = Modelled::new();
-        fill(&other.memory, &snapshot, &config().0, loading).unwrap();
+        let (first, over) = chain.split_first().unwrap();
+        fill(&other.memory, first, &config().0, loading).unwrap();
+        for snapshot in over {
+            snapshot.load(&other.memory).unwrap();
+        }
         let plugged = self.memory.hot().unwrap().plugged();
         other.memory.hot().unwrap().plug_again(&plugged).unwrap();
         let (pages, hot) = (self.pages.clone(), self.hot.clone());
-        (
-            Modelled {
-                pages,
-                hot,
-                ..other
-            },
-            snapshot,
-        )
+        Modelled {
+            pages,
+            hot,
+            ..other
+        }
+    }
+
+    /// Another, made of the snapshots that were laid over each other, and of one more.
+    fn since(&mut self, loading: Loading) -> Option<Self> {
+        let base = self.chain.last()?.opening().id;
+        let pages = self.own_writes();
+        let next = self.written(Some((base, &pages)));
+        let totals = next.totals();
+        assert_eq!(totals.pages + totals.zeros, pages.count());
+        self.chain.push(next);
+        let chain: Vec<&Snapshot> = self.chain.iter().collect();
+        Some(self.made_of(&chain, loading))
+    }
+
+    /// Another that is made of what this one writes, and what it wrote.
+    fn restored(&self, loading: Loading) -> (Self, Snapshot) {
+        let snapshot = self.written(None);
+        (self.made_of(&[&snapshot], loading), snapshot)
     }
 
     /// As a stream reads it, and what it is told to look at.
@@ -214,6 +262,9 @@ proptest! {
                 let (next, _) = now.restored(*loading);
                 let (twin, _) = now.restored(Loading::Lazy);
                 before.extend([std::mem::replace(&mut now, next), twin]);
+            }
+            if let Step::Since(loading) = step {
+                before.extend(now.since(*loading));
             }
             now.check_stream();
         }

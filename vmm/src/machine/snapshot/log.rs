@@ -1,0 +1,94 @@
+//! What guest and process write to memory: while it is copied, and from one snapshot to the next.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::SnapshotError;
+use crate::kvm::Vm;
+use crate::memory::{GuestMemory, PageSet};
+
+/// What guest and process write to, for as long as it lives. There is one at a time.
+pub(in crate::machine) struct WriteLog {
+    vm: Arc<Vm>,
+    memory: GuestMemory,
+    bytes: u64,
+}
+
+impl WriteLog {
+    pub fn begin(vm: &Arc<Vm>, memory: &GuestMemory) -> Result<Self, SnapshotError> {
+        let bytes = memory.file_bytes()?;
+        let log = WriteLog {
+            vm: Arc::clone(vm),
+            memory: memory.clone(),
+            bytes,
+        };
+        // What this process wrote before is in the first copy.
+        memory.take_own_writes(&mut PageSet::new(bytes));
+        vm.log_writes(true)?;
+        Ok(log)
+    }
+
+    /// Since it was begun or last taken.
+    pub fn take(&self) -> Result<PageSet, SnapshotError> {
+        let mut pages = PageSet::new(self.bytes);
+        self.vm.take_written(&mut pages)?;
+        self.memory.take_own_writes(&mut pages);
+        Ok(pages)
+    }
+}
+
+impl Drop for WriteLog {
+    fn drop(&mut self) {
+        if let Err(error) = self.vm.log_writes(false) {
+            tracing::warn!(%error, "the guest's writes are logged on, and slower");
+        }
+    }
+}
+
+/// A log with all that it has told since a snapshot.
+pub(in crate::machine) struct Ledger {
+    log: WriteLog,
+    /// `None`: there was none yet.
+    base: Option<Uuid>,
+    since: PageSet,
+}
+
+impl Ledger {
+    pub fn begin(vm: &Arc<Vm>, memory: &GuestMemory) -> Result<Self, SnapshotError> {
+        let log = WriteLog::begin(vm, memory)?;
+        Ok(Ledger {
+            since: PageSet::new(log.bytes),
+            base: None,
+            log,
+        })
+    }
+
+    /// What was written to since that was last asked.
+    pub fn take(&mut self) -> Result<PageSet, SnapshotError> {
+        let taken = self.log.take();
+        match &taken {
+            Ok(pages) => self.since.join(pages),
+            // A part of it is lost, perhaps.
+            Err(_) => self.base = None,
+        }
+        taken
+    }
+
+    /// All that was written to since the snapshot that is there.
+    pub fn take_all(&mut self) -> Result<PageSet, SnapshotError> {
+        self.take()?;
+        Ok(self.since.clone())
+    }
+
+    /// The snapshot that a next one can be laid over.
+    pub fn base(&self) -> Option<Uuid> {
+        self.base
+    }
+
+    /// There is a snapshot of what was last taken, which is whole and on its disk.
+    pub fn is_based_on(&mut self, snapshot: Uuid) {
+        self.base = Some(snapshot);
+        self.since = PageSet::new(self.log.bytes);
+    }
+}
