@@ -35,6 +35,7 @@ use std::sync::Arc;
 
 use fractus_vmm::config::{ConsoleFiles, FallbackFiles, MachineFiles, NetFiles, WatchdogAction};
 use fractus_vmm::machine::{self, Landing, Loading, Machine};
+use fractus_vmm::stream::snapshot::Snapshot;
 use fractus_vmm::thread::{ThreadHook, ThreadKind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
 
@@ -375,10 +376,11 @@ fn build(
         .collect();
     let kvm = files.take(FileRole::Kvm);
     let kept = files.file(FileRole::Kept);
-    let kept = kept
-        .map(|file| Kept::open(file, kvm.is_some()))
-        .transpose()?;
-    let note = kept.as_ref().map(Kept::note).cloned();
+    let kept = match (kept, files.file(FileRole::Template)) {
+        (Some(file), _) => Some(Kept::open(file, kvm.is_some())?),
+        (None, template) => template.map(Kept::template).transpose()?,
+    };
+    let note = kept.as_ref().and_then(Kept::note).cloned();
     let (disks, nets) = match &note {
         Some(note) => note.order(launch, disks, nets)?,
         None => (disks, nets),
@@ -420,18 +422,32 @@ fn build(
         return arrive(stream, launch, machine, Some(hook));
     }
     let machine = match kept {
-        Some(Kept::Machine(snapshot, _)) => Machine::from_snapshot(
-            &snapshot,
-            &launch.config,
-            machine,
-            Loading::Eager,
-            Some(hook),
-        )
-        .map_err(|e| VmError::Build(chain(&e)))?,
-        _ => Machine::build(launch.config.clone(), machine, Some(hook))
-            .map_err(|e| VmError::Build(chain(&e)))?,
+        Some(Kept::Machine(snapshot, _)) => {
+            going_on(&snapshot, launch, machine, Loading::Eager, hook)?
+        }
+        Some(Kept::Template(snapshot, _)) => {
+            let mut machine = going_on(&snapshot, launch, machine, Loading::Lazy, hook)?;
+            let told = machine.change_generation();
+            told.map_err(|e| VmError::Build(chain(&e)))?;
+            machine
+        }
+        Some(Kept::StandIn(..)) | None => {
+            Machine::build(launch.config.clone(), machine, Some(hook))
+                .map_err(|e| VmError::Build(chain(&e)))?
+        }
     };
     Ok((Box::new(traveller(machine)?), note))
+}
+
+fn going_on(
+    snapshot: &Snapshot,
+    launch: &Launch,
+    files: MachineFiles,
+    loading: Loading,
+    hook: ThreadHook,
+) -> Result<Machine, VmError> {
+    Machine::from_snapshot(snapshot, &launch.config, files, loading, Some(hook))
+        .map_err(|e| VmError::Build(chain(&e)))
 }
 
 fn traveller(machine: Machine) -> Result<Traveller, VmError> {

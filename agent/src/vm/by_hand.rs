@@ -1,5 +1,5 @@
-//! One machine without an agent: `fractus-agent vm --config FILE [--no-jail] [--tap NAME] [--stamp]`, for
-//! benchmarks, tests and trying things out.
+//! One machine without an agent: `fractus-agent vm --config FILE [--no-jail] [--tap NAME] [--stamp] [--resume FILE |
+//! --clone FILE]`, for benchmarks, tests and trying things out.
 //!
 //! FILE is JSON:
 //! ```json
@@ -17,7 +17,9 @@
 //! started and jailed exactly as the agent does it, and ends when this one does; with `--no-jail` it runs in
 //! this very process, without jail and seccomp. A tap is made if it is not there; `--tap` adds one to those of
 //! FILE. With `--stamp` the first line on standard error is CLOCK_MONOTONIC, in nanoseconds, of the moment
-//! before the machine's process is cloned. The exit status is 0 when the guest powered off or was stopped, else 1
+//! before the machine's process is cloned. With `--resume` the guest goes on from a snapshot, which is read first; with
+//! `--clone` it is one of several that do, and what it does not write to is theirs together: the snapshot is mapped, and
+//! has to stay as it is. The exit status is 0 when the guest powered off or was stopped, else 1
 //! with the reason on standard error.
 
 use std::ffi::{CString, OsString};
@@ -102,18 +104,28 @@ pub(super) fn report(outcome: Result<ExitCode, VmError>) -> ExitCode {
 fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
     let usage = || VmError::ByHand {
         path: "vm".to_owned(),
-        detail: "usage: fractus-agent vm --config FILE [--no-jail] [--tap NAME] [--stamp]"
+        detail: "usage: fractus-agent vm --config FILE [--no-jail] [--tap NAME] [--stamp] \
+                 [--resume FILE | --clone FILE]"
             .to_owned(),
     };
     let [flag, path, rest @ ..] = arguments.as_slice() else {
         return Err(usage());
     };
     let (mut jailed, mut stamped, mut taps) = (true, false, Vec::new());
+    let mut snapshot = None;
     let mut rest = rest.iter();
     while let Some(word) = rest.next() {
         match word.to_str() {
             Some("--no-jail") => jailed = false,
             Some("--stamp") => stamped = true,
+            Some(word @ ("--resume" | "--clone")) if snapshot.is_none() => {
+                let role = match word {
+                    "--resume" => FileRole::Kept,
+                    _ => FileRole::Template,
+                };
+                let path = rest.next().ok_or_else(usage)?;
+                snapshot = Some((role, PathBuf::from(path)));
+            }
             Some("--tap") => {
                 let name = rest.next().and_then(|name| name.to_str());
                 taps.push(name.ok_or_else(usage)?.to_owned());
@@ -132,7 +144,12 @@ fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
     let text = std::fs::read_to_string(path).map_err(|e| named(path.display(), &e))?;
     let mut by_hand: ByHand = serde_json::from_str(&text).map_err(|e| named(path.display(), &e))?;
     by_hand.taps.append(&mut taps);
-    let (launch, files) = open(by_hand, jailed)?;
+    let (mut launch, mut files) = open(by_hand, jailed)?;
+    if let Some((role, path)) = snapshot {
+        let file = File::open(&path).map_err(|e| named(path.display(), &e))?;
+        launch.files.push(role);
+        files.push(file.into());
+    }
     if let (Some(nest), Some(network)) = (nest, network) {
         // As an agent has it long before a machine is started.
         let panicked = |_| Err(std::io::Error::other("its thread panicked"));

@@ -36,15 +36,23 @@ pub struct Note {
 /// What another process has written.
 pub enum Kept {
     Machine(Box<Snapshot>, Note),
+    /// Of which this guest is one of several; none: nobody has said which of its devices is which.
+    Template(Box<Snapshot>, Option<Note>),
     StandIn(stand_in::Kept, Note),
 }
 
 impl Kept {
+    pub fn template(file: File) -> Result<Self, VmError> {
+        let snapshot = Snapshot::open(file).map_err(|error| damaged(&error))?;
+        let note = match snapshot.owner() {
+            [] => None,
+            note => Some(Note::read(note)?),
+        };
+        Ok(Self::Template(Box::new(snapshot), note))
+    }
+
     /// `real`: of a machine, not of a stand-in.
     pub fn open(file: File, real: bool) -> Result<Self, VmError> {
-        let damaged = |error: &dyn std::error::Error| {
-            VmError::Build(format!("the memory that was kept: {}", chain(error)))
-        };
         let note = Note::read;
         if real {
             let snapshot = Snapshot::open(file).map_err(|error| damaged(&error))?;
@@ -56,11 +64,16 @@ impl Kept {
         Ok(Self::StandIn(kept, note))
     }
 
-    pub fn note(&self) -> &Note {
+    pub fn note(&self) -> Option<&Note> {
         match self {
-            Self::Machine(_, note) | Self::StandIn(_, note) => note,
+            Self::Machine(_, note) | Self::StandIn(_, note) => Some(note),
+            Self::Template(_, note) => note.as_ref(),
         }
     }
+}
+
+fn damaged(error: &dyn std::error::Error) -> VmError {
+    VmError::Build(format!("the memory that was kept: {}", chain(error)))
 }
 
 impl Note {

@@ -318,6 +318,9 @@ pub enum FileRole {
     /// What another process wrote when it was told to suspend its guest: that guest goes on in this one, whose
     /// `config` says no more than what files come.
     Kept,
+    /// The same, of which several guests go on: its memory is mapped, not read, and each is told that it is another.
+    /// Nobody writes to it, nor truncates it, while one of them lives.
+    Template,
     /// A stream socket by which a guest comes that another process sends; `config` likewise, with the size that
     /// was agreed. Its disks are overwritten.
     Arrival,
