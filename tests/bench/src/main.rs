@@ -13,6 +13,7 @@ mod lab;
 mod migrate;
 mod net;
 mod process;
+mod snapshot;
 mod vmm;
 
 use std::process::ExitCode;
@@ -75,6 +76,16 @@ const BENCHES: &[Bench] = &[
         name: "migrate",
         about: "a guest of 1 GiB to another host, idle and writing 128 and 512 MiB over and over, beside QEMU's migration",
         run: migrate::migrations,
+    },
+    Bench {
+        name: "snapshot",
+        about: "a guest of 256 MiB and 4 GiB written to a file on tmpfs while it runs, and how it feels that",
+        run: snapshot::written,
+    },
+    Bench {
+        name: "restore",
+        about: "a guest that goes on from a file to its next output; memory of each of 20 that do; beside QEMU",
+        run: snapshot::restored,
     },
     Bench {
         name: "lab",

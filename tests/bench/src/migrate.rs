@@ -78,15 +78,15 @@ impl Case {
 
 /// A line of the guest's: what it did in each of the last seconds, the latest first.
 #[derive(Clone)]
-struct Line {
-    second: u64,
+pub struct Line {
+    pub second: u64,
     turns: Vec<f64>,
     gaps_us: Vec<f64>,
 }
 
 impl Line {
     /// The last whole one.
-    fn last(said: &str) -> Option<Line> {
+    pub fn last(said: &str) -> Option<Line> {
         let (whole, _) = said.rsplit_once('\n')?;
         whole.lines().rev().find_map(Line::of)
     }
@@ -106,7 +106,7 @@ impl Line {
     }
 
     /// Of seconds `from` to `to`: the longest gap, in ms, and turns a second.
-    fn seconds(&self, from: u64, to: u64) -> anyhow::Result<(f64, f64)> {
+    pub fn seconds(&self, from: u64, to: u64) -> anyhow::Result<(f64, f64)> {
         let index = |second| usize::try_from(self.second.saturating_sub(second));
         let (first, last) = (index(to)?, index(from)?);
         let of = |numbers: &[f64]| numbers.get(first..=last).map(<[f64]>::to_vec);
@@ -186,9 +186,23 @@ impl Ours<'_> {
     }
 }
 
+/// A QEMU with a guest of so many MiB.
+pub fn qemu(mib: u64, command_line: &str) -> anyhow::Result<Command> {
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-M", "q35", "-accel", "kvm"])
+        .args(["-cpu", "max,-arch-capabilities"])
+        .args(["-m", &mib.to_string()])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        .args(["-serial", "stdio", "-no-reboot"])
+        .args(["-append", command_line, "-kernel"])
+        .arg(probe()?);
+    Ok(command)
+}
+
 /// A QEMU and its monitor.
-struct Peer {
-    guest: Running,
+pub struct Peer {
+    pub guest: Running,
     monitor: BufReader<UnixStream>,
     said: String,
 }
@@ -196,25 +210,23 @@ struct Peer {
 impl Peer {
     fn start(folder: &Path, case: &Case, incoming: Option<&str>) -> anyhow::Result<Self> {
         let socket: PathBuf = folder.join(if incoming.is_some() { "there" } else { "here" });
-        let _ = std::fs::remove_file(&socket);
-        let mut command = Command::new("qemu-system-x86_64");
-        command
-            .args(["-M", "q35", "-accel", "kvm"])
-            .args(["-cpu", "max,-arch-capabilities"])
-            .args(["-m", &GUEST_MIB.to_string()])
-            .args(["-nodefaults", "-no-user-config", "-display", "none"])
-            .args(["-serial", "stdio", "-no-reboot"])
-            .args(["-append", &case.command_line(), "-kernel"])
-            .arg(probe()?)
-            .arg("-qmp")
-            .arg(format!("unix:{},server=on,wait=off", socket.display()));
+        let mut command = qemu(GUEST_MIB, &case.command_line())?;
         if let Some(address) = incoming {
             command.args(["-incoming", address]);
         }
+        Self::monitored(command, &socket)
+    }
+
+    /// Its monitor listens at `socket`.
+    pub fn monitored(mut command: Command, socket: &Path) -> anyhow::Result<Self> {
+        let _ = std::fs::remove_file(socket);
+        command
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", socket.display()));
         let guest = Running::start_talking(&mut command)?;
         let began = Instant::now();
         let monitor = loop {
-            match UnixStream::connect(&socket) {
+            match UnixStream::connect(socket) {
                 Ok(monitor) => break monitor,
                 Err(error) if began.elapsed() > PATIENCE => return Err(error.into()),
                 // sleeps because QEMU does not say when it listens
@@ -231,7 +243,7 @@ impl Peer {
         Ok(peer)
     }
 
-    fn tell(&mut self, command: &str, arguments: Value) -> anyhow::Result<Value> {
+    pub fn tell(&mut self, command: &str, arguments: Value) -> anyhow::Result<Value> {
         let said = json!({"execute": command, "arguments": arguments});
         writeln!(self.monitor.get_mut(), "{said}")?;
         loop {
@@ -252,6 +264,22 @@ impl Peer {
         self.guest.read_until(&mut self.said, later)
     }
 
+    /// Has its guest go, and asks now and then whether it has; how it went.
+    pub fn migrate(&mut self, address: &str, look: Duration) -> anyhow::Result<Value> {
+        self.tell("migrate", json!({"uri": address}))?;
+        let began = Instant::now();
+        loop {
+            let info = self.tell("query-migrate", json!({}))?;
+            match info["status"].as_str() {
+                Some("completed") => return Ok(info),
+                Some("failed" | "cancelled") => bail!("QEMU's migration failed: {info}"),
+                _ if began.elapsed() > PATIENCE => bail!("QEMU's migration has no end: {info}"),
+                // sleeps because QEMU is asked about it
+                _ => std::thread::sleep(look),
+            }
+        }
+    }
+
     /// Goes to another process, which is returned, standing still.
     fn measure(mut self, folder: &Path, case: &Case) -> anyhow::Result<(Felt, Self)> {
         let mut there = Self::start(folder, case, Some("defer"))?;
@@ -265,18 +293,8 @@ impl Peer {
         self.tell("cont", json!({}))?;
         let now = self.line_after(0)?.second;
         let before = self.line_after(now + BEFORE)?;
-        self.tell("migrate", json!({"uri": address}))?;
         let began = Instant::now();
-        let total = loop {
-            let info = self.tell("query-migrate", json!({}))?;
-            match info["status"].as_str() {
-                Some("completed") => break info["total-time"].as_f64(),
-                Some("failed" | "cancelled") => bail!("QEMU's migration failed: {info}"),
-                _ if began.elapsed() > PATIENCE => bail!("QEMU's migration has no end: {info}"),
-                // sleeps because QEMU is asked about it
-                _ => std::thread::sleep(ENDS),
-            }
-        };
+        let total = self.migrate(&address, ENDS)?["total-time"].as_f64();
         let whole = began.elapsed();
         drop(self);
         let during = there.line_after(before.second)?.second;

@@ -173,12 +173,47 @@ impl Running {
     /// others only started it) without the mappings that are guest memory (those of `guest` bytes and
     /// those of a memfd), bytes.
     pub fn pss_beyond(&self, guest: u64) -> anyhow::Result<u64> {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.machine()?))?;
+        Ok(pss_beyond(&smaps, guest))
+    }
+
+    /// Of all memory of that process, guest and all, bytes: its proportional share of what it maps, and what no other
+    /// process has.
+    pub fn shares(&self) -> anyhow::Result<Shares> {
+        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.machine()?))?;
+        Ok(Shares::read(&rollup))
+    }
+
+    /// The process that runs the machine.
+    fn machine(&self) -> anyhow::Result<u32> {
         let mut pid = self.child.id();
         while let Some(child) = last_child(pid)? {
             pid = child;
         }
-        let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-        Ok(pss_beyond(&smaps, guest))
+        Ok(pid)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Shares {
+    pub proportional: u64,
+    pub private: u64,
+}
+
+impl Shares {
+    fn read(rollup: &str) -> Self {
+        let mut found = Self::default();
+        for line in rollup.lines() {
+            let mut words = line.split_ascii_whitespace();
+            let (name, kib) = (words.next(), words.next());
+            let bytes = kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024;
+            match name {
+                Some("Pss:") => found.proportional += bytes,
+                Some("Private_Clean:" | "Private_Dirty:") => found.private += bytes,
+                _ => {}
+            }
+        }
+        found
     }
 }
 
@@ -207,7 +242,7 @@ impl Drop for Running {
 }
 
 /// How many of them are ready within this time. A signal is told by its own descriptor.
-fn ready(fds: &mut [PollFd<'_>], within: Duration) -> anyhow::Result<usize> {
+pub fn ready(fds: &mut [PollFd<'_>], within: Duration) -> anyhow::Result<usize> {
     let timeout = Timespec {
         tv_sec: within.as_secs() as i64,
         tv_nsec: 0,
@@ -260,6 +295,23 @@ pub fn probe() -> anyhow::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shares_are_added_up() {
+        let rollup = "\
+55d0-7ffd ---p 00000000 00:00 0 [rollup]
+Rss:                9000 kB
+Pss:                  40 kB
+Pss_Anon:              7 kB
+Private_Clean:         4 kB
+Private_Dirty:         8 kB
+";
+        let wanted = Shares {
+            proportional: 40 << 10,
+            private: 12 << 10,
+        };
+        assert_eq!(Shares::read(rollup), wanted);
+    }
 
     #[test]
     fn guest_memory_is_left_out_and_the_rest_is_added_up() {
