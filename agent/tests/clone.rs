@@ -1,0 +1,175 @@
+//! Guests that go on from one snapshot, each in a jail of its own, with their memory mapped from its file. Passes with a
+//! note where there is no KVM.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+
+use anyhow::Context;
+use common::*;
+use fractus_vmm::config::{BalloonConfig, ConsoleFiles, MachineConfig, MachineFiles};
+use fractus_vmm::machine::Machine;
+
+fn config() -> MachineConfig {
+    let mut config = MachineConfig::minimal(64 << 20);
+    config.command_line = "tick_ms=20 run=\"touch 20\"".to_owned();
+    config.balloon = Some(BalloonConfig::default());
+    config
+}
+
+/// Writes a guest that runs to `path`; what it calls itself, and how often it has ticked.
+fn write(kernel: &Path, path: &Path) -> Result<(String, u64)> {
+    let (serial, end) = UnixStream::pair()?;
+    serial.set_read_timeout(Some(PATIENCE))?;
+    let files = MachineFiles {
+        kvm: OwnedFd::from(OpenOptions::new().read(true).write(true).open("/dev/kvm")?),
+        kernel: Some(File::open(kernel)?),
+        initrd: None,
+        fallback: None,
+        disks: Vec::new(),
+        serial: ConsoleFiles {
+            output: Some(OwnedFd::from(end.try_clone()?)),
+            input: Some(OwnedFd::from(end)),
+        },
+        console_ports: Vec::new(),
+        nets: Vec::new(),
+        vsock: None,
+    };
+    let mut machine = Machine::build(config(), files, None)?;
+    machine.start()?;
+    let (mut nonce, mut ticks) = (None, 0);
+    for line in BufReader::new(serial).lines() {
+        let line = line?;
+        nonce = nonce.or(nonce_in(&line, "boot "));
+        ticks += u64::from(line.starts_with("tick "));
+        if line.starts_with("ok touch") {
+            break;
+        }
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)?;
+    machine.snapshot(file, b"")?;
+    let nonce = nonce.context("it does not say that it booted")?;
+    Ok((nonce, ticks))
+}
+
+fn nonce_in(line: &str, start: &str) -> Option<String> {
+    let words = line.strip_prefix(start)?.split(' ');
+    let nonce = words
+        .filter_map(|word| word.strip_prefix("nonce="))
+        .next()?;
+    Some(nonce.trim_end().to_owned())
+}
+
+/// A clone in a process of its own, and what it says.
+struct Clone {
+    process: Child,
+    input: ChildStdin,
+    lines: Receiver<String>,
+}
+
+impl Clone {
+    fn start(config: &Path, snapshot: &Path) -> Result<Self> {
+        let mut process = Command::new(env!("CARGO_BIN_EXE_fractus-agent"))
+            .args(["vm", "--config"])
+            .arg(config)
+            .arg("--clone")
+            .arg(snapshot)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let output = BufReader::new(process.stdout.take().unwrap());
+        let (say, lines) = channel();
+        std::thread::spawn(move || {
+            for line in output.lines().map_while(std::result::Result::ok) {
+                println!("{line}");
+                if say.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        let input = process.stdin.take().unwrap();
+        Ok(Self {
+            process,
+            input,
+            lines,
+        })
+    }
+
+    fn line(&self, start: &str) -> Result<String> {
+        loop {
+            let line = self.lines.recv_timeout(PATIENCE)?;
+            if line.starts_with(start) {
+                return Ok(line);
+            }
+        }
+    }
+
+    fn ask(&mut self, command: &str) -> Result<String> {
+        writeln!(self.input, "{command}")?;
+        let name = command.split(' ').next().unwrap_or(command);
+        self.line(&format!("ok {name}"))
+    }
+}
+
+impl Drop for Clone {
+    fn drop(&mut self) {
+        // Already gone is as good.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// What is mapped is taken away by threads that are locked down: the balloon's, and at a reset the main one.
+#[test]
+fn clones_of_a_guest_go_on_give_memory_back_and_reset_in_their_jails() -> Result {
+    let Some(probe) = probe() else {
+        println!("no /dev/kvm: nothing was tested");
+        return Ok(());
+    };
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let (kernel, config_file, snapshot) = (at("probe"), at("config"), at("snapshot"));
+    std::fs::write(&kernel, probe)?;
+    let machine = serde_json::json!({"machine": config(), "kernel": kernel});
+    std::fs::write(&config_file, machine.to_string())?;
+    let (nonce, ticks) = write(&kernel, &snapshot)?;
+    let mut before = Vec::new();
+    File::open(&snapshot)?.read_to_end(&mut before)?;
+    let mut clones = Vec::new();
+    for _ in 0..2 {
+        clones.push(Clone::start(&config_file, &snapshot)?);
+    }
+    for clone in &mut clones {
+        let tick = clone.line("tick ")?;
+        let number: u64 = tick.split(' ').nth(1).unwrap_or_default().parse()?;
+        assert!(number >= ticks, "{ticks}, then {tick}");
+        assert_eq!(nonce_in(&tick, "tick "), Some(nonce.clone()), "{tick}");
+        assert!(clone.ask("touch 30")?.contains("mib=30"));
+        assert!(clone.ask("balloon free 30")?.contains("mib=30"));
+        assert!(clone.ask("touch 30")?.contains("mib=30"));
+    }
+    let first = clones.first_mut().unwrap();
+    writeln!(first.input, "reboot")?;
+    let booted = first.line("boot ")?;
+    assert_ne!(nonce_in(&booted, "boot "), Some(nonce.clone()));
+    assert!(first.ask("echo alive")?.contains("alive"));
+    let last = clones.last_mut().unwrap();
+    assert!(last.ask("echo alive")?.contains("alive"));
+    // Whatever they wrote, and though they run as another user, it is as it was.
+    let mut after = Vec::new();
+    File::open(&snapshot)?.read_to_end(&mut after)?;
+    assert!(before == after, "the snapshot was written to");
+    Ok(())
+}
