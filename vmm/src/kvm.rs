@@ -4,23 +4,28 @@
 //! KVM_SET_USER_MEMORY_REGION waits for an SRCU grace period (5 ms and more on some hosts). Owns the VM
 //! descriptor and the table of interrupt routes. It must never use a capability that it did not check.
 
+mod dirty_log;
+
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI,
-    KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
-    KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting, kvm_clock_data, kvm_enable_cap,
-    kvm_irq_routing_entry, kvm_msi, kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+    KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 
 use crate::eventfd::EventFd;
 use crate::interrupt::{Gsi, InterruptError, IoAddress, IoEvents, MsiController, MsiMessage};
 use crate::layout::{IOAPIC_PINS, KVM_IDENTITY_MAP, KVM_TSS};
-use crate::memory::{GuestMemory, PageSet};
+use crate::memory::GuestMemory;
+
+pub use dirty_log::DirtyLog;
 
 /// Most routes KVM takes (KVM_MAX_IRQ_ROUTES).
 const ROUTES: u32 = 4096;
@@ -158,6 +163,7 @@ impl Hypervisor {
             fd,
             routes,
             memory: memory.clone(),
+            is_logged: AtomicBool::new(false),
         })
     }
 }
@@ -186,6 +192,8 @@ pub struct Vm {
     /// By GSI. The first 24 belong to the IOAPIC's pins.
     routes: Mutex<Vec<Route>>,
     memory: GuestMemory,
+    /// There is a [`DirtyLog`].
+    is_logged: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -217,26 +225,6 @@ impl Vm {
         self.fd
             .set_clock(&clock)
             .map_err(refused("set the guest's clock (KVM_SET_CLOCK)"))
-    }
-
-    /// Has KVM note what the guest writes to, or no longer. While it does, the guest's huge pages are cut up
-    /// as they are written to.
-    pub fn log_writes(&self, on: bool) -> Result<(), KvmError> {
-        let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
-        give_memory(&self.fd, &self.memory, flags)
-    }
-
-    /// Adds what the guest has written to, since the log was begun or last taken, to `pages`.
-    pub fn take_written(&self, pages: &mut PageSet) -> Result<(), KvmError> {
-        let slots = self.memory.slots().into_iter().zip(self.memory.offsets());
-        for (index, (slot, offset)) in slots.enumerate() {
-            let log = self
-                .fd
-                .get_dirty_log(index as u32, slot.size as usize)
-                .map_err(refused("tell what the guest wrote to (KVM_GET_DIRTY_LOG)"))?;
-            pages.add(offset, &log);
-        }
-        Ok(())
     }
 
     fn routes(&self) -> MutexGuard<'_, Vec<Route>> {

@@ -230,15 +230,26 @@ fn it_is_saved_and_handed_over_whole() {
     assert_eq!(filled(&other), all);
 }
 
+const POLICY: Policy = Policy {
+    downtime: Duration::from_millis(20),
+    longest: PATIENCE,
+    limit: Duration::from_secs(5),
+    at_limit: AtLimit::Stop,
+};
+
+/// The two ends of a stream.
+fn ends() -> (UnixStream, UnixStream) {
+    let (near, far) = UnixStream::pair().unwrap();
+    for end in [&near, &far] {
+        end.set_read_timeout(Some(PATIENCE)).unwrap();
+        end.set_write_timeout(Some(PATIENCE)).unwrap();
+    }
+    (near, far)
+}
+
 /// To another machine, while it writes.
 #[test]
 fn it_is_sent_with_what_is_the_files_still() {
-    const POLICY: Policy = Policy {
-        downtime: Duration::from_millis(20),
-        longest: PATIENCE,
-        limit: Duration::from_secs(5),
-        at_limit: AtLimit::Stop,
-    };
     let mut guest = Setup::new().start();
     let nonce = guest.booted()["nonce"].clone();
     guest.ok("touch 40");
@@ -246,11 +257,7 @@ fn it_is_sent_with_what_is_the_files_still() {
     guest.line("begun weave");
     let first = written(&mut guest);
     let other = lazily(&guest, &first, &[]);
-    let (near, far) = UnixStream::pair().unwrap();
-    for end in [&near, &far] {
-        end.set_read_timeout(Some(PATIENCE)).unwrap();
-        end.set_write_timeout(Some(PATIENCE)).unwrap();
-    }
+    let (near, far) = ends();
     let sent = other.sent(POLICY, &[], near, far);
     let report = sent.offer.unwrap().let_go();
     assert!(report.totals.pages > 35 << 8, "{report:?}");
@@ -346,6 +353,42 @@ fn snapshots_laid_over_each_other_are_the_guest(#[case] loading: Loading) {
     let last = guest.cloned_of(loading, copies(&chain), &[]);
     let second = guest.cloned_of(loading, copies(&chain[..2]), &[]);
     for mut each in [guest, last, second] {
+        each.send("");
+        each.line("ok weave");
+        assert_eq!(fields(&each.ok("info"))["nonce"], nonce);
+    }
+}
+
+/// To read the log of writes is to empty it: what a snapshot took, the stream would not have.
+#[test]
+fn while_it_is_sent_nobody_else_reads_what_it_writes() {
+    let mut guest = Setup::new().start();
+    let nonce = guest.booted()["nonce"].clone();
+    guest.ok("touch 20");
+    let write = |machine: &mut Machine, scope| machine.snapshot_of(scope, file(), b"");
+    write(&mut guest.machine, Scope::Tracked).unwrap();
+    guest.send("loudly weave 10");
+    guest.line("begun weave");
+    let (near, far) = ends();
+    let mut refused = 0;
+    let sent = guest.sent_with(POLICY, &[], near, far, |_, machine| {
+        let since = write(machine, Scope::Since);
+        assert!(matches!(since, Err(SnapshotError::Untracked)), "{since:?}");
+        for scope in [Scope::Whole, Scope::Tracked] {
+            let error = write(machine, scope).unwrap_err();
+            assert!(matches!(error, SnapshotError::Logged), "{error}");
+            assert_eq!(machine.state(), RunState::Running);
+            refused += 1;
+        }
+    });
+    assert!(refused > 2, "more than one round was to be disturbed");
+    // Taken back, it has its log again.
+    let mut here = (sent.here)(sent.offer.unwrap().take_back().unwrap());
+    for scope in [Scope::Tracked, Scope::Since] {
+        write(&mut here.machine, scope).unwrap();
+    }
+    let there = (sent.there)(sent.arrival.unwrap().machine);
+    for mut each in [here, there] {
         each.send("");
         each.line("ok weave");
         assert_eq!(fields(&each.ok("info"))["nonce"], nonce);

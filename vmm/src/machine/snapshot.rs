@@ -54,6 +54,8 @@ pub enum SnapshotError {
     Base { base: Uuid },
     #[error("nobody has taken down what was written since a snapshot: a whole one is to be made")]
     Untracked,
+    #[error("what the machine writes is told to somebody else: it is being sent")]
+    Logged,
     #[error(
         "the machine's memory is still read from that very file: it has to be written to another"
     )]
@@ -125,8 +127,8 @@ impl Machine {
     /// ([`Snapshot::owner`]).
     ///
     /// # Errors
-    /// The machine neither runs nor is paused, the guest ends or resets itself meanwhile, or something cannot be read
-    /// or written; what is in the file then is taken for a snapshot by nobody.
+    /// The machine neither runs nor is paused, or it runs while it is being sent; the guest ends or resets itself
+    /// meanwhile, or something cannot be read or written; what is in the file then is taken for a snapshot by nobody.
     pub fn snapshot(&mut self, file: File, owner: &[u8]) -> Result<SnapshotReport, SnapshotError> {
         self.snapshot_of(Scope::Whole, file, owner)
     }

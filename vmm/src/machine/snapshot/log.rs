@@ -5,44 +5,37 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::SnapshotError;
-use crate::kvm::Vm;
+use crate::kvm::{DirtyLog, Vm};
 use crate::memory::{GuestMemory, PageSet};
 
-/// What guest and process write to, for as long as it lives. There is one at a time.
+/// What guest and process write to, for as long as it lives. There is one at a time: it has the VM's [`DirtyLog`].
 pub(in crate::machine) struct WriteLog {
-    vm: Arc<Vm>,
+    log: DirtyLog,
     memory: GuestMemory,
     bytes: u64,
 }
 
 impl WriteLog {
+    /// # Errors
+    /// [`SnapshotError::Logged`]: there is another.
     pub fn begin(vm: &Arc<Vm>, memory: &GuestMemory) -> Result<Self, SnapshotError> {
         let bytes = memory.file_bytes()?;
-        let log = WriteLog {
-            vm: Arc::clone(vm),
-            memory: memory.clone(),
-            bytes,
-        };
+        let log = DirtyLog::begin(vm)?.ok_or(SnapshotError::Logged)?;
         // What this process wrote before is in the first copy.
         memory.take_own_writes(&mut PageSet::new(bytes));
-        vm.log_writes(true)?;
-        Ok(log)
+        Ok(WriteLog {
+            log,
+            memory: memory.clone(),
+            bytes,
+        })
     }
 
     /// Since it was begun or last taken.
     pub fn take(&self) -> Result<PageSet, SnapshotError> {
         let mut pages = PageSet::new(self.bytes);
-        self.vm.take_written(&mut pages)?;
+        self.log.take(&mut pages)?;
         self.memory.take_own_writes(&mut pages);
         Ok(pages)
-    }
-}
-
-impl Drop for WriteLog {
-    fn drop(&mut self) {
-        if let Err(error) = self.vm.log_writes(false) {
-            tracing::warn!(%error, "the guest's writes are logged on, and slower");
-        }
     }
 }
 
