@@ -53,7 +53,11 @@ impl Machine {
         }
     }
 
-    fn fill(&mut self, slot: u8, device: Arc<dyn Device>) {
+    pub(super) fn fill(&mut self, slot: u8, device: Arc<dyn Device>) {
+        // What it writes is taken down by nobody, and nobody will know of it once it has gone again.
+        if device.writes_unseen() {
+            self.stop_tracking();
+        }
         // The bus itself comes last: its reset looks at where functions have put their BARs.
         let at = self.devices.len().saturating_sub(1);
         self.devices.insert(at, device);

@@ -71,6 +71,55 @@ fn a_guest_whose_pause_fails_runs_on_and_can_be_paused_later() {
     answers(&mut rig, "and on");
 }
 
+/// As the host's kernel does, which moves a network's packets.
+struct Unseen;
+
+impl Device for Unseen {
+    fn id(&self) -> &str {
+        "unseen0"
+    }
+
+    fn writes_unseen(&self) -> bool {
+        true
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn save(&self) -> Result<SavedDevice, DeviceError> {
+        SavedDevice::pack(self.id(), 1, &())
+    }
+}
+
+#[test]
+fn after_a_device_that_wrote_unseen_the_next_snapshot_is_to_be_a_whole_one() {
+    let mut rig = Rig::build(common::config(), &echo());
+    rig.machine.start().unwrap();
+    let write = |rig: &mut Rig, scope| {
+        let file = tempfile::tempfile().unwrap();
+        rig.machine.snapshot_of(scope, file, b"").map(drop)
+    };
+    write(&mut rig, Scope::Tracked).unwrap();
+    write(&mut rig, Scope::Since).unwrap();
+    // It comes and goes.
+    rig.machine.fill(9, Arc::new(Unseen));
+    let unseen = |device: &Arc<dyn Device>| device.id() == "unseen0";
+    let at = rig.machine.devices.iter().position(unseen).unwrap();
+    let device = rig.machine.devices.remove(at);
+    let untracked = |written| matches!(written, Err(SnapshotError::Untracked));
+    assert!(untracked(write(&mut rig, Scope::Since)));
+    write(&mut rig, Scope::Tracked).unwrap();
+    write(&mut rig, Scope::Since).unwrap();
+    // While it is there, there is a whole one only, which says nothing of the next.
+    rig.machine.fill(9, device);
+    assert!(untracked(write(&mut rig, Scope::Tracked)));
+    write(&mut rig, Scope::Whole).unwrap();
+    rig.machine.devices.remove(at);
+    assert!(untracked(write(&mut rig, Scope::Since)));
+    answers(&mut rig, "it runs on");
+}
+
 #[test]
 fn a_guest_may_panic_once_in_each_of_its_lives() {
     let panics = Guest::new().out(0x505, 1).out(0x505, 1).out(0x505, 2);
