@@ -395,6 +395,41 @@ fn while_it_is_sent_nobody_else_reads_what_it_writes() {
     }
 }
 
+/// All of them are needed to read the last.
+#[test]
+fn one_that_is_laid_over_others_is_written_to_none_of_their_files() {
+    let mut guest = Setup::new().boot();
+    guest.ok("touch 20");
+    let mut onto = |scope, file: &File| {
+        let file = file.try_clone().unwrap();
+        guest.machine.snapshot_of(scope, file, b"").map(drop)
+    };
+    let files = [(); 3].map(|()| file());
+    onto(Scope::Tracked, &files[0]).unwrap();
+    onto(Scope::Since, &files[1]).unwrap();
+    for file in &files[..2] {
+        let there = || Snapshot::open(file.try_clone().unwrap()).unwrap();
+        let id = there().opening().id;
+        let error = onto(Scope::Since, file).unwrap_err();
+        assert!(matches!(error, SnapshotError::OntoBase { base } if base == id));
+        assert_eq!(there().opening().id, id);
+        there().check().unwrap();
+    }
+    // Another's file is nobody's base.
+    onto(Scope::Whole, &files[2]).unwrap();
+    onto(Scope::Since, &files[2]).unwrap();
+    // A whole one may have the file of the first; then there is no more that the next could be laid over.
+    onto(Scope::Whole, &files[0]).unwrap();
+    let untracked = onto(Scope::Since, &files[1]);
+    assert!(matches!(untracked, Err(SnapshotError::Untracked)));
+    onto(Scope::Tracked, &files[0]).unwrap();
+    onto(Scope::Tracked, &files[0]).unwrap();
+    onto(Scope::Since, &files[1]).unwrap();
+    let copies = |files: &[File]| files.iter().map(|file| file.try_clone().unwrap()).collect();
+    let mut other = guest.cloned_of(Loading::Eager, copies(&files[..2]), &[]);
+    assert_eq!(other.ok("echo alive"), "alive");
+}
+
 /// A reset, a balloon and a pause in between.
 #[test]
 fn what_is_zero_since_is_zero_in_the_next() {

@@ -22,7 +22,7 @@ use super::{BuildError, Machine, MachineError, MachineState, RunState, build};
 use crate::config::{MachineConfig, MachineFiles, MemoryConfig, PageSize};
 use crate::kvm::KvmError;
 use crate::memory::{GuestMemory, MemoryError, PageSet};
-use crate::stream::snapshot::{Snapshot, SnapshotWriter};
+use crate::stream::snapshot::{self, Snapshot, SnapshotWriter};
 use crate::stream::{BLOCK, Mask, Opening, PAGE, StreamError, Totals, malformed};
 use crate::thread::ThreadHook;
 
@@ -60,6 +60,10 @@ pub enum SnapshotError {
         "the machine's memory is still read from that very file: it has to be written to another"
     )]
     Onto,
+    #[error(
+        "that file has the snapshot {base}, which this one would be laid over: it has to be written to another"
+    )]
+    OntoBase { base: Uuid },
     #[error("read the guest's memory")]
     Read(#[source] std::io::Error),
     #[error("the machine's state cannot be {action}")]
@@ -93,7 +97,8 @@ pub enum Scope {
     Whole,
     /// All of it; and what is written from then on is taken down, so that the next may be [`Scope::Since`]. That costs
     /// the guest as much as being migrated: its first write to each page after each snapshot (2 us on kvm-pvm). It ends
-    /// with a migration, or [`Machine::stop_tracking`].
+    /// with a migration, a network that vhost-net serves, a snapshot of another scope onto a file that the next would
+    /// be laid over, or [`Machine::stop_tracking`].
     Tracked,
     /// What was written to since the last one that was tracked or was `Since`, over which it is to be laid: pages, not
     /// blocks. It is tracked itself.
@@ -136,8 +141,9 @@ impl Machine {
     /// The same, of a part of memory.
     ///
     /// # Errors
-    /// Likewise; with [`Scope::Since`] there has to be one before it, and with it and [`Scope::Tracked`] nothing may
-    /// write to memory that is in no log (vhost-net). What is to be in the next one is not lost by an error.
+    /// Likewise; with [`Scope::Since`] there has to be one before it, in another file, and with it and
+    /// [`Scope::Tracked`] nothing may write to memory that is in no log (vhost-net). What is to be in the next one is
+    /// not lost by an error.
     pub fn snapshot_of(
         &mut self,
         scope: Scope,
@@ -152,6 +158,13 @@ impl Machine {
         if self.memory.is_made_of(&file)? {
             return Err(SnapshotError::Onto);
         }
+        let is_needed = |id: &Uuid| self.ledger.as_ref().is_some_and(|it| it.needs(*id));
+        match snapshot::id_in(&file).filter(is_needed) {
+            Some(base) if scope == Scope::Since => return Err(SnapshotError::OntoBase { base }),
+            // It will be gone, and whatever is laid over it nothing.
+            Some(_) => self.stop_tracking(),
+            None => {}
+        }
         let mut ledger = self.ledger(scope)?;
         let base = match (scope, &ledger) {
             (Scope::Since, Some(ledger)) => ledger.base(),
@@ -161,7 +174,7 @@ impl Machine {
         if let (Ok(report), Some(ledger)) = (&written, &mut ledger)
             && scope != Scope::Whole
         {
-            ledger.is_based_on(report.id);
+            ledger.is_based_on(report.id, base);
         }
         // One that was begun for this snapshot alone ends with it.
         self.ledger = ledger.filter(|ledger| ledger.base().is_some());

@@ -11,7 +11,7 @@
 //! huge pages. A file without its head is one that was not finished, whatever else is in it.
 
 use std::fs::File;
-use std::io::{BufWriter, Read, Write};
+use std::io::{BufReader, BufWriter, Read, Take, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
@@ -291,15 +291,8 @@ impl Snapshot {
     /// The file is no snapshot, not finished, damaged, or of a form that this build does not know.
     pub fn open(file: File) -> Result<Self, StreamError> {
         let head = read_head(&file)?;
-        let tail = Tail {
-            file: &file,
-            at: head.frames,
-        };
-        let mut frames = FrameReader::new(std::io::BufReader::new(tail.take(head.length)));
-        let opening: Opening = match frames.next_frame()? {
-            (Kind::Opening, payload) => unpacked(payload)?,
-            _ => return Err(malformed("it does not begin with its opening")),
-        };
+        let mut frames = frames(&file, &head);
+        let opening = read_opening(&mut frames)?;
         if opening.memory != head.bytes {
             return Err(malformed(
                 "its head and its opening tell of different memory",
@@ -521,6 +514,27 @@ fn read_head(file: &File) -> Result<Head, StreamError> {
         return Err(StreamError::Truncated { what: "its frames" });
     }
     Ok(read)
+}
+
+type Frames<'a> = FrameReader<BufReader<Take<Tail<'a>>>>;
+
+fn frames<'a>(file: &'a File, head: &Head) -> Frames<'a> {
+    let at = head.frames;
+    FrameReader::new(BufReader::new(Tail { file, at }.take(head.length)))
+}
+
+fn read_opening(frames: &mut Frames<'_>) -> Result<Opening, StreamError> {
+    match frames.next_frame()? {
+        (Kind::Opening, payload) => unpacked(payload),
+        _ => Err(malformed("it does not begin with its opening")),
+    }
+}
+
+/// Which snapshot the file has; none, if it is no snapshot, or what of one this build cannot read.
+pub fn id_in(file: &File) -> Option<uuid::Uuid> {
+    let head = read_head(file).ok()?;
+    let opening = read_opening(&mut frames(file, &head)).ok()?;
+    Some(opening.id)
 }
 
 fn read_entries(

@@ -42,8 +42,9 @@ impl WriteLog {
 /// A log with all that it has told since a snapshot.
 pub(in crate::machine) struct Ledger {
     log: WriteLog,
-    /// `None`: there was none yet.
-    base: Option<Uuid>,
+    /// A whole snapshot and those that were laid over it, each over the one before; empty: there was none yet, or the
+    /// next cannot be laid over it.
+    chain: Vec<Uuid>,
     since: PageSet,
 }
 
@@ -52,7 +53,7 @@ impl Ledger {
         let log = WriteLog::begin(vm, memory)?;
         Ok(Ledger {
             since: PageSet::new(log.bytes),
-            base: None,
+            chain: Vec::new(),
             log,
         })
     }
@@ -63,7 +64,7 @@ impl Ledger {
         match &taken {
             Ok(pages) => self.since.join(pages),
             // A part of it is lost, perhaps.
-            Err(_) => self.base = None,
+            Err(_) => self.chain.clear(),
         }
         taken
     }
@@ -76,12 +77,20 @@ impl Ledger {
 
     /// The snapshot that a next one can be laid over.
     pub fn base(&self) -> Option<Uuid> {
-        self.base
+        self.chain.last().copied()
     }
 
-    /// There is a snapshot of what was last taken, which is whole and on its disk.
-    pub fn is_based_on(&mut self, snapshot: Uuid) {
-        self.base = Some(snapshot);
+    /// The next one would be laid over it, or over one that is.
+    pub fn needs(&self, snapshot: Uuid) -> bool {
+        self.chain.contains(&snapshot)
+    }
+
+    /// There is a snapshot of what was last taken, which is whole and on its disk, laid over `base` if over any.
+    pub fn is_based_on(&mut self, snapshot: Uuid, base: Option<Uuid>) {
+        if base.is_none() {
+            self.chain.clear();
+        }
+        self.chain.push(snapshot);
         self.since = PageSet::new(self.log.bytes);
     }
 }
