@@ -210,15 +210,19 @@ impl GuestMemory {
     /// when they are touched, and copied when they are written to; the file is never written to. Memory is all zeros
     /// until now, not of huge pages that are reserved, and nothing of what is hot is among the runs.
     ///
+    /// Returns what is still to be read, in ascending order: of runs that lie far from each other only so many are
+    /// mapped.
+    ///
     /// The file has to stay as it is for as long as memory lives: what is written to it changes under the guest, and
     /// where it is truncated, or cannot be read, a touch is a SIGBUS, which ends the process.
+    #[must_use = "what was not mapped is to be read"]
     pub fn lay_over(
         &self,
         config: &MemoryConfig,
         file: &File,
         at: u64,
         runs: &[Range<u64>],
-    ) -> Result<(), MemoryError> {
+    ) -> Result<Vec<Range<u64>>, MemoryError> {
         let failed = |source| MemoryError::Overlay {
             action: "map",
             source,
@@ -246,7 +250,7 @@ impl GuestMemory {
         self.over.is_empty()
     }
 
-    /// Reads what is still a file's, so that the memfd alone is all of memory from now on. No vCPU runs, no device is
+    /// Reads what is still a file's and not zero, so that the memfd alone is all of memory from now on. No vCPU runs, no device is
     /// active.
     pub fn settle(&self) -> Result<(), MemoryError> {
         let settled = self.over.settle(self.ground());

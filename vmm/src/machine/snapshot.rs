@@ -416,12 +416,12 @@ fn fill(
     if loading == Loading::Eager || huge {
         return Ok(snapshot.load(memory)?);
     }
-    // Hot memory is mapped twice, which a private mapping cannot be.
-    let hot = GuestMemory::hot_offset_of(config);
-    snapshot.load_from(memory, hot)?;
     let (file, at) = snapshot.placed_in();
     let runs = snapshot.placed_below(config.bytes);
-    Ok(memory.lay_over(config, file, at, &runs)?)
+    let mut rest = memory.lay_over(config, file, at, &runs)?;
+    // Hot memory is mapped twice, which a private mapping cannot be.
+    rest.push(GuestMemory::hot_offset_of(config)..u64::MAX);
+    Ok(snapshot.load_within(memory, &rest)?)
 }
 
 /// What is saved says how much memory is made. It has to be as much as there is of it in the file; and huge pages, which

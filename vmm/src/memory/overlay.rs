@@ -6,6 +6,7 @@
 //! a hole. (Dropping its pages would bring back what stands in the file.) So pages only ever go from here to the memfd,
 //! and who looks without a lock is wrong in no way that matters.
 
+use std::cmp::Reverse;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -14,14 +15,17 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use libc::c_void;
+use rustix::fs::FallocateFlags;
 use vm_memory::{
     Bytes, FileOffset, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
 
 use super::{AtomicBitmap, GuestMap, advise, bind};
 use crate::config::{MemoryConfig, PageSize};
+use crate::stream::{BLOCK, Mask, PAGE};
 
-/// Extents that are laid at most. A mapping takes a microsecond or two and some of the 65,530 that a process has.
+/// Extents that are laid at most, the largest; the rest is read. A mapping takes a microsecond or two and some of the
+/// 65,530 that a process has.
 const MOST_LAID: usize = 1024;
 /// Extents that a guest can make of them by giving back what lies within.
 const MOST: usize = 8192;
@@ -53,7 +57,7 @@ pub(super) struct Ground<'a> {
 
 impl Overlay {
     /// Lays `runs` of the memfd's pages, in ascending order, from `file`, in which the memfd's first byte would stand at
-    /// `at`. Nothing of it was written to yet.
+    /// `at`. Nothing of it was written to yet. Returns what was not laid, in ascending order: it is to be read.
     pub fn lay(
         &self,
         ground: Ground<'_>,
@@ -61,10 +65,11 @@ impl Overlay {
         file: &File,
         at: u64,
         runs: &[Range<u64>],
-    ) -> io::Result<()> {
+    ) -> io::Result<Vec<Range<u64>>> {
         let identity = identity(file)?;
+        let (extents, rest) = largest(joined(runs, GAP), MOST_LAID);
         let mut laid = self.write();
-        for extent in joined(runs, MOST_LAID) {
+        for extent in extents {
             for part in ground.within_regions(&extent) {
                 let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
                 let address = ground.replace(&part, flags, file, at + part.start)?;
@@ -74,7 +79,7 @@ impl Overlay {
                 laid.extents.push(part);
             }
         }
-        Ok(())
+        Ok(rest)
     }
 
     pub fn is_empty(&self) -> bool {
@@ -282,8 +287,26 @@ impl Ground<'_> {
         Ok(())
     }
 
-    /// Copies these pages to the memfd below them. What cannot be read is an error here: the kernel reads it.
+    /// Copies these pages to the memfd below them, but for those that are zero: what lay between runs was in no memory.
     fn write_down(self, range: &Range<u64>) -> io::Result<()> {
+        let mut content = vec![0; BLOCK.min(length(range))];
+        for start in range.clone().step_by(BLOCK) {
+            let block = start..range.end.min(start + BLOCK as u64);
+            self.write_all_down(&block)?;
+            let content = content.get_mut(..length(&block)).unwrap_or_default();
+            self.memfd.read_exact_at(content, block.start)?;
+            let whole = Mask(u16::MAX >> (16 - content.len().div_ceil(PAGE)));
+            for run in whole.without(Mask::with_content(content)).runs() {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                let (at, length) = (block.start + run.start as u64, run.len() as u64);
+                rustix::fs::fallocate(self.memfd, flags, at, length)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same of all of them. What cannot be read is an error here: the kernel reads it.
+    fn write_all_down(self, range: &Range<u64>) -> io::Result<()> {
         let address = self.address(range)? as usize;
         let mut done = 0;
         while done < length(range) {
@@ -321,23 +344,30 @@ fn identity(file: &File) -> io::Result<Identity> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// At most so many extents that have all of these runs, which are in ascending order, and as little besides as that
-/// allows.
-fn joined(runs: &[Range<u64>], most: usize) -> Vec<Range<u64>> {
-    let mut gap = GAP;
-    loop {
-        let mut extents: Vec<Range<u64>> = Vec::new();
-        for run in runs {
-            match extents.last_mut() {
-                Some(last) if run.start - last.end <= gap => last.end = run.end,
-                _ => extents.push(run.clone()),
-            }
+/// Extents that have all of these runs, which are in ascending order: those with no more than `gap` between them
+/// together.
+fn joined(runs: &[Range<u64>], gap: u64) -> Vec<Range<u64>> {
+    let mut extents: Vec<Range<u64>> = Vec::new();
+    for run in runs {
+        match extents.last_mut() {
+            Some(last) if run.start - last.end <= gap => last.end = run.end,
+            _ => extents.push(run.clone()),
         }
-        if extents.len() <= most.max(1) {
-            return extents;
-        }
-        gap = gap.saturating_mul(2);
     }
+    extents
+}
+
+/// So many of the extents, the largest, and the others; both in ascending order.
+fn largest(mut extents: Vec<Range<u64>>, most: usize) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+    if extents.len() <= most {
+        return (extents, Vec::new());
+    }
+    extents.sort_by_key(|extent| Reverse(extent.end - extent.start));
+    let mut rest = extents.split_off(most);
+    for part in [&mut extents, &mut rest] {
+        part.sort_by_key(|extent| extent.start);
+    }
+    (extents, rest)
 }
 
 #[cfg(test)]

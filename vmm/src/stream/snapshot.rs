@@ -360,11 +360,16 @@ impl Snapshot {
     /// # Errors
     /// `memory` is of another size, or a page is not what it was; then `memory` is in no state to be used.
     pub fn load(&self, memory: &impl Target) -> Result<(), StreamError> {
-        self.load_from(memory, 0)
+        self.load_within(memory, std::slice::from_ref(&(0..u64::MAX)))
     }
 
-    /// The same of the blocks from an offset in memory on.
-    pub fn load_from(&self, memory: &impl Target, first: u64) -> Result<(), StreamError> {
+    /// The same of some parts of memory, in ascending order. What is not within them is neither read, but for the rest
+    /// of a block, nor copied.
+    pub fn load_within(
+        &self,
+        memory: &impl Target,
+        parts: &[Range<u64>],
+    ) -> Result<(), StreamError> {
         let found = memory.length().map_err(io("look at the memory for"))?;
         if found != self.opening.memory {
             return Err(StreamError::Shape {
@@ -375,23 +380,27 @@ impl Snapshot {
         let mut content = vec![0; BLOCK];
         for (number, entry) in &self.blocks {
             let start = u64::from(*number) * BLOCK as u64;
-            if start < first {
+            if within(parts, start..start + BLOCK as u64).next().is_none() {
                 continue;
             }
             let size = self.read_block(*number, entry, &mut content)?;
-            for run in entry.placed.runs() {
-                let bytes = content
-                    .get(run.start..run.end.min(size))
-                    .unwrap_or_default();
-                let at = start + run.start as u64;
-                memory.put(bytes, at).map_err(io("load"))?;
+            let runs = |mask: Mask| {
+                let run = move |run: Range<usize>| {
+                    within(
+                        parts,
+                        start + run.start as u64..start + run.end.min(size) as u64,
+                    )
+                };
+                mask.runs().flat_map(run)
+            };
+            for run in runs(entry.placed) {
+                let bytes = (run.start - start) as usize..(run.end - start) as usize;
+                let bytes = content.get(bytes).unwrap_or_default();
+                memory.put(bytes, run.start).map_err(io("load"))?;
             }
-            for run in entry.zero.runs() {
-                let end = run.end.min(size);
-                let length = (end - run.start) as u64;
-                memory
-                    .clear(start + run.start as u64, length)
-                    .map_err(io("load"))?;
+            for run in runs(entry.zero) {
+                let cleared = memory.clear(run.start, run.end - run.start);
+                cleared.map_err(io("load"))?;
             }
         }
         Ok(())
@@ -457,6 +466,14 @@ impl Snapshot {
         }
         runs
     }
+}
+
+/// What of a range lies within these parts, which are in ascending order.
+fn within(parts: &[Range<u64>], range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let first = parts.partition_point(|part| part.end <= range.start);
+    let parts = parts.get(first..).unwrap_or_default().iter();
+    let parts = parts.map(move |part| part.start.max(range.start)..part.end.min(range.end));
+    parts.take_while(|part| !part.is_empty())
 }
 
 /// What the head says, as far as it can be.

@@ -11,8 +11,8 @@ const PAGE: u64 = 4096;
 
 proptest! {
     #[test]
-    fn extents_have_all_runs_are_few_and_have_little_besides(
-        steps in prop::collection::vec((1..60u64, 1..20u64), 0..80), most in 1..40usize,
+    fn extents_have_all_runs_and_no_more_than_a_gap_besides(
+        steps in prop::collection::vec((1..60u64, 1..20u64), 0..80), gap in 0..40u64, most in 0..40usize,
     ) {
         let (mut runs, mut at) = (Vec::new(), 0);
         for (gap, pages) in steps {
@@ -20,20 +20,30 @@ proptest! {
             at = start + pages * PAGE;
             runs.push(start..at);
         }
-        let extents = joined(&runs, most);
-        prop_assert!(extents.len() <= most);
-        for run in &runs {
-            let inside = |extent: &&Range<u64>| extent.start <= run.start && run.end <= extent.end;
-            prop_assert_eq!(extents.iter().filter(inside).count(), 1);
-        }
+        let gap = gap * PAGE;
+        let extents = joined(&runs, gap);
+        prop_assert!(extents.is_sorted_by(|one, next| next.start - one.end > gap));
         for extent in &extents {
             // They begin and end where runs do.
             prop_assert!(runs.iter().any(|run| run.start == extent.start));
             prop_assert!(runs.iter().any(|run| run.end == extent.end));
         }
-        prop_assert!(extents.is_sorted_by(|one, next| one.end < next.start));
-        let near = joined(&runs, usize::MAX);
-        prop_assert!(near.is_sorted_by(|one, next| next.start - one.end > GAP));
+        let size = |extent: &Range<u64>| extent.end - extent.start;
+        let (laid, rest) = largest(extents.clone(), most);
+        prop_assert_eq!(laid.len(), extents.len().min(most));
+        prop_assert!(laid.iter().map(size).min() >= rest.iter().map(size).max() || rest.is_empty() || most == 0);
+        for some in [&laid, &rest] {
+            prop_assert!(some.is_sorted_by(|one, next| one.end < next.start));
+        }
+        for run in &runs {
+            let inside = |extent: &&Range<u64>| extent.start <= run.start && run.end <= extent.end;
+            prop_assert_eq!(laid.iter().chain(&rest).filter(inside).count(), 1);
+        }
+        let found: u64 = extents.iter().zip(extents.iter().map(size)).map(|(extent, all)| {
+            let inside = runs.iter().filter(|run| extent.start <= run.start && run.end <= extent.end);
+            all - inside.map(size).sum::<u64>()
+        }).sum();
+        prop_assert!(found <= gap * runs.len() as u64);
     }
 }
 
@@ -55,7 +65,8 @@ fn over(pages: u64, runs: &[(u64, u64)]) -> (GuestMemory, File) {
         .iter()
         .map(|(first, end)| first * PAGE..end * PAGE)
         .collect();
-    memory.lay_over(&config, &file, PAGE, &runs).unwrap();
+    let rest = memory.lay_over(&config, &file, PAGE, &runs).unwrap();
+    assert!(rest.is_empty());
     (memory, file)
 }
 
@@ -179,6 +190,66 @@ fn settled_memory_is_all_in_its_descriptor_and_needs_no_file() {
     }
 }
 
+/// What lies between two runs takes memory neither before nor afterwards.
+#[test]
+fn holes_between_what_is_laid_stay_holes_when_it_is_settled() {
+    let pages = 64;
+    let config = MachineConfig::minimal(pages * PAGE).memory;
+    let memory = GuestMemory::create(&config).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len((pages + 1) * PAGE).unwrap();
+    let runs: Vec<_> = (0..pages)
+        .step_by(4)
+        .map(|page| page * PAGE..(page + 1) * PAGE)
+        .collect();
+    for run in &runs {
+        file.write_all_at(&[7; PAGE as usize], run.start + PAGE)
+            .unwrap();
+    }
+    assert!(
+        memory
+            .lay_over(&config, &file, PAGE, &runs)
+            .unwrap()
+            .is_empty()
+    );
+    // Behind the last of them it is the memfd's, which has what is read.
+    let laid = 0..pages - 3;
+    assert_eq!(laid.map(|page| byte(&memory, page)).max(), Some(7));
+    memory.settle().unwrap();
+    let there = memory.present().unwrap();
+    assert_eq!(there.count(), runs.len() as u64);
+    for page in 0..pages {
+        let wanted = if page % 4 == 0 { 7 } else { 0 };
+        assert_eq!(
+            (byte(&memory, page), streamed(&memory, page)),
+            (wanted, wanted),
+            "page {page}"
+        );
+    }
+}
+
+/// A file of which only pages here and there are no holes, each far from the next, costs no more mappings than another.
+#[test]
+fn of_too_many_pieces_the_largest_are_laid_and_the_rest_is_told() {
+    let (stride, count) = (32, MOST_LAID as u64 + 10);
+    let config = MachineConfig::minimal(stride * count * PAGE).memory;
+    let memory = GuestMemory::create(&config).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len((stride * count + 1) * PAGE).unwrap();
+    // Every hundredth is the smallest there is.
+    let pages = |piece: u64| if piece % 100 == 99 { 1 } else { 2 };
+    let runs: Vec<_> = (0..count)
+        .map(|piece| piece * stride * PAGE..(piece * stride + pages(piece)) * PAGE)
+        .collect();
+    let rest = memory.lay_over(&config, &file, PAGE, &runs).unwrap();
+    assert_eq!(memory.over.extents().len(), MOST_LAID);
+    let small: Vec<_> = (runs.iter())
+        .filter(|run| run.end - run.start == PAGE)
+        .cloned()
+        .collect();
+    assert_eq!(rest, small);
+}
+
 #[test]
 fn cleared_memory_is_zero_takes_no_room_and_needs_no_file() {
     let (memory, file) = over(64, &[(0, 40)]);
@@ -217,7 +288,9 @@ fn above_the_hole_it_lies_at_its_own_place_and_nowhere_beyond_memory() {
     }
     let lay = |end| {
         let run = HOLE_START - PAGE..end;
-        memory.lay_over(&config, &file, PAGE, std::slice::from_ref(&run))
+        memory
+            .lay_over(&config, &file, PAGE, std::slice::from_ref(&run))
+            .map(|rest| assert!(rest.is_empty()))
     };
     lay(HOLE_START + PAGE).unwrap();
     let byte = |at| memory.read_obj::<u8>(GuestAddress(at)).unwrap();

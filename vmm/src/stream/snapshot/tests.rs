@@ -145,6 +145,26 @@ proptest! {
     }
 
     #[test]
+    fn parts_are_loaded_and_nothing_beside_them(
+        before in some(), wanted in some(),
+        ends in prop::collection::btree_set(0..BYTES / PAGE + 3, 0..7),
+    ) {
+        let (file, _) = written(None, &[&wanted], b"");
+        let ends: Vec<u64> = ends.into_iter().map(|page| (page * PAGE) as u64).collect();
+        let parts: Vec<_> = ends.chunks_exact(2).map(|pair| pair[0]..pair[1]).collect();
+        let memory = memory(&before);
+        Snapshot::open(file).unwrap().load_within(&memory, &parts).unwrap();
+        let found = content(&memory);
+        for (number, page) in wanted.chunks(PAGE).enumerate() {
+            let at = number * PAGE;
+            let is_within = parts.iter().any(|part| part.contains(&(at as u64)));
+            let comes = is_within && page.iter().any(|byte| *byte != 0);
+            let wanted = if comes { page } else { &before[at..at + page.len()] };
+            prop_assert_eq!(&found[at..at + page.len()], wanted);
+        }
+    }
+
+    #[test]
     fn no_flipped_bit_changes_what_is_loaded(
         wanted in some(), at in any::<prop::sample::Index>(), bit in 0..8u8,
     ) {
