@@ -30,8 +30,9 @@ const MOST_LAID: usize = 1024;
 /// Extents that a guest can make of them by giving back what lies within.
 const MOST: usize = 8192;
 /// Bytes that may lie between two runs of pages that become one extent: what is there is a hole in the file, and
-/// reading it costs a page of the page cache.
+/// reading it costs a page of the page cache. On tmpfs that is a page of the file, which nobody takes back.
 const GAP: u64 = 64 << 10;
+const GAP_ON_TMPFS: u64 = 0;
 
 /// Device and inode.
 type Identity = (u64, u64);
@@ -67,7 +68,7 @@ impl Overlay {
         runs: &[Range<u64>],
     ) -> io::Result<Vec<Range<u64>>> {
         let identity = identity(file)?;
-        let (extents, rest) = largest(joined(runs, GAP), MOST_LAID);
+        let (extents, rest) = largest(joined(runs, gap(file)?), MOST_LAID);
         let mut laid = self.write();
         for extent in extents {
             for part in ground.within_regions(&extent) {
@@ -342,6 +343,14 @@ fn length(range: &Range<u64>) -> usize {
 fn identity(file: &File) -> io::Result<Identity> {
     let metadata = file.metadata()?;
     Ok((metadata.dev(), metadata.ino()))
+}
+
+/// What may lie between two runs of that file.
+fn gap(file: &File) -> io::Result<u64> {
+    match rustix::fs::fstatfs(file)?.f_type == libc::TMPFS_MAGIC {
+        true => Ok(GAP_ON_TMPFS),
+        false => Ok(GAP),
+    }
 }
 
 /// Extents that have all of these runs, which are in ascending order: those with no more than `gap` between them

@@ -228,6 +228,39 @@ fn holes_between_what_is_laid_stay_holes_when_it_is_settled() {
     }
 }
 
+/// A page of tmpfs that was read is there ever after, though nobody has written to it.
+#[test]
+fn touching_all_of_memory_fills_no_holes_of_a_file_on_tmpfs() {
+    let pages = 64;
+    let config = MachineConfig::minimal(pages * PAGE).memory;
+    let memory = GuestMemory::create(&config).unwrap();
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let file = File::from(rustix::fs::memfd_create("a file on tmpfs", flags).unwrap());
+    file.set_len((pages + 1) * PAGE).unwrap();
+    let runs: Vec<_> = (0..pages)
+        .step_by(4)
+        .map(|page| page * PAGE..(page + 1) * PAGE)
+        .collect();
+    for run in &runs {
+        file.write_all_at(&[7; PAGE as usize], run.start + PAGE)
+            .unwrap();
+    }
+    let blocks = || rustix::fs::fstat(&file).unwrap().st_blocks;
+    let before = blocks();
+    assert!(
+        memory
+            .lay_over(&config, &file, PAGE, &runs)
+            .unwrap()
+            .is_empty()
+    );
+    for page in 0..pages {
+        let wanted = if page % 4 == 0 { 7 } else { 0 };
+        assert_eq!(byte(&memory, page), wanted, "page {page}");
+    }
+    assert_eq!(blocks(), before);
+    assert_eq!(memory.over.extents(), runs);
+}
+
 /// A file of which only pages here and there are no holes, each far from the next, costs no more mappings than another.
 #[test]
 fn of_too_many_pieces_the_largest_are_laid_and_the_rest_is_told() {
