@@ -260,6 +260,22 @@ impl GuestMemory {
         })
     }
 
+    /// What is given back is zeroed and kept, because what is still a file's was cut into as many pieces as may be:
+    /// there is to be a moment for [`GuestMemory::make_room`]. Said once.
+    pub fn wants_room(&self) -> bool {
+        self.over.wants_room()
+    }
+
+    /// Reads some of what is still a file's, for 10 ms or so, so that what is given back finds room to be cut out. No
+    /// vCPU runs, no device is active.
+    pub fn make_room(&self) -> Result<(), MemoryError> {
+        let thinned = self.over.thin(self.ground());
+        thinned.map_err(|source| MemoryError::Overlay {
+            action: "read",
+            source,
+        })
+    }
+
     /// What parts that are a file's lie on.
     fn ground(&self) -> Ground<'_> {
         Ground {
@@ -400,7 +416,7 @@ impl GuestMemory {
 
     /// Gives the whole pages of `length` bytes at `guest` back to the host; returns how many bytes
     /// those are. They read as zero from now on, until somebody writes to them. What is no RAM is
-    /// passed over.
+    /// passed over; what could not be given back is as zero ([`GuestMemory::wants_room`]).
     ///
     /// Huge pages are not given back: they were taken in advance so that no touch can fail, and another
     /// would take them meanwhile.

@@ -30,6 +30,8 @@ pub enum Request {
     VcpuStarted { index: u8 },
     /// The guest has plugged or unplugged hot memory; how much there is, the device knows.
     HotMemoryChanged,
+    /// What the guest gives back finds no room to be cut out of what is still a snapshot's file.
+    MemoryWantsRoom,
     /// The guest did not feed its watchdog; the machine does what its config says.
     WatchdogFired,
     /// The guest misused a device so that only stopping the machine is left, or a host resource
@@ -62,7 +64,7 @@ impl Request {
             Request::Panicked { .. } | Request::WatchdogFired => false,
             Request::SlotsEjected | Request::AllEntered => false,
             Request::VcpusEjected | Request::VcpuStarted { .. } => false,
-            Request::HotMemoryChanged => false,
+            Request::HotMemoryChanged | Request::MemoryWantsRoom => false,
         }
     }
 }

@@ -162,6 +162,41 @@ fn memory_that_it_gives_back_is_zero_and_costs_nothing() {
     assert_eq!(filled(&guest), all);
 }
 
+/// Its balloon asks for a moment at rest then.
+#[test]
+fn a_guest_that_cuts_its_memory_to_pieces_goes_on_giving_back() {
+    let mut setup = Setup::new().memory_mib(192);
+    setup.config.balloon = Some(BalloonConfig::default());
+    let mut guest = setup.boot();
+    guest.ok("touch 150");
+    let first = written(&mut guest);
+    let mut other = lazily(&guest, &first, &[]);
+    // As a guest could, page by page, until there is no room for more.
+    let memory = other.machine.memory().clone();
+    let mut pages = (64 << 20..192 << 20).step_by(2 * 4096);
+    let kept = pages.find(|page| memory.give_back(*page, 4096).unwrap() == 0);
+    let kept = kept.expect("there is to be an end of it");
+    assert_eq!(memory.give_back(kept, 4096).unwrap(), 0);
+    assert_eq!(memory.read_obj::<u64>(GuestAddress(kept)).unwrap(), 0);
+    // Whatever it gives back next, its balloon asks; and is heard before the guest's next answer.
+    other.ok("balloon free 1");
+    other.ok("touch 1");
+    assert_eq!(memory.give_back(kept, 4096).unwrap(), 4096);
+    assert_eq!(memory.read_obj::<u64>(GuestAddress(kept)).unwrap(), 0);
+    for page in pages.take(16) {
+        assert_ne!(
+            memory.read_obj::<u64>(GuestAddress(page + 4096)).unwrap(),
+            0
+        );
+    }
+    let third = written(&mut other);
+    let mut third = lazily(&other, &third, &[]);
+    for each in [&mut guest, &mut other, &mut third] {
+        each.ok("touch 150");
+        assert_eq!(each.ok("echo alive"), "alive");
+    }
+}
+
 #[test]
 fn many_of_one_file_share_what_they_do_not_write_to() {
     let mut guest = Setup::new().command_line("tick_ms=5").start();

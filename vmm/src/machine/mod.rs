@@ -455,6 +455,7 @@ impl Machine {
             Request::WatchdogFired => self.watchdog_fired(),
             Request::SlotsEjected => self.slots_ejected(),
             Request::HotMemoryChanged => self.hot_memory_changed(),
+            Request::MemoryWantsRoom => self.make_room(),
             Request::VcpusEjected => self.vcpus_ejected(),
             Request::VcpuStarted { index } => self.vcpu_started(index),
             Request::DeviceFault { device, detail } => {
@@ -476,6 +477,21 @@ impl Machine {
             } => {
                 self.end(StopReason::InternalError { vcpu, detail });
             }
+        }
+    }
+
+    /// A moment at rest for memory that is still a snapshot's file.
+    fn make_room(&mut self) {
+        let running = self.state == RunState::Running;
+        if running && let Err(error) = self.rest() {
+            return self.run_on(&error);
+        }
+        if let Err(error) = self.memory.make_room() {
+            // It is right as it is, and larger than need be.
+            tracing::warn!(error = in_full(&error), "what the guest gives back is kept");
+        }
+        if running && let Err(error) = self.run() {
+            self.run_on(&error);
         }
     }
 

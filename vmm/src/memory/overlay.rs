@@ -29,6 +29,10 @@ use crate::stream::{BLOCK, Mask, PAGE};
 const MOST_LAID: usize = 1024;
 /// Extents that a guest can make of them by giving back what lies within.
 const MOST: usize = 8192;
+/// Bytes that are read at a time to have fewer: the guest stands still meanwhile, for some 10 ms.
+const THINNED: u64 = 16 << 20;
+/// With fewer extents less for that it is not worth it.
+const WORTH: usize = 64;
 /// Bytes that may lie between two runs of pages that become one extent: what is there is a hole in the file, and
 /// reading it costs a page of the page cache. On tmpfs that is a page of the file, which nobody takes back.
 const GAP: u64 = 64 << 10;
@@ -46,6 +50,17 @@ struct Laid {
     file: Option<Identity>,
     /// Offsets in the memfd, of whole pages of 4 KiB, each within one region; in ascending order.
     extents: Vec<Range<u64>>,
+    room: Room,
+}
+
+/// Whether there may be as many extents as giving back would make.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Room {
+    #[default]
+    Enough,
+    Wanting,
+    /// The same, and somebody knows.
+    Told,
 }
 
 /// What an overlay lies on.
@@ -134,7 +149,7 @@ impl Overlay {
     }
 
     /// Whole pages of 4 KiB are zero from now on; how many bytes of them take memory all the same, since the overlay
-    /// was to be cut into too many pieces.
+    /// was to be cut into too many pieces ([`Overlay::wants_room`]).
     pub fn give_back(&self, ground: Ground<'_>, range: Range<u64>) -> io::Result<u64> {
         if self.is_empty() {
             return Ok(0);
@@ -156,12 +171,44 @@ impl Overlay {
                     ground.zero(&part)?;
                     kept += part.end - part.start;
                     left.push(extent);
+                    if laid.room == Room::Enough {
+                        laid.room = Room::Wanting;
+                    }
                 }
             }
         }
         laid.extents.splice(first..last, left);
-        laid.forget_file();
+        laid.forget_if_empty();
         Ok(kept)
+    }
+
+    /// There are as many pieces as there may be, and [`Overlay::thin`] would change that; said once.
+    pub fn wants_room(&self) -> bool {
+        let is_wanting = self.read().room == Room::Wanting;
+        is_wanting && std::mem::replace(&mut self.write().room, Room::Told) == Room::Wanting
+    }
+
+    /// Up to half of the pieces, the smallest, go to the memfd, so that others can be cut. Nothing is done, now or ever
+    /// again, where that would take long. Nobody writes to memory meanwhile.
+    pub fn thin(&self, ground: Ground<'_>) -> io::Result<()> {
+        let mut laid = self.write();
+        let small = smallest(&laid.extents, MOST / 2, THINNED);
+        if small.len() < WORTH {
+            return Ok(());
+        }
+        let (mut gone, mut outcome) = (Vec::new(), Ok(()));
+        for extent in small {
+            outcome = ground.settle(&extent);
+            if outcome.is_err() {
+                break;
+            }
+            gone.push(extent.start);
+        }
+        gone.sort_unstable();
+        (laid.extents).retain(|extent| gone.binary_search(&extent.start).is_err());
+        laid.room = Room::Enough;
+        laid.forget_if_empty();
+        outcome
     }
 
     /// What it has is gone; the memfd is all of memory.
@@ -171,10 +218,7 @@ impl Overlay {
 
     /// What it has goes to the memfd, which is all of memory then. Nobody writes to memory meanwhile.
     pub fn settle(&self, ground: Ground<'_>) -> io::Result<()> {
-        self.take_away(|extent| {
-            ground.write_down(extent)?;
-            ground.restore(extent)
-        })
+        self.take_away(|extent| ground.settle(extent))
     }
 
     fn take_away(&self, each: impl Fn(&Range<u64>) -> io::Result<()>) -> io::Result<()> {
@@ -183,7 +227,7 @@ impl Overlay {
             each(extent)?;
             laid.extents.pop();
         }
-        laid.forget_file();
+        laid.forget_if_empty();
         Ok(())
     }
 
@@ -197,9 +241,10 @@ impl Overlay {
 }
 
 impl Laid {
-    fn forget_file(&mut self) {
+    /// Of no extents there is no file either.
+    fn forget_if_empty(&mut self) {
         if self.extents.is_empty() {
-            self.file = None;
+            *self = Laid::default();
         }
     }
 }
@@ -286,6 +331,12 @@ impl Ground<'_> {
                 .map_err(|error| io::Error::other(error.to_string()))?;
         }
         Ok(())
+    }
+
+    /// The memfd has these pages, and is behind them again.
+    fn settle(self, range: &Range<u64>) -> io::Result<()> {
+        self.write_down(range)?;
+        self.restore(range)
     }
 
     /// Copies these pages to the memfd below them, but for those that are zero: what lay between runs was in no memory.
@@ -377,6 +428,19 @@ fn largest(mut extents: Vec<Range<u64>>, most: usize) -> (Vec<Range<u64>>, Vec<R
         part.sort_by_key(|extent| extent.start);
     }
     (extents, rest)
+}
+
+/// As many of the extents, the smallest first, as together have no more than so many bytes.
+fn smallest(extents: &[Range<u64>], most: usize, bytes: u64) -> Vec<Range<u64>> {
+    let size = |extent: &Range<u64>| extent.end - extent.start;
+    let mut extents = extents.to_vec();
+    extents.sort_by_key(size);
+    let mut sum = 0;
+    let fits = |extent: &Range<u64>| {
+        sum += size(extent);
+        sum <= bytes
+    };
+    extents.into_iter().take(most).take_while(fits).collect()
 }
 
 #[cfg(test)]

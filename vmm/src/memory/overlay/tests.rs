@@ -159,13 +159,45 @@ fn a_guest_that_cuts_it_into_too_many_pieces_reads_zeros_all_the_same() {
     }
     assert!(memory.over.extents().len() <= MOST);
     assert!(kept > 0, "the test is about pages that are kept");
-    for page in 0..pages {
-        let wanted = if page % 2 == 0 { 0 } else { mark(page) };
-        assert_eq!(streamed(&memory, page), wanted, "page {page}");
+    let check = || {
+        for page in 0..pages {
+            let wanted = if page % 2 == 0 { 0 } else { mark(page) };
+            let found = (byte(&memory, page), streamed(&memory, page));
+            assert_eq!(found, (wanted, wanted), "page {page}");
+        }
+    };
+    check();
+    // Some of the pieces are read: as many others can be cut.
+    assert!(memory.wants_room() && !memory.wants_room());
+    memory.make_room().unwrap();
+    assert!(!memory.wants_room());
+    let left = memory.over.extents().len();
+    assert!((1..=MOST / 2 + 1).contains(&left), "{left}");
+    check();
+    for page in (pages - MOST as u64 / 2..pages).step_by(2) {
+        assert_eq!(memory.give_back(page * PAGE, PAGE).unwrap(), PAGE);
     }
+    check();
     // In larger pieces it goes all the same.
     assert_eq!(memory.give_back(0, pages * PAGE).unwrap(), pages * PAGE);
     assert!(memory.is_settled());
+}
+
+#[test]
+fn no_more_is_read_to_have_fewer_pieces_than_a_guest_can_stand_still_for() {
+    let extents = [0..9, 10..12, 20..21, 30..39, 40..42];
+    let found = |most, bytes| smallest(&extents, most, bytes);
+    assert_eq!(found(9, 5), [20..21, 10..12, 40..42]);
+    assert_eq!(found(9, 4), [20..21, 10..12]);
+    assert_eq!(found(2, 99), [20..21, 10..12]);
+    assert!(found(9, 0).is_empty());
+    // Pieces that are large are not read at all, and nobody asks again.
+    let pages = THINNED / PAGE;
+    let (memory, _file) = over(pages, &[(0, pages)]);
+    memory.over.write().room = Room::Wanting;
+    assert!(memory.wants_room());
+    memory.make_room().unwrap();
+    assert!(!memory.is_settled() && !memory.wants_room());
 }
 
 #[test]

@@ -24,6 +24,7 @@ use crate::config::BalloonConfig;
 use crate::device::{Board, DeviceError, SavedDevice};
 use crate::memory::GuestMemory;
 use crate::reactor::{Interest, Reactor, Ready, Registration, Subscriber};
+use crate::request::{Request, RequestSender};
 
 const QUEUE_SIZE: u16 = 128;
 /// Inflate, deflate, statistics, free page hints (never asked for), reporting.
@@ -84,6 +85,7 @@ pub struct BalloonReport {
 
 struct Shared {
     memory: GuestMemory,
+    requests: RequestSender,
     work: Mutex<Work>,
 }
 
@@ -113,6 +115,7 @@ impl Balloon {
             reactor: board.reactor.clone(),
             shared: Arc::new(Shared {
                 memory: board.memory.clone(),
+                requests: board.requests.clone(),
                 work: Mutex::new(Work::new(registers)),
             }),
             registrations: Vec::new(),
@@ -195,7 +198,7 @@ impl VirtioDevice for Balloon {
         }
         work.begin(features);
         for index in 0..QUEUES {
-            work.serve(index, &self.shared.memory);
+            self.shared.serve(&mut work, index);
         }
         Ok(())
     }
@@ -220,11 +223,18 @@ impl Subscriber for Shared {
         let mut work = self.lock();
         let index = tag as usize;
         work.clear_kick(index);
-        work.serve(index, &self.memory);
+        self.serve(&mut work, index);
     }
 }
 
 impl Shared {
+    fn serve(&self, work: &mut Work, index: usize) {
+        work.serve(index, &self.memory);
+        if self.memory.wants_room() {
+            self.requests.send(Request::MemoryWantsRoom);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Work> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
