@@ -380,11 +380,11 @@ fn build(
         (Some(file), _) => Some(Kept::open(file, kvm.is_some())?),
         (None, template) => template.map(Kept::template).transpose()?,
     };
-    let note = kept.as_ref().and_then(Kept::note).cloned();
-    let (disks, nets) = match &note {
-        Some(note) => note.order(launch, disks, nets)?,
+    let (disks, nets) = match &kept {
+        Some(kept) => kept.order(launch, disks, nets)?,
         None => (disks, nets),
     };
+    let note = kept.as_ref().and_then(Kept::note).cloned();
     let arrival = files.take(FileRole::Arrival).map(UnixStream::from);
     let Some(kvm) = kvm else {
         let hook = move || hook(seccomp::Kind::Console);

@@ -19,14 +19,14 @@
 //! FILE. With `--stamp` the first line on standard error is CLOCK_MONOTONIC, in nanoseconds, of the moment
 //! before the machine's process is cloned. With `--resume` the guest goes on from a snapshot, which is read first; with
 //! `--clone` it is one of several that do, and what it does not write to is theirs together: the snapshot is mapped, and
-//! has to stay as it is. The exit status is 0 when the guest powered off or was stopped, else 1
-//! with the reason on standard error.
+//! has to stay as it is. Of `machine` counts then which of the host's CPUs it may use. The exit status is 0 when the
+//! guest powered off or was stopped, else 1 with the reason on standard error.
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use fractus_agent_api::machine::{ServerId, StopReason};
@@ -146,9 +146,8 @@ fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
     by_hand.taps.append(&mut taps);
     let (mut launch, mut files) = open(by_hand, jailed)?;
     if let Some((role, path)) = snapshot {
-        let file = File::open(&path).map_err(|e| named(path.display(), &e))?;
         launch.files.push(role);
-        files.push(file.into());
+        files.push(open_snapshot(&path, &mut launch)?);
     }
     if let (Some(nest), Some(network)) = (nest, network) {
         // As an agent has it long before a machine is started.
@@ -163,6 +162,17 @@ fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
         .start()
         .map_err(|e| VmError::Build(e.to_string()))?;
     Ok(parts.run())
+}
+
+/// Of a guest whose memory, a file too, may be larger than FILE says.
+fn open_snapshot(path: &Path, launch: &mut Launch) -> Result<OwnedFd, VmError> {
+    let failed = |e: std::io::Error| named(path.display(), &e);
+    let file = File::open(path).map_err(failed)?;
+    let length = file.metadata().map_err(failed)?.len();
+    if let Some(jail) = &mut launch.jail {
+        jail.file_size = jail.file_size.max(length);
+    }
+    Ok(file.into())
 }
 
 fn named(path: impl std::fmt::Display, detail: &dyn std::fmt::Display) -> VmError {

@@ -33,43 +33,67 @@ pub struct Note {
     said: GuestSaid,
 }
 
-/// What another process has written.
+/// What another process has written. Without a note nobody has said which of the guest's devices is which: it was
+/// written by hand.
 pub enum Kept {
-    Machine(Box<Snapshot>, Note),
-    /// Of which this guest is one of several; none: nobody has said which of its devices is which.
+    Machine(Box<Snapshot>, Option<Note>),
+    /// Of which this guest is one of several.
     Template(Box<Snapshot>, Option<Note>),
     StandIn(stand_in::Kept, Note),
 }
 
 impl Kept {
     pub fn template(file: File) -> Result<Self, VmError> {
-        let snapshot = Snapshot::open(file).map_err(|error| damaged(&error))?;
-        let note = match snapshot.owner() {
-            [] => None,
-            note => Some(Note::read(note)?),
-        };
-        Ok(Self::Template(Box::new(snapshot), note))
+        let (snapshot, note) = snapshot(file)?;
+        Ok(Self::Template(snapshot, note))
     }
 
     /// `real`: of a machine, not of a stand-in.
     pub fn open(file: File, real: bool) -> Result<Self, VmError> {
-        let note = Note::read;
         if real {
-            let snapshot = Snapshot::open(file).map_err(|error| damaged(&error))?;
-            let note = note(snapshot.owner())?;
-            return Ok(Self::Machine(Box::new(snapshot), note));
+            let (snapshot, note) = snapshot(file)?;
+            return Ok(Self::Machine(snapshot, note));
         }
         let kept = stand_in::Kept::read(file).map_err(|error| damaged(&error))?;
-        let note = note(kept.note())?;
+        let note = Note::read(kept.note())?;
         Ok(Self::StandIn(kept, note))
     }
 
     pub fn note(&self) -> Option<&Note> {
         match self {
-            Self::Machine(_, note) | Self::StandIn(_, note) => Some(note),
-            Self::Template(_, note) => note.as_ref(),
+            Self::StandIn(_, note) => Some(note),
+            Self::Machine(_, note) | Self::Template(_, note) => note.as_ref(),
         }
     }
+
+    /// The files that came, in the order in which the guest had them.
+    ///
+    /// # Errors
+    /// One that it had did not come; or nobody knows which is which, and they have names.
+    pub fn order<T>(
+        &self,
+        launch: &Launch,
+        disks: Vec<T>,
+        nets: Vec<NetFiles>,
+    ) -> Result<(Vec<T>, Vec<NetFiles>), VmError> {
+        let mut names = launch.disks.iter().chain(&launch.nets).flatten();
+        match (self.note(), names.next()) {
+            (Some(note), _) => note.order(launch, disks, nets),
+            (None, None) => Ok((disks, nets)),
+            (None, Some(name)) => Err(VmError::Build(format!(
+                "the memory that was kept does not say which of its devices is {name}"
+            ))),
+        }
+    }
+}
+
+fn snapshot(file: File) -> Result<(Box<Snapshot>, Option<Note>), VmError> {
+    let snapshot = Snapshot::open(file).map_err(|error| damaged(&error))?;
+    let note = match snapshot.owner() {
+        [] => None,
+        note => Some(Note::read(note)?),
+    };
+    Ok((Box::new(snapshot), note))
 }
 
 fn damaged(error: &dyn std::error::Error) -> VmError {
