@@ -9,7 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
@@ -18,15 +18,15 @@ use common::*;
 use fractus_vmm::config::{BalloonConfig, ConsoleFiles, MachineConfig, MachineFiles};
 use fractus_vmm::machine::Machine;
 
-fn config() -> MachineConfig {
-    let mut config = MachineConfig::minimal(64 << 20);
+fn config(memory: u64) -> MachineConfig {
+    let mut config = MachineConfig::minimal(memory);
     config.command_line = "tick_ms=20 run=\"touch 20\"".to_owned();
     config.balloon = Some(BalloonConfig::default());
     config
 }
 
 /// Writes a guest that runs to `path`; what it calls itself, and how often it has ticked.
-fn write(kernel: &Path, path: &Path) -> Result<(String, u64)> {
+fn write(kernel: &Path, config: MachineConfig, path: &Path) -> Result<(String, u64)> {
     let (serial, end) = UnixStream::pair()?;
     serial.set_read_timeout(Some(PATIENCE))?;
     let files = MachineFiles {
@@ -43,7 +43,7 @@ fn write(kernel: &Path, path: &Path) -> Result<(String, u64)> {
         nets: Vec::new(),
         vsock: None,
     };
-    let mut machine = Machine::build(config(), files, None)?;
+    let mut machine = Machine::build(config, files, None)?;
     machine.start()?;
     let (mut nonce, mut ticks) = (None, 0);
     for line in BufReader::new(serial).lines() {
@@ -80,11 +80,11 @@ struct Clone {
 }
 
 impl Clone {
-    fn start(config: &Path, snapshot: &Path) -> Result<Self> {
+    fn start(config: &Path, how: &str, snapshot: &Path) -> Result<Self> {
         let mut process = Command::new(env!("CARGO_BIN_EXE_fractus-agent"))
             .args(["vm", "--config"])
             .arg(config)
-            .arg("--clone")
+            .arg(how)
             .arg(snapshot)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -131,33 +131,61 @@ impl Drop for Clone {
     }
 }
 
+/// Where a test has its files: the probe, what the machine is by hand, and a guest's snapshot.
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    /// With the probe, and with a machine of 64 MiB; none: there is no KVM.
+    fn new() -> Result<Option<Self>> {
+        let Some(probe) = probe() else {
+            println!("no /dev/kvm: nothing was tested");
+            return Ok(None);
+        };
+        let folder = Self(tempfile::tempdir()?);
+        std::fs::write(folder.kernel(), probe)?;
+        let machine = serde_json::json!({"machine": config(64 << 20), "kernel": folder.kernel()});
+        std::fs::write(folder.config(), machine.to_string())?;
+        Ok(Some(folder))
+    }
+
+    fn kernel(&self) -> PathBuf {
+        self.0.path().join("probe")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.0.path().join("config")
+    }
+
+    fn snapshot(&self) -> PathBuf {
+        self.0.path().join("snapshot")
+    }
+}
+
 /// What is mapped is taken away by threads that are locked down: the balloon's, and at a reset the main one.
 #[test]
 fn clones_of_a_guest_go_on_give_memory_back_and_reset_in_their_jails() -> Result {
-    let Some(probe) = probe() else {
-        println!("no /dev/kvm: nothing was tested");
+    const PAGES_OF_30_MIB: &str = "pages=7680";
+    let Some(folder) = Folder::new()? else {
         return Ok(());
     };
-    let folder = tempfile::tempdir()?;
-    let at = |name: &str| folder.path().join(name);
-    let (kernel, config_file, snapshot) = (at("probe"), at("config"), at("snapshot"));
-    std::fs::write(&kernel, probe)?;
-    let machine = serde_json::json!({"machine": config(), "kernel": kernel});
-    std::fs::write(&config_file, machine.to_string())?;
-    let (nonce, ticks) = write(&kernel, &snapshot)?;
+    let snapshot = folder.snapshot();
+    let (nonce, ticks) = write(&folder.kernel(), config(64 << 20), &snapshot)?;
     let mut before = Vec::new();
     File::open(&snapshot)?.read_to_end(&mut before)?;
     let mut clones = Vec::new();
     for _ in 0..2 {
-        clones.push(Clone::start(&config_file, &snapshot)?);
+        clones.push(Clone::start(&folder.config(), "--clone", &snapshot)?);
     }
     for clone in &mut clones {
         let tick = clone.line("tick ")?;
         let number: u64 = tick.split(' ').nth(1).unwrap_or_default().parse()?;
         assert!(number >= ticks, "{ticks}, then {tick}");
         assert_eq!(nonce_in(&tick, "tick "), Some(nonce.clone()), "{tick}");
+        // Of these 20 are the file's until here.
         assert!(clone.ask("touch 30")?.contains("mib=30"));
+        assert!(clone.ask("zeros 30")?.ends_with("pages=0"));
         assert!(clone.ask("balloon free 30")?.contains("mib=30"));
+        assert!(clone.ask("zeros 30")?.ends_with(PAGES_OF_30_MIB));
         assert!(clone.ask("touch 30")?.contains("mib=30"));
     }
     let first = clones.first_mut().unwrap();
@@ -171,5 +199,27 @@ fn clones_of_a_guest_go_on_give_memory_back_and_reset_in_their_jails() -> Result
     let mut after = Vec::new();
     File::open(&snapshot)?.read_to_end(&mut after)?;
     assert!(before == after, "the snapshot was written to");
+    Ok(())
+}
+
+/// Its memory is larger than any file that the jail would allow by what FILE says, and nobody has said what its devices
+/// are called.
+#[test]
+fn a_larger_guest_than_its_file_says_goes_on_in_a_jail() -> Result {
+    let Some(folder) = Folder::new()? else {
+        return Ok(());
+    };
+    let snapshot = folder.snapshot();
+    let (nonce, _) = write(&folder.kernel(), config(1100 << 20), &snapshot)?;
+    for how in ["--resume", "--clone"] {
+        let mut guest = Clone::start(&folder.config(), how, &snapshot)?;
+        let tick = guest.line("tick ")?;
+        assert_eq!(
+            nonce_in(&tick, "tick "),
+            Some(nonce.clone()),
+            "{how}: {tick}"
+        );
+        assert!(guest.ask("echo alive")?.contains("alive"), "{how}");
+    }
     Ok(())
 }

@@ -213,6 +213,7 @@ impl Probe {
             "time" => tell_time(out),
             "random" => self.random(words, out),
             "touch" => self.touch(words, out),
+            "zeros" => self.zeros(words, out),
             "dirty" => self.dirty(words, out),
             "weave" => self.weave(words, out),
             "churn" => self.churn(words),
@@ -449,6 +450,20 @@ impl Probe {
             done / PAGES_PER_MIB,
             clock::us(cpu::tsc() - begin)
         );
+        Ok(())
+    }
+
+    /// Where `touch` writes.
+    fn zeros(&self, words: &mut Words, out: &mut Line) -> Outcome {
+        let mib = words.number().ok_or(Refusal::Usage("MIB"))?;
+        let (mut left, mut zeros) = (mib * PAGES_PER_MIB, 0);
+        for stretch in memory::free(&self.info) {
+            let count = left.min(stretch.length / PAGE);
+            let pages = (0..count).map(|page| stretch.start + page * PAGE);
+            zeros += pages.filter(|page| memory::read_u64(*page) == 0).count();
+            left -= count;
+        }
+        let _ = write!(out, " pages={zeros}");
         Ok(())
     }
 
