@@ -5,6 +5,7 @@
 
 use std::error::Error;
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -97,7 +98,13 @@ fn from_file(mode: u8, squeezed: &[u8]) -> Result<(MachineState, GuestMemory), B
         0 => Loading::Eager,
         _ => Loading::Lazy,
     };
-    Ok(loaded(&[&Snapshot::open(file)?], &every_device(), loading)?)
+    let snapshot = Snapshot::open(read_only(&file)?)?;
+    Ok(loaded(&[&snapshot], &every_device(), loading)?)
+}
+
+/// The same file, as it is handed over to be mapped.
+pub(super) fn read_only(file: &File) -> std::io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// As [`super::build`] makes it, but for KVM.

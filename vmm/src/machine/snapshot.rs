@@ -15,6 +15,7 @@ mod log;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
+use rustix::fs::OFlags;
 use uuid::Uuid;
 
 use super::state::STATE_VERSION;
@@ -64,6 +65,10 @@ pub enum SnapshotError {
         "that file has the snapshot {base}, which this one would be laid over: it has to be written to another"
     )]
     OntoBase { base: Uuid },
+    #[error(
+        "memory is not mapped from a file that could be written to: it has to be open for reading only"
+    )]
+    Writable,
     #[error("read the guest's memory")]
     Read(#[source] std::io::Error),
     #[error("the machine's state cannot be {action}")]
@@ -84,8 +89,9 @@ pub enum Loading {
     /// The price: no checksum of a page is looked at ([`Snapshot::check`] does that, before or meanwhile). The file has
     /// to stay as it is for as long as any such machine lives, or until it was reset: what is written to it changes
     /// under the guest, and a truncation of it, or a disk that cannot be read, ends the process by SIGBUS. So it is for
-    /// who owns it: a file that was unlinked, or is nobody's but root's, open for reading only (a process that a guest
-    /// has taken over could write to the memory of others else). Memory of huge pages (hugetlbfs) and hot memory are
+    /// who owns it: a file that was unlinked, or is nobody's but root's, and open for reading only
+    /// ([`SnapshotError::Writable`]: a process that a guest has taken over could write to the memory of others else).
+    /// Memory of huge pages (hugetlbfs) and hot memory are
     /// read first all the same; pages that are copied are of 4 KiB, also in a machine of transparent ones.
     Lazy,
 }
@@ -417,6 +423,11 @@ fn fill(
         return Ok(snapshot.load(memory)?);
     }
     let (file, at) = snapshot.placed_in();
+    let access =
+        rustix::fs::fcntl_getfl(file).map_err(|errno| SnapshotError::Read(errno.into()))?;
+    if access & OFlags::RWMODE != OFlags::RDONLY {
+        return Err(SnapshotError::Writable);
+    }
     let runs = snapshot.placed_below(config.bytes);
     let mut rest = memory.lay_over(config, file, at, &runs)?;
     // Hot memory is mapped twice, which a private mapping cannot be.

@@ -146,7 +146,7 @@ fn open(
     bytes: &[u8],
     loading: Loading,
 ) -> Result<(Snapshot, MachineState, GuestMemory), SnapshotError> {
-    let snapshot = Snapshot::open(file(bytes))?;
+    let snapshot = Snapshot::open(fuzz::read_only(&file(bytes)).unwrap())?;
     let (state, memory) = loaded(&[&snapshot], &every_device(), loading)?;
     Ok((snapshot, state, memory))
 }

@@ -1,10 +1,12 @@
 //! Memory through snapshots and back, without KVM.
 
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::super::fuzz::read_only;
 use super::*;
 use crate::config::{HOT_BLOCK, HotMemoryConfig};
 use crate::memory::Blocks;
@@ -164,7 +166,7 @@ impl Modelled {
             Some((_, pages)) => copy.again(pages).unwrap(),
         };
         copy.writer.finish(b"", b"").unwrap();
-        let snapshot = Snapshot::open(file).unwrap();
+        let snapshot = Snapshot::open(read_only(&file).unwrap()).unwrap();
         snapshot.check().unwrap();
         snapshot
     }
@@ -277,6 +279,26 @@ proptest! {
     }
 }
 
+fn writable(file: &File) -> File {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::options().read(true).write(true).open(path).unwrap()
+}
+
+#[test]
+fn memory_is_mapped_by_no_descriptor_that_could_be_written_to() {
+    let mut one = Modelled::new();
+    one.take(&Step::Write { page: 3, byte: 7 });
+    let (_, snapshot) = one.restored(Loading::Lazy);
+    let file = writable(snapshot.placed_in().0);
+    let snapshot = Snapshot::open(file).unwrap();
+    let other = Modelled::new();
+    let filled = |loading| fill(&other.memory, &snapshot, &config().0, loading);
+    let refused = filled(Loading::Lazy);
+    assert!(matches!(refused, Err(SnapshotError::Writable)));
+    assert!(other.memory.is_settled());
+    filled(Loading::Eager).unwrap();
+}
+
 #[test]
 fn a_page_that_is_not_what_it_was_is_found_by_a_check_and_by_an_eager_restore_only() {
     let mut one = Modelled::new();
@@ -285,7 +307,9 @@ fn a_page_that_is_not_what_it_was_is_found_by_a_check_and_by_an_eager_restore_on
     }
     let (_, snapshot) = one.restored(Loading::Lazy);
     let (file, at) = snapshot.placed_in();
-    file.write_all_at(&[8], at + 20 * PAGE as u64).unwrap();
+    writable(file)
+        .write_all_at(&[8], at + 20 * PAGE as u64)
+        .unwrap();
     assert!(matches!(
         snapshot.check(),
         Err(StreamError::Checksum { .. })
