@@ -261,8 +261,9 @@ proptest! {
         for step in &steps {
             now.take(step);
             if let Step::Restore(loading) = step {
-                let (next, _) = now.restored(*loading);
-                let (twin, _) = now.restored(Loading::Lazy);
+                // Both of one file, so that neither may be seen by the other.
+                let (next, snapshot) = now.restored(*loading);
+                let twin = now.made_of(&[&snapshot], Loading::Lazy);
                 before.extend([std::mem::replace(&mut now, next), twin]);
             }
             if let Step::Since(loading) = step {
