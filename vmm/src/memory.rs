@@ -16,6 +16,7 @@ use std::ops::{Deref, Range};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
@@ -45,6 +46,8 @@ pub struct GuestMemory {
     bytes: u64,
     hot: Option<Arc<HotMemory>>,
     over: Arc<Overlay>,
+    /// Something of it came from a file that nobody has checked.
+    unchecked: Arc<AtomicBool>,
 }
 
 /// One contiguous range as KVM wants it.
@@ -202,6 +205,7 @@ impl GuestMemory {
             bytes: config.bytes,
             hot,
             over: Arc::default(),
+            unchecked: Arc::default(),
         })
     }
 
@@ -231,8 +235,21 @@ impl GuestMemory {
         if beyond || self.has_reserved_pages() {
             return Err(failed(io::ErrorKind::InvalidInput.into()));
         }
+        if !runs.is_empty() {
+            self.mark_unchecked();
+        }
         let laid = self.over.lay(self.ground(), config, file, at, runs);
         laid.map_err(failed)
+    }
+
+    /// What is in it came from a file that may be damaged, as far as anybody knows: so it is from
+    /// [`GuestMemory::lay_over`], or this call, until it is [cleared](GuestMemory::clear).
+    pub fn is_unchecked(&self) -> bool {
+        self.unchecked.load(Ordering::Relaxed)
+    }
+
+    pub fn mark_unchecked(&self) {
+        self.unchecked.store(true, Ordering::Relaxed);
     }
 
     /// Something of memory is still that file's ([`GuestMemory::lay_over`]).
@@ -472,6 +489,7 @@ impl GuestMemory {
         for region in self.map.iter() {
             region.get_mmap().bitmap().set_addr_range(0, region.size());
         }
+        self.unchecked.store(false, Ordering::Relaxed);
         self.reserve()
     }
 }

@@ -86,7 +86,8 @@ pub enum Loading {
     /// Pages are mapped, read when they are touched, and copied when they are written to: nothing is read first, and
     /// machines of one file share what they have not written to.
     ///
-    /// The price: no checksum of a page is looked at ([`Snapshot::check`] does that, before or meanwhile). The file has
+    /// The price: no checksum of a page is looked at ([`Snapshot::check`] does that, before or meanwhile), and a
+    /// snapshot of such a machine says so until it was reset ([`Snapshot::is_unchecked`]). The file has
     /// to stay as it is for as long as any such machine lives, or until it was reset: what is written to it changes
     /// under the guest, and a truncation of it, or a disk that cannot be read, ends the process by SIGBUS. So it is for
     /// who owns it: a file that was unlinked, or is nobody's but root's, and open for reading only
@@ -233,11 +234,7 @@ impl Machine {
             pause: Duration::ZERO,
             whole: Duration::ZERO,
         };
-        let mut copy = Copy {
-            memory: self.memory.clone(),
-            is_whole: base.is_none(),
-            writer: SnapshotWriter::new(file, opening)?,
-        };
+        let mut copy = Copy::begin(self.memory.clone(), file, opening)?;
         let state = match self.state {
             RunState::Paused => {
                 // First, since disks are written to the end for it: what is copied may go to theirs.
@@ -407,6 +404,7 @@ pub(super) fn loaded(
     fill(&memory, first, &config.memory, loading)?;
     for snapshot in over {
         snapshot.load(&memory)?;
+        heed(&memory, snapshot);
     }
     Ok((state, memory))
 }
@@ -418,6 +416,7 @@ fn fill(
     config: &MemoryConfig,
     loading: Loading,
 ) -> Result<(), SnapshotError> {
+    heed(memory, snapshot);
     let huge = matches!(config.pages, PageSize::Huge2MiB | PageSize::Huge1GiB);
     if loading == Loading::Eager || huge {
         return Ok(snapshot.load(memory)?);
@@ -433,6 +432,14 @@ fn fill(
     // Hot memory is mapped twice, which a private mapping cannot be.
     rest.push(GuestMemory::hot_offset_of(config)..u64::MAX);
     Ok(snapshot.load_within(memory, &rest)?)
+}
+
+/// What a snapshot says of its bytes goes on in memory that is made of it, and in its snapshots.
+fn heed(memory: &GuestMemory, snapshot: &Snapshot) {
+    if snapshot.is_unchecked() {
+        tracing::warn!("what this memory comes from was never checked, and may have been damaged");
+        memory.mark_unchecked();
+    }
 }
 
 /// What is saved says how much memory is made. It has to be as much as there is of it in the file; and huge pages, which
@@ -490,6 +497,19 @@ struct Copy {
 }
 
 impl Copy {
+    fn begin(memory: GuestMemory, file: File, opening: Opening) -> Result<Self, StreamError> {
+        let is_whole = opening.base.is_none();
+        let mut writer = SnapshotWriter::new(file, opening)?;
+        if memory.is_unchecked() {
+            writer.mark_unchecked();
+        }
+        Ok(Copy {
+            memory,
+            is_whole,
+            writer,
+        })
+    }
+
     /// All that is to be in it; how many pages that may be. From then on the ledger tells what is to be copied again.
     fn first(&mut self, ledger: Option<&mut Ledger>) -> Result<u64, SnapshotError> {
         let since = ledger.map(Ledger::take_all).transpose()?;

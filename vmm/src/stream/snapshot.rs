@@ -6,9 +6,13 @@
 //! behind it    frames: opening, placed pages, state, what the owner keeps with it, end
 //! ```
 //!
-//! The head, little-endian: magic (8), form (4), nothing yet (4), where memory begins (8), its bytes (8), where the
+//! The head, little-endian: magic (8), form (4), flags (4), where memory begins (8), its bytes (8), where the
 //! frames begin (8), their bytes (8), CRC-32 of all that (4). Memory begins on 2 MiB so that it can be mapped with
-//! huge pages. A file without its head is one that was not finished, whatever else is in it.
+//! huge pages. A file without its head is one that was not finished, whatever else is in it, and one with a flag that a
+//! build does not know is not read by it.
+//!
+//! Flag 1, *unchecked*: the machine's memory had come from a file whose checksums nobody had looked at. Those of this one
+//! say that a page is what it was when it was written, and nothing of before.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Take, Write};
@@ -24,6 +28,7 @@ use super::{
 };
 
 const MAGIC: [u8; 8] = *b"FRACTUSM";
+const UNCHECKED: u32 = 1;
 /// Bytes of the head that mean something, with their checksum.
 const HEAD: usize = 52;
 /// Where memory begins.
@@ -58,6 +63,7 @@ struct Entry {
 pub struct SnapshotWriter {
     file: File,
     opening: Opening,
+    flags: u32,
     /// By number.
     blocks: Vec<Entry>,
 }
@@ -79,8 +85,14 @@ impl SnapshotWriter {
         Ok(SnapshotWriter {
             file,
             opening,
+            flags: 0,
             blocks: vec![Entry::default(); blocks],
         })
+    }
+
+    /// What is put comes, or may come, from a file that nobody has checked.
+    pub fn mark_unchecked(&mut self) {
+        self.flags |= UNCHECKED;
     }
 
     /// The content of block `number`, whole; it may come again, and the last time counts.
@@ -217,7 +229,7 @@ impl SnapshotWriter {
         let length = tail.at - begin;
         // All of it, before the head says that it is there.
         self.file.sync_data().map_err(io("sync"))?;
-        let head = head(self.opening.memory, begin, length);
+        let head = head(self.flags, self.opening.memory, begin, length);
         let written = self.file.write_all_at(&head, 0);
         written
             .and_then(|()| self.file.sync_all())
@@ -235,10 +247,11 @@ fn make_zero(file: &File, at: u64, bytes: u64) -> std::io::Result<()> {
     }
 }
 
-fn head(memory: u64, frames: u64, length: u64) -> [u8; HEAD] {
+fn head(flags: u32, memory: u64, frames: u64, length: u64) -> [u8; HEAD] {
     let mut head = [0; HEAD];
     head[..8].copy_from_slice(&MAGIC);
     head[8..12].copy_from_slice(&FORMAT.to_le_bytes());
+    head[12..16].copy_from_slice(&flags.to_le_bytes());
     for (at, number) in [(16, MEMORY), (24, memory), (32, frames), (40, length)] {
         head[at..at + 8].copy_from_slice(&number.to_le_bytes());
     }
@@ -277,6 +290,7 @@ impl Read for Tail<'_> {
 pub struct Snapshot {
     file: File,
     opening: Opening,
+    flags: u32,
     /// Where memory begins.
     memory: u64,
     /// In ascending order.
@@ -329,6 +343,7 @@ impl Snapshot {
         Ok(Snapshot {
             file,
             opening,
+            flags: head.flags,
             memory: head.memory,
             blocks,
             state,
@@ -343,6 +358,11 @@ impl Snapshot {
 
     pub fn totals(&self) -> Totals {
         self.totals
+    }
+
+    /// Its pages may have been damaged before they were written to it: [`SnapshotWriter::mark_unchecked`].
+    pub fn is_unchecked(&self) -> bool {
+        self.flags & UNCHECKED != 0
     }
 
     /// As it was given to [`SnapshotWriter::finish`].
@@ -478,6 +498,7 @@ fn within(parts: &[Range<u64>], range: Range<u64>) -> impl Iterator<Item = Range
 
 /// What the head says, as far as it can be.
 struct Head {
+    flags: u32,
     memory: u64,
     bytes: u64,
     frames: u64,
@@ -514,12 +535,13 @@ fn read_head(file: &File) -> Result<Head, StreamError> {
         return Err(StreamError::Format { found: form });
     }
     let read = Head {
+        flags: (number(8) >> 32) as u32,
         memory: number(16),
         bytes: number(24),
         frames: number(32),
         length: number(40),
     };
-    if read.memory != MEMORY || head[12..16] != [0; 4] {
+    if read.memory != MEMORY || read.flags & !UNCHECKED != 0 {
         return Err(malformed("a head that this build does not know"));
     }
     let memory_end = read.memory.checked_add(read.bytes);

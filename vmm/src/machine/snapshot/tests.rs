@@ -156,11 +156,8 @@ impl Modelled {
             memory: self.memory.file_bytes().unwrap(),
             made_by: "a test".to_owned(),
         };
-        let mut copy = Copy {
-            memory: self.memory.clone(),
-            is_whole: over.is_none(),
-            writer: SnapshotWriter::new(file.try_clone().unwrap(), opening).unwrap(),
-        };
+        let copy = Copy::begin(self.memory.clone(), file.try_clone().unwrap(), opening);
+        let mut copy = copy.unwrap();
         match over {
             None => copy.first(None).unwrap(),
             Some((_, pages)) => copy.again(pages).unwrap(),
@@ -325,4 +322,31 @@ fn a_page_that_is_not_what_it_was_is_found_by_a_check_and_by_an_eager_restore_on
         .read_obj(GuestAddress(20 * PAGE as u64))
         .unwrap();
     assert_eq!(found, 8);
+}
+
+/// Its checksums are new, and the bytes are as old as before.
+#[test]
+fn a_snapshot_says_that_its_bytes_came_from_a_file_that_nobody_checked() {
+    let mut one = Modelled::new();
+    one.take(&Step::Write { page: 3, byte: 7 });
+    one.take(&Step::Track);
+    let (mut mapped, snapshot) = one.restored(Loading::Lazy);
+    assert!(!snapshot.is_unchecked());
+    let (read, second) = mapped.restored(Loading::Eager);
+    assert!(second.is_unchecked() && read.written(None).is_unchecked());
+    mapped.take(&Step::Settle);
+    assert!(
+        mapped.written(None).is_unchecked(),
+        "it was read, and not checked"
+    );
+    mapped.take(&Step::Track);
+    let over = mapped.own_writes();
+    let over = mapped.written(Some((mapped.chain[0].opening().id, &over)));
+    assert!(over.is_unchecked());
+    mapped.take(&Step::Clear);
+    assert!(
+        !mapped.written(None).is_unchecked(),
+        "nothing of it is left"
+    );
+    assert!(!one.restored(Loading::Eager).0.written(None).is_unchecked());
 }

@@ -190,7 +190,7 @@ proptest! {
         file.write_all_at(&head, 0).unwrap();
         prop_assert!(Snapshot::open(file.try_clone().unwrap()).is_err());
         // Behind a head that is right.
-        file.write_all_at(&super::head(PAGE as u64, MEMORY + PAGE as u64, frames.len() as u64), 0).unwrap();
+        file.write_all_at(&super::head(0, PAGE as u64, MEMORY + PAGE as u64, frames.len() as u64), 0).unwrap();
         file.write_all_at(&frames, MEMORY + PAGE as u64).unwrap();
         prop_assert!(Snapshot::open(file).is_err());
     }
@@ -315,4 +315,26 @@ fn entries_that_are_out_of_place_are_refused() {
     assert!(read(&[entry(1, 1, 0), entry(1, 2, 0)]).is_err(), "twice");
     assert!(read_entries(&[0; ENTRY - 1], &opening(None), &mut Vec::new()).is_err());
     assert_eq!(PAGES, 16);
+}
+
+#[test]
+fn a_flag_is_read_and_one_that_this_build_does_not_know_is_refused() {
+    let flagged = |flags: u32| {
+        let file = file();
+        let mut writer = SnapshotWriter::new(file.try_clone().unwrap(), opening(None)).unwrap();
+        if flags == UNCHECKED {
+            writer.mark_unchecked();
+        }
+        writer.flags |= flags;
+        writer.finish(b"", b"").unwrap();
+        let mut head = [1; 4];
+        file.read_exact_at(&mut head, 12).unwrap();
+        assert_eq!(head, flags.to_le_bytes());
+        Snapshot::open(file).map(|snapshot| snapshot.is_unchecked())
+    };
+    assert!(!flagged(0).unwrap());
+    assert!(flagged(UNCHECKED).unwrap());
+    for flags in [2, 3, 1 << 31] {
+        assert!(matches!(flagged(flags), Err(StreamError::Malformed { .. })));
+    }
 }
