@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
@@ -283,10 +284,10 @@ impl GuestMemory {
         self.over.wants_room()
     }
 
-    /// Reads some of what is still a file's, for 10 ms or so, so that what is given back finds room to be cut out. No
-    /// vCPU runs, no device is active.
-    pub fn make_room(&self) -> Result<(), MemoryError> {
-        let thinned = self.over.thin(self.ground());
+    /// Reads some of what is still a file's, for about so long at most, so that what is given back finds room to be cut
+    /// out. No vCPU runs, no device is active.
+    pub fn make_room(&self, longest: Duration) -> Result<(), MemoryError> {
+        let thinned = self.over.thin(self.ground(), longest);
         thinned.map_err(|source| MemoryError::Overlay {
             action: "read",
             source,

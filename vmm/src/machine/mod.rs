@@ -64,6 +64,9 @@ pub use send::{
 pub use snapshot::{Loading, Round, Scope, SnapshotError, SnapshotReport};
 pub use state::MachineState;
 
+/// How long a guest stands still that has asked for something which needs that: few programs notice.
+const MOMENT: Duration = Duration::from_millis(20);
+
 /// One virtual machine of this process. Dropping it ends it.
 pub struct Machine {
     // The order is that of dropping: who runs first, what they use last.
@@ -486,7 +489,7 @@ impl Machine {
         if running && let Err(error) = self.rest() {
             return self.run_on(&error);
         }
-        if let Err(error) = self.memory.make_room() {
+        if let Err(error) = self.memory.make_room(MOMENT) {
             // It is right as it is, and larger than need be.
             tracing::warn!(error = in_full(&error), "what the guest gives back is kept");
         }

@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
 
 use libc::c_void;
 use rustix::fs::FallocateFlags;
@@ -29,7 +30,7 @@ use crate::stream::{BLOCK, Mask, PAGE};
 const MOST_LAID: usize = 1024;
 /// Extents that a guest can make of them by giving back what lies within.
 const MOST: usize = 8192;
-/// Bytes that are read at a time to have fewer: the guest stands still meanwhile, for some 10 ms.
+/// Bytes that are read at a time to have fewer, while the guest stands still: some 10 ms, if the host has them.
 const THINNED: u64 = 16 << 20;
 /// With fewer extents less for that it is not worth it.
 const WORTH: usize = 64;
@@ -178,6 +179,9 @@ impl Overlay {
             }
         }
         laid.extents.splice(first..last, left);
+        if laid.extents.len() <= MOST / 2 {
+            laid.room = Room::Enough;
+        }
         laid.forget_if_empty();
         Ok(kept)
     }
@@ -188,9 +192,11 @@ impl Overlay {
         is_wanting && std::mem::replace(&mut self.write().room, Room::Told) == Room::Wanting
     }
 
-    /// Up to half of the pieces, the smallest, go to the memfd, so that others can be cut. Nothing is done, now or ever
-    /// again, where that would take long. Nobody writes to memory meanwhile.
-    pub fn thin(&self, ground: Ground<'_>) -> io::Result<()> {
+    /// Up to half of the pieces, the smallest, go to the memfd, so that others can be cut; fewer, where that takes
+    /// longer. Where they are too large for it nothing is done, and it is not asked for again. Nobody writes to memory
+    /// meanwhile.
+    pub fn thin(&self, ground: Ground<'_>, longest: Duration) -> io::Result<()> {
+        let began = Instant::now();
         let mut laid = self.write();
         let small = smallest(&laid.extents, MOST / 2, THINNED);
         if small.len() < WORTH {
@@ -203,6 +209,9 @@ impl Overlay {
                 break;
             }
             gone.push(extent.start);
+            if began.elapsed() > longest {
+                break;
+            }
         }
         gone.sort_unstable();
         (laid.extents).retain(|extent| gone.binary_search(&extent.start).is_err());

@@ -8,6 +8,7 @@ use super::*;
 use crate::config::MachineConfig;
 
 const PAGE: u64 = 4096;
+const LONG: Duration = Duration::from_secs(3600);
 
 proptest! {
     #[test]
@@ -169,7 +170,7 @@ fn a_guest_that_cuts_it_into_too_many_pieces_reads_zeros_all_the_same() {
     check();
     // Some of the pieces are read: as many others can be cut.
     assert!(memory.wants_room() && !memory.wants_room());
-    memory.make_room().unwrap();
+    memory.make_room(LONG).unwrap();
     assert!(!memory.wants_room());
     let left = memory.over.extents().len();
     assert!((1..=MOST / 2 + 1).contains(&left), "{left}");
@@ -177,6 +178,11 @@ fn a_guest_that_cuts_it_into_too_many_pieces_reads_zeros_all_the_same() {
     for page in (pages - MOST as u64 / 2..pages).step_by(2) {
         assert_eq!(memory.give_back(page * PAGE, PAGE).unwrap(), PAGE);
     }
+    check();
+    // Where each takes long it is one at least.
+    let before = memory.over.extents().len();
+    memory.make_room(Duration::ZERO).unwrap();
+    assert_eq!(memory.over.extents().len(), before - 1);
     check();
     // In larger pieces it goes all the same.
     assert_eq!(memory.give_back(0, pages * PAGE).unwrap(), pages * PAGE);
@@ -196,7 +202,7 @@ fn no_more_is_read_to_have_fewer_pieces_than_a_guest_can_stand_still_for() {
     let (memory, _file) = over(pages, &[(0, pages)]);
     memory.over.write().room = Room::Wanting;
     assert!(memory.wants_room());
-    memory.make_room().unwrap();
+    memory.make_room(LONG).unwrap();
     assert!(!memory.is_settled() && !memory.wants_room());
 }
 
