@@ -145,11 +145,7 @@ fn assemble(
     let kernel = kernel(&config, &mut files)?;
     let hot = config.hot_memory.map_or(0, |hot| hot.max);
     let layout = Layout::with_hot(config.memory.bytes, hot);
-    let kvm = files
-        .kvm
-        .try_clone()
-        .map_err(host("duplicate the descriptor of /dev/kvm"))?;
-    let hypervisor = Hypervisor::open(kvm)?;
+    let hypervisor = hypervisor(&files)?;
     let vm = Arc::new(hypervisor.create_vm(&memory)?);
 
     let (requests, receiver) = channel().map_err(host("make an eventfd"))?;
@@ -229,6 +225,16 @@ fn assemble(
         ledger: None,
         vm,
     })
+}
+
+/// What makes the VM, by a descriptor of its own.
+fn hypervisor(files: &MachineFiles) -> Result<Hypervisor, BuildError> {
+    let failed = |source| BuildError::Host {
+        what: "duplicate the descriptor of /dev/kvm",
+        source,
+    };
+    let kvm = files.kvm.try_clone().map_err(failed)?;
+    Ok(Hypervisor::open(kvm)?)
 }
 
 /// What makes the threads of devices that may come.
