@@ -350,3 +350,48 @@ fn a_snapshot_says_that_its_bytes_came_from_a_file_that_nobody_checked() {
     );
     assert!(!one.restored(Loading::Eager).0.written(None).is_unchecked());
 }
+
+/// More than are mapped: pages far from each other. What is read for that is checked.
+#[test]
+fn a_snapshot_in_too_many_pieces_is_mapped_and_read() {
+    const PIECES: u64 = 1100;
+    let at = |piece: u64| piece * 32 * PAGE as u64;
+    let config = MachineConfig::minimal(at(PIECES)).memory;
+    let one = GuestMemory::create(&config).unwrap();
+    let word = |piece: u64| piece | 1 << 40;
+    for piece in 0..PIECES {
+        one.write_obj(word(piece), GuestAddress(at(piece))).unwrap();
+    }
+    let opening = Opening {
+        id: Uuid::new_v4(),
+        base: None,
+        memory: one.file_bytes().unwrap(),
+        made_by: "a test".to_owned(),
+    };
+    let file = tempfile::tempfile().unwrap();
+    let mut copy = Copy::begin(one, file.try_clone().unwrap(), opening).unwrap();
+    assert_eq!(copy.first(None).unwrap(), PIECES);
+    copy.writer.finish(b"", b"").unwrap();
+    let snapshot = Snapshot::open(read_only(&file).unwrap()).unwrap();
+    let filled = || {
+        let other = GuestMemory::create(&config).unwrap();
+        fill(&other, &snapshot, &config, Loading::Lazy).map(|()| other)
+    };
+    let other = filled().unwrap();
+    assert!(!other.is_settled());
+    for piece in 0..PIECES {
+        let found: u64 = other.read_obj(GuestAddress(at(piece))).unwrap();
+        assert_eq!(found, word(piece), "piece {piece}");
+    }
+    // Of pieces that are as large as each other the last are read.
+    let (_, begins) = snapshot.placed_in();
+    file.write_all_at(&[9], begins + at(0)).unwrap();
+    filled().unwrap();
+    file.write_all_at(&[9], begins + at(PIECES - 1)).unwrap();
+    let error = filled().err();
+    let found = matches!(
+        error,
+        Some(SnapshotError::Stream(StreamError::Checksum { .. }))
+    );
+    assert!(found, "{error:?}");
+}
