@@ -200,7 +200,7 @@ fn start_unheard(arguments: StartUnheard) -> anyhow::Result<()> {
         false => servers,
     };
     let count = servers.len();
-    unheard::say(&paths, servers)?;
+    unheard::say(&paths, &servers)?;
     println!("{count} servers are started by this host's agent, within seconds where it runs");
     Ok(())
 }

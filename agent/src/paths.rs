@@ -35,7 +35,7 @@ impl Paths {
         self.state.join("lock")
     }
 
-    /// What an operator says of machines that wait ([`crate::machine::unheard`]).
+    /// Folder of what an operator says of machines that wait ([`crate::machine::unheard`]).
     pub fn unheard(&self) -> PathBuf {
         self.state.join("start-unheard")
     }

@@ -5,8 +5,9 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
-use fractus_tests::harness::{Client, Cloud, Options};
+use fractus_tests::harness::{Client, Cloud, Options, until};
 use fractus_tests::tidy::checkout;
 use serde_json::{Value, json};
 
@@ -29,6 +30,19 @@ fn previous_agent() -> PathBuf {
 fn nonce(log: &str) -> &str {
     let (_, rest) = log.rsplit_once("boot nonce=").unwrap();
     rest.split_whitespace().next().unwrap()
+}
+
+/// What a guest has logged that is at work, and is not the one that booted with `before`: the log tells of both.
+async fn booted_since(admin: &Client, id: &str, before: &str) -> String {
+    let another = until("another boot", Duration::from_secs(60), || async {
+        let log = admin.until_logged(id, "tick 5 ").await;
+        let log = log.map_err(|error| format!("{error:#}"))?;
+        match nonce(&log) == before {
+            true => Err(log),
+            false => Ok(log),
+        }
+    });
+    another.await.unwrap()
 }
 
 async fn act(cloud: &Cloud, admin: &Client, id: &str, action: Value, wanted: &str) {
@@ -56,7 +70,7 @@ async fn cloud_the_previous_agent_serves_a_new_controller_and_hands_its_guests_t
     if let Err(error) = admin.until_status(&id, "ACTIVE").await {
         panic!("{error:#}\n{}", cloud.logs());
     }
-    admin.until_logged(&id, "tick 3 ").await.unwrap();
+    let boot = admin.until_logged(&id, "tick 3 ").await.unwrap();
     act(
         &cloud,
         &admin,
@@ -67,7 +81,7 @@ async fn cloud_the_previous_agent_serves_a_new_controller_and_hands_its_guests_t
     .await;
     act(&cloud, &admin, &id, json!({"pause": null}), "PAUSED").await;
     act(&cloud, &admin, &id, json!({"unpause": null}), "ACTIVE").await;
-    let before = admin.until_logged(&id, "tick 5 ").await.unwrap();
+    let before = booted_since(&admin, &id, nonce(&boot)).await;
     let (first, processes) = (nonce(&before).to_owned(), cloud.machine_processes());
     assert_eq!(processes.len(), 1);
 

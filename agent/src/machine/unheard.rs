@@ -1,8 +1,9 @@
 //! An operator's word in place of a controller's, where there is none any more: `fractus-agent start-unheard`.
 //!
 //! After a reboot of the host no machine is started before somebody has said in this boot that it is wanted here
-//! ([`fractus_agent_api::decision::is_word`]). The command leaves a file with this boot's id in the state folder; the
-//! agent finds it within a second, or when it is started. In the next boot it says nothing.
+//! ([`fractus_agent_api::decision::is_word`]). The command leaves a file for each machine, with this boot's
+//! id, in the state folder; the agent finds it within a second, or when it is started, and removes it once the machine
+//! does not wait any more. In the next boot it says nothing.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -23,12 +24,10 @@ use crate::paths::Paths;
 /// Between two looks for the file, while any machine waits.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// What the file says, as JSON.
+/// What one file says, as JSON; its name is the machine's id.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Word {
     boot_id: Uuid,
-    /// Those that waited when it was said: it is no order for what comes to wait later.
-    machines: Vec<ServerId>,
 }
 
 impl Word {
@@ -44,18 +43,26 @@ impl Word {
         file.sync_data()?;
         fs::rename(&beside, path)
     }
+}
 
-    /// Takes out those that are among `waiting`, which have heard it now; what is left is written, or nothing.
-    fn heard(&mut self, waiting: &[ServerId], path: &Path) -> io::Result<Vec<ServerId>> {
-        let is_theirs = |id: &ServerId| waiting.contains(id);
-        let (heard, left) = self.machines.iter().partition(|id| is_theirs(id));
-        self.machines = left;
-        match self.machines.is_empty() {
-            true => fs::remove_file(path)?,
-            false => self.write(path)?,
+/// Machines of which something was said in this boot.
+fn said(folder: &Path, boot: Uuid) -> io::Result<Vec<ServerId>> {
+    let files = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        files => files?,
+    };
+    let mut said = Vec::new();
+    for file in files {
+        let file = file?;
+        let id = file.file_name().to_str().and_then(|name| name.parse().ok());
+        // One that is being written is no word yet.
+        if let Some(id) = id
+            && Word::read(&file.path()).is_ok_and(|word| word.boot_id == boot)
+        {
+            said.push(ServerId(id));
         }
-        Ok(heard)
     }
+    Ok(said)
 }
 
 /// By its record: it is to run, and nobody has said so in this boot.
@@ -81,36 +88,48 @@ pub fn waiting(paths: &Paths) -> anyhow::Result<Vec<ServerId>> {
     Ok(waiting.map(|record| record.id).collect())
 }
 
-/// Says that these are wanted here in this boot.
+/// Says that these are wanted here in this boot. It is no order for what comes to wait later.
 ///
 /// # Errors
-/// The boot's id cannot be read, or the file not be written.
-pub fn say(paths: &Paths, machines: Vec<ServerId>) -> anyhow::Result<()> {
+/// The boot's id cannot be read, or a file not be written.
+pub fn say(paths: &Paths, machines: &[ServerId]) -> anyhow::Result<()> {
     let boot_id = boot_id().context("reading the boot's id")?;
-    let path = paths.unheard();
-    let word = Word { boot_id, machines };
-    word.write(&path)
-        .with_context(|| format!("writing {}", path.display()))
+    let folder = paths.unheard();
+    fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+    for machine in machines {
+        let path = folder.join(machine.to_string());
+        let word = Word { boot_id };
+        word.write(&path)
+            .with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// For the life of the agent: has machines that wait hear what an operator says, in the boot `boot`.
 pub async fn listen<L: Launcher>(machines: Machines<L>, paths: Paths, boot: Uuid) {
-    let path = paths.unheard();
+    let folder = paths.unheard();
     loop {
-        let waiting = machines.list().into_iter().filter(|report| report.waits);
-        let waiting: Vec<ServerId> = waiting.map(|report| report.id).collect();
-        if !waiting.is_empty()
-            && let Ok(mut word) = Word::read(&path)
-            && word.boot_id == boot
-        {
-            for id in word.machines.iter().filter(|id| waiting.contains(id)) {
-                machines.hear(*id).await;
-            }
-            if let Err(error) = word.heard(&waiting, &path) {
-                tracing::warn!(%error, file = %path.display(), "what was said is kept, and may be heard again");
+        let said = said(&folder, boot).unwrap_or_else(|error| {
+            tracing::warn!(%error, folder = %folder.display(), "what an operator says cannot be read");
+            Vec::new()
+        });
+        if !said.is_empty() {
+            let known = machines.list();
+            for report in known.iter().filter(|report| said.contains(&report.id)) {
+                match report.waits {
+                    true => machines.hear(report.id).await,
+                    // It has heard it, or somebody else; once is enough.
+                    false => forget(&folder.join(report.id.to_string())),
+                }
             }
         }
         tokio::time::sleep(LOOK).await;
+    }
+}
+
+fn forget(path: &Path) {
+    if let Err(error) = fs::remove_file(path) {
+        tracing::warn!(%error, file = %path.display(), "what was said is kept, and may be heard again");
     }
 }
 
@@ -119,23 +138,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_word_is_of_those_that_it_names_and_is_heard_once() {
+    fn a_word_is_of_those_that_it_names_and_of_its_boot() {
         let folder = tempfile::tempdir().unwrap();
         let paths = Paths::new(folder.path(), folder.path());
         let [one, two] = [1, 2].map(|id| ServerId(Uuid::from_u128(id)));
-        let other = ServerId(Uuid::from_u128(3));
-        say(&paths, vec![one, two]).unwrap();
-        let path = paths.unheard();
-        let mut word = Word::read(&path).unwrap();
-        assert_eq!(word.boot_id, boot_id().unwrap());
-        assert_eq!(word.heard(&[other, one], &path).unwrap(), [one]);
-        // The other has not come up yet.
-        let mut word = Word::read(&path).unwrap();
-        assert_eq!(word.machines, [two]);
-        assert_eq!(word.heard(&[one, two], &path).unwrap(), [two]);
-        assert!(!path.exists());
-        fs::write(paths.unheard(), b"{").unwrap();
-        assert!(Word::read(&paths.unheard()).is_err());
+        let now = boot_id().unwrap();
+        assert_eq!(said(&paths.unheard(), now).unwrap(), []);
+        // What is said next takes nothing back.
+        say(&paths, &[one]).unwrap();
+        say(&paths, &[two]).unwrap();
+        let mut heard = said(&paths.unheard(), now).unwrap();
+        heard.sort();
+        assert_eq!(heard, [one, two]);
+        assert_eq!(said(&paths.unheard(), Uuid::from_u128(7)).unwrap(), []);
+        let path = paths.unheard().join(one.to_string());
+        forget(&path);
+        fs::write(path.with_extension("new"), b"{").unwrap();
+        fs::write(path, b"{").unwrap();
+        assert_eq!(said(&paths.unheard(), now).unwrap(), [two]);
     }
 
     #[test]

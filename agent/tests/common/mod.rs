@@ -307,6 +307,17 @@ impl Agent {
         }
     }
 
+    /// Until no process of the machine is left: one that could not go on says so before it ends.
+    pub async fn ended(&self, id: ServerId) -> Result {
+        let by = Instant::now() + PATIENCE;
+        while !self.processes(id).is_empty() {
+            anyhow::ensure!(Instant::now() < by, "it has not ended\n{}", self.vm_log(id));
+            // sleeps because nobody tells of the end of another's child; a deadline ends it.
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
+    }
+
     /// Until the serial log holds `text`.
     pub async fn console_says(&self, id: ServerId, text: &str) -> Result<String> {
         let by = Instant::now() + PATIENCE;

@@ -336,10 +336,8 @@ pub async fn move_owner(
         revision: Set(signed(known.revision.0) + 1),
         wanted: Set(json(wanted)?),
         settled: Set(false),
-        // What the old owner said is no proof that the new one has it; but who owns it is known now, also in a restored
-        // database.
+        // What the old owner said is no proof that the new one has it.
         report: Set(None),
-        confirmed: Set(true),
         updated_at_us: Set(now_us),
         ..Default::default()
     };
@@ -435,6 +433,16 @@ pub async fn confirm(tx: &DatabaseTransaction, known: &Machine) -> Result<(), Db
         .filter(row::Column::ServerId.eq(known.server.to_string()))
         .filter(row::Column::Generation.eq(signed(known.generation.0)))
         .filter(row::Column::Revision.eq(signed(known.revision.0)))
+        .exec(tx)
+        .await
+        .map(|_| ())
+}
+
+/// Who owns the machine is known by what was found out elsewhere.
+pub async fn vouch(tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr> {
+    row::Entity::update_many()
+        .col_expr(row::Column::Confirmed, Expr::value(true))
+        .filter(row::Column::ServerId.eq(server.to_string()))
         .exec(tx)
         .await
         .map(|_| ())

@@ -324,9 +324,8 @@ impl Reconciler {
         let Some((_, owned)) = owned else {
             return Ok(false);
         };
-        let newer = |said: &MachineReport| {
-            said.generation > owned.generation && said.observed != Observed::Absent
-        };
+        // One that has let go of it again, too: it was deleted there, or shelved, or is another's by now.
+        let newer = |said: &MachineReport| said.generation > owned.generation;
         let is_newest = !holders.iter().any(|(_, said)| newer(said));
         Ok(is_newest && (all_heard || runs(owned)))
     }
@@ -375,10 +374,8 @@ impl Reconciler {
     /// Another host was told something of it in a later generation than this one was.
     fn is_newer_elsewhere(&self, machine: &Machine, report: &MachineReport) -> bool {
         let mut others = self.fleet.holders(machine.server).into_iter();
-        others.any(|(host, other)| {
-            let is_gone = other.settled && other.observed == Observed::Absent;
-            Some(host) != machine.host && !is_gone && other.generation > report.generation
-        })
+        others
+            .any(|(host, other)| Some(host) != machine.host && other.generation > report.generation)
     }
 
     /// The owner's word is recorded, with what follows from it.

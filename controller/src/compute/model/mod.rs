@@ -1,6 +1,7 @@
 //! What compute is about: servers and their state, flavors, keypairs. Plain data and pure functions;
 //! no database, no HTTP.
 
+mod admission;
 pub mod flavor;
 pub mod hostname;
 pub mod keypair;

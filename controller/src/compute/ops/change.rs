@@ -247,12 +247,30 @@ pub(super) async fn is_followed(
     operation: &Operation,
     tx: &DatabaseTransaction,
 ) -> Result<bool, StepError> {
+    Ok(!followers(operation, tx).await?.is_empty())
+}
+
+/// Whether one of those that follow says whether the guest is to run.
+pub(super) async fn is_told_otherwise(
+    operation: &Operation,
+    tx: &DatabaseTransaction,
+) -> Result<bool, StepError> {
+    let says = |kind: &String| ![super::image::KIND, super::migrate::KIND].contains(&kind.as_str());
+    Ok(followers(operation, tx).await?.iter().any(says))
+}
+
+/// Kinds of what was asked for later.
+async fn followers(
+    operation: &Operation,
+    tx: &DatabaseTransaction,
+) -> Result<Vec<String>, StepError> {
     let id = operation.id.to_string();
     let waiting = operation::unfinished(tx, Some(&operation.subject)).await?;
-    Ok(waiting.iter().any(|other| {
+    let later = waiting.into_iter().filter(|other| {
         let later = (other.created_at_us, &other.id) > (operation.created_at_us, &id);
         other.parked.is_none() && later
-    }))
+    });
+    Ok(later.map(|other| other.kind).collect())
 }
 
 pub struct ServerChange {

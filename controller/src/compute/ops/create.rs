@@ -338,7 +338,8 @@ pub(super) async fn settle(
     if !matches!(report.observed, Observed::Failed { .. })
         && report.rebuilds >= machine.wanted.rebuilds
     {
-        resize::runs_again(tx, server, now).await?;
+        let runs = matches!(report.observed, Observed::Running | Observed::Paused);
+        resize::is_made(tx, server, runs, now).await?;
     }
     Ok(Some(report.observed))
 }

@@ -159,7 +159,7 @@ impl Step for Destroy {
     ) -> Result<(), StepError> {
         want_absent(&self.0, operation, tx).await?;
         let server = machine_id(&operation.subject)?;
-        migrate::bury(tx, server, self.0.clock.now_us()).await?;
+        migrate::bury(tx, server, migrate::DELETED, self.0.clock.now_us()).await?;
         Ok(machine::disown(tx, server, self.0.clock.now_us()).await?)
     }
 }

@@ -160,9 +160,15 @@ async fn give_up_others(
     migrate::give_up(tx, server, GIVEN_UP).await?;
     // A guest that is its target's already may be its source's again, where the target is lost: by its own operation.
     let others = migration::open(tx, server).await?;
-    // What a resize could go back to is on another host, and a copy of its disk: not to be lost unasked.
-    if others.iter().any(|row| row.before.is_some()) {
-        return Err(RequestError::OnItsWay(id.to_owned()));
+    // What a resize could go back to is on another host: not to be lost unasked. Where its user has asked for the way back,
+    // only what he went back to counts.
+    for row in others.iter().filter(|row| row.before.is_some()) {
+        let is_lost = matches!(row.status(), Status::Error | Status::Reverting);
+        for host in row.hosts() {
+            if !is_lost && !is_declared_off(tx, host).await? {
+                return Err(RequestError::OnItsWay(id.to_owned()));
+            }
+        }
     }
     let moved = others
         .iter()
@@ -387,7 +393,11 @@ impl Step for Fence {
 impl Tools {
     /// Whether a host that was declared to be off does not run the server, as far as it can be asked. What one that gives
     /// no answer has said before counts for nothing, but not while it was heard of late: its agent may only be starting.
-    async fn is_silent_or_idle(&self, host: HostId, server: ServerId) -> Result<(), StepError> {
+    pub(super) async fn is_silent_or_idle(
+        &self,
+        host: HostId,
+        server: ServerId,
+    ) -> Result<(), StepError> {
         let machines = &self.machines;
         match machines.ask(host, server).await {
             Ok(Some(said)) if crate::reconcile::runs(&said) => Err(StepError::fail(format!(
@@ -409,6 +419,36 @@ impl Tools {
                 Ok(())
             }
         }
+    }
+}
+
+impl Tools {
+    /// What was on its way from a host when it lost its power is heard after it was fenced: it holds the owner no longer.
+    pub(super) async fn fence_others(&self, server: ServerId) -> Result<(), StepError> {
+        let machines = &self.machines;
+        let known = machine::find(machines.reader(), server).await?;
+        let owner = known.and_then(|known| known.host);
+        for (holder, said) in machines.fleet().holders(server) {
+            if Some(holder) != owner && crate::reconcile::runs(&said) {
+                self.fence_off(holder, server).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// If the host was declared to be off: waits until it does not run the server, as far as it can be asked.
+    pub(super) async fn fence_off(&self, host: HostId, server: ServerId) -> Result<(), StepError> {
+        let machines = &self.machines;
+        if machines.is_off(machines.reader(), host).await?.is_none() {
+            return Ok(());
+        }
+        // What is decided is not given up for what another host says: the reconciler has that end its guest.
+        self.is_silent_or_idle(host, server)
+            .await
+            .map_err(|error| match error {
+                StepError::Fail { reason } => StepError::retry(reason),
+                other => other,
+            })
     }
 }
 
@@ -486,7 +526,8 @@ impl Step for Place {
         unshelve::is_nobodys(&self.0.machines, &known, tx).await?;
         let wanted = self.wanted(operation, &state, &known, tx).await?;
         // One that is parked keeps nothing any more.
-        migrate::bury(tx, server, now).await?;
+        migrate::bury(tx, server, GIVEN_UP, now).await?;
+        resize::count_present(tx, server).await?;
         // A disk of before, of which a server that failed may be had back: it is no host's to make anew unasked.
         let kept = match known.has_its_own() {
             true => Vec::new(),
@@ -515,6 +556,8 @@ impl Step for Place {
         if !machine::move_owner(tx, &known, target, &wanted, now).await? {
             return Err(StepError::fail("the server was changed meanwhile"));
         }
+        // Who owns it is known now, also in a restored database.
+        machine::vouch(tx, server).await?;
         host::release(tx, state.source, server).await?;
         let hostname = host::find(tx, target).await?.map(|row| row.hostname);
         let change = migration::ActiveModel {
@@ -532,14 +575,6 @@ impl Step for Place {
     }
 }
 
-/// After the commit nothing of it is given up for what another host says: the reconciler has that end its guest.
-fn never_over(error: StepError) -> StepError {
-    match error {
-        StepError::Fail { reason } => StepError::retry(reason),
-        other => other,
-    }
-}
-
 /// The new owner is told, and says that the guest runs, or that its disk is made.
 struct Start(Tools);
 
@@ -552,18 +587,7 @@ impl Step for Start {
     async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
         let server = machine_id(&operation.subject)?;
         let machines = &self.0.machines;
-        let known = machine::find(machines.reader(), server).await?;
-        let owner = known.and_then(|known| known.host);
-        // What was on its way from a host when it lost its power is heard after the fence: it holds the new owner no longer.
-        for (holder, said) in machines.fleet().holders(server) {
-            let is_off = machines.is_off(machines.reader(), holder).await?.is_some();
-            if Some(holder) != owner && is_off && crate::reconcile::runs(&said) {
-                self.0
-                    .is_silent_or_idle(holder, server)
-                    .await
-                    .map_err(never_over)?;
-            }
-        }
+        self.0.fence_others(server).await?;
         match machines.converge(server).await? {
             Converged::Settled(report) => match report.observed {
                 Observed::Failed { reason } => Err(StepError::fail(reason)),

@@ -75,7 +75,7 @@ pub fn register(
         kinds.register(Arc::new(resize));
     }
     kinds.register(Arc::new(resize::verdict::Confirm::new(tools.clone())));
-    kinds.register(Arc::new(resize::verdict::Revert::new(tools.clone())));
+    kinds.register(Arc::new(resize::revert::Revert::new(tools.clone())));
     kinds.register(Arc::new(shelve::Shelve::new(tools.clone(), fetch)));
     kinds.register(Arc::new(shelve::ShelveOffload::new(tools.clone())));
     kinds.register(Arc::new(unshelve::Unshelve::new(tools.clone())));

@@ -104,7 +104,7 @@ impl Observer for ServerObserver {
     }
 
     async fn restored(&self, tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr> {
-        resize::runs_again(tx, server, self.clock.now_us()).await
+        resize::is_made(tx, server, false, self.clock.now_us()).await
     }
 
     async fn failed(

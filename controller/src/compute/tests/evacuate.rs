@@ -475,3 +475,39 @@ async fn a_server_that_could_go_back_is_not_made_anew() {
     cloud.until("admin", &id, there).await;
     assert_eq!(cloud.host.disks(machine(&id)), 1);
 }
+
+/// It was resized where it is, and its host is lost with all that it could go back to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_resized_on_a_host_that_is_lost_is_made_anew_in_its_new_size() {
+    let cloud = super::resize::furnished().await;
+    let id = cloud.running("one", "web").await;
+    let resized = cloud.act("one", &id, "2.96", super::resize::resize()).await;
+    assert_eq!(status(&resized), 202, "{}", resized.json);
+    let waits = |server: &Value| server["status"] == "VERIFY_RESIZE";
+    cloud.until("admin", &id, waits).await;
+    let other = cloud.join(2).await;
+    cloud.host.power_off();
+    cloud.was_heard_last_minute(&cloud.host).await;
+    declare(&cloud, &cloud.host, true).await;
+    for verdict in ["confirmResize", "revertResize"] {
+        let refused = cloud
+            .act("one", &id, "2.96", json!({ verdict: null }))
+            .await;
+        assert_eq!(status(&refused), 409, "{}", refused.json);
+    }
+    let reset = json!({"os-resetState": {"state": "error"}});
+    assert_eq!(status(&cloud.act("admin", &id, "2.96", reset).await), 202);
+    let asked = evacuate(&cloud, &id, "2.94", json!({})).await;
+    assert_eq!(status(&asked), 200, "{}", asked.json);
+    let there =
+        |server: &Value| server["status"] == "ACTIVE" && server["OS-EXT-SRV-ATTR:host"] == "host-2";
+    let shown = cloud.until("admin", &id, there).await;
+    assert_eq!(shown["flavor"]["original_name"], "larger");
+    let wanted = other.wanted(machine(&id)).unwrap();
+    assert_eq!(
+        (wanted.spec.memory_mib, wanted.copy, wanted.restores),
+        (512, None, None)
+    );
+    assert_eq!(used(&cloud).await, [0, 512]);
+    cloud.until_migration(&id, "done").await;
+}

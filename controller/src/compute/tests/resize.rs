@@ -325,6 +325,15 @@ async fn a_guest_that_powers_itself_off_is_resized_still() {
     let off = |server: &Value| server["OS-EXT-STS:power_state"] == 4;
     let shown = cloud.until("admin", &id, off).await;
     assert_eq!(shown["status"], "VERIFY_RESIZE");
+    // It is confirmed only as its host says that it is: wanted off by now.
+    let settled = async || {
+        let known = rows::find(cloud.app.database().reader(), machine(&id)).await;
+        known.unwrap().unwrap().settled
+    };
+    while !settled().await {
+        // sleeps because the row tells nobody that it has changed
+        tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+    }
     let confirm = json!({"confirmResize": null});
     assert_eq!(asks(&cloud, "one", &id, confirm).await, 204);
     at_rest(&cloud, &id, "SHUTOFF").await;
@@ -451,6 +460,8 @@ async fn a_server_goes_back_from_a_host_that_is_down_and_is_not_confirmed_there(
         202
     );
     at_rest(&cloud, &id, "VERIFY_RESIZE").await;
+    other.power_off();
+    cloud.was_heard_last_minute(&other).await;
     declare(&cloud, &other, true).await;
     let refused = cloud
         .act("one", &id, "2.96", json!({"confirmResize": null}))
@@ -472,6 +483,8 @@ async fn a_server_goes_back_from_a_host_that_is_down_and_is_not_confirmed_there(
     assert_eq!(cloud.host.disks(machine(&id)), 1);
     cloud.until_migration(&id, "reverted").await;
     // What it has goes when it is back.
+    other.reboot(Uuid::from_u128(0xb7));
+    cloud.pump(&other);
     declare(&cloud, &other, false).await;
     while !other.remains().is_empty() {
         cloud.reconciler.look(machine(&id)).await.unwrap();

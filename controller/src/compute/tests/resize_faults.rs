@@ -150,6 +150,42 @@ async fn a_server_whose_record_is_gone_goes_back_once_its_host_is_off_for_certai
     assert_eq!(cloud.host.disks(server), 1);
 }
 
+/// Its former host fails to start it, so that what it had become is kept: also when its user then only stops it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_had_become_is_kept_until_it_runs_again_where_it_came_from() {
+    let (cloud, id, other) = migrated().await;
+    let server = machine(&id);
+    cloud.frozen.send_replace(true);
+    assert_eq!(asks(&cloud, "one", &id, revert()).await, 202);
+    while cloud.host.wanted(server).unwrap().power != Power::Running {
+        cloud.pump(&other);
+        // sleeps because a frozen host tells nobody what it takes
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    cloud.host.fail(server, "no memory");
+    cloud.frozen.send_replace(false);
+    at_rest(&cloud, &id, "ERROR").await;
+    assert_eq!(
+        asks(&cloud, "one", &id, json!({"os-stop": null})).await,
+        202
+    );
+    at_rest(&cloud, &id, "SHUTOFF").await;
+    cloud.look(&id).await;
+    other.settle();
+    assert_eq!(other.remains(), vec![server]);
+    assert_eq!(
+        asks(&cloud, "one", &id, json!({"os-start": null})).await,
+        202
+    );
+    at_rest(&cloud, &id, "ACTIVE").await;
+    while !other.remains().is_empty() {
+        cloud.look(&id).await;
+        cloud.pump(&other);
+    }
+    assert_eq!(cloud.host.disks(server), 1);
+    assert_eq!(used(&cloud).await, [(256, 1), (0, 0)]);
+}
+
 /// Time says nothing of a guest that has ended by a fault.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_whose_guest_has_failed_is_not_confirmed_by_time() {

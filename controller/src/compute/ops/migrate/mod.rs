@@ -240,10 +240,14 @@ pub async fn give_up(
     Ok(operation::cancel(tx, &server.to_string(), &[KIND], reason).await? > 0)
 }
 
-/// The server is gone: what a migration of it still held, that is parked or waits for its user's word, is given back.
+/// Of a migration that was open when its server was deleted.
+pub(super) const DELETED: &str = "the server was deleted";
+
+/// The server is gone, or made anew elsewhere: what a migration of it still held, that is parked or waits for its user's word, is given back.
 pub(super) async fn bury(
     tx: &DatabaseTransaction,
     server: ServerId,
+    why: &str,
     now_us: i64,
 ) -> Result<(), DbErr> {
     for parked in migration::open(tx, server).await? {
@@ -255,11 +259,12 @@ pub(super) async fn bury(
             ..Default::default()
         };
         // What was parked has said why; what only waited for its user's word is as it was to be.
-        if matches!(parked.status(), Status::Finished | Status::Confirming) {
+        let waited = matches!(parked.status(), Status::Finished | Status::Confirming);
+        if waited && why == DELETED {
             change.status = Set(Status::Confirmed.word().to_owned());
         } else if parked.reason.is_none() {
             change.status = Set(Status::Error.word().to_owned());
-            change.reason = Set(Some("the server was deleted".to_owned()));
+            change.reason = Set(Some(why.to_owned()));
         }
         migration::update(tx, parked.migration(), change).await?;
     }

@@ -4,7 +4,7 @@
 //! What a server could go back to is only let go of while its owner is there, and has said that it has what the server
 //! is: otherwise it may be all that is left.
 
-use fractus_agent_api::machine::{Observed, Power, ServerId};
+use fractus_agent_api::machine::{MachineReport, Observed, Power, ServerId};
 use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr};
 
 use super::{MIGRATE, RESIZE, close, forget_copy, open_one, steps, verdict};
@@ -42,7 +42,7 @@ pub async fn give_up(
     let Some(of) = open_one(tx, server).await? else {
         return Ok(None);
     };
-    match why_not_there(machines, tx, server).await? {
+    match why_not_there(machines, tx, server, Word::Recorded).await? {
         None => {
             stays(tx, server, &of, reason, now_us).await?;
             Ok(None)
@@ -85,7 +85,10 @@ pub(super) async fn was_reset(
     of: &migration::Model,
     now_us: i64,
 ) -> Result<(), DbErr> {
-    if why_not_there(machines, tx, server).await?.is_none() {
+    if why_not_there(machines, tx, server, Word::Heard)
+        .await?
+        .is_none()
+    {
         return stays(tx, server, of, "the server's state was reset", now_us).await;
     }
     migration::update(
@@ -125,11 +128,21 @@ fn has_any(known: &Machine) -> bool {
     known.wanted.copy.is_some() || known.wanted.parks.is_some()
 }
 
+/// Whose word on a machine is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Word {
+    /// What the leader has recorded of it: who asks may be another controller, which hears no agents.
+    Recorded,
+    /// The leader's: also what it has heard, and not recorded yet.
+    Heard,
+}
+
 /// Why it is not known that the server's owner has what the server is by its row; none: it has said so, and is there.
 pub(super) async fn why_not_there(
     machines: &Machines,
     connection: &impl ConnectionTrait,
     server: ServerId,
+    word: Word,
 ) -> Result<Option<String>, DbErr> {
     let known = machine::find(connection, server).await?;
     let owned = known.and_then(|known| {
@@ -142,12 +155,19 @@ pub(super) async fn why_not_there(
     if !is_up(machines, connection, owner).await? {
         return Ok(Some(format!("the server's host {owner} is not there")));
     }
-    // Its host's word of the present row, or what the leader has recorded of that: this may be another controller.
-    let heard = machines.fleet().machine(owner, server);
-    let heard =
-        heard.filter(|said| said.settled && (said.generation, said.revision) == known.age());
     let recorded = known.report.clone().filter(|_| known.settled);
-    let Some(said) = heard.or(recorded).filter(|_| known.confirmed) else {
+    let said = match word {
+        Word::Recorded => recorded,
+        Word::Heard if machines.has_vanished(owner, &known) => None,
+        Word::Heard => {
+            let heard = machines.fleet().machine(owner, server);
+            let is_of_now = |said: &MachineReport| {
+                said.settled && (said.generation, said.revision) == known.age()
+            };
+            heard.filter(is_of_now).or(recorded)
+        }
+    };
+    let Some(said) = said.filter(|_| known.confirmed) else {
         return Ok(Some(
             "the server's host has not said what it has".to_owned(),
         ));
@@ -176,11 +196,12 @@ pub(super) async fn is_up(
 }
 
 /// The owner has what is wanted of it: a disk that was to be made of a copy is made, so that the copy is of no use any
-/// more. Of a server that could still go back, it is what it goes back to; of one that failed on its way, and is well
-/// again, nothing else is kept either.
-pub async fn runs_again(
+/// more. Of a server that could still go back, it is what it goes back to; of one that failed on its way, and runs by now,
+/// nothing else is kept either.
+pub async fn is_made(
     tx: &DatabaseTransaction,
     server: ServerId,
+    runs: bool,
     now_us: i64,
 ) -> Result<(), DbErr> {
     let known = machine::find(tx, server).await?;
@@ -203,6 +224,7 @@ pub async fn runs_again(
     let failed = failed.filter(|of| matches!(of.status(), Status::Error | Status::Finished));
     // Of one that is being confirmed, or goes back, its operation says so.
     if let Some(of) = failed
+        && runs
         && !is_at_work(tx, &row.id).await?
     {
         let reason = of.reason.clone();

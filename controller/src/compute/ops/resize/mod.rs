@@ -20,11 +20,12 @@
 //! What fails before the guest was started takes all of it back.
 
 mod given_up;
+pub mod revert;
 mod steps;
 pub mod verdict;
 
 pub use given_up::give_up;
-pub(super) use given_up::runs_again;
+pub(super) use given_up::is_made;
 
 use std::sync::Arc;
 
@@ -332,22 +333,27 @@ async fn close(
     if let Some(owner) = known.host {
         host::keep(tx, owner, server, change::amounts(&known.wanted.spec)).await?;
     }
-    let row = server::find(tx, &server.to_string()).await?;
-    if let Some(row) = row {
-        let flavor = row.flavor()?;
-        let is_his = server::ActiveModel {
-            vcpus: Set(i32::try_from(flavor.vcpus).unwrap_or(i32::MAX)),
-            ram: Set(i64::try_from(flavor.ram).unwrap_or(i64::MAX)),
-            ..Default::default()
-        };
-        server::update(tx, &row.id, is_his).await?;
-    }
+    count_present(tx, server).await?;
     let change = migration::ActiveModel {
         reason: Set(reason),
         ended_at_us: Set(Some(now_us)),
         ..migrate::is_now(status, now_us)
     };
     migration::update(tx, of.migration(), change).await
+}
+
+/// What the server is by its flavor counts against its project's quota, and no larger size any more.
+pub(super) async fn count_present(tx: &DatabaseTransaction, server: ServerId) -> Result<(), DbErr> {
+    let Some(row) = server::find(tx, &server.to_string()).await? else {
+        return Ok(());
+    };
+    let flavor = row.flavor()?;
+    let is_his = server::ActiveModel {
+        vcpus: Set(i32::try_from(flavor.vcpus).unwrap_or(i32::MAX)),
+        ram: Set(i64::try_from(flavor.ram).unwrap_or(i64::MAX)),
+        ..Default::default()
+    };
+    server::update(tx, &row.id, is_his).await
 }
 
 /// The one of a server that could still be taken back.

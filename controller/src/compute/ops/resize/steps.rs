@@ -44,6 +44,17 @@ async fn is_at(
     Ok(())
 }
 
+/// In a restored database the row may be older than what hosts have: then nothing is told to go.
+fn is_known(known: &Machine) -> Result<(), StepError> {
+    match known.confirmed {
+        true => Ok(()),
+        false => Err(StepError::retry(format!(
+            "the database was restored, and no host has yet said that it holds server {}",
+            known.server
+        ))),
+    }
+}
+
 /// A delete has the last word; what there is of its server is its to end.
 async fn is_deleted(tools: &Tools, operation: &Operation) -> Result<bool, StepError> {
     let row = server::find(tools.machines.reader(), &operation.subject).await?;
@@ -70,7 +81,7 @@ async fn as_before(
     (operation, tx): (&Operation, &DatabaseTransaction),
 ) -> Result<(), StepError> {
     wanted.spec = state.before.size.applied(&wanted.spec);
-    let is_followed = change::is_followed(operation, tx).await?;
+    let is_followed = change::is_told_otherwise(operation, tx).await?;
     wanted.power = match (is_followed, wanted.power) {
         // Its target's guest and disk were to go: so is not what stands at the source.
         (true, Power::Absent) => state.followed.unwrap_or_else(|| state.before.power()),
@@ -470,7 +481,15 @@ impl Step for Move {
             return Ok(Progress::Done);
         }
         // Of an owner that is the source still, nothing is to be gone.
-        let_go_of(&self.0, operation, None).await
+        let gone = let_go_of(&self.0, operation, None).await?;
+        // A target that was declared to be off, and is not, would run it still.
+        if matches!(gone, Progress::Done)
+            && let Some(target) = state.target
+        {
+            let server = machine_id(&operation.subject)?;
+            self.0.fence_off(target, server).await?;
+        }
+        Ok(gone)
     }
 
     async fn undo_commit(
@@ -485,6 +504,7 @@ impl Step for Move {
         if state.begun || state.stays() || known.host != state.target {
             return Ok(());
         }
+        is_known(&known)?;
         let mut wanted = known.wanted.clone();
         as_before(&state, &mut wanted, (operation, tx)).await?;
         // Of the disk that stands there: what its host has done is not to be done again.
@@ -572,7 +592,8 @@ impl Step for Start {
         if state.begun || state.stays() || known.host != state.target {
             return Ok(());
         }
-        if change::is_followed(operation, tx).await? && known.wanted.power != Power::Absent {
+        is_known(&known)?;
+        if change::is_told_otherwise(operation, tx).await? && known.wanted.power != Power::Absent {
             state.followed = Some(known.wanted.power);
             operation.set_state(&state)?;
         }
