@@ -116,7 +116,7 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
                 let standing = from.standing().unwrap_or(Standing::Error);
                 let change = to_state(ServerState::Evacuating(standing), now);
                 // As long as the row says what is under way.
-                give_up_others(tx, &id, server).await?;
+                give_up_others(tx, &id, (server, source)).await?;
                 if !server::turn(tx, &id, from, change).await? {
                     return Err(RequestError::Overtaken);
                 }
@@ -152,7 +152,7 @@ async fn is_declared_off(tx: &DatabaseTransaction, host: HostId) -> Result<bool,
 async fn give_up_others(
     tx: &DatabaseTransaction,
     id: &str,
-    server: ServerId,
+    (server, owner): (ServerId, HostId),
 ) -> Result<(), RequestError> {
     let others: Vec<&str> = change::kinds().chain([image::KIND, KIND]).collect();
     operation::cancel(tx, id, &others, GIVEN_UP).await?;
@@ -160,14 +160,11 @@ async fn give_up_others(
     migrate::give_up(tx, server, GIVEN_UP).await?;
     // A guest that is its target's already may be its source's again, where the target is lost: by its own operation.
     let others = migration::open(tx, server).await?;
-    // What a resize could go back to is on another host: not to be lost unasked. Where its user has asked for the way back,
-    // only what he went back to counts.
+    // What a resize could go back to is on the host that the server came from: not to be lost unasked. Where that one owns
+    // it still, or again, what another has is not what its user wants.
     for row in others.iter().filter(|row| row.before.is_some()) {
-        let is_lost = matches!(row.status(), Status::Error | Status::Reverting);
-        for host in row.hosts() {
-            if !is_lost && !is_declared_off(tx, host).await? {
-                return Err(RequestError::OnItsWay(id.to_owned()));
-            }
+        if row.source() != owner && !is_declared_off(tx, row.source()).await? {
+            return Err(RequestError::OnItsWay(id.to_owned()));
         }
     }
     let moved = others
