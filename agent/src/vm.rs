@@ -475,7 +475,12 @@ fn arrive(
         let (disks, nets) = note.order(launch, disks, nets)?;
         let (disks, most) = disks.into_iter().unzip();
         (files.disks, files.nets) = (disks, nets);
-        Ok(Landing { files, most })
+        Ok(Landing {
+            files,
+            most,
+            // No agent asks a source to have memory follow.
+            faults: None,
+        })
     };
     let land = |owner: &[u8]| land(owner).map_err(|error| error.to_string());
     let arrived = machine::receive(stream, &launch.config, land, hook)

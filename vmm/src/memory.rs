@@ -9,6 +9,7 @@
 mod dirty;
 mod hot;
 mod overlay;
+mod owed;
 
 use std::fs::File;
 use std::io;
@@ -29,11 +30,13 @@ use vm_memory::{
 
 use crate::config::{HOT_BLOCK, HotMemoryConfig, MemoryConfig, PageSize};
 use crate::layout::{Layout, Window};
-use crate::stream::Target;
+use crate::stream::{BLOCK, Target};
 use overlay::{Ground, Overlay};
+use owed::Debt;
 
 pub use dirty::PageSet;
 pub use hot::{BlockState, Blocks, HotMemory};
+pub use owed::{Faults, Owed};
 
 /// What the rust-vmm crates work on.
 pub type GuestMap = GuestMemoryMmap<AtomicBitmap>;
@@ -49,6 +52,7 @@ pub struct GuestMemory {
     over: Arc<Overlay>,
     /// Something of it came from a file that nobody has checked.
     unchecked: Arc<AtomicBool>,
+    debt: Arc<Debt>,
 }
 
 /// One contiguous range as KVM wants it.
@@ -103,6 +107,8 @@ pub enum MemoryError {
         action: &'static str,
         source: io::Error,
     },
+    #[error("wait for the pages that are elsewhere (userfaultfd)")]
+    Owed { source: io::Error },
     #[error("look for what there is of guest memory")]
     Present { source: io::Error },
 }
@@ -207,6 +213,7 @@ impl GuestMemory {
             hot,
             over: Arc::default(),
             unchecked: Arc::default(),
+            debt: Arc::default(),
         })
     }
 
@@ -292,6 +299,42 @@ impl GuestMemory {
             action: "read",
             source,
         })
+    }
+
+    /// From here on whoever touches one of `pages` waits until it has come, or is zero. Nobody has touched memory yet
+    /// but by its memfd; it is not of huge pages that are reserved, nor hot.
+    ///
+    /// # Errors
+    /// It is, or the kernel refuses.
+    pub fn owe(&self, faults: Faults, pages: PageSet) -> Result<Arc<Owed>, MemoryError> {
+        let failed = |source| MemoryError::Owed { source };
+        let last = pages.blocks().last();
+        let end = last.map_or(0, |(number, _)| (number + 1) * BLOCK as u64);
+        let beyond = end > self.bytes.next_multiple_of(BLOCK as u64);
+        if self.has_reserved_pages() || !self.over.is_empty() || beyond {
+            return Err(failed(io::ErrorKind::Unsupported.into()));
+        }
+        let owed = Owed::begin(faults, &self.map, &self.file, pages).map_err(failed)?;
+        let owed = Arc::new(owed);
+        self.debt.set(Some(Arc::clone(&owed)));
+        Ok(owed)
+    }
+
+    /// Nothing is owed any more, or ever will be paid: nobody waits for it.
+    pub fn owe_nothing(&self) -> Result<(), MemoryError> {
+        match self.debt.get() {
+            Some(owed) => {
+                owed.end().map_err(|source| MemoryError::Owed { source })?;
+                self.debt.set(None);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Nothing of it is elsewhere ([`GuestMemory::owe`]): its memfd has it.
+    pub fn is_whole(&self) -> bool {
+        self.debt.get().is_none()
     }
 
     /// What parts that are a file's lie on.
@@ -468,6 +511,7 @@ impl GuestMemory {
 
     /// These pages are zero; how many bytes of them take memory all the same.
     fn punch(&self, offset: u64, bytes: u64) -> io::Result<u64> {
+        self.debt.forget(offset..offset + bytes)?;
         let kept = self.over.give_back(self.ground(), offset..offset + bytes)?;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         rustix::fs::fallocate(&*self.file, flags, offset, bytes)?;
@@ -476,7 +520,8 @@ impl GuestMemory {
 
     /// All zeros again, and nothing of it in the host's memory, nor of a file. No vCPU runs, no device is active.
     pub fn clear(&self) -> Result<(), MemoryError> {
-        let cleared = self.over.clear(self.ground());
+        let forgotten = self.debt.forget(0..self.bytes);
+        let cleared = forgotten.and_then(|()| self.over.clear(self.ground()));
         cleared.map_err(|source| MemoryError::Discard { source })?;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let hot = self.hot.as_ref().map_or(0, |hot| hot.window().size);

@@ -32,6 +32,10 @@ pub enum Request {
     HotMemoryChanged,
     /// What the guest gives back finds no room to be cut out of what is still a snapshot's file.
     MemoryWantsRoom,
+    /// All of memory is here that came after the guest.
+    Whole,
+    /// The connection broke by which it comes.
+    Starving { reason: String },
     /// The guest did not feed its watchdog; the machine does what its config says.
     WatchdogFired,
     /// The guest misused a device so that only stopping the machine is left, or a host resource
@@ -65,6 +69,7 @@ impl Request {
             Request::SlotsEjected | Request::AllEntered => false,
             Request::VcpusEjected | Request::VcpuStarted { .. } => false,
             Request::HotMemoryChanged | Request::MemoryWantsRoom => false,
+            Request::Whole | Request::Starving { .. } => false,
         }
     }
 }

@@ -23,6 +23,8 @@ pub enum ThreadKind {
     Vsock,
     /// The reactor: serial line, consoles, timers.
     Console,
+    /// What of the guest's memory comes after it.
+    Pages,
     /// Makes threads of kinds `Block` and `Net` for devices that come later, and does nothing else.
     Spawner,
     /// The one that owns the machine. The embedder's own: never started here.

@@ -11,6 +11,7 @@ mod probe_guest;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
@@ -236,7 +237,11 @@ fn a_guest_that_was_offered_goes_on_when_it_is_taken_back() {
 
 fn landing(files: MachineFiles) -> Landing {
     let most = Vec::new();
-    Landing { files, most }
+    Landing {
+        files,
+        most,
+        faults: None,
+    }
 }
 
 /// Kinds of frames, as they are numbered.
@@ -374,6 +379,19 @@ fn a_connection_that_breaks_costs_the_guest_nothing() {
             _ => (sent.here)(offer.take_back().unwrap()),
         };
         assert_eq!(guest.ok("echo alive"), "alive");
+    }
+}
+
+impl AsFd for Breaking {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.end.as_fd()
+    }
+}
+
+/// Of no connection.
+impl AsFd for Recording<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        rustix::stdio::stdin()
     }
 }
 

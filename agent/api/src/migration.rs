@@ -201,6 +201,8 @@ pub enum Decision {
     Stop,
     /// The guest runs on, and nothing more is copied.
     GiveUp,
+    /// The guest is stopped, and what is left of its memory follows when it runs on the target.
+    PostCopy,
 }
 
 /// Microseconds.

@@ -72,6 +72,8 @@ pub enum GuestEvent {
     DeviceGone(String),
     /// The guest has taken or left vCPUs or memory.
     Resized,
+    /// The memory that followed it is all here, or does not come any more, and why.
+    Followed(Result<(), String>),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -126,5 +128,7 @@ pub fn event(event: machine::Event) -> GuestEvent {
         Machine::WatchdogFired => MachineEvent::WatchdogFired,
         Machine::DeviceGone { id } => return GuestEvent::DeviceGone(id),
         Machine::VcpusUsed { .. } | Machine::HotMemory { .. } => return GuestEvent::Resized,
+        Machine::Whole => return GuestEvent::Followed(Ok(())),
+        Machine::Starving { reason } => return GuestEvent::Followed(Err(reason)),
     })
 }

@@ -24,6 +24,7 @@ pub enum Kind {
     Net,
     Vsock,
     Console,
+    Pages,
     Spawner,
 }
 
@@ -36,6 +37,7 @@ impl From<ThreadKind> for Kind {
             ThreadKind::Net => Self::Net,
             ThreadKind::Vsock => Self::Vsock,
             ThreadKind::Console => Self::Console,
+            ThreadKind::Pages => Self::Pages,
             ThreadKind::Spawner => Self::Spawner,
         }
     }
@@ -53,7 +55,7 @@ pub struct FilterError {
 pub struct Filters(Arc<Programs>);
 
 struct Programs {
-    by_kind: [(Kind, BpfProgram); 7],
+    by_kind: [(Kind, BpfProgram); 8],
     no_clone3: BpfProgram,
 }
 
@@ -66,6 +68,7 @@ impl Filters {
             (Kind::Net, program(Kind::Net)?),
             (Kind::Vsock, program(Kind::Vsock)?),
             (Kind::Console, program(Kind::Console)?),
+            (Kind::Pages, program(Kind::Pages)?),
             (Kind::Spawner, program(Kind::Spawner)?),
         ];
         let no_clone3 = no_clone3().map_err(|e| FilterError {
@@ -184,6 +187,9 @@ const CONSOLE: &[i64] = &[
     libc::SYS_fallocate,
 ];
 
+/// Memory that comes after the guest: to its place, or none of it.
+const PAGES: &[i64] = &[libc::SYS_fallocate, libc::SYS_shutdown];
+
 /// Besides what the threads it makes may do, since they inherit its filter and add their own.
 /// Making a thread, taking its name and adding that filter are allowed for some arguments only.
 const SPAWNER: &[i64] = &[
@@ -227,6 +233,14 @@ const KVM_RUNTIME: &[u64] = &[
     0x4020_ae46, // KVM_SET_USER_MEMORY_REGION
     0x4010_ae42, // KVM_GET_DIRTY_LOG
     0xc018_aec0, // KVM_CLEAR_DIRTY_LOG
+];
+
+/// What is asked of userfaultfd about memory that is registered: no other is registered.
+const UFFD_RUNTIME: &[u64] = &[
+    0x8010_aa01, // UFFDIO_UNREGISTER
+    0x8010_aa02, // UFFDIO_WAKE
+    0xc020_aa04, // UFFDIO_ZEROPAGE
+    0xc020_aa07, // UFFDIO_CONTINUE
 ];
 
 /// What a network device's thread asks of its tap, besides what it asks of vhost-net: no new interface, no
@@ -280,6 +294,7 @@ fn calls(kind: Kind) -> Vec<i64> {
         Kind::Net => Vec::new(),
         Kind::Vsock => VSOCK.to_vec(),
         Kind::Console => CONSOLE.to_vec(),
+        Kind::Pages => PAGES.to_vec(),
         Kind::Spawner => [SPAWNER, &calls(Kind::Block), &calls(Kind::Net)].concat(),
     };
     [ALL, &more].concat()
@@ -289,8 +304,9 @@ fn ioctls(kind: Kind) -> Vec<u64> {
     match kind {
         Kind::Block | Kind::Vsock => Vec::new(),
         Kind::Net => [TUN_RUNTIME, &vhost::RUNTIME].concat(),
-        Kind::Main => [KVM_RUNTIME, TUN_ATTACH, &[FIONBIO, FICLONE]].concat(),
-        Kind::Vcpu | Kind::Console => [KVM_RUNTIME, &[FIONBIO]].concat(),
+        Kind::Main => [KVM_RUNTIME, UFFD_RUNTIME, TUN_ATTACH, &[FIONBIO, FICLONE]].concat(),
+        Kind::Vcpu | Kind::Console => [KVM_RUNTIME, UFFD_RUNTIME, &[FIONBIO]].concat(),
+        Kind::Pages => [UFFD_RUNTIME, &[FIONBIO]].concat(),
         Kind::Spawner => [ioctls(Kind::Block), ioctls(Kind::Net)].concat(),
     }
 }

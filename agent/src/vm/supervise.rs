@@ -370,6 +370,7 @@ impl Supervisor {
                     self.device_gone(&name);
                     continue;
                 }
+                GuestEvent::Followed(_) => continue,
                 GuestEvent::Resized => {
                     self.pace.happened();
                     continue;

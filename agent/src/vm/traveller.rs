@@ -59,7 +59,7 @@ pub struct Traveller {
 enum Stage {
     Here(Machine),
     Sent(Sender<Paced>),
-    Offered(Offered),
+    Offered(Offered<Paced>),
     /// Between two of them, and after what took it along failed.
     Nowhere,
 }
@@ -418,6 +418,7 @@ fn progress(report: &SendReport, elapsed: Duration) -> Progress {
             converge::Decision::Again => migration::Decision::Again,
             converge::Decision::Stop => migration::Decision::Stop,
             converge::Decision::GiveUp => migration::Decision::GiveUp,
+            converge::Decision::PostCopy => migration::Decision::PostCopy,
         },
     });
     let all = report.rounds.len();

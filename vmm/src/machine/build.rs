@@ -1,25 +1,26 @@
 //! How a machine is put together, in the order that keeps its start short: memory and VM, then the
 //! vCPUs' threads, which prepare themselves while the board is made and the kernel loaded.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use fractus_loader::FindError;
 
+use super::feeding::AtEnd;
 use super::state::{MachineState, STATE_VERSION};
 use super::vcpus::UsedVcpus;
 use super::{Kernel, Machine, MachineError, RunState};
-use crate::board::{self, FixedDevices, acpi, generation, smbios};
+use crate::board::{self, FixedDevices, IoApic, acpi, generation, smbios};
 use crate::boot::disk::BootDisk;
 use crate::boot::{self, Boot, BootError, Fallback, Source};
 use crate::bus::Bus;
 use crate::config::{BootSource, ConfigError, MachineConfig, MachineFiles};
-use crate::cpu::{BootRegisters, Surroundings, VcpuSet, VcpuSetError};
+use crate::cpu::{BootRegisters, EndOfInterrupt, Surroundings, VcpuSet, VcpuSetError};
 use crate::device::{Board, DeviceError, SavedDevices};
-use crate::kvm::{Hypervisor, KvmError, controllers};
+use crate::kvm::{Hypervisor, KvmError, Vm, controllers};
 use crate::layout::Layout;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::reactor::Reactor;
-use crate::request::channel;
+use crate::request::{RequestReceiver, channel};
 use crate::thread::{ThreadHook, Threads};
 use crate::virtio::block::THREADS;
 use crate::virtio::{self, Attached, Placement};
@@ -61,7 +62,8 @@ pub(super) fn build(
 ) -> Result<Machine, BuildError> {
     config.validate()?;
     let memory = GuestMemory::create_with(&config.memory, config.hot_memory.as_ref())?;
-    let mut parts = assemble(config, files, memory, Saved::default(), hook)?;
+    let chassis = Chassis::new(&config, &files, memory, hook)?;
+    let mut parts = chassis.complete(config, files, Saved::default())?;
     // A disk is read at the start: its content is a user's, and by then the process is locked down.
     let boot = match parts.kernel {
         Kernel::Files(_) => Some(parts.load().map_err(|error| match error {
@@ -86,6 +88,17 @@ pub(super) fn restore(
     hook: Option<ThreadHook>,
 ) -> Result<Machine, BuildError> {
     check(&saved)?;
+    let chassis = Chassis::new(&saved.config, &files, memory, hook)?;
+    restore_on(chassis, saved, files)
+}
+
+/// The same, on what was made for it.
+pub(super) fn restore_on(
+    chassis: Chassis,
+    saved: MachineState,
+    files: MachineFiles,
+) -> Result<Machine, BuildError> {
+    check(&saved)?;
     let MachineState {
         config,
         placement,
@@ -98,7 +111,7 @@ pub(super) fn restore(
         devices: SavedDevices::new(devices),
         placement,
     };
-    let mut machine = assemble(config, files, memory, saved, hook)?;
+    let mut machine = chassis.complete(config, files, saved)?;
     machine.vcpus.ready().map_err(VcpuSetError::from)?;
     machine.used = UsedVcpus::of(&vcpus);
     machine.vcpus.load(vcpus).map_err(VcpuSetError::from)?;
@@ -128,103 +141,170 @@ struct Saved {
     placement: Placement,
 }
 
-/// All but what the guest starts with.
-fn assemble(
-    config: MachineConfig,
-    mut files: MachineFiles,
-    memory: GuestMemory,
-    saved: Saved,
-    hook: Option<ThreadHook>,
-) -> Result<Machine, BuildError> {
-    config.validate_files(&files)?;
-    let Saved {
-        devices: mut saved,
-        placement,
-    } = saved;
-    let host = |what| move |source| BuildError::Host { what, source };
-    let kernel = kernel(&config, &mut files)?;
-    let hot = config.hot_memory.map_or(0, |hot| hot.max);
-    let layout = Layout::with_hot(config.memory.bytes, hot);
-    let hypervisor = hypervisor(&files)?;
-    let vm = Arc::new(hypervisor.create_vm(&memory)?);
+/// What of a machine depends on nothing that is saved: VM, vCPUs and their threads. It can be made while the rest is still
+/// coming.
+pub(super) struct Chassis {
+    vcpus: VcpuSet,
+    reactor: Reactor,
+    receiver: RequestReceiver,
+    end_of_interrupt: Arc<LateEnd>,
+    board: Board,
+    vm: Arc<Vm>,
+}
 
-    let (requests, receiver) = channel().map_err(host("make an eventfd"))?;
-    let reactor = Reactor::new().map_err(host("make an epoll descriptor"))?;
-    let threads = Threads::new(hook, requests.clone());
-    let (msi, io_events) = controllers(&vm);
-    let board = Board {
-        memory: memory.clone(),
-        pio: Arc::new(Bus::new()),
-        mmio: Arc::new(Bus::new()),
-        msi: Arc::clone(&msi),
-        io_events,
-        reactor: reactor.clone(),
-        threads: threads.clone(),
-        requests: requests.clone(),
-        layout,
-    };
-    let ioapic = board::interrupts(msi, &mut saved)?;
-    let surroundings = Surroundings {
-        pio: Arc::clone(&board.pio),
-        mmio: Arc::clone(&board.mmio),
-        end_of_interrupt: ioapic.clone(),
-        requests,
-    };
-    let vcpus = VcpuSet::create(&hypervisor, &vm, &config.cpus, &surroundings, &threads)?;
-    let FixedDevices {
-        power,
-        slots,
-        processors,
-        panic,
-        verdict,
-        all: mut devices,
-    } = board::attach(&config, &files, ioapic, &board, &mut saved)?;
-    let Attached {
-        devices: behind_pci,
-        places,
-        balloon,
-        hot_memory,
-    } = virtio::attach(&config, &files, &board, placement, &mut saved)?;
-    devices.extend(behind_pci);
-    saved.finish()?;
-    let spawner = spawner(&config, &threads).map_err(host("start the spawner of threads"))?;
-    threads.seal();
-    let reactor_thread = reactor
-        .run(&threads)
-        .map_err(host("start the reactor's thread"))?;
-    // Descriptors that devices have duplicated are not needed again; the kernel is, by a reset.
-    files.disks.clear();
-    files.console_ports.clear();
-    files.nets.clear();
-    Ok(Machine {
-        vcpus,
-        devices,
-        power,
-        panic,
-        verdict,
-        balloon,
-        hot_memory,
-        _reactor: reactor_thread,
-        receiver,
-        state: RunState::Ready,
-        pending: Default::default(),
-        announced: Default::default(),
-        config,
-        files,
-        kernel,
-        told_running: false,
-        loaded: false,
-        memory,
-        layout,
-        _spawner: spawner,
-        board,
-        slots,
-        processors,
-        used: UsedVcpus::default(),
-        places,
-        ledger: None,
-        vm,
-    })
+/// Where vCPUs tell of ends of interrupts, before there is an IO-APIC: none of them runs.
+#[derive(Default)]
+struct LateEnd(OnceLock<Arc<IoApic>>);
+
+impl EndOfInterrupt for LateEnd {
+    fn end_of_interrupt(&self, vector: u8) {
+        if let Some(ioapic) = self.0.get() {
+            ioapic.end_of_interrupt(vector);
+        }
+    }
+}
+
+impl Chassis {
+    /// `config` is valid, and what of it is memory and vCPUs is that of the machine.
+    pub fn new(
+        config: &MachineConfig,
+        files: &MachineFiles,
+        memory: GuestMemory,
+        hook: Option<ThreadHook>,
+    ) -> Result<Self, BuildError> {
+        let hot = config.hot_memory.map_or(0, |hot| hot.max);
+        let layout = Layout::with_hot(config.memory.bytes, hot);
+        let hypervisor = hypervisor(files)?;
+        let vm = Arc::new(hypervisor.create_vm(&memory)?);
+        let (requests, receiver) = channel().map_err(host("make an eventfd"))?;
+        let reactor = Reactor::new().map_err(host("make an epoll descriptor"))?;
+        let threads = Threads::new(hook, requests.clone());
+        let (msi, io_events) = controllers(&vm);
+        let board = Board {
+            memory,
+            pio: Arc::new(Bus::new()),
+            mmio: Arc::new(Bus::new()),
+            msi,
+            io_events,
+            reactor: reactor.clone(),
+            threads,
+            requests: requests.clone(),
+            layout,
+        };
+        let end_of_interrupt = Arc::<LateEnd>::default();
+        let surroundings = Surroundings {
+            pio: Arc::clone(&board.pio),
+            mmio: Arc::clone(&board.mmio),
+            end_of_interrupt: end_of_interrupt.clone(),
+            requests,
+        };
+        let vcpus = VcpuSet::create(
+            &hypervisor,
+            &vm,
+            &config.cpus,
+            &surroundings,
+            &board.threads,
+        )?;
+        Ok(Chassis {
+            vcpus,
+            reactor,
+            receiver,
+            end_of_interrupt,
+            board,
+            vm,
+        })
+    }
+
+    pub fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// All but what the guest starts with.
+    fn complete(
+        self,
+        config: MachineConfig,
+        mut files: MachineFiles,
+        saved: Saved,
+    ) -> Result<Machine, BuildError> {
+        config.validate_files(&files)?;
+        let Saved {
+            devices: mut saved,
+            placement,
+        } = saved;
+        let Chassis {
+            vcpus,
+            reactor,
+            receiver,
+            end_of_interrupt,
+            board,
+            vm,
+        } = self;
+        let kernel = kernel(&config, &mut files)?;
+        let ioapic = board::interrupts(Arc::clone(&board.msi), &mut saved)?;
+        let _ = end_of_interrupt.0.set(Arc::clone(&ioapic));
+        let FixedDevices {
+            power,
+            slots,
+            processors,
+            panic,
+            verdict,
+            all: mut devices,
+        } = board::attach(&config, &files, ioapic, &board, &mut saved)?;
+        let Attached {
+            devices: behind_pci,
+            places,
+            balloon,
+            hot_memory,
+        } = virtio::attach(&config, &files, &board, placement, &mut saved)?;
+        devices.extend(behind_pci);
+        saved.finish()?;
+        let threads = &board.threads;
+        let spawner = spawner(&config, threads).map_err(host("start the spawner of threads"))?;
+        threads.seal();
+        let reactor_thread = reactor
+            .run(threads)
+            .map_err(host("start the reactor's thread"))?;
+        // Descriptors that devices have duplicated are not needed again; the kernel is, by a reset.
+        files.disks.clear();
+        files.console_ports.clear();
+        files.nets.clear();
+        Ok(Machine {
+            at_end: AtEnd::default(),
+            vcpus,
+            devices,
+            power,
+            panic,
+            verdict,
+            balloon,
+            hot_memory,
+            _reactor: reactor_thread,
+            receiver,
+            state: RunState::Ready,
+            pending: Default::default(),
+            announced: Default::default(),
+            config,
+            files,
+            kernel,
+            told_running: false,
+            loaded: false,
+            memory: board.memory.clone(),
+            layout: board.layout,
+            _spawner: spawner,
+            board,
+            slots,
+            processors,
+            used: UsedVcpus::default(),
+            places,
+            ledger: None,
+            feeding: None,
+            postponed: None,
+            vm,
+        })
+    }
+}
+
+fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> BuildError {
+    move |source| BuildError::Host { what, source }
 }
 
 /// What makes the VM, by a descriptor of its own.

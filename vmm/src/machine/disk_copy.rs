@@ -233,7 +233,8 @@ impl DiskCopying {
         match self.after_round() {
             Decision::Again => return Ok(None),
             Decision::GiveUp => return Err(DiskCopyError::Late { longest }),
-            Decision::Stop => {}
+            // Nothing of a disk can follow.
+            Decision::Stop | Decision::PostCopy => {}
         }
         let (finish, pause) = machine.while_at_rest(longest, |until| self.copier.finish(until))?;
         match finish? {

@@ -35,6 +35,11 @@ pub enum Event {
     VcpusUsed { count: u8 },
     /// The guest has plugged or unplugged hot memory: so many bytes are plugged now.
     HotMemory { plugged: u64 },
+    /// All of the memory that came after the guest is here: where it came from is not needed any more.
+    Whole,
+    /// Its memory does not come any more: it stands where it touches what has not come, until there is another connection
+    /// (`Machine::go_on_by`).
+    Starving { reason: String },
     /// The guest's kernel panicked (pvpanic); the machine runs on.
     Panicked { crash_loaded: bool },
     /// The guest stopped feeding its watchdog; what the config says comes after.

@@ -71,15 +71,24 @@ fn from_stream(mode: u8, squeezed: &[u8], files: MachineFiles) -> Result<Parts, 
         frame::seal(&mut stream, mode & NUMBERED != 0);
     }
     let most = vec![DISK; files.disks.len()];
-    let land = |_: &[u8]| Ok(Landing { files, most });
+    let land = |_: &[u8]| Ok(landing(files, most));
     let mut frames = FrameReader::new(stream.as_slice());
-    let gathered = gather(&mut frames, &every_device(), land)?;
+    let gathered = gather(&mut frames, &every_device(), land, |_, _, _| Ok(()))?;
     let (state, file) = (gathered.state, gathered.memory.file().try_clone()?);
     drop(gathered.memory);
     // By what the state says of it, as `receive` has it.
     let config = &state.config;
     let memory = GuestMemory::map(file, &config.memory, config.hot_memory.as_ref())?;
     Ok((state, memory, gathered.files))
+}
+
+/// Nothing of memory follows.
+pub(super) fn landing(files: MachineFiles, most: Vec<u64>) -> Landing {
+    Landing {
+        files,
+        most,
+        faults: None,
+    }
 }
 
 fn from_file(mode: u8, squeezed: &[u8]) -> Result<(MachineState, GuestMemory), Box<dyn Error>> {

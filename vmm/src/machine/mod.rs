@@ -11,6 +11,7 @@
 mod build;
 mod disk_copy;
 mod event;
+mod feeding;
 #[cfg(any(test, feature = "fuzzing"))]
 mod fuzz;
 #[cfg(test)]
@@ -24,7 +25,7 @@ mod vcpus;
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -58,8 +59,8 @@ pub use event::{Event, Registers, RunState, StopReason};
 pub use fuzz::fuzz_receive;
 pub use receive::{Arrived, Landing, ReceiveReport, receive};
 pub use send::{
-    Luggage, MigrationError, Offered, Pause, Progress, SendReport, Sender, Sending, SentRound,
-    Unsent,
+    Luggage, MigrationError, Offered, Paid, Pause, Paying, Progress, SendReport, Sender, Sending,
+    SentRound, Unsent,
 };
 pub use snapshot::{Loading, Round, Scope, SnapshotError, SnapshotReport};
 pub use state::MachineState;
@@ -70,6 +71,7 @@ const MOMENT: Duration = Duration::from_millis(20);
 /// One virtual machine of this process. Dropping it ends it.
 pub struct Machine {
     // The order is that of dropping: who runs first, what they use last.
+    at_end: feeding::AtEnd,
     vcpus: VcpuSet,
     _reactor: ReactorThread,
     devices: Vec<Arc<dyn Device>>,
@@ -102,7 +104,18 @@ pub struct Machine {
     places: Places,
     /// What was written since a snapshot that another can be laid over.
     ledger: Option<snapshot::Ledger>,
+    /// Memory that comes, or came, after the guest.
+    feeding: Option<Arc<feeding::Feeding>>,
+    postponed: Option<Postponed>,
     vm: Arc<Vm>,
+}
+
+/// What is done when all of memory is there: until then a vCPU may wait for some of it, out of which no signal calls it on
+/// every kernel, and a device for what it is to write to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Postponed {
+    Reset,
+    Pause,
 }
 
 /// What a machine boots.
@@ -143,6 +156,10 @@ pub enum MachineError {
     NoSuchDevice { id: String },
     #[error("{id} is the disk that the machine boots from: it stays")]
     BootDisk { id: String },
+    #[error("some of the machine's memory is elsewhere still: it cannot be {action}")]
+    Arriving { action: &'static str },
+    #[error("none of the machine's memory is elsewhere")]
+    Fed,
     #[error("this machine has no balloon")]
     NoBalloon,
     #[error(
@@ -184,6 +201,7 @@ impl Machine {
     /// still a snapshot's file is read now.
     pub fn save(&self) -> Result<MachineState, MachineError> {
         self.expect(RunState::Paused, "saved")?;
+        self.expect_whole("saved")?;
         self.memory.settle()?;
         self.saved()
     }
@@ -232,9 +250,11 @@ impl Machine {
     }
 
     /// Stops the guest where it is, devices and all; it knows nothing of it but the clock. If it fails
-    /// because of a device, the guest runs on; if a vCPU cannot be stopped, the machine ends.
+    /// because of a device, the guest runs on; if a vCPU cannot be stopped, the machine ends. While some of its memory
+    /// is elsewhere it runs on, too: it may be waiting for that.
     pub fn pause(&mut self) -> Result<(), MachineError> {
         self.expect(RunState::Running, "paused")?;
+        self.expect_whole("paused")?;
         if let Err(error) = self.rest() {
             self.run_on(&error);
             return Err(error);
@@ -366,6 +386,30 @@ impl Machine {
         }
     }
 
+    fn expect_whole(&self, action: &'static str) -> Result<(), MachineError> {
+        match self.memory.is_whole() {
+            true => Ok(()),
+            false => Err(MachineError::Arriving { action }),
+        }
+    }
+
+    /// Has what of memory has not come come by this connection, to the machine that it comes from, of which
+    /// [`Offered::go_on_by`] is called. [`Event::Whole`] or [`Event::Starving`] follows.
+    ///
+    /// # Errors
+    /// Nothing is to come.
+    pub fn go_on_by(&mut self, connection: OwnedFd) -> Result<(), MachineError> {
+        match &self.feeding {
+            Some(feeding) if !self.memory.is_whole() => feeding.go_on_by(connection),
+            _ => Err(MachineError::Fed),
+        }
+    }
+
+    /// Whether memory is here that came after the guest, or nothing came after it.
+    pub fn is_whole(&self) -> bool {
+        self.memory.is_whole()
+    }
+
     /// Whether the guest, or a device, has asked for something that nobody has carried out and that is in no state
     /// of a device.
     fn owes(&self) -> bool {
@@ -448,6 +492,8 @@ impl Machine {
                 self.told_running = true;
                 self.announce(Event::Running);
             }
+            Request::Whole => self.is_whole_now(),
+            Request::Starving { reason } => self.announce(Event::Starving { reason }),
             Request::PowerOff => self.guest_ends(StopReason::GuestPowerOff),
             Request::Reset if self.is_searching() => self.search_failed("it reset itself"),
             Request::Reset => self.reset(),
@@ -524,19 +570,36 @@ impl Machine {
         match self.config.watchdog.map(|watchdog| watchdog.action) {
             Some(WatchdogAction::Reset) => self.reset(),
             Some(WatchdogAction::PowerOff) => self.end(StopReason::Watchdog),
-            Some(WatchdogAction::Pause) if self.state == RunState::Running => {
-                if let Err(error) = self.pause() {
-                    self.end(StopReason::VmmFault {
-                        detail: error.to_string(),
-                    });
-                }
-            }
+            Some(WatchdogAction::Pause) if self.state == RunState::Running => self.hold(),
             Some(WatchdogAction::Pause | WatchdogAction::None) | None => {}
+        }
+    }
+
+    fn hold(&mut self) {
+        if !self.memory.is_whole() {
+            self.postponed = Some(Postponed::Pause);
+        } else if let Err(error) = self.pause() {
+            self.end(StopReason::VmmFault {
+                detail: error.to_string(),
+            });
+        }
+    }
+
+    fn is_whole_now(&mut self) {
+        self.announce(Event::Whole);
+        match self.postponed.take() {
+            Some(Postponed::Reset) => self.reset(),
+            Some(Postponed::Pause) if self.state == RunState::Running => self.hold(),
+            Some(Postponed::Pause) | None => {}
         }
     }
 
     /// Power-on again, in this process: the same threads, descriptors and rings.
     fn reset(&mut self) {
+        if !self.memory.is_whole() {
+            self.postponed = Some(Postponed::Reset);
+            return;
+        }
         match self.restart() {
             Ok(()) => self.announce(Event::GuestReset),
             Err(MachineError::Boot(error)) => {
@@ -563,6 +626,8 @@ impl Machine {
                 Request::DeviceFault { .. }
                     | Request::ThreadPanicked { .. }
                     | Request::HotMemoryChanged
+                    | Request::Whole
+                    | Request::Starving { .. }
             )
         });
         self.receiver.clear_halt();

@@ -1,16 +1,20 @@
 //! A machine that arrives from another process ([`super::Sender`]).
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use super::build::{Chassis, restore_on};
+use super::feeding::{AtEnd, Feeding};
 use super::send::MigrationError;
 use super::snapshot::unpacked as unpacked_state;
 use super::state::{MachineState, STATE_VERSION};
-use super::{BuildError, Machine, SnapshotError};
+use super::{BuildError, Machine, SnapshotError, in_full};
 use crate::config::{MachineConfig, MachineFiles};
-use crate::memory::GuestMemory;
+use crate::memory::{Faults, GuestMemory, PageSet};
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
 use crate::stream::{MOST_STATE, Opening, StreamError, Target, Totals, live, malformed, unpacked};
 use crate::thread::ThreadHook;
@@ -36,6 +40,8 @@ pub struct Landing {
     /// Bytes that each disk may have at most, where their content is to come: a file that is open for writing, and loses
     /// what it had. Empty: they have it.
     pub most: Vec<u64>,
+    /// What memory needs that is to come after the guest; `None`: it cannot.
+    pub faults: Option<Faults>,
 }
 
 /// What an arrival took.
@@ -56,7 +62,7 @@ pub struct ReceiveReport {
 /// # Errors
 /// The stream is damaged, cut short, hostile or of another build, or this host cannot run the machine. Nothing of it is
 /// left but what its disks hold.
-pub fn receive<S: Read + Write>(
+pub fn receive<S: Read + Write + AsFd>(
     connection: S,
     here: &MachineConfig,
     land: impl FnOnce(&[u8]) -> Result<Landing, String>,
@@ -64,6 +70,12 @@ pub fn receive<S: Read + Write>(
 ) -> Result<Arrived, MigrationError> {
     let mut frames = FrameReader::new(connection);
     match take(&mut frames, here, land, hook) {
+        Ok(arrived) if arrived.machine.feeding.is_some() => {
+            if let Some(feeding) = &arrived.machine.feeding {
+                feeding.say_ready()?;
+            }
+            Ok(arrived)
+        }
         Ok(arrived) => {
             FrameWriter::new(frames.get_mut()).write(Kind::Ready, b"")?;
             let flushed = frames.get_mut().flush();
@@ -74,19 +86,18 @@ pub fn receive<S: Read + Write>(
             Ok(arrived)
         }
         Err(error) => {
-            let mut reason = error.to_string();
-            let mut source = std::error::Error::source(&error);
-            while let Some(cause) = source {
-                reason = format!("{reason}: {cause}");
-                source = cause.source();
-            }
-            let reason = reason.as_bytes();
-            let reason = reason.get(..MOST_REASON).unwrap_or(reason);
             // Who sent it may be gone.
-            let _ = FrameWriter::new(frames.get_mut()).write(Kind::Refused, reason);
+            let _ = FrameWriter::new(frames.get_mut()).write(Kind::Refused, &reason(&error));
             Err(error)
         }
     }
+}
+
+/// For people on the other side.
+fn reason(error: &dyn std::error::Error) -> Vec<u8> {
+    let mut reason = in_full(error).into_bytes();
+    reason.truncate(MOST_REASON);
+    reason
 }
 
 /// Of a build whose state is of the same form: another's may say something else by the same bytes.
@@ -118,6 +129,16 @@ fn check_shape(arrives: &MachineConfig, here: &MachineConfig) -> Result<(), Stre
             "a machine of other memory or vCPUs than was agreed",
         )),
     }
+}
+
+/// What is made before the state comes is what the state needs.
+fn is_made_alike(one: &MachineConfig, other: &MachineConfig) -> bool {
+    let made = |config: &MachineConfig| {
+        let (cpus, hot) = (&config.cpus, config.hot_memory.map(|hot| hot.max));
+        let vcpus = (cpus.most(), cpus.max.is_some(), cpus.profile);
+        (config.memory.clone(), hot, vcpus, cpus.host_cpus.clone())
+    };
+    made(one) == made(other)
 }
 
 /// Disks whose content comes, in the order of the configuration.
@@ -182,21 +203,48 @@ pub(super) struct Gathered {
     pub(super) owner: Vec<u8>,
     pub(super) totals: Totals,
     pub(super) disks: Totals,
+    /// Pages that come later.
+    owed: PageSet,
+    faults: Option<Faults>,
     /// When its last byte had come.
     at: Instant,
 }
 
-fn take<S: Read>(
+fn take<S: Read + AsFd>(
     frames: &mut FrameReader<S>,
     here: &MachineConfig,
     land: impl FnOnce(&[u8]) -> Result<Landing, String>,
     hook: Option<ThreadHook>,
 ) -> Result<Arrived, MigrationError> {
-    let gathered = gather(frames, here, land)?;
-    let file = gathered.memory.file().try_clone();
-    let file = file.map_err(SnapshotError::Read)?;
-    drop(gathered.memory);
-    let machine = Machine::restore(gathered.state, file, gathered.files, hook)?;
+    let mut chassis = None;
+    let gathered = gather(frames, here, land, |config, files, memory| {
+        chassis = Some(Chassis::new(config, files, memory.clone(), hook)?);
+        Ok(())
+    })?;
+    let chassis = chassis.ok_or_else(|| malformed("it has no configuration"))?;
+    let board = chassis.board().clone();
+    let mut feeding = None;
+    if gathered.owed.count() > 0 {
+        let faults = gathered.faults.ok_or(MigrationError::NoPostCopy)?;
+        let came = frames.frames();
+        let begun = Feeding::begin(
+            gathered.owed,
+            faults,
+            &gathered.memory,
+            &board,
+            frames.get_mut(),
+            came,
+        )?;
+        feeding = Some(Arc::new(begun));
+    }
+    let restored = restore_on(chassis, gathered.state, gathered.files);
+    let mut machine = restored.inspect_err(|error| {
+        if let Some(feeding) = &feeding {
+            feeding.say_refused(&reason(error));
+        }
+    })?;
+    machine.at_end = AtEnd(feeding.clone());
+    machine.feeding = feeding;
     let report = ReceiveReport {
         id: gathered.id,
         totals: gathered.totals,
@@ -216,6 +264,7 @@ pub(super) fn gather<S: Read>(
     frames: &mut FrameReader<S>,
     here: &MachineConfig,
     land: impl FnOnce(&[u8]) -> Result<Landing, String>,
+    prepare: impl FnOnce(&MachineConfig, &MachineFiles, &GuestMemory) -> Result<(), MigrationError>,
 ) -> Result<Gathered, MigrationError> {
     let opening: Opening = match frames.next_frame()? {
         (Kind::Opening, payload) => unpacked(payload)?,
@@ -246,6 +295,8 @@ pub(super) fn gather<S: Read>(
         }
         .into());
     }
+    prepare(&config, &landing.files, &memory)?;
+    let mut owed = PageSet::new(bytes);
     let (mut totals, mut disk_totals) = (Totals::default(), Totals::default());
     let (mut disks, mut state) = (Disks(Vec::new()), Vec::new());
     let ran = loop {
@@ -264,6 +315,7 @@ pub(super) fn gather<S: Read>(
                 totals.zeros += more.zeros;
             }
             (Kind::Owner, payload) => owner = payload.to_vec(),
+            (Kind::Owed, payload) => live::add_owed(payload, &mut owed)?,
             (Kind::State, payload) if state.len() + payload.len() > MOST_STATE => {
                 return Err(malformed("more state than any machine has").into());
             }
@@ -286,8 +338,10 @@ pub(super) fn gather<S: Read>(
     let at = Instant::now();
     let mut state = unpacked_state(&state)?;
     state.take_place(here);
-    // Its memory is mapped by what the state says of it.
-    check_shape(state.config(), here)?;
+    // Memory and vCPUs are made by what was said first.
+    if !is_made_alike(state.config(), &config) {
+        return Err(malformed("the state of another machine").into());
+    }
     Ok(Gathered {
         id: opening.id,
         state,
@@ -297,6 +351,8 @@ pub(super) fn gather<S: Read>(
         owner,
         totals,
         disks: disk_totals,
+        owed,
+        faults: landing.faults,
         at,
     })
 }

@@ -8,15 +8,23 @@
 //! here knows whether the other side has a machine, and whom it has told: that, too, is an offer.
 //!
 //! Disks go the same way as memory, if they go: a first round of all that is there, then what was written since.
+//!
+//! A guest whose memory is to follow it ([`AtLimit::PostCopy`]) is stopped when its policy says so, and the other side is
+//! told which pages it does not have ([`Offered::owes`]). They are sent by [`Offered::pay`] from then on; the machine here
+//! has to stay until all are there, for as long as the guest runs on the other side.
 
+mod debt;
 mod journal;
 mod report;
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use self::debt::{Answers, Debt};
+pub use self::debt::{Paid, Paying};
 use self::journal::{Journal, Left, Part, Pending, Piece};
 pub use self::report::{Pause, SendReport, Sending, SentRound};
 use super::snapshot::read_pages;
@@ -53,6 +61,10 @@ pub enum MigrationError {
     TooBusy,
     #[error("the other side does not take the machine: {reason}")]
     Refused { reason: String },
+    #[error("the machine's memory is still coming from where it was before")]
+    Arriving,
+    #[error("this process cannot have memory follow a guest (userfaultfd)")]
+    NoPostCopy,
     #[error("the guest stood still for {longest:?}, and not all had been sent")]
     Late { longest: Duration },
     #[error("{action} disk {index}")]
@@ -108,6 +120,10 @@ pub struct Sender<S> {
     began: Instant,
     round: Round,
     report: SendReport,
+    /// What the other side does not have when it runs.
+    debt: Option<Debt>,
+    /// Frames that it has sent.
+    answers: u32,
     /// Why the other side's answer did not come.
     doubt: Option<MigrationError>,
 }
@@ -161,14 +177,17 @@ impl std::fmt::Debug for Unsent {
 )]
 pub enum Progress<S> {
     Copying(Sender<S>),
-    Offered(Offered),
+    Offered(Offered<S>),
 }
 
 /// A machine that stands still here and, unless there is a [`Offered::doubt`], there. Dropping it ends this one.
-pub struct Offered {
+pub struct Offered<S> {
     /// It takes a while to end it: not before somebody knows of the offer.
     _journal: Journal,
     machine: Machine,
+    out: FrameWriter<S>,
+    answers: u32,
+    debt: Option<Debt>,
     ran: bool,
     doubt: Option<MigrationError>,
     report: SendReport,
@@ -186,9 +205,12 @@ impl<S: Read + Write> Sender<S> {
         policy: Policy,
         luggage: Luggage,
     ) -> Result<Self, Unsent> {
+        let mut out = FrameWriter::new(connection);
+        if !machine.memory.is_whole() {
+            return Err(unsent(machine, MigrationError::Arriving, out.get_mut()));
+        }
         // Its log is this one's from here on, and there is one only.
         machine.stop_tracking();
-        let mut out = FrameWriter::new(connection);
         match prepare(&machine, &mut out, &luggage) {
             Ok((report, journal, pending)) => {
                 let now = Instant::now();
@@ -204,6 +226,8 @@ impl<S: Read + Write> Sender<S> {
                     began: now,
                     round: Round::first(now),
                     report,
+                    debt: None,
+                    answers: 0,
                     doubt: None,
                 })
             }
@@ -262,6 +286,9 @@ impl<S: Read + Write> Sender<S> {
                 ran,
                 _journal: self.journal,
                 machine: self.machine,
+                out: self.out,
+                answers: self.answers,
+                debt: self.debt,
                 report: self.report,
                 doubt: self.doubt,
             })),
@@ -278,6 +305,12 @@ impl<S: Read + Write> Sender<S> {
         if running && !self.journal.logs_memory() && self.policy.at_limit == AtLimit::GiveUp {
             return Err(MigrationError::TooBusy);
         }
+        if running && self.is_to_follow_now() {
+            let mut left = self.pending.rest();
+            left.join(&self.journal.take()?);
+            self.settle_disks()?;
+            return self.hand_over(left, true);
+        }
         if !self.pending.is_empty() {
             self.send_some()?;
             return Ok(None);
@@ -288,7 +321,8 @@ impl<S: Read + Write> Sender<S> {
         }
         if !running || !self.journal.has_rounds() {
             let nothing = self.journal.nothing();
-            return self.hand_over(nothing);
+            let follows = running && self.policy.at_limit == AtLimit::PostCopy;
+            return self.hand_over(nothing, follows);
         }
         let written = self.journal.take()?;
         match self.after_round(&written)? {
@@ -296,12 +330,20 @@ impl<S: Read + Write> Sender<S> {
                 self.next_round(written);
                 Ok(None)
             }
-            Decision::Stop => {
+            decision @ (Decision::Stop | Decision::PostCopy) => {
                 self.settle_disks()?;
-                self.hand_over(written)
+                self.hand_over(written, decision == Decision::PostCopy)
             }
             Decision::GiveUp => Err(MigrationError::TooBusy),
         }
+    }
+
+    /// Its memory is to follow it, and nobody waits any longer for a first copy of all.
+    fn is_to_follow_now(&self) -> bool {
+        let (memory, disk) = self.pending.count();
+        let asked = self.policy.at_limit == AtLimit::PostCopy;
+        let late = self.began.elapsed() >= self.policy.limit;
+        asked && late && memory > 0 && disk == 0 && self.journal.logs_memory()
     }
 
     /// Whatever has not been written to the storage yet is, where disks go: it is the last occasion to hear that it
@@ -423,9 +465,13 @@ impl<S: Read + Write> Sender<S> {
         Ok(())
     }
 
-    /// Stops the guest and sends what is left, `written` and what has been written since; whether it ran. None: there
-    /// is something to be carried out for the guest first.
-    fn hand_over(&mut self, mut written: Left) -> Result<Option<bool>, MigrationError> {
+    /// Stops the guest and sends what is left, `written` and what has been written since, or says of memory what follows;
+    /// whether it ran. None: there is something to be carried out for the guest first.
+    fn hand_over(
+        &mut self,
+        mut written: Left,
+        follows: bool,
+    ) -> Result<Option<bool>, MigrationError> {
         let began = Instant::now();
         let ran = self.machine.state == RunState::Running;
         if ran {
@@ -439,9 +485,10 @@ impl<S: Read + Write> Sender<S> {
         let over = self.machine.owes() || !self.machine.announced.is_empty();
         let outcome = match over {
             true => Ok(()),
-            false => self.rest_of_it(&mut written, began, ran),
+            false => self.rest_of_it(&mut written, began, ran, follows),
         };
         if ran && (over || outcome.is_err()) {
+            self.debt = None;
             if let Err(error) = self.machine.run() {
                 self.machine.run_on(&error);
                 return Err(error.into());
@@ -462,6 +509,7 @@ impl<S: Read + Write> Sender<S> {
         written: &mut Left,
         stopped: Instant,
         ran: bool,
+        follows: bool,
     ) -> Result<(), MigrationError> {
         let began = Instant::now();
         // First: whatever a device still does for it is in what is taken next.
@@ -469,7 +517,13 @@ impl<S: Read + Write> Sender<S> {
         self.report.pause.state = began.elapsed();
         let began = Instant::now();
         written.join(&self.journal.take_last(&self.machine)?);
-        self.pending = Pending::new(written.clone());
+        let mut rest = written.clone();
+        if follows {
+            // Of what is hot there is another mapping, which comes only with its device.
+            let end = self.machine.memory.bytes();
+            self.debt = Some(Debt::new(rest.take_memory_before(end)));
+        }
+        self.pending = Pending::new(rest);
         self.journal.has_gone();
         (self.report.last, self.report.last_disk) = self.pending.count();
         let longest = self.policy.longest;
@@ -478,6 +532,12 @@ impl<S: Read + Write> Sender<S> {
                 return Err(MigrationError::Late { longest });
             }
             self.send_some()?;
+        }
+        if let Some(debt) = &self.debt {
+            self.report.owed = debt.left() / PAGE as u64;
+            for payload in debt.names() {
+                self.out.write(Kind::Owed, &payload)?;
+            }
         }
         if let Some(owner) = self.owner.take() {
             self.out.write(Kind::Owner, &owner)?;
@@ -499,7 +559,7 @@ impl<S: Read + Write> Sender<S> {
         self.report.pause.send = began.elapsed();
         let began = Instant::now();
         let answered = match flushed {
-            Ok(()) => answer(self.out.get_mut()),
+            Ok(()) => self.await_answer(),
             Err(source) => Err(StreamError::Io {
                 action: "write",
                 source,
@@ -516,7 +576,88 @@ impl<S: Read + Write> Sender<S> {
     }
 }
 
-impl Offered {
+impl<S: Read + Write> Sender<S> {
+    /// The other side's, which may want some of what it does not have until then: to make a machine it may have to touch
+    /// its memory.
+    fn await_answer(&mut self) -> Result<(), MigrationError> {
+        let Some(debt) = &mut self.debt else {
+            return answer(self.out.get_mut());
+        };
+        loop {
+            let mut answers = Answers::behind(self.out.get_mut(), self.answers);
+            match answers.next()? {
+                (Kind::Ready, _) => {
+                    self.answers = answers.frames();
+                    return Ok(());
+                }
+                (Kind::Refused, reason) => return Err(refused(reason)),
+                (kind, payload) => debt.hear(kind, payload)?,
+            }
+            self.answers = answers.frames();
+            debt.pay(&self.machine.memory, &mut self.out)?;
+        }
+    }
+}
+
+impl<S: Read + Write + AsFd> Offered<S> {
+    /// Sends some more of what follows, a megabyte at most, first what the other side waits for.
+    ///
+    /// # Errors
+    /// The connection is broken. The guest stands still where it needs what it has not got, until the two have another
+    /// ([`Offered::go_on_by`]).
+    pub fn pay(&mut self) -> Result<Paying, MigrationError> {
+        let Some(debt) = &mut self.debt else {
+            return Ok(Paying::Paid);
+        };
+        for _ in 0..debt::HEARD {
+            if debt.is_over() || !debt::is_readable(self.out.get_mut())? {
+                break;
+            }
+            let mut answers = Answers::behind(self.out.get_mut(), self.answers);
+            let (kind, payload) = answers.next()?;
+            debt.hear(kind, payload)?;
+            self.answers = answers.frames();
+        }
+        debt.pay(&self.machine.memory, &mut self.out)
+    }
+
+    /// By another connection, to the same machine, which has called [`Machine::go_on_by`] on its end. Waits until it has
+    /// said what it lacks.
+    ///
+    /// # Errors
+    /// This one is broken, too.
+    pub fn go_on_by(&mut self, connection: S) -> Result<(), MigrationError> {
+        self.out = FrameWriter::new(connection);
+        let mut answers = Answers::behind(self.out.get_mut(), 0);
+        if let Some(debt) = &mut self.debt {
+            debt.begin_anew(&mut answers)?;
+        }
+        self.answers = answers.frames();
+        Ok(())
+    }
+}
+
+impl<S: Write> Offered<S> {
+    /// What it is sent by.
+    pub fn connection(&mut self) -> &mut S {
+        self.out.get_mut()
+    }
+
+    /// Memory that the other side does not have: this machine has to stay until it has.
+    pub fn owes(&self) -> bool {
+        self.debt.as_ref().is_some_and(|debt| !debt.is_over())
+    }
+
+    /// Bytes of that which were not sent yet.
+    pub fn left(&self) -> u64 {
+        self.debt.as_ref().map_or(0, Debt::left)
+    }
+
+    /// What has followed so far.
+    pub fn paid(&self) -> Paid {
+        self.debt.as_ref().map_or(Paid::default(), Debt::paid)
+    }
+
     pub fn machine(&self) -> &Machine {
         &self.machine
     }
@@ -595,6 +736,7 @@ fn prepare<S: Write>(
         rounds: Vec::new(),
         last: 0,
         last_disk: 0,
+        owed: 0,
         pause: Pause::default(),
         whole: Duration::ZERO,
     };
@@ -606,11 +748,14 @@ fn answer<S: Read>(connection: S) -> Result<(), MigrationError> {
     let mut frames = FrameReader::new(connection.take(ANSWER_MAX));
     match frames.next_frame()? {
         (Kind::Ready, _) => Ok(()),
-        (Kind::Refused, reason) => Err(MigrationError::Refused {
-            reason: String::from_utf8_lossy(reason).into_owned(),
-        }),
+        (Kind::Refused, reason) => Err(refused(reason)),
         _ => Err(crate::stream::malformed("an answer that is none").into()),
     }
+}
+
+fn refused(reason: &[u8]) -> MigrationError {
+    let reason = String::from_utf8_lossy(reason).into_owned();
+    MigrationError::Refused { reason }
 }
 
 /// With the reason that the other side gave, if it closed the connection and left one.

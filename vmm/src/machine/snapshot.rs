@@ -69,6 +69,8 @@ pub enum SnapshotError {
         "memory is not mapped from a file that could be written to: it has to be open for reading only"
     )]
     Writable,
+    #[error("some of the machine's memory is elsewhere still")]
+    Arriving,
     #[error("read the guest's memory")]
     Read(#[source] std::io::Error),
     #[error("the machine's state cannot be {action}")]
@@ -160,6 +162,9 @@ impl Machine {
         let began = Instant::now();
         if self.state != RunState::Paused {
             self.expect(RunState::Running, "written to a snapshot")?;
+        }
+        if !self.memory.is_whole() {
+            return Err(SnapshotError::Arriving);
         }
         // The first thing that is done to the file is that it is emptied.
         if self.memory.is_made_of(&file)? {

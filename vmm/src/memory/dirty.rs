@@ -36,6 +36,24 @@ impl PageSet {
         }
     }
 
+    /// 64 pages each, the first in the lowest bit.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Takes the pages before an offset in the memfd, of 64 whole ones, away: those.
+    pub fn take_before(&mut self, end: u64) -> PageSet {
+        let count = (end / (PAGE as u64 * 64)) as usize;
+        let mut taken = PageSet {
+            words: vec![0; self.words.len()],
+        };
+        let both = self.words.iter_mut().zip(&mut taken.words);
+        for (word, taken) in both.take(count) {
+            *taken = std::mem::take(word);
+        }
+        taken
+    }
+
     /// Adds the pages of another set.
     pub fn join(&mut self, other: &PageSet) {
         self.add(0, &other.words);
@@ -57,6 +75,21 @@ impl PageSet {
         let part = u64::from(word.trailing_zeros()) / 16;
         let number = (first + index) as u64 * 4 + part;
         Some((number, Mask((word >> (part * 16)) as u16)))
+    }
+
+    /// Those of a block.
+    pub fn of_block(&self, number: u64) -> Mask {
+        let word = self.words.get((number / 4) as usize);
+        Mask((word.copied().unwrap_or_default() >> (number % 4 * 16)) as u16)
+    }
+
+    /// Takes these of a block away; those of them that were there.
+    pub fn take(&mut self, number: u64, mask: Mask) -> Mask {
+        let taken = self.of_block(number).and(mask);
+        if let Some(word) = self.words.get_mut((number / 4) as usize) {
+            *word &= !(u64::from(taken.0) << (number % 4 * 16));
+        }
+        taken
     }
 
     /// How many pages.

@@ -28,6 +28,9 @@ pub enum AtLimit {
     Stop,
     /// It stays where it is; so does one whose writes nobody can log while it runs (vhost-net).
     GiveUp,
+    /// It goes on at the other side, and its memory follows: whoever touches what has not come waits. Then the guest is
+    /// on both sides in part, and ends with either of them.
+    PostCopy,
 }
 
 /// How things stand after a round.
@@ -51,6 +54,8 @@ pub enum Decision {
     Stop,
     /// The guest runs on, and nothing more is copied.
     GiveUp,
+    /// The guest is stopped, and what is left of memory follows when it runs on the other side.
+    PostCopy,
 }
 
 /// What to do after a round.
@@ -62,6 +67,7 @@ pub fn decide(policy: &Policy, standing: &Standing) -> Decision {
     match policy.at_limit {
         // It would be stopped with as much left in the end: sooner is as good.
         AtLimit::Stop if late || standing.stalled >= STALLED => Decision::Stop,
+        AtLimit::PostCopy if late || standing.stalled >= STALLED => Decision::PostCopy,
         AtLimit::GiveUp if late => Decision::GiveUp,
         _ => Decision::Again,
     }
@@ -127,7 +133,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_can_be_caught_up_with_is_stopped_within_its_downtime() {
-        for at_limit in [AtLimit::Stop, AtLimit::GiveUp] {
+        for at_limit in [AtLimit::Stop, AtLimit::GiveUp, AtLimit::PostCopy] {
             let policy = policy(at_limit);
             let (decision, elapsed, left) = migrate(&policy, 256 << 20, 300 << 20, 1 << 30);
             assert_eq!(decision, Decision::Stop);
@@ -143,6 +149,10 @@ mod tests {
         let (decision, elapsed, left) = migrate(&policy(AtLimit::Stop), 64 << 20, 4 << 30, 1 << 30);
         assert_eq!((decision, left), (Decision::Stop, 64 << 20));
         assert!(elapsed < 300 * MS, "{elapsed:?}");
+        let (decision, elapsed, _) =
+            migrate(&policy(AtLimit::PostCopy), 64 << 20, 4 << 30, 1 << 30);
+        assert_eq!(decision, Decision::PostCopy);
+        assert!(elapsed < 300 * MS, "{elapsed:?}");
         let (decision, elapsed, _) = migrate(&policy(AtLimit::GiveUp), 64 << 20, 4 << 30, 1 << 30);
         assert_eq!(decision, Decision::GiveUp);
         assert!((1000 * MS..1100 * MS).contains(&elapsed), "{elapsed:?}");
@@ -151,7 +161,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_migration_comes_to_an_end(of in 1u64..1 << 34, writes in 0u64..1 << 36, rate in 1u64 << 20..1 << 34) {
-            for at_limit in [AtLimit::Stop, AtLimit::GiveUp] {
+            for at_limit in [AtLimit::Stop, AtLimit::GiveUp, AtLimit::PostCopy] {
                 let policy = policy(at_limit);
                 let (decision, elapsed, left) = migrate(&policy, of, writes, rate);
                 // The last round begins before the limit, and takes no longer than all of memory does.
@@ -160,6 +170,7 @@ mod tests {
                 let at_the_limit = match at_limit {
                     AtLimit::Stop => Decision::Stop,
                     AtLimit::GiveUp => Decision::GiveUp,
+                    AtLimit::PostCopy => Decision::PostCopy,
                 };
                 prop_assert!(fits || decision == at_the_limit);
             }

@@ -41,6 +41,14 @@ pub enum Kind {
     Ready,
     /// The other way: it is not, and why, for people.
     Refused,
+    /// Pages of memory that come behind the end, or, the other way, that have not come ([`super::live::owed`]).
+    Owed,
+    /// The other way: the number of a block (8), of which a page that is owed is waited for.
+    Wanted,
+    /// The other way: a frame of pages that were owed is there.
+    Got,
+    /// Nothing is owed any more: says who has it all, and then the other side, which has heard it.
+    Whole,
 }
 
 impl Kind {
@@ -58,6 +66,10 @@ impl Kind {
             Kind::Disks => 10,
             Kind::Blocks => 11,
             Kind::Sync => 12,
+            Kind::Owed => 13,
+            Kind::Wanted => 14,
+            Kind::Got => 15,
+            Kind::Whole => 16,
         }
     }
 
@@ -75,6 +87,10 @@ impl Kind {
             Kind::Disks,
             Kind::Blocks,
             Kind::Sync,
+            Kind::Owed,
+            Kind::Wanted,
+            Kind::Got,
+            Kind::Whole,
         ];
         all.into_iter().find(|kind| kind.number() == number)
     }
@@ -148,6 +164,19 @@ impl<R: Read> FrameReader<R> {
             next: 0,
             payload: Vec::new(),
         }
+    }
+
+    /// That goes on behind so many frames.
+    pub fn behind(inner: R, frames: u32) -> Self {
+        FrameReader {
+            next: frames,
+            ..FrameReader::new(inner)
+        }
+    }
+
+    /// Frames that were read, or stand before those.
+    pub fn frames(&self) -> u32 {
+        self.next
     }
 
     /// The next frame that this build knows.

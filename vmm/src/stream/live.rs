@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pages::PAGES;
 use super::{BLOCK, Mask, PAGE, StreamError, Target, Totals, io, malformed};
+use crate::memory::PageSet;
 
 /// Bytes before an entry's pages.
 const ENTRY: usize = 8;
@@ -99,6 +100,42 @@ pub fn of_disk(payload: &[u8]) -> Result<(u32, &[u8]), StreamError> {
     let (number, rest) = (payload.split_first_chunk::<NUMBER>())
         .ok_or_else(|| malformed("a frame of blocks without a disk"))?;
     Ok((u32::from_le_bytes(*number), rest))
+}
+
+/// Words of 64 pages in a frame that names pages.
+const WORDS: usize = 1 << 16;
+
+/// Payloads of frames that name pages: the first (8, little-endian, of 64 whole ones), then a bit for each.
+pub fn owed(pages: &PageSet) -> Vec<Vec<u8>> {
+    let mut payloads = Vec::new();
+    for (index, words) in (0u64..).zip(pages.words().chunks(WORDS)) {
+        let end = words.iter().rposition(|word| *word != 0);
+        let Some(words) = end.and_then(|end| words.get(..=end)) else {
+            continue;
+        };
+        let first = index * WORDS as u64 * 64;
+        let mut payload = first.to_le_bytes().to_vec();
+        payload.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+        payloads.push(payload);
+    }
+    payloads
+}
+
+/// Adds the pages that such a payload names.
+pub fn add_owed(payload: &[u8], pages: &mut PageSet) -> Result<(), StreamError> {
+    let damaged = || malformed("pages that come later, and are none");
+    let (first, rest) = payload.split_first_chunk::<8>().ok_or_else(damaged)?;
+    let first = u64::from_le_bytes(*first);
+    let (words, rest) = rest.as_chunks::<8>();
+    let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+    let room = pages.words().len() as u64;
+    let end = (first / 64).checked_add(words.len() as u64);
+    let fits = first.is_multiple_of(64) && end.is_some_and(|end| end <= room);
+    if words.is_empty() || !rest.is_empty() || !fits {
+        return Err(damaged());
+    }
+    pages.add(first * PAGE as u64, &words);
+    Ok(())
 }
 
 /// Numbers of the pages of a mask.
@@ -196,6 +233,27 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn pages_that_come_later_are_named(
+            pages in prop::collection::btree_set(0..3 * WORDS as u64 * 64, 0..40),
+            cut in 0..9usize,
+        ) {
+            let bytes = 3 * WORDS as u64 * 64 * PAGE as u64;
+            let (mut set, mut read) = (PageSet::new(bytes), PageSet::new(bytes));
+            for page in pages {
+                set.add_range(page * PAGE as u64, (page + 1) * PAGE as u64);
+            }
+            for payload in owed(&set) {
+                add_owed(&payload, &mut read).unwrap();
+                let cut = payload.len() - cut;
+                let whole = cut == payload.len() || (cut == payload.len() - 8 && cut > 8);
+                let mut other = PageSet::new(bytes);
+                prop_assert_eq!(add_owed(&payload[..cut], &mut other).is_ok(), whole);
+                prop_assert!(add_owed(&payload, &mut PageSet::new(PAGE as u64)).is_err() || payload.len() == 16);
+            }
+            prop_assert_eq!(read, set);
+        }
+
         #[test]
         fn what_was_sent_is_there(rounds in prop::collection::vec(writes(), 1..4)) {
             let mut source = vec![0; MEMORY];

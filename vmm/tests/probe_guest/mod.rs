@@ -21,6 +21,7 @@ use fractus_vmm::machine::{
     self, Arrived, Event, Landing, Loading, Luggage, Machine, MigrationError, Offered, Progress,
     Sender, StopReason, Unsent,
 };
+use fractus_vmm::memory::Faults;
 use fractus_vmm::stream::converge::Policy;
 use fractus_vmm::stream::snapshot::Snapshot;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -254,8 +255,8 @@ pub enum Disks<'a> {
 }
 
 /// What came of sending a guest.
-pub struct Sent {
-    pub offer: Result<Offered, Unsent>,
+pub struct Sent<N> {
+    pub offer: Result<Offered<N>, Unsent>,
     pub arrival: Result<Arrived, MigrationError>,
     /// The guest of a machine that was taken back, or not sent.
     pub here: Box<dyn FnOnce(Machine) -> Guest>,
@@ -417,37 +418,37 @@ impl Guest {
 
     /// Sends it to another machine of this process, from `near` to `far`, and serves its events meanwhile. Neither runs
     /// afterwards, unless it was not sent.
-    pub fn sent(
+    pub fn sent<N: Read + Write>(
         self,
         policy: Policy,
         disks: &[&File],
-        near: impl Read + Write,
-        far: impl Read + Write + Send + 'static,
-    ) -> Sent {
+        near: N,
+        far: impl Read + Write + AsFd + Send + 'static,
+    ) -> Sent<N> {
         self.sent_with(policy, disks, near, far, |_, _| ())
     }
 
     /// The same with something that is done before each step, which are counted from 0.
-    pub fn sent_with(
+    pub fn sent_with<N: Read + Write>(
         self,
         policy: Policy,
         disks: &[&File],
-        near: impl Read + Write,
-        far: impl Read + Write + Send + 'static,
+        near: N,
+        far: impl Read + Write + AsFd + Send + 'static,
         before: impl FnMut(usize, &mut Machine),
-    ) -> Sent {
+    ) -> Sent<N> {
         self.sent_to(policy, Disks::Shared(disks), near, far, before)
     }
 
     /// The same with disks that are shared or go.
-    pub fn sent_to(
+    pub fn sent_to<N: Read + Write>(
         self,
         policy: Policy,
         disks: Disks<'_>,
-        near: impl Read + Write,
-        far: impl Read + Write + Send + 'static,
+        near: N,
+        far: impl Read + Write + AsFd + Send + 'static,
         mut before: impl FnMut(usize, &mut Machine),
-    ) -> Sent {
+    ) -> Sent<N> {
         let Guest {
             machine,
             serial,
@@ -470,9 +471,14 @@ impl Guest {
             disks: matches!(disks, Disks::Go(..)),
         };
         let files = files_again(&other_nets, None, files, &end);
+        let faults = Some(Faults::open().expect("userfaultfd"));
         let land = move |owner: &[u8]| {
             assert_eq!(owner, OWNER);
-            Ok(Landing { files, most })
+            Ok(Landing {
+                files,
+                most,
+                faults,
+            })
         };
         let arrival = std::thread::spawn(move || machine::receive(far, &here, land, None));
         let mut sender = Sender::begin(machine, near, policy, luggage);

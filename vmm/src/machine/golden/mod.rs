@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::fuzz::{self, board};
-use super::receive::{Gathered, Landing, gather};
+use super::receive::{Gathered, gather};
 use super::snapshot::loaded;
 use super::*;
 use crate::cpu::VcpuState;
@@ -137,8 +137,13 @@ fn arrive(stream: &[u8]) -> Result<Gathered, MigrationError> {
 
 fn arrive_with(stream: &[u8], files: MachineFiles) -> Result<Gathered, MigrationError> {
     let most = vec![DISK; files.disks.len()];
-    let land = |_: &[u8]| Ok(Landing { files, most });
-    gather(&mut FrameReader::new(stream), &every_device(), land)
+    let land = |_: &[u8]| Ok(fuzz::landing(files, most));
+    gather(
+        &mut FrameReader::new(stream),
+        &every_device(),
+        land,
+        |_, _, _| Ok(()),
+    )
 }
 
 /// The same of a snapshot's file.

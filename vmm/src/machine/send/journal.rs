@@ -183,6 +183,11 @@ impl Left {
         self.memory.count()
     }
 
+    /// Takes those of memory before that offset away.
+    pub fn take_memory_before(&mut self, end: u64) -> PageSet {
+        self.memory.take_before(end)
+    }
+
     pub fn join(&mut self, other: &Left) {
         self.memory.join(&other.memory);
         for (pages, more) in self.disks.iter_mut().zip(&other.disks) {
@@ -223,6 +228,23 @@ impl Pending {
     /// Pages of memory, and of disks.
     pub fn count(&self) -> (u64, u64) {
         (self.memory, self.disk)
+    }
+
+    /// What of memory was not taken yet; of disks everything was.
+    pub fn rest(&self) -> Left {
+        let mut left = self.left.clone();
+        for disk in &mut left.disks {
+            disk.take_before(u64::MAX);
+        }
+        let gone = match self.part {
+            Part::Memory => self.block,
+            Part::Disk(_) => 0,
+        };
+        let blocks = self.left.memory.blocks();
+        for (number, mask) in blocks.take_while(|(number, _)| *number < gone) {
+            left.memory.take(number, mask);
+        }
+        left
     }
 
     /// The next piece, if it is of that part; `None`: whatever it is of.

@@ -23,6 +23,8 @@ pub struct SendReport {
     /// Pages of memory that were sent while it stood still, and pages of disks.
     pub last: u64,
     pub last_disk: u64,
+    /// Pages of memory that were to follow.
+    pub owed: u64,
     pub pause: Pause,
     pub whole: Duration,
 }
