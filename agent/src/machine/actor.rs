@@ -494,7 +494,15 @@ impl<L: Launcher> Actor<L> {
             if self.record.intent.wanted.power != Power::Absent {
                 self.record.gone_at_us = None;
             }
-            if let Err(error) = blocking(|| self.record.write(&self.paths.record())) {
+            // A guest that is to go on stands still until then.
+            let hurries =
+                self.record.intent.wanted.continues.is_some() && self.has_a_guest_that_waits();
+            let path = self.paths.record();
+            let written = blocking(|| match hurries {
+                true => self.record.write_fast(&path),
+                false => self.record.write(&path),
+            });
+            if let Err(error) = written {
                 self.record = before;
                 return Err(Refusal::Unavailable {
                     detail: error.to_string(),

@@ -4,6 +4,8 @@
 //! It is versioned; golden ones of every version are kept in `tests/golden`. Whatever runs on this host
 //! is in a record first: an agent that finds a process without one ends it.
 
+mod slots;
+
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -57,6 +59,14 @@ pub struct Record {
     /// When what was observed last changed.
     #[serde(default)]
     pub changed_at_us: i64,
+    /// How often it was written to its [`slots`]: what stands there counts if it was written later.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub serial: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's form")]
+fn is_zero(serial: &u64) -> bool {
+    *serial == 0
 }
 
 /// What a suspended guest is to find again. What is wanted may be something else by then.
@@ -126,7 +136,32 @@ impl Record {
             path: path.to_owned(),
             source,
         })?;
-        Self::parse(&bytes, path)
+        let record = Self::parse(&bytes, path)?;
+        let later = slots::latest(path);
+        let later = later.filter(|it| it.id == record.id && it.serial > record.serial);
+        Ok(later.unwrap_or(record))
+    }
+
+    /// Lets [`Record::write_fast`] be fast from here on.
+    pub fn prepare_to_write_fast(path: &Path) -> Result<(), RecordError> {
+        slots::prepare(path).map_err(|source| RecordError::Io {
+            path: path.to_owned(),
+            source,
+        })
+    }
+
+    /// Returns once the record is on the disk, as fast as may be: [`Record::write`] is to follow when there is time.
+    pub fn write_fast(&mut self, path: &Path) -> Result<(), RecordError> {
+        self.serial += 1;
+        let written = self.versioned().map_err(io::Error::from);
+        match written.and_then(|bytes| slots::write(path, self.serial, &bytes)) {
+            Ok(()) => Ok(()),
+            // Whatever has come of it there, the file has a later one.
+            Err(_) => {
+                self.serial += 1;
+                self.write(path)
+            }
+        }
     }
 
     fn parse(bytes: &[u8], path: &Path) -> Result<Self, RecordError> {
@@ -159,12 +194,9 @@ impl Record {
         self.replace(path, false)
     }
 
-    fn replace(&self, path: &Path, sync_folder: bool) -> Result<(), RecordError> {
-        let failed = |source| RecordError::Io {
-            path: path.to_owned(),
-            source,
-        };
-        let mut value = serde_json::to_value(self).map_err(|e| failed(e.into()))?;
+    /// Under the least version that says all of it.
+    fn versioned(&self) -> serde_json::Result<Vec<u8>> {
+        let mut value = serde_json::to_value(self)?;
         let suspends = self.kept.is_some() || self.intent.wanted.power == Power::Suspended;
         let version = match (self.intent.wanted.migrates(), suspends) {
             _ if self.intent.wanted.restores.is_some() => VERSION,
@@ -174,7 +206,15 @@ impl Record {
             (false, false) => WITHOUT_KEPT,
         };
         value["version"] = version.into();
-        let bytes = serde_json::to_vec(&value).map_err(|e| failed(e.into()))?;
+        serde_json::to_vec(&value)
+    }
+
+    fn replace(&self, path: &Path, sync_folder: bool) -> Result<(), RecordError> {
+        let failed = |source| RecordError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let bytes = self.versioned().map_err(|e| failed(e.into()))?;
         let folder = path
             .parent()
             .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
@@ -281,7 +321,7 @@ mod tests {
 
     use super::*;
 
-    fn golden(version: u32) -> PathBuf {
+    pub(super) fn golden(version: u32) -> PathBuf {
         let name = format!("tests/golden/record-v{version}.json");
         Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
     }

@@ -18,6 +18,7 @@ use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
 use crate::machine::line;
 use crate::machine::make::MakeError;
 use crate::machine::process::{Arriving, Command, Launcher, Plan, Process, ProcessError};
+use crate::machine::record::Record;
 use crate::vm::protocol::Moving;
 
 /// How long a process may take to have its guest stay.
@@ -118,6 +119,10 @@ impl<L: Launcher> Actor<L> {
                 return Ok(());
             }
         };
+        if let Err(error) = blocking(|| Record::prepare_to_write_fast(&self.paths.record())) {
+            // The guest stands still for longer, then.
+            tracing::warn!(machine = %self.record.id, %error, "the record's slots");
+        }
         let before = self.record.clone();
         self.record.process = Some(process.identity());
         self.record.done.arrived = Some(arrival.id);
@@ -152,6 +157,14 @@ impl<L: Launcher> Actor<L> {
         self.travel.is_over()
     }
 
+    /// It stands still until it is known where it goes on.
+    pub(super) fn has_a_guest_that_waits(&self) -> bool {
+        matches!(
+            self.travel.transit,
+            Transit::Arrived(_) | Transit::Offered(_)
+        )
+    }
+
     /// The guest is there.
     pub(super) fn has_arrived(&mut self) {
         if let Transit::Arriving(id) = self.travel.transit {
@@ -166,7 +179,8 @@ impl<L: Launcher> Actor<L> {
         let before = self.record.done;
         self.record.done.continued = self.record.intent.wanted.continues;
         self.record.done.starts += 1;
-        if let Err(error) = blocking(|| self.record.write(&self.paths.record())) {
+        let path = self.paths.record();
+        if let Err(error) = blocking(|| self.record.write_fast(&path)) {
             self.record.done = before;
             tracing::error!(machine = %self.record.id, %error, "its guest cannot go on yet");
             return self.wait(Some(Instant::now() + AGAIN)).await.map(drop);
@@ -184,7 +198,8 @@ impl<L: Launcher> Actor<L> {
         self.travel.end();
         self.phase = Phase::Starting;
         self.start_by = Some(Instant::now() + START);
-        self.publish();
+        // In its file, too.
+        self.persist();
         Ok(())
     }
 
