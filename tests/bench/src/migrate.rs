@@ -126,7 +126,14 @@ struct Felt {
     lost_ms: f64,
     total_ms: f64,
     whole_ms: f64,
+    /// Rounds, and the parts of the pause that the source tells of, in ms; none of the peer.
+    rounds: f64,
+    parts: [f64; PARTS.len()],
 }
+
+/// What the pause is for, as the report has it; what is missing of the gap is the owner's move, and the guest's first
+/// steps on its new host.
+const PARTS: [&str; 4] = ["stop", "state", "send", "answer"];
 
 impl Felt {
     /// `before`: the last line before it; `after`: one that was begun when it had ended.
@@ -141,6 +148,8 @@ impl Felt {
             lost_ms: (1.0 - turns / usual) * seconds * 1e3,
             total_ms,
             whole_ms: whole.as_secs_f64() * 1e3,
+            rounds: 0.0,
+            parts: [0.0; PARTS.len()],
         })
     }
 }
@@ -182,7 +191,14 @@ impl Ours<'_> {
         let after = self.line_after(during).await?;
         cloud.act(id, json!({"pause": null})).await?;
         cloud.until(id, "PAUSED").await?;
-        Felt::by(&before, &after, total / 1e3, whole)
+        let felt = Felt::by(&before, &after, total / 1e3, whole)?;
+        let progress = &report["progress"];
+        let part = |name: &str| progress["pause"][format!("{name}_us")].as_f64();
+        Ok(Felt {
+            rounds: progress["rounds"].as_array().map_or(0, Vec::len) as f64,
+            parts: PARTS.map(|name| part(name).unwrap_or(f64::NAN) / 1e3),
+            ..felt
+        })
     }
 }
 
@@ -352,13 +368,28 @@ fn figures_of(case: &Case, our: &[Felt], their: &[Felt]) -> Vec<Figure> {
         limit,
         ratio_limit: None,
     };
-    vec![
+    let ours_alone = |what: &str, unit, of: &dyn Fn(&Felt) -> f64| Figure {
+        name: format!("migrate-{}-{what}", case.name),
+        unit,
+        ours: median(our.iter().map(of).collect()).unwrap_or(f64::NAN),
+        peer: None,
+        rounds: our.len(),
+        limit: None,
+        ratio_limit: None,
+    };
+    let mut figures = vec![
         figure("gap", "ms", |felt| felt.gap_ms, Some(case.gap_ms)),
         figure("gap-before", "ms", |felt| felt.before_ms, None),
         figure("lost", "ms", |felt| felt.lost_ms, None),
         figure("total", "ms", |felt| felt.total_ms, case.total_ms),
         figure("whole", "ms", |felt| felt.whole_ms, None),
-    ]
+        ours_alone("rounds", "", &|felt| felt.rounds),
+    ];
+    for (index, name) in PARTS.iter().enumerate() {
+        let of = |felt: &Felt| felt.parts.get(index).copied().unwrap_or(f64::NAN);
+        figures.push(ours_alone(&format!("pause-{name}"), "ms", &of));
+    }
+    figures
 }
 
 #[cfg(test)]
