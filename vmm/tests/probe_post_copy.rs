@@ -117,6 +117,7 @@ fn no_page_is_lost_of_a_guest_that_writes_on(#[case] mib: u64, #[case] limit: Du
     let mut guest = Setup::new().start();
     let nonce = guest.booted()["nonce"].clone();
     guest.ok("touch 40");
+    let mut wanted = 0;
     for _ in 0..3 {
         guest.send(&format!("loudly weave {mib}"));
         guest.line("begun weave");
@@ -126,6 +127,7 @@ fn no_page_is_lost_of_a_guest_that_writes_on(#[case] mib: u64, #[case] limit: Du
         let offer = payer.end();
         let (owed, paid) = (offer.report().owed, offer.paid());
         println!("{paid:?}");
+        wanted += paid.wanted;
         let last = offer.report().rounds.last().map(|round| round.decision);
         assert!(last.is_none_or(|last| last == Decision::PostCopy || last == Decision::Again));
         assert!(owed > 0);
@@ -137,6 +139,7 @@ fn no_page_is_lost_of_a_guest_that_writes_on(#[case] mib: u64, #[case] limit: Du
         guest.line("ok weave");
         assert_eq!(fields(&guest.ok("info"))["nonce"], nonce);
     }
+    assert!(mib < 2 || wanted > 0, "it never waited for any of it");
 }
 
 /// What a device reads into memory that has not come, and writes from such.
@@ -177,15 +180,22 @@ fn a_connection_that_breaks_is_gone_on_with() {
         assert!(matches!(heard(&mut guest), Event::Starving { .. }));
         assert!(!guest.machine.is_whole());
         let (near, far) = wire();
-        guest.machine.go_on_by(far.into()).unwrap();
+        let feeder = guest.machine.feeder().unwrap();
+        feeder.go_on_by(far.into()).unwrap();
         offer.go_on_by(near).unwrap();
         // What was on its way then was lost.
         assert!(offer.left() >= left);
         payer = Payer::begin(offer);
     }
-    payer.end();
+    let mut offer = payer.end();
     assert_eq!(heard(&mut guest), Event::Whole);
-    assert!(guest.machine.go_on_by(wire().0.into()).is_err());
+    // Whoever has missed that all is there hears it when he asks.
+    let (near, far) = wire();
+    let feeder = guest.machine.feeder().unwrap();
+    feeder.go_on_by(far.into()).unwrap();
+    offer.go_on_by(near).unwrap();
+    assert!(offer.owes());
+    assert_eq!(offer.pay().unwrap(), Paying::Paid);
     guest.send("");
     guest.line("ok weave");
     // It can go on to yet another.
@@ -208,6 +218,24 @@ fn a_guest_whose_memory_is_gone_can_be_ended() {
     drop(payer.stop());
     assert!(matches!(heard(&mut guest), Event::Starving { .. }));
     drop(guest);
+}
+
+/// Nobody says that the connection is broken; the guest's disk is at work.
+#[test]
+fn a_guest_that_is_sent_nothing_more_can_be_ended() {
+    let disk: File = tempfile::tempfile().unwrap();
+    disk.set_len(8 << 20).unwrap();
+    let mut guest = Setup::new().disk(&disk, |_| {}).boot();
+    guest.ok("touch 50");
+    guest.send("loudly disk-write 0 0 4194304 11 again");
+    guest.line("begun disk-write");
+    let (near, far) = wire();
+    let (payer, mut guest) = parted(guest.sent(after(Duration::ZERO), &[&disk], near, far));
+    let offer = payer.stop();
+    guest.overheard(Duration::from_millis(200));
+    assert!(!guest.machine.is_whole());
+    drop(guest);
+    drop(offer);
 }
 
 /// One that is killed then ends: the kernel waits for nothing that only the process could give.
@@ -294,8 +322,13 @@ fn a_guest_that_reboots_meanwhile_does_so_when_all_is_there() {
     guest.ok("touch 60");
     let (near, far) = wire();
     let (payer, mut guest) = parted(guest.sent(after(Duration::ZERO), &[], near, far));
+    let offer = payer.stop();
     guest.send("reboot");
-    assert_eq!(heard(&mut guest), Event::Whole);
+    guest.overheard(Duration::from_millis(300));
+    let payer = Payer::begin(offer);
+    let order = |event: &Event| matches!(event, Event::Whole | Event::GuestReset);
+    assert_eq!(guest.event(order), Event::Whole);
+    assert_eq!(guest.event(order), Event::GuestReset);
     payer.end();
     guest.booted();
     guest.ok("touch 60");

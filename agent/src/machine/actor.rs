@@ -503,7 +503,9 @@ impl<L: Launcher> Actor<L> {
                 false => self.record.write(&path),
             });
             if let Err(error) = written {
-                self.record = before;
+                // What was refused may stand in a slot: it stays older than what is written next.
+                let serial = self.record.serial;
+                self.record = Record { serial, ..before };
                 return Err(Refusal::Unavailable {
                     detail: error.to_string(),
                 });

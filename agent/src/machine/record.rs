@@ -59,14 +59,10 @@ pub struct Record {
     /// When what was observed last changed.
     #[serde(default)]
     pub changed_at_us: i64,
-    /// How often it was written to its [`slots`]: what stands there counts if it was written later.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub serial: u64,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's form")]
-fn is_zero(serial: &u64) -> bool {
-    *serial == 0
+    /// Raised with each time that it is written to its [`slots`]: what stands there counts if it was written later. None:
+    /// it never was, or by an agent that knows of none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<u64>,
 }
 
 /// What a suspended guest is to find again. What is wanted may be something else by then.
@@ -138,27 +134,49 @@ impl Record {
         })?;
         let record = Self::parse(&bytes, path)?;
         let later = slots::latest(path);
-        let later = later.filter(|it| it.id == record.id && it.serial > record.serial);
+        let later = later.filter(|it| {
+            it.id == record.id && record.serial.is_some() && it.serial > record.serial
+        });
         Ok(later.unwrap_or(record))
     }
 
-    /// Lets [`Record::write_fast`] be fast from here on.
-    pub fn prepare_to_write_fast(path: &Path) -> Result<(), RecordError> {
-        slots::prepare(path).map_err(|source| RecordError::Io {
-            path: path.to_owned(),
-            source,
-        })
+    /// Writes it, and lets [`Record::write_fast`] be fast from here on.
+    pub fn prepare_to_write_fast(&mut self, path: &Path) -> Result<(), RecordError> {
+        // Above all that may stand there.
+        let there = slots::latest(path).and_then(|record| record.serial);
+        self.serial = Some(there.max(self.serial).unwrap_or(0) + 1);
+        self.write(path)?;
+        if let Err(error) = slots::prepare(path) {
+            // It will be written as always, then, and the guest stands still for longer.
+            tracing::warn!(machine = %self.id, %error, "the record's slots");
+        }
+        Ok(())
+    }
+
+    /// The record was written since: what of it stands in the slots is nobody's to read.
+    pub fn forget_fast(path: &Path) -> Result<(), RecordError> {
+        match slots::clear(path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(RecordError::Io {
+                path: path.to_owned(),
+                source,
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Returns once the record is on the disk, as fast as may be: [`Record::write`] is to follow when there is time.
     pub fn write_fast(&mut self, path: &Path) -> Result<(), RecordError> {
-        self.serial += 1;
+        let Some(serial) = &mut self.serial else {
+            return self.write(path);
+        };
+        *serial += 1;
+        let serial = *serial;
         let written = self.versioned().map_err(io::Error::from);
-        match written.and_then(|bytes| slots::write(path, self.serial, &bytes)) {
+        match written.and_then(|bytes| slots::write(path, serial, &bytes)) {
             Ok(()) => Ok(()),
             // Whatever has come of it there, the file has a later one.
             Err(_) => {
-                self.serial += 1;
+                self.serial = Some(serial + 1);
                 self.write(path)
             }
         }

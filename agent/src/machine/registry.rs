@@ -278,7 +278,7 @@ impl<L: Launcher> Machines<L> {
             heard,
             gone_at_us: absent.then(now_us),
             changed_at_us: now_us(),
-            serial: 0,
+            serial: None,
         };
         record.forget_guest();
         record

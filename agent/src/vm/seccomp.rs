@@ -188,7 +188,7 @@ const CONSOLE: &[i64] = &[
 ];
 
 /// Memory that comes after the guest: to its place, or none of it.
-const PAGES: &[i64] = &[libc::SYS_fallocate, libc::SYS_shutdown];
+const PAGES: &[i64] = &[libc::SYS_fallocate, libc::SYS_sendto];
 
 /// Besides what the threads it makes may do, since they inherit its filter and add their own.
 /// Making a thread, taking its name and adding that filter are allowed for some arguments only.
@@ -401,6 +401,7 @@ mod tests {
             Kind::Net,
             Kind::Vsock,
             Kind::Console,
+            Kind::Pages,
             Kind::Spawner,
         ];
         for kind in kinds {

@@ -297,7 +297,8 @@ impl Chassis {
             places,
             ledger: None,
             feeding: None,
-            postponed: None,
+            whole: true,
+            postponed: Default::default(),
             vm,
         })
     }

@@ -146,6 +146,7 @@ impl Machine {
         if self.state != RunState::Running {
             return Ok((work(until), Duration::ZERO));
         }
+        self.expect_whole("copied")?;
         if let Err(error) = self.rest_by(until) {
             self.run_on(&error);
             return Err(error);

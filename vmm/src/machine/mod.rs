@@ -25,7 +25,7 @@ mod vcpus;
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -55,6 +55,7 @@ use vcpus::UsedVcpus;
 pub use build::BuildError;
 pub use disk_copy::{DiskCopyError, DiskCopyPolicy, DiskCopyReport, DiskCopying};
 pub use event::{Event, Registers, RunState, StopReason};
+pub use feeding::Feeder;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use fuzz::fuzz_receive;
 pub use receive::{Arrived, Landing, ReceiveReport, receive};
@@ -106,16 +107,11 @@ pub struct Machine {
     ledger: Option<snapshot::Ledger>,
     /// Memory that comes, or came, after the guest.
     feeding: Option<Arc<feeding::Feeding>>,
-    postponed: Option<Postponed>,
+    /// All of memory is here, and what was postponed until then was begun.
+    whole: bool,
+    /// What is done then, in this order.
+    postponed: VecDeque<Request>,
     vm: Arc<Vm>,
-}
-
-/// What is done when all of memory is there: until then a vCPU may wait for some of it, out of which no signal calls it on
-/// every kernel, and a device for what it is to write to a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Postponed {
-    Reset,
-    Pause,
 }
 
 /// What a machine boots.
@@ -387,27 +383,26 @@ impl Machine {
     }
 
     fn expect_whole(&self, action: &'static str) -> Result<(), MachineError> {
-        match self.memory.is_whole() {
+        match self.whole {
             true => Ok(()),
             false => Err(MachineError::Arriving { action }),
         }
     }
 
-    /// Has what of memory has not come come by this connection, to the machine that it comes from, of which
-    /// [`Offered::go_on_by`] is called. [`Event::Whole`] or [`Event::Starving`] follows.
-    ///
-    /// # Errors
-    /// Nothing is to come.
-    pub fn go_on_by(&mut self, connection: OwnedFd) -> Result<(), MachineError> {
-        match &self.feeding {
-            Some(feeding) if !self.memory.is_whole() => feeding.go_on_by(connection),
-            _ => Err(MachineError::Fed),
-        }
+    /// By which memory that comes after the guest has another connection; `None`: none did.
+    pub fn feeder(&self) -> Option<Feeder> {
+        self.feeding.as_ref().map(|feeding| feeding.feeder())
     }
 
     /// Whether memory is here that came after the guest, or nothing came after it.
     pub fn is_whole(&self) -> bool {
-        self.memory.is_whole()
+        self.whole
+    }
+
+    fn is_fed_by(&mut self, feeding: feeding::Feeding) {
+        let feeding = Arc::new(feeding);
+        self.at_end = feeding::AtEnd(Some(Arc::clone(&feeding)));
+        (self.feeding, self.whole) = (Some(feeding), false);
     }
 
     /// Whether the guest, or a device, has asked for something that nobody has carried out and that is in no state
@@ -483,6 +478,10 @@ impl Machine {
 
     fn carry_out(&mut self, request: Request) {
         if self.state == RunState::Stopped {
+            return;
+        }
+        if !self.whole && waits_for_memory(&request) {
+            self.postponed.push_back(request);
             return;
         }
         match request {
@@ -570,36 +569,28 @@ impl Machine {
         match self.config.watchdog.map(|watchdog| watchdog.action) {
             Some(WatchdogAction::Reset) => self.reset(),
             Some(WatchdogAction::PowerOff) => self.end(StopReason::Watchdog),
-            Some(WatchdogAction::Pause) if self.state == RunState::Running => self.hold(),
+            Some(WatchdogAction::Pause) if self.state == RunState::Running => {
+                if let Err(error) = self.pause() {
+                    self.end(StopReason::VmmFault {
+                        detail: error.to_string(),
+                    });
+                }
+            }
             Some(WatchdogAction::Pause | WatchdogAction::None) | None => {}
         }
     }
 
-    fn hold(&mut self) {
-        if !self.memory.is_whole() {
-            self.postponed = Some(Postponed::Pause);
-        } else if let Err(error) = self.pause() {
-            self.end(StopReason::VmmFault {
-                detail: error.to_string(),
-            });
-        }
-    }
-
     fn is_whole_now(&mut self) {
+        self.whole = true;
         self.announce(Event::Whole);
-        match self.postponed.take() {
-            Some(Postponed::Reset) => self.reset(),
-            Some(Postponed::Pause) if self.state == RunState::Running => self.hold(),
-            Some(Postponed::Pause) | None => {}
+        let postponed = std::mem::take(&mut self.postponed);
+        for request in postponed.into_iter().rev() {
+            self.pending.push_front(request);
         }
     }
 
     /// Power-on again, in this process: the same threads, descriptors and rings.
     fn reset(&mut self) {
-        if !self.memory.is_whole() {
-            self.postponed = Some(Postponed::Reset);
-            return;
-        }
         match self.restart() {
             Ok(()) => self.announce(Event::GuestReset),
             Err(MachineError::Boot(error)) => {
@@ -652,9 +643,28 @@ impl Machine {
         }
         if let Err(error) = self.rest() {
             tracing::error!(%error, "the machine did not come to rest at its end");
+            // Whatever vCPUs do, disks are left alone from here on.
+            for device in &self.devices {
+                let _ = device.pause_within(MOMENT);
+            }
         }
         self.state = RunState::Stopped;
         self.announce(Event::Stopped(reason));
+    }
+}
+
+/// What needs vCPUs or devices at rest. While some of memory is elsewhere one of them may wait for that, out of which no
+/// signal calls a vCPU on every kernel.
+fn waits_for_memory(request: &Request) -> bool {
+    match request {
+        Request::Reset | Request::WatchdogFired => true,
+        Request::SlotsEjected | Request::VcpusEjected | Request::MemoryWantsRoom => true,
+        Request::PowerOff | Request::NotBootable { .. } | Request::Panicked { .. } => false,
+        Request::VcpuStarted { .. } | Request::HotMemoryChanged | Request::AllEntered => false,
+        Request::Whole | Request::Starving { .. } => false,
+        Request::DeviceFault { .. } | Request::ThreadPanicked { .. } | Request::Vcpu { .. } => {
+            false
+        }
     }
 }
 

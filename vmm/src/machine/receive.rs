@@ -2,13 +2,12 @@
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use super::build::{Chassis, restore_on};
-use super::feeding::{AtEnd, Feeding};
+use super::feeding::Feeding;
 use super::send::MigrationError;
 use super::snapshot::unpacked as unpacked_state;
 use super::state::{MachineState, STATE_VERSION};
@@ -235,7 +234,7 @@ fn take<S: Read + AsFd>(
             frames.get_mut(),
             came,
         )?;
-        feeding = Some(Arc::new(begun));
+        feeding = Some(begun);
     }
     let restored = restore_on(chassis, gathered.state, gathered.files);
     let mut machine = restored.inspect_err(|error| {
@@ -243,8 +242,9 @@ fn take<S: Read + AsFd>(
             feeding.say_refused(&reason(error));
         }
     })?;
-    machine.at_end = AtEnd(feeding.clone());
-    machine.feeding = feeding;
+    if let Some(feeding) = feeding {
+        machine.is_fed_by(feeding);
+    }
     let report = ReceiveReport {
         id: gathered.id,
         totals: gathered.totals,

@@ -32,9 +32,9 @@ use super::state::STATE_VERSION;
 use super::{BuildError, Machine, MachineError, RunState, SnapshotError};
 use crate::config::ConfigError;
 use crate::stream::converge::{AtLimit, Decision, Policy, Standing, decide};
-use crate::stream::frame::{FrameReader, FrameWriter, Kind};
+use crate::stream::frame::{FrameWriter, Kind};
 use crate::stream::live::{Batch, Ending};
-use crate::stream::{Opening, PAGE, StreamError, Totals, packed};
+use crate::stream::{Opening, PAGE, StreamError, Totals, malformed, packed};
 
 /// Bytes of state in a frame.
 const PIECE: usize = 1 << 20;
@@ -47,6 +47,8 @@ const ROUNDS_MAX: usize = 256;
 /// A round of so many pages with content says how fast the connection is; a smaller one may have found room in the
 /// buffers of the kernel.
 const TELLING: u64 = 256;
+/// Rounds of what cannot follow a guest, beyond those that its policy gives.
+const MORE_ROUNDS: u32 = 8;
 /// Bytes of an answer at most: its head and its reason.
 const ANSWER_MAX: u64 = 2048;
 
@@ -122,6 +124,8 @@ pub struct Sender<S> {
     report: SendReport,
     /// What the other side does not have when it runs.
     debt: Option<Debt>,
+    /// How often what cannot follow is sent once more.
+    more_rounds: u32,
     /// Frames that it has sent.
     answers: u32,
     /// Why the other side's answer did not come.
@@ -206,8 +210,9 @@ impl<S: Read + Write> Sender<S> {
         luggage: Luggage,
     ) -> Result<Self, Unsent> {
         let mut out = FrameWriter::new(connection);
-        if !machine.memory.is_whole() {
-            return Err(unsent(machine, MigrationError::Arriving, out.get_mut()));
+        if !machine.is_whole() {
+            let answers = Answers::behind(out.get_mut(), 0);
+            return Err(unsent(machine, MigrationError::Arriving, answers));
         }
         // Its log is this one's from here on, and there is one only.
         machine.stop_tracking();
@@ -227,11 +232,12 @@ impl<S: Read + Write> Sender<S> {
                     round: Round::first(now),
                     report,
                     debt: None,
+                    more_rounds: MORE_ROUNDS,
                     answers: 0,
                     doubt: None,
                 })
             }
-            Err(error) => Err(unsent(machine, error, out.get_mut())),
+            Err(error) => Err(unsent(machine, error, Answers::behind(out.get_mut(), 0))),
         }
     }
 
@@ -292,7 +298,11 @@ impl<S: Read + Write> Sender<S> {
                 report: self.report,
                 doubt: self.doubt,
             })),
-            Err(error) => Err(unsent(self.machine, error, self.out.get_mut())),
+            Err(error) => Err(unsent(
+                self.machine,
+                error,
+                Answers::behind(self.out.get_mut(), self.answers),
+            )),
         }
     }
 
@@ -306,8 +316,13 @@ impl<S: Read + Write> Sender<S> {
             return Err(MigrationError::TooBusy);
         }
         if running && self.is_to_follow_now() {
+            self.sync()?;
             let mut left = self.pending.rest();
             left.join(&self.journal.take()?);
+            if self.wants_a_round(&left) {
+                self.pending = Pending::new(left);
+                return Ok(None);
+            }
             self.settle_disks()?;
             return self.hand_over(left, true);
         }
@@ -315,10 +330,7 @@ impl<S: Read + Write> Sender<S> {
             self.send_some()?;
             return Ok(None);
         }
-        if self.round.disk_content > 0 {
-            self.out.write(Kind::Sync, b"")?;
-            self.round.disk_content = 0;
-        }
+        self.sync()?;
         if !running || !self.journal.has_rounds() {
             let nothing = self.journal.nothing();
             let follows = running && self.policy.at_limit == AtLimit::PostCopy;
@@ -330,12 +342,46 @@ impl<S: Read + Write> Sender<S> {
                 self.next_round(written);
                 Ok(None)
             }
+            Decision::PostCopy if self.wants_a_round(&written) => {
+                self.next_round(written);
+                Ok(None)
+            }
             decision @ (Decision::Stop | Decision::PostCopy) => {
                 self.settle_disks()?;
                 self.hand_over(written, decision == Decision::PostCopy)
             }
             Decision::GiveUp => Err(MigrationError::TooBusy),
         }
+    }
+
+    /// What has come of the disks is made durable there while the guest runs.
+    fn sync(&mut self) -> Result<(), MigrationError> {
+        if self.round.disk_content > 0 {
+            self.out.write(Kind::Sync, b"")?;
+            self.round.disk_content = 0;
+        }
+        Ok(())
+    }
+
+    /// There is more that cannot follow than the guest may stand still for, and it may become less.
+    fn wants_a_round(&mut self, left: &Left) -> bool {
+        let pages = left.count() - left.memory() + left.memory_from(self.machine.memory.bytes());
+        let standing = Standing {
+            elapsed: self.began.elapsed(),
+            left: pages * PAGE as u64,
+            rate: self.rate(),
+            stalled: 0,
+        };
+        let wants = standing.takes() > self.policy.downtime && self.more_rounds > 0;
+        self.more_rounds -= u32::from(wants);
+        wants
+    }
+
+    /// Bytes a second that go to the other side, as far as is known.
+    fn rate(&self) -> u64 {
+        let all = self.report.totals.pages + self.report.disks.pages;
+        let on_average = || rate(all, self.began.elapsed());
+        self.round.rate.unwrap_or_else(on_average)
     }
 
     /// Its memory is to follow it, and nobody waits any longer for a first copy of all.
@@ -360,16 +406,10 @@ impl<S: Read + Write> Sender<S> {
     fn after_round(&mut self, written: &Left) -> Result<Decision, MigrationError> {
         let took = self.round.began.elapsed();
         let left = (written.count() + self.journal.unlogged(&self.machine)?) * PAGE as u64;
-        let rate = |pages: u64, took: Duration| {
-            let rate = u128::from(pages) * PAGE as u128 * 1_000_000 / took.as_micros().max(1);
-            u64::try_from(rate).unwrap_or(u64::MAX)
-        };
         if self.round.content >= TELLING {
             self.round.rate = Some(rate(self.round.content, took));
         }
-        let all = self.report.totals.pages + self.report.disks.pages;
-        let on_average = || rate(all, self.began.elapsed());
-        let rate = self.round.rate.unwrap_or_else(on_average);
+        let rate = self.rate();
         // By an eighth at least: what is left goes up and down with what the guest just does.
         self.round.stalled = match self.round.least {
             Some(least) if left >= least - least / 8 => self.round.stalled + 1,
@@ -580,21 +620,26 @@ impl<S: Read + Write> Sender<S> {
     /// The other side's, which may want some of what it does not have until then: to make a machine it may have to touch
     /// its memory.
     fn await_answer(&mut self) -> Result<(), MigrationError> {
-        let Some(debt) = &mut self.debt else {
-            return answer(self.out.get_mut());
-        };
+        let mut broken = None;
         loop {
             let mut answers = Answers::behind(self.out.get_mut(), self.answers);
-            match answers.next()? {
-                (Kind::Ready, _) => {
+            match (answers.next(), &mut self.debt) {
+                (Ok((Kind::Ready, _)), _) => {
                     self.answers = answers.frames();
                     return Ok(());
                 }
-                (Kind::Refused, reason) => return Err(refused(reason)),
-                (kind, payload) => debt.hear(kind, payload)?,
+                (Ok((Kind::Refused, reason)), _) => return Err(refused(reason)),
+                (Ok((kind, payload)), Some(debt)) => debt.hear(kind, payload)?,
+                (Ok(_), None) => return Err(no_answer()),
+                (Err(error), _) => return Err(broken.unwrap_or(error.into())),
             }
             self.answers = answers.frames();
-            debt.pay(&self.machine.memory, &mut self.out)?;
+            if let Some(debt) = &mut self.debt
+                && let Err(error) = debt.pay(&self.machine.memory, &mut self.out)
+            {
+                // It may have said why.
+                broken = Some(error);
+            }
         }
     }
 }
@@ -743,14 +788,24 @@ fn prepare<S: Write>(
     Ok((report, journal, Pending::new(all)))
 }
 
-/// Waits for the other side's.
-fn answer<S: Read>(connection: S) -> Result<(), MigrationError> {
-    let mut frames = FrameReader::new(connection.take(ANSWER_MAX));
-    match frames.next_frame()? {
-        (Kind::Ready, _) => Ok(()),
-        (Kind::Refused, reason) => Err(refused(reason)),
-        _ => Err(crate::stream::malformed("an answer that is none").into()),
+/// Why it was refused, if that is what was said.
+fn reason_in<S: Read>(answers: &mut Answers<S>) -> Option<MigrationError> {
+    loop {
+        match answers.next() {
+            Ok((Kind::Refused, reason)) => return Some(refused(reason)),
+            Ok((Kind::Wanted, _)) => {}
+            _ => return None,
+        }
     }
+}
+
+fn no_answer() -> MigrationError {
+    malformed("an answer that is none").into()
+}
+
+fn rate(pages: u64, took: Duration) -> u64 {
+    let rate = u128::from(pages) * PAGE as u128 * 1_000_000 / took.as_micros().max(1);
+    u64::try_from(rate).unwrap_or(u64::MAX)
 }
 
 fn refused(reason: &[u8]) -> MigrationError {
@@ -759,14 +814,14 @@ fn refused(reason: &[u8]) -> MigrationError {
 }
 
 /// With the reason that the other side gave, if it closed the connection and left one.
-fn unsent<S: Read>(machine: Machine, error: MigrationError, connection: S) -> Unsent {
+fn unsent<S: Read>(machine: Machine, error: MigrationError, mut answers: Answers<S>) -> Unsent {
     let broken = matches!(
         &error,
         MigrationError::Machine(SnapshotError::Stream(StreamError::Io { action: "write", source }))
             if source.kind() != std::io::ErrorKind::WouldBlock
     );
-    let error = match broken.then(|| answer(connection)) {
-        Some(Err(refused @ MigrationError::Refused { .. })) => refused,
+    let error = match broken.then(|| reason_in(&mut answers)) {
+        Some(Some(refused)) => refused,
         _ => error,
     };
     Unsent {

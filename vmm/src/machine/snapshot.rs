@@ -163,7 +163,7 @@ impl Machine {
         if self.state != RunState::Paused {
             self.expect(RunState::Running, "written to a snapshot")?;
         }
-        if !self.memory.is_whole() {
+        if !self.is_whole() {
             return Err(SnapshotError::Arriving);
         }
         // The first thing that is done to the file is that it is emptied.

@@ -21,9 +21,11 @@ use linux_raw_sys::ioctl::{
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::mm::UserfaultfdFlags;
+use rustix::process::{Resource, getrlimit};
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{GuestMap, PageSet};
+use crate::eventfd::EventFd;
 use crate::stream::{BLOCK, Mask, PAGE, Target};
 
 const FEATURES: u32 = abi::UFFD_FEATURE_MISSING_SHMEM | abi::UFFD_FEATURE_MINOR_SHMEM;
@@ -32,8 +34,9 @@ const MODES: u32 = abi::UFFDIO_REGISTER_MODE_MISSING | abi::UFFDIO_REGISTER_MODE
 const UFFDIO_CONTINUE: u32 = 0xc020_aa07;
 /// Ranges that are registered at most: each is a mapping of its own to the kernel, of which a process has 65530.
 const RANGES: usize = 512;
-/// The least number of the descriptor; a process has 1024 as a rule.
-const LAST: i32 = 1000;
+/// The least number of the descriptor, or so much below the most that the process may have.
+const LAST: u64 = 1000;
+const ROOM: u64 = 24;
 /// Bytes of a message.
 const MESSAGE: usize = 32;
 
@@ -57,7 +60,9 @@ impl Faults {
         ask(&fd, UFFDIO_API, &mut api)?;
         // What a killed process has open the kernel ends from the highest number down, and this one has to be gone before
         // the last of KVM's: the end of a VM waits for the faults that KVM has begun for it (async_pf), which end with this.
-        Ok(Faults(rustix::io::fcntl_dupfd_cloexec(&fd, LAST)?))
+        let most = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let last = most.saturating_sub(ROOM).min(LAST);
+        Ok(Faults(rustix::io::fcntl_dupfd_cloexec(&fd, last as i32)?))
     }
 }
 
@@ -92,6 +97,8 @@ pub struct Owed {
     /// What is registered, by its place in the memfd.
     ranges: Vec<Range<u64>>,
     left: Mutex<Left>,
+    /// Signalled once nothing is owed.
+    empty: EventFd,
     /// The mappings.
     _map: Arc<GuestMap>,
 }
@@ -114,6 +121,7 @@ impl Owed {
             file: Arc::clone(file),
             parts: map.iter().map(part).collect(),
             ranges: ranges_of(&pages, RANGES),
+            empty: EventFd::new()?,
             left: Mutex::new(Left {
                 count: pages.count(),
                 pages,
@@ -147,6 +155,11 @@ impl Owed {
         }
     }
 
+    /// Readable once nothing is owed.
+    pub fn empty(&self) -> &EventFd {
+        &self.empty
+    }
+
     /// Pages that are owed still.
     pub fn count(&self) -> u64 {
         self.lock().count
@@ -172,6 +185,7 @@ impl Owed {
             let owed = left.take(number, mask);
             self.wake(number, owed)?;
         }
+        self.look(&left);
         Ok(())
     }
 
@@ -208,6 +222,12 @@ impl Owed {
 
     fn lock(&self) -> MutexGuard<'_, Left> {
         self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn look(&self, left: &Left) {
+        if left.count == 0 {
+            self.empty.signal();
+        }
     }
 
     /// Where the next touch was, by its place in the memfd.
@@ -345,9 +365,14 @@ impl Target for Owed {
             }
             left.take(number, owed);
             for run in owed.runs() {
-                self.each_mapping(&run_of(number, &run), |range| self.show(range))?;
+                let shown = self.each_mapping(&run_of(number, &run), |range| self.show(range));
+                if shown.is_err() {
+                    // Who waits looks again, and is answered as one who did not wait.
+                    self.wake(number, owed)?;
+                }
             }
         }
+        self.look(&left);
         Ok(())
     }
 
@@ -364,6 +389,7 @@ impl Target for Owed {
             // Who waited finds a hole now, which is another fault.
             self.wake(number, owed)?;
         }
+        self.look(&left);
         Ok(())
     }
 }
@@ -465,3 +491,6 @@ fn ask<T>(fd: &OwnedFd, request: u32, argument: &mut T) -> Result<(), Errno> {
 fn last_error() -> Errno {
     Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
+
+#[cfg(test)]
+mod tests;

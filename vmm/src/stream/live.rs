@@ -121,6 +121,11 @@ pub fn owed(pages: &PageSet) -> Vec<Vec<u8>> {
     payloads
 }
 
+/// Payloads that name pages of such a set, at most.
+pub fn most_names(pages: &PageSet) -> usize {
+    pages.words().len().div_ceil(WORDS)
+}
+
 /// Adds the pages that such a payload names.
 pub fn add_owed(payload: &[u8], pages: &mut PageSet) -> Result<(), StreamError> {
     let damaged = || malformed("pages that come later, and are none");

@@ -119,10 +119,6 @@ impl<L: Launcher> Actor<L> {
                 return Ok(());
             }
         };
-        if let Err(error) = blocking(|| Record::prepare_to_write_fast(&self.paths.record())) {
-            // The guest stands still for longer, then.
-            tracing::warn!(machine = %self.record.id, %error, "the record's slots");
-        }
         let before = self.record.clone();
         self.record.process = Some(process.identity());
         self.record.done.arrived = Some(arrival.id);
@@ -130,7 +126,8 @@ impl<L: Launcher> Actor<L> {
         self.count_reboots();
         self.record.done.rebuilds = self.record.intent.wanted.rebuilds;
         self.record.stop = None;
-        if let Err(error) = blocking(|| self.record.write(&self.paths.record())) {
+        let path = self.paths.record();
+        if let Err(error) = blocking(|| self.record.prepare_to_write_fast(&path)) {
             self.record = before;
             let _ = process.kill().await;
             self.fail(error.to_string());
@@ -198,8 +195,12 @@ impl<L: Launcher> Actor<L> {
         self.travel.end();
         self.phase = Phase::Starting;
         self.start_by = Some(Instant::now() + START);
-        // In its file, too.
-        self.persist();
+        // In its file, too, and then nowhere else.
+        let written = blocking(|| self.record.write(&path));
+        if let Err(error) = written.and_then(|()| blocking(|| Record::forget_fast(&path))) {
+            tracing::error!(machine = %self.record.id, %error, "record");
+        }
+        self.publish();
         Ok(())
     }
 

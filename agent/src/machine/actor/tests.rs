@@ -403,7 +403,7 @@ impl Stage {
             heard: Some(BOOT),
             gone_at_us: None,
             changed_at_us: 0,
-            serial: 0,
+            serial: None,
         };
         let paths = Paths::new(folder, folder).machine(ID);
         record.write(&paths.record()).unwrap();

@@ -1,8 +1,9 @@
 //! A record once more, in a file of a fixed size: replaced in place, which costs a tenth of a new file with its name.
 //!
 //! For the moments in which a guest stands still until its record is on the disk. Two slots, written in turn, so that one
-//! that was torn leaves the other. The later of this and the record's own file counts ([`Record::serial`]); the file is
-//! written as always when there is time, so that an agent which knows nothing of slots finds the record up to date.
+//! that was torn leaves the other. The later of this and the record's own file counts ([`Record::serial`]), if that file
+//! says when it was written: an agent that knows nothing of slots leaves the serial out, and what it has written counts. The
+//! file is written as always when there is time, so that such an agent finds the record up to date.
 
 use std::fs::{self, File};
 use std::io;
@@ -19,13 +20,15 @@ fn beside(record: &Path) -> PathBuf {
     record.with_extension("slots")
 }
 
-/// The file, on its disk, with no record in it that counts.
+/// The file, on its disk; what stands in it already stays.
 pub fn prepare(record: &Path) -> io::Result<()> {
     let mut options = File::options();
     // It may hold a user's data and a password, as the record.
     options.write(true).create(true).truncate(false).mode(0o600);
     let file = options.open(beside(record))?;
-    file.write_all_at(&[0; 2 * SLOT], 0)?;
+    if file.metadata()?.len() != 2 * SLOT as u64 {
+        file.write_all_at(&[0; 2 * SLOT], 0)?;
+    }
     file.sync_all()?;
     match record.parent() {
         Some(folder) => File::open(folder)?.sync_all(),
@@ -47,6 +50,12 @@ pub fn write(record: &Path, serial: u64, bytes: &[u8]) -> io::Result<()> {
     slot.extend(bytes);
     file.write_all_at(&slot, serial % 2 * SLOT as u64)?;
     file.sync_data()
+}
+
+/// Nothing of what stood in it is left, once that reaches the disk.
+pub fn clear(record: &Path) -> io::Result<()> {
+    let file = File::options().write(true).open(beside(record))?;
+    file.write_all_at(&[0; 2 * SLOT], 0)
 }
 
 /// The latest record in it, if there is any.
@@ -76,8 +85,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("machine/record.json");
         let record = Record::read(&golden(1)).unwrap();
+        let mut record = record;
         record.write(&path).unwrap();
-        prepare(&path).unwrap();
+        record.prepare_to_write_fast(&path).unwrap();
         (folder, path, record)
     }
 
@@ -113,7 +123,7 @@ mod tests {
             record.write_fast(&path).unwrap();
         }
         let whole = fs::read(beside(&path)).unwrap();
-        let slot = (record.serial % 2) as usize * SLOT;
+        let slot = (record.serial.unwrap() % 2) as usize * SLOT;
         for at in [0, 3, 4, 7, 8, 100] {
             let mut torn = whole.clone();
             torn[slot + at] ^= 0x40;
@@ -146,13 +156,41 @@ mod tests {
         let text = serde_json::to_string(&record).unwrap();
         let newer = text.replacen("\"version\":1", "\"version\":99", 1);
         assert_ne!(newer, text);
-        write(&path, record.serial + 1, newer.as_bytes()).unwrap();
+        write(&path, record.serial.unwrap() + 1, newer.as_bytes()).unwrap();
         assert_eq!(Record::read(&path).unwrap(), record);
         let mut other = record.clone();
         other.id.0 = uuid::Uuid::new_v4();
-        other.serial += 3;
-        let other = serde_json::to_vec(&other).unwrap();
-        write(&path, record.serial + 3, &other).unwrap();
+        other.serial = other.serial.map(|serial| serial + 3);
+        let bytes = serde_json::to_vec(&other).unwrap();
+        write(&path, other.serial.unwrap(), &bytes).unwrap();
         assert_eq!(Record::read(&path).unwrap().id, record.id);
+    }
+
+    #[test]
+    fn what_an_agent_without_slots_has_written_counts() {
+        let (_folder, path, mut record) = on_disk();
+        record.done.starts = 10;
+        record.write_fast(&path).unwrap();
+        let mut older: serde_json::Value = serde_json::to_value(&record).unwrap();
+        older.as_object_mut().unwrap().remove("serial");
+        older["done"]["starts"] = 30.into();
+        fs::write(&path, serde_json::to_vec(&older).unwrap()).unwrap();
+        let mut record = Record::read(&path).unwrap();
+        assert_eq!(record.done.starts, 30);
+        // Also when it is prepared again, and nothing more was written.
+        record.prepare_to_write_fast(&path).unwrap();
+        assert_eq!(Record::read(&path).unwrap().done.starts, 30);
+        record.done.starts = 31;
+        record.write_fast(&path).unwrap();
+        assert_eq!(Record::read(&path).unwrap().done.starts, 31);
+        record.write(&path).unwrap();
+        clear(&path).unwrap();
+        assert_eq!(Record::read(&path).unwrap(), record);
+        assert!(
+            fs::read(beside(&path))
+                .unwrap()
+                .iter()
+                .all(|byte| *byte == 0)
+        );
     }
 }

@@ -23,6 +23,9 @@ const WINDOW: u64 = 4;
 /// So many frames are heard before something is sent.
 pub(super) const HEARD: usize = 64;
 
+/// Blocks that are asked for at once: who waits is a vCPU, or a device, or one of the tasks of a guest.
+const MOST_ASKED: usize = 1 << 16;
+
 /// What a guest's memory took that followed it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Paid {
@@ -100,26 +103,31 @@ impl Debt {
         connection: &mut Answers<S>,
     ) -> Result<(), MigrationError> {
         self.pages.take_before(u64::MAX);
-        loop {
+        for _ in 0..=live::most_names(&self.pages) {
             match connection.next()? {
                 (Kind::Owed, payload) => live::add_owed(payload, &mut self.pages)?,
-                (Kind::Ready, []) => break,
-                _ => return Err(malformed("an answer that is none").into()),
+                (Kind::Ready, []) => return Ok(self.restart()),
+                _ => break,
             }
         }
+        Err(malformed("an answer that is none").into())
+    }
+
+    fn restart(&mut self) {
         (self.next, self.sent, self.got) = (0, 0, 0);
         (self.said, self.over) = (false, false);
         self.asked.clear();
-        Ok(())
     }
 
     /// What the other side says.
     pub fn hear(&mut self, kind: Kind, payload: &[u8]) -> Result<(), MigrationError> {
         match (kind, payload.as_chunks()) {
-            (Kind::Wanted, ([number], [])) => {
+            (Kind::Wanted, ([number], [])) if self.asked.len() < MOST_ASKED => {
                 self.paid.wanted += 1;
                 self.asked.push_back(u64::from_le_bytes(*number));
             }
+            // Its word comes late: somebody has asked it by another way.
+            (Kind::Ready, ([], [])) => {}
             (Kind::Got, ([], [])) if self.got < self.sent => self.got += 1,
             (Kind::Whole, ([], [])) => {
                 self.over = true;
@@ -137,14 +145,15 @@ impl Debt {
         out: &mut FrameWriter<S>,
     ) -> Result<Paying, MigrationError> {
         if self.over {
-            // Nobody need hear it any more but who waits for nothing else.
-            return self.say(out).map(|()| Paying::Paid);
+            // Who has gone by now has all he wanted.
+            let _ = self.say(out);
+            return Ok(Paying::Paid);
         }
         let mut batch = Batch::default();
         while let Some(number) = self.asked.pop_front() {
             self.add(&mut batch, number, memory)?;
             // What lies behind it is wanted next, most likely.
-            self.next = number + 1;
+            self.next = number.saturating_add(1);
             if batch.is_full() {
                 break;
             }

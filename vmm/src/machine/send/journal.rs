@@ -183,6 +183,13 @@ impl Left {
         self.memory.count()
     }
 
+    /// Those of memory from that offset on.
+    pub fn memory_from(&self, start: u64) -> u64 {
+        let mut all = self.memory.clone();
+        all.take_before(start);
+        all.count()
+    }
+
     /// Takes those of memory before that offset away.
     pub fn take_memory_before(&mut self, end: u64) -> PageSet {
         self.memory.take_before(end)
