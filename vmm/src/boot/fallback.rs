@@ -19,6 +19,10 @@ impl Fallback {
         Fallback(files)
     }
 
+    pub fn files(&self) -> &FallbackFiles {
+        &self.0
+    }
+
     /// Loads it, to boot the disk of this number; `more` goes behind the command line of what it finds.
     /// Memory is zero.
     pub fn load(

@@ -264,10 +264,10 @@ impl Chassis {
         let reactor_thread = reactor
             .run(threads)
             .map_err(host("start the reactor's thread"))?;
-        // Descriptors that devices have duplicated are not needed again; the kernel is, by a reset.
-        files.disks.clear();
-        files.console_ports.clear();
-        files.nets.clear();
+        // What devices have duplicated is kept for who takes the machine over. vhost-net is of this process only.
+        for net in &mut files.nets {
+            net.vhost.clear();
+        }
         Ok(Machine {
             at_end: AtEnd::default(),
             vcpus,

@@ -23,8 +23,10 @@ impl Machine {
             return Err(ConfigError::DiskCount { count: count + 1 }.into());
         }
         disk.validate(count)?;
+        let kept = file.try_clone().map_err(MachineError::Descriptor)?;
         let (id, slot, device) = virtio::attach_disk(&disk, file, &self.board, &mut self.places)?;
         self.config.disks.push(disk);
+        self.files.disks.push(kept);
         self.fill(slot, device);
         Ok(id)
     }
@@ -41,6 +43,10 @@ impl Machine {
         net.validate_files(&files)?;
         let (id, slot, device) = virtio::attach_net(&net, &files, &self.board, &mut self.places)?;
         self.config.nets.push(net);
+        self.files.nets.push(NetFiles {
+            vhost: Vec::new(),
+            ..files
+        });
         self.fill(slot, device);
         Ok(id)
     }
@@ -112,13 +118,17 @@ impl Machine {
         match device {
             HotDevice::Disk(index) => {
                 self.config.disks.remove(index);
+                self.files.disks.remove(index);
                 if let BootSource::Disk(booted) = &mut self.config.boot
                     && *booted > index
                 {
                     *booted -= 1;
                 }
             }
-            HotDevice::Net(index) => drop(self.config.nets.remove(index)),
+            HotDevice::Net(index) => {
+                self.config.nets.remove(index);
+                self.files.nets.remove(index);
+            }
         }
         if let Some(at) = self.devices.iter().position(|device| device.id() == id) {
             let device = self.devices.remove(at);

@@ -16,6 +16,7 @@ mod feeding;
 mod fuzz;
 #[cfg(test)]
 mod golden;
+mod handover;
 mod hotplug;
 mod receive;
 mod send;
@@ -58,6 +59,9 @@ pub use event::{Event, Registers, RunState, StopReason};
 pub use feeding::Feeder;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use fuzz::fuzz_receive;
+pub use handover::{
+    Handed, Handing, HostFiles, Inheritance, Step as HandingStep, now as monotonic, take_over,
+};
 pub use receive::{Arrived, Landing, ReceiveReport, receive};
 pub use send::{
     Luggage, MigrationError, Offered, Paid, Pause, Paying, Progress, SendReport, Sender, Sending,
@@ -166,6 +170,8 @@ pub enum MachineError {
     NoHotMemory,
     #[error(transparent)]
     Config(#[from] crate::config::ConfigError),
+    #[error("duplicate a descriptor of the machine's")]
+    Descriptor(#[source] std::io::Error),
 }
 
 impl Machine {

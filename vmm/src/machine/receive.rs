@@ -93,14 +93,14 @@ pub fn receive<S: Read + Write + AsFd>(
 }
 
 /// For people on the other side.
-fn reason(error: &dyn std::error::Error) -> Vec<u8> {
+pub(super) fn reason(error: &dyn std::error::Error) -> Vec<u8> {
     let mut reason = in_full(error).into_bytes();
     reason.truncate(MOST_REASON);
     reason
 }
 
 /// Of a build whose state is of the same form: another's may say something else by the same bytes.
-fn config_in(payload: &[u8]) -> Result<MachineConfig, MigrationError> {
+pub(super) fn config_in(payload: &[u8]) -> Result<MachineConfig, MigrationError> {
     let (version, config) = payload
         .split_first_chunk()
         .ok_or_else(|| malformed("it has no configuration"))?;
@@ -131,7 +131,7 @@ fn check_shape(arrives: &MachineConfig, here: &MachineConfig) -> Result<(), Stre
 }
 
 /// What is made before the state comes is what the state needs.
-fn is_made_alike(one: &MachineConfig, other: &MachineConfig) -> bool {
+pub(super) fn is_made_alike(one: &MachineConfig, other: &MachineConfig) -> bool {
     let made = |config: &MachineConfig| {
         let (cpus, hot) = (&config.cpus, config.hot_memory.map(|hot| hot.max));
         let vcpus = (cpus.most(), cpus.max.is_some(), cpus.profile);

@@ -788,6 +788,15 @@ fn prepare<S: Write>(
     Ok((report, journal, Pending::new(all)))
 }
 
+/// Waits for the other side's, which has said nothing before.
+pub(super) fn answer<S: Read>(connection: S) -> Result<(), MigrationError> {
+    match Answers::behind(connection, 0).next()? {
+        (Kind::Ready, _) => Ok(()),
+        (Kind::Refused, reason) => Err(refused(reason)),
+        _ => Err(no_answer()),
+    }
+}
+
 /// Why it was refused, if that is what was said.
 fn reason_in<S: Read>(answers: &mut Answers<S>) -> Option<MigrationError> {
     loop {

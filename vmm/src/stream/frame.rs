@@ -129,6 +129,10 @@ impl<W: Write> FrameWriter<W> {
         self.inner
     }
 
+    pub fn get_ref(&self) -> &W {
+        &self.inner
+    }
+
     pub fn get_mut(&mut self) -> &mut W {
         &mut self.inner
     }

@@ -18,8 +18,8 @@ use fractus_vmm::config::{
     RngConfig, VsockConfig,
 };
 use fractus_vmm::machine::{
-    self, Arrived, Event, Landing, Loading, Luggage, Machine, MigrationError, Offered, Progress,
-    Sender, StopReason, Unsent,
+    self, Arrived, Event, Handed, Handing, HandingStep, HostFiles, Inheritance, Landing, Loading,
+    Luggage, Machine, MigrationError, Offered, Progress, Sender, StopReason, Unsent,
 };
 use fractus_vmm::memory::Faults;
 use fractus_vmm::stream::converge::Policy;
@@ -262,6 +262,14 @@ pub struct Sent<N> {
     pub here: Box<dyn FnOnce(Machine) -> Guest>,
     /// The guest of the machine that arrived, which goes on.
     pub there: Box<dyn FnOnce(Machine) -> Guest>,
+}
+
+/// What came of handing a guest over.
+pub struct HandedOver {
+    pub here: Result<Handed, Unsent>,
+    pub there: Result<Inheritance, MigrationError>,
+    /// The guest of either machine: its lines go along.
+    pub guest: Box<dyn FnOnce(Machine) -> Guest>,
 }
 
 /// A running probe.
@@ -517,6 +525,91 @@ impl Guest {
                 Guest::going_on(machine, other_serial, other_nets, None)
             }),
         }
+    }
+
+    /// Hands it over, by `near`, to whoever takes it by `far` in another thread, which gives what became of it there.
+    /// Its events are served meanwhile. Neither machine runs afterwards, unless it was not handed over.
+    pub fn handed_over_to(
+        self,
+        near: UnixStream,
+        far: UnixStream,
+        takes: impl FnOnce(UnixStream, HostFiles) -> Result<Inheritance, MigrationError>
+        + Send
+        + 'static,
+    ) -> HandedOver {
+        let Guest {
+            machine,
+            serial,
+            ports,
+            nets,
+            vsock,
+            partial,
+            lines,
+            mut events,
+        } = self;
+        let kvm = open_kvm();
+        let vhost = Vec::new();
+        let there = std::thread::spawn(move || takes(far, HostFiles { kvm, vhost }));
+        let mut handing = Handing::begin(machine, near, OWNER, &[]);
+        let here = loop {
+            let mut waiting = match handing {
+                Ok(waiting) => waiting,
+                Err(unsent) => break Err(unsent),
+            };
+            while let Some(event) = waiting.machine_mut().next_event() {
+                println!("[{event:?}]");
+                events.push_back(event);
+            }
+            match waiting.advance() {
+                Ok(HandingStep::Waiting(waiting)) => {
+                    if !waiting.is_awaited() {
+                        let mut fds = [PollFd::new(waiting.connection(), PollFlags::IN)];
+                        let timeout = Timespec::try_from(PATIENCE).expect("a time");
+                        poll(&mut fds, Some(&timeout)).expect("poll");
+                    }
+                    handing = Ok(waiting);
+                }
+                Ok(HandingStep::Over(handed)) => break Ok(handed),
+                Err(unsent) => break Err(unsent),
+            }
+        };
+        HandedOver {
+            here,
+            there: there.join().expect("the thread that takes it over"),
+            guest: Box::new(move |machine| Guest {
+                machine,
+                serial,
+                ports,
+                nets,
+                vsock,
+                partial,
+                lines,
+                events,
+            }),
+        }
+    }
+
+    /// The same guest in another machine, which runs if it ran; and for how long it stood still.
+    pub fn handed_over(self) -> (Guest, Duration) {
+        let (near, far) = UnixStream::pair().expect("a socket pair");
+        for end in [&near, &far] {
+            end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+            end.set_write_timeout(Some(PATIENCE)).expect("a timeout");
+        }
+        let takes = |far, host| machine::take_over(far, host, None);
+        let handed = self.handed_over_to(near, far, takes);
+        let (here, mut there) = (
+            handed.here.expect("handed over"),
+            handed.there.expect("taken"),
+        );
+        assert_eq!(there.owner, OWNER);
+        if there.ran {
+            there.machine.resume().expect("resume");
+        }
+        let blackout = machine::monotonic() - there.stopped;
+        println!("{:?}, made in {:?}: {blackout:?}", here.pause(), there.made);
+        drop(here);
+        ((handed.guest)(there.machine), blackout)
     }
 
     fn going_on(

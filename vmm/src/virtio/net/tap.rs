@@ -65,7 +65,8 @@ impl Tap {
             .map_err(OpenError::Header)?;
         Ok(Self {
             file,
-            attached: true,
+            // One that another process had may have come to rest without it.
+            attached: flags & IFF_DETACH_QUEUE == 0,
             offloads: None,
         })
     }
