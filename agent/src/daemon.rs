@@ -26,8 +26,9 @@ use crate::host::renew;
 use crate::image::Cache;
 use crate::machine::Machines;
 use crate::machine::actor::{Surroundings, memory_takes};
+use crate::machine::process::identity;
 use crate::machine::process::launch::HostLauncher;
-use crate::machine::unheard;
+use crate::machine::{unheard, upgrade};
 use crate::paths::Paths;
 
 #[derive(Debug, Clone)]
@@ -137,6 +138,24 @@ async fn listen<W: Fn(&io::Error)>(
         .map_err(|source| ListenError::Bind { address, source })
 }
 
+/// For the machines of the agent with this mark; what they lack is said.
+fn control_groups(mark: Uuid) -> Option<Cgroups> {
+    let name = mark.simple().to_string();
+    let cgroups = Cgroups::of_this_process(&name).unwrap_or_else(|error| {
+        tracing::warn!(%error, "no control groups for machines");
+        None
+    });
+    if let Some(absent) = cgroups.as_ref().map(Cgroups::absent)
+        && !absent.is_empty()
+    {
+        tracing::warn!(
+            ?absent,
+            "machines' control groups lack controllers, so those limits do not hold"
+        );
+    }
+    cgroups
+}
+
 /// Until SIGTERM or SIGINT. Machines run on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let paths = Paths::new(&config.state, &config.runtime);
@@ -156,22 +175,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         }
     }
     let inventory = Inventory::new(&config.state).context("reading what the host has")?;
-    let name = lock.mark.simple().to_string();
-    let cgroups = Cgroups::of_this_process(&name).unwrap_or_else(|error| {
-        tracing::warn!(%error, "no control groups for machines");
-        None
-    });
-    if let Some(absent) = cgroups.as_ref().map(Cgroups::absent)
-        && !absent.is_empty()
-    {
-        tracing::warn!(
-            ?absent,
-            "machines' control groups lack controllers, so those limits do not hold"
-        );
-    }
+    let cgroups = control_groups(lock.mark);
     let launcher = HostLauncher::new(paths.clone(), lock.mark, cgroups.clone(), config.stand_ins)
         .context("preparing to start machines")?;
     let boot_id = launcher.boot_id;
+    let program = identity::program_of(&launcher.binary).context("looking at its own program")?;
     let cache = Arc::new(Cache::new(
         paths.images(),
         config.image_cache,
@@ -197,6 +205,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         lock.mark,
     )?;
     let instance = Uuid::new_v4();
+    let local = paths.local();
+    let local = upgrade::bind(&local).with_context(|| local.display().to_string())?;
+    let upgrades = upgrade::listen(machines.clone(), local, program);
     let listens = unheard::listen(machines.clone(), paths.clone(), boot_id);
     let api = Api {
         machines: machines.clone(),
@@ -217,6 +228,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(push.run());
     tasks.spawn(listens);
+    tasks.spawn(upgrades);
     tasks.spawn(renew::run(cloud.clone()));
     tasks.spawn(crate::machine::registry::purge_tombstones(machines.clone()));
     let mut ends = signal(SignalKind::terminate())?;

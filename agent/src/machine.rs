@@ -14,5 +14,6 @@ pub mod record;
 pub mod registry;
 pub mod take_down;
 pub mod unheard;
+pub mod upgrade;
 
 pub use registry::{Machines, MachinesError};

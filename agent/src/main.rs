@@ -14,6 +14,7 @@ use fractus_agent::host::join::{Join, join};
 use fractus_agent::host::{check, credentials::Identity};
 use fractus_agent::machine::take_down::take_down;
 use fractus_agent::machine::unheard;
+use fractus_agent::machine::upgrade::{self, Fate};
 use fractus_agent::paths::Paths;
 use fractus_agent_api::identity::{Fingerprint, JoinToken};
 use fractus_agent_api::machine::ServerId;
@@ -44,6 +45,8 @@ enum Command {
     /// After a reboot of the host: start guests without a controller's word. Only where none will ever give it: a
     /// server that was evacuated meanwhile would run twice
     StartUnheard(StartUnheard),
+    /// After an upgrade of the agent: hand the host's guests over to processes of its program, while they run
+    UpgradeMachines(UpgradeMachines),
     /// Say the version
     Version,
 }
@@ -121,6 +124,18 @@ struct StartUnheard {
 }
 
 #[derive(Args)]
+struct UpgradeMachines {
+    #[command(flatten)]
+    folders: Folders,
+    /// Those of these servers; all of the host's, if none is named
+    #[arg(value_name = "SERVER")]
+    servers: Vec<uuid::Uuid>,
+    /// Also those whose process runs the agent's program already
+    #[arg(long)]
+    all: bool,
+}
+
+#[derive(Args)]
 struct JoinArguments {
     #[command(flatten)]
     folders: Folders,
@@ -172,6 +187,11 @@ fn start(cli: Cli) -> anyhow::Result<ExitCode> {
             println!("{ended} machines ended, {killed} were killed");
         }
         Command::StartUnheard(arguments) => start_unheard(arguments)?,
+        Command::UpgradeMachines(arguments) => {
+            if !upgrade_machines(arguments)? {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         Command::Check => {
             if !check::print(std::io::stdout().lock())? {
                 return Ok(ExitCode::FAILURE);
@@ -203,6 +223,32 @@ fn start_unheard(arguments: StartUnheard) -> anyhow::Result<()> {
     unheard::say(&paths, &servers)?;
     println!("{count} servers are started by this host's agent, within seconds where it runs");
     Ok(())
+}
+
+/// Whether none failed.
+fn upgrade_machines(arguments: UpgradeMachines) -> anyhow::Result<bool> {
+    let paths = Paths::new(arguments.folders.state_dir, arguments.folders.runtime_dir);
+    let wanted = upgrade::Wanted {
+        machines: arguments.servers.into_iter().map(ServerId).collect(),
+        all: arguments.all,
+    };
+    let mut well = true;
+    upgrade::ask(&paths, &wanted, |id, fate| match fate {
+        Fate::HandedOver {
+            blackout_us: Some(us),
+        } => {
+            let (ms, rest) = (us / 1000, us % 1000 / 10);
+            println!("{id} handed over, {ms}.{rest:02} ms");
+        }
+        Fate::HandedOver { blackout_us: None } => println!("{id} handed over, paused"),
+        Fate::Current => println!("{id} current"),
+        Fate::Skipped { reason } => println!("{id} skipped: {reason}"),
+        Fate::Failed { reason } => {
+            well = false;
+            println!("{id} failed: {reason}");
+        }
+    })?;
+    Ok(well)
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

@@ -40,6 +40,11 @@ impl Paths {
         self.state.join("start-unheard")
     }
 
+    /// Where commands of this host's root speak to the agent ([`crate::machine::upgrade`]).
+    pub fn local(&self) -> PathBuf {
+        self.runtime.join("agent.sock")
+    }
+
     pub fn images(&self) -> PathBuf {
         self.state.join("images")
     }
@@ -170,6 +175,11 @@ impl MachinePaths {
     /// Why the process ended, written by itself.
     pub fn last_words(&self) -> PathBuf {
         self.folder.join("last-words.json")
+    }
+
+    /// By which a process is found that takes the machine over, until the other socket is its.
+    pub fn next_socket(&self) -> PathBuf {
+        self.socket.with_extension("next")
     }
 
     pub fn folder(&self) -> &Path {

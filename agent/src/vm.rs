@@ -10,6 +10,7 @@ pub mod by_hand;
 mod copying;
 mod devices;
 pub mod guest;
+mod handover;
 pub mod jail;
 pub mod jail_test;
 mod kept;
@@ -41,6 +42,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
 
 use self::devices::Devices;
 use self::guest::{Guest, GuestError};
+use self::handover::Taken;
 use self::jail::Namespaces;
 use self::kept::{Kept, Note};
 use self::lean::Lean;
@@ -140,6 +142,14 @@ fn live(mut parts: Supervisor, socket: OwnedFd) -> ExitCode {
     let go = ready.and_then(|()| packet::receive::<ToMachine>(&socket));
     match go {
         Ok((ToMachine::Go, _)) => {}
+        Err(error) if parts.taken.is_some() => {
+            // The record may name this process by now: the next agent tells it to go on then, or else ends it.
+            log::line(format_args!(
+                "no Go came: {error}; waiting for the next agent"
+            ));
+            parts.run();
+            return ExitCode::SUCCESS;
+        }
         Ok((other, _)) => {
             log::line(format_args!("{other:?} came instead of Go"));
             return ExitCode::FAILURE;
@@ -234,14 +244,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
     if let Some(listener) = &listener {
         listen(listener, 8).map_err(system("listening for the agent"))?;
     }
-    let serial_log = files
-        .file(FileRole::SerialLog)
-        .map(|file| RingWriter::new(file, SERIAL_LOG))
-        .transpose()
-        .map_err(|source| VmError::System {
-            what: "opening the serial log",
-            source,
-        })?;
+    let serial_log = files.file(FileRole::SerialLog);
     let last_words = files.file(FileRole::LastWords);
     // By hand it ends as any program does.
     let leave = launch.jail.map(|_| Leave::prepare());
@@ -249,7 +252,6 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         what: "waiting for SIGTERM",
         source,
     })?;
-    let (serial, theirs) = streams().map_err(system("the serial line"))?;
     let filters = launch
         .jail
         .map(|_| seccomp::Filters::compile())
@@ -258,20 +260,24 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         input: files.take(FileRole::TerminalInput),
         output,
     });
-    let (port, guests_port) = match launch.config.console_ports.is_empty() {
-        true => (None, None),
-        false => {
-            let (ours, theirs) = streams().map_err(system("the guest agent's port"))?;
-            (Some(ours), Some(theirs))
-        }
+    let lock = Lock(filters.clone());
+    let Built {
+        guest,
+        note,
+        serial,
+        port,
+        pauses,
+        taken,
+    } = match files.take(FileRole::Predecessor) {
+        Some(line) => handover::take_over(line, &mut files, lock)?,
+        None => anew(&launch, &mut files, lock)?,
     };
-    let watchdog = launch.config.watchdog.as_ref();
-    let pauses = watchdog.is_some_and(|watchdog| watchdog.action == WatchdogAction::Pause);
-    let lines = Lines {
-        serial: theirs,
-        port: guests_port,
-    };
-    let (guest, note) = build(&launch, &mut files, lines, filters.clone())?;
+    // A process before it, if there was one, has written its last there by now.
+    let serial_log = serial_log.map(|file| RingWriter::new(file, SERIAL_LOG));
+    let serial_log = serial_log.transpose().map_err(|source| VmError::System {
+        what: "opening the serial log",
+        source,
+    })?;
     if let Some(filters) = filters {
         filters.apply(seccomp::Kind::Main)?;
     }
@@ -303,8 +309,67 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         suspend: None,
         copying: None,
         sent: Default::default(),
+        handing: None,
+        lent: Vec::new(),
+        taken,
         broken: None,
         abandoned: false,
+    })
+}
+
+/// A guest in its machine, and our ends of its lines.
+struct Built {
+    guest: Box<dyn Guest>,
+    /// Of one that goes on.
+    note: Option<Note>,
+    serial: OwnedFd,
+    port: Option<OwnedFd>,
+    /// Its watchdog pauses it.
+    pauses: bool,
+    /// Another process of this host had it.
+    taken: Option<Taken>,
+}
+
+/// What each of the machine's threads does before it goes on.
+#[derive(Clone)]
+struct Lock(Option<seccomp::Filters>);
+
+impl Lock {
+    fn down(&self, kind: seccomp::Kind) {
+        if let Some(filters) = &self.0
+            && let Err(error) = filters.apply(kind)
+        {
+            // A thread that cannot be locked down must not go on.
+            log::line(format_args!("seccomp: {error}"));
+            std::process::abort();
+        }
+    }
+}
+
+/// By its launch.
+fn anew(launch: &Launch, files: &mut Files, lock: Lock) -> Result<Built, VmError> {
+    let (serial, theirs) = streams().map_err(system("the serial line"))?;
+    let (port, guests_port) = match launch.config.console_ports.is_empty() {
+        true => (None, None),
+        false => {
+            let (ours, theirs) = streams().map_err(system("the guest agent's port"))?;
+            (Some(ours), Some(theirs))
+        }
+    };
+    let watchdog = launch.config.watchdog.as_ref();
+    let pauses = watchdog.is_some_and(|watchdog| watchdog.action == WatchdogAction::Pause);
+    let lines = Lines {
+        serial: theirs,
+        port: guests_port,
+    };
+    let (guest, note) = build(launch, files, lines, lock)?;
+    Ok(Built {
+        guest,
+        note,
+        serial,
+        port,
+        pauses,
+        taken: None,
     })
 }
 
@@ -349,17 +414,8 @@ fn build(
     launch: &Launch,
     files: &mut Files,
     lines: Lines,
-    filters: Option<seccomp::Filters>,
+    lock: Lock,
 ) -> Result<(Box<dyn Guest>, Option<Note>), VmError> {
-    let hook = move |kind| {
-        if let Some(filters) = &filters
-            && let Err(error) = filters.apply(kind)
-        {
-            // A thread that cannot be locked down must not go on.
-            log::line(format_args!("seccomp: {error}"));
-            std::process::abort();
-        }
-    };
     let mut disks = Vec::new();
     while let Some(disk) = files.file(FileRole::Disk) {
         disks.push(disk);
@@ -387,7 +443,7 @@ fn build(
     let note = kept.as_ref().and_then(Kept::note).cloned();
     let arrival = files.take(FileRole::Arrival).map(UnixStream::from);
     let Some(kvm) = kvm else {
-        let hook = move || hook(seccomp::Kind::Console);
+        let hook = move || lock.down(seccomp::Kind::Console);
         if let Some(stream) = arrival {
             return stand_in::arrive(stream, launch, lines.serial, disks, nets, hook);
         }
@@ -417,7 +473,7 @@ fn build(
         nets,
         vsock: files.take(FileRole::Vsock),
     };
-    let hook: ThreadHook = Arc::new(move |kind: ThreadKind| hook(kind.into()));
+    let hook: ThreadHook = Arc::new(move |kind: ThreadKind| lock.down(kind.into()));
     if let Some(stream) = arrival {
         return arrive(stream, launch, machine, Some(hook));
     }

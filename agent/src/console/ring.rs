@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 const MAGIC: u64 = 0x3130_474f_4c52_4346; // "FCRLOG01"
 const HEADER: u64 = 16;
 
-/// The writing end. Only one at a time may exist for a file.
+/// The writing end. Only one at a time may write to a file; another one is to [follow](RingWriter::follow) then.
 #[derive(Debug)]
 pub struct RingWriter {
     file: File,
@@ -36,6 +36,12 @@ impl RingWriter {
             size,
             written,
         })
+    }
+
+    /// Goes on where the file stands by now: another process has written to it meanwhile.
+    pub fn follow(&mut self) -> io::Result<()> {
+        self.written = read_header(&self.file)?;
+        Ok(())
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -133,6 +139,20 @@ mod tests {
             prop_assert_eq!(read(&file, 32).unwrap(), kept);
             prop_assert!(file.metadata().unwrap().len() <= HEADER + 32);
         }
+    }
+
+    #[test]
+    fn two_that_write_in_turn_overwrite_nothing_of_each_other() {
+        let file = tempfile::tempfile().unwrap();
+        let writer = || RingWriter::new(file.try_clone().unwrap(), 32).unwrap();
+        let (mut one, mut other) = (writer(), writer());
+        for round in [b"one ", b"two "] {
+            for writer in [&mut one, &mut other] {
+                writer.follow().unwrap();
+                writer.write(round).unwrap();
+            }
+        }
+        assert_eq!(read(&file, 32).unwrap(), b"one one two two ");
     }
 
     #[test]

@@ -165,11 +165,12 @@ fn set(group: &Path, file: &str, limit: u64) -> io::Result<()> {
 }
 
 /// The most threads of a machine's group: its vCPUs, up to five a disk, one a pair of queues and one of
-/// vhost-net's, those of devices that come later, and the process's own.
+/// vhost-net's, those of devices that come later, and the process's own; twice, since another process may take the
+/// machine over.
 fn threads(spec: &MachineSpec) -> u64 {
     let vcpus = spec.max_vcpus.unwrap_or(0).max(spec.vcpus);
     let queues: u64 = spec.nics.iter().map(|nic| u64::from(nic.queues)).sum();
-    u64::from(vcpus) + 5 * spec.disks.len() as u64 + 2 * queues + 64
+    2 * (u64::from(vcpus) + 5 * spec.disks.len() as u64 + 2 * queues + 64)
 }
 
 /// The most that a machine's group may use, bytes: the guest's memory, the tables that grow with it

@@ -23,6 +23,7 @@ mod report;
 mod size;
 mod steps;
 mod suspend;
+mod upgrade;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -46,9 +47,11 @@ use self::report::report;
 use self::size::Sizes;
 use self::steps::START;
 pub use self::suspend::memory_takes;
+use self::upgrade::Wish;
 use super::make::Makings;
 use super::process::{Adoption, Command, End, Heard, Launcher, Process};
 use super::record::Record;
+use super::upgrade::Fate;
 use crate::paths::MachinePaths;
 use crate::vm::protocol::{MachineEvent, State};
 
@@ -68,6 +71,8 @@ pub enum Message {
     Put(Box<PutMachine>, Answer),
     /// An operator's word that the machine is wanted here, where there is no controller to say so.
     Hear,
+    /// Its guest is to go on in a process of this agent's program, also (true) if it is in one.
+    Upgrade(bool, oneshot::Sender<Fate>),
 }
 
 /// What an actor is made with.
@@ -127,6 +132,10 @@ pub struct Actor<L: Launcher> {
     copying: Copying,
     /// Its guest comes or goes.
     travel: Travel,
+    /// Its guest is to be handed over to a process of this agent's program.
+    upgrade: Option<Wish>,
+    /// What the process to which it was handed over has said, if that is all: for how long it stood still, if it ran.
+    took_over: Option<Option<u64>>,
     /// The process is built, and waits for its `Go`.
     ready: bool,
     /// The guest ran when it was first to be suspended under this intent.
@@ -197,6 +206,8 @@ impl<L: Launcher> Actor<L> {
             suspended: None,
             copying: Copying::default(),
             travel: Travel::default(),
+            upgrade: None,
+            took_over: None,
             ready: false,
             interrupted: false,
             meetings: 0,
@@ -276,6 +287,9 @@ impl<L: Launcher> Actor<L> {
     }
 
     async fn turn(&mut self) -> Result<(), Over> {
+        if let Some(wish) = self.upgrade.take() {
+            return self.upgrade(wish).await;
+        }
         let step = self.next();
         tracing::debug!(machine = %self.record.id, ?step, phase = ?self.phase, "step");
         match step {
@@ -432,6 +446,7 @@ impl<L: Launcher> Actor<L> {
                 self.give_user_back();
             }
             Message::Hear => self.hear(),
+            Message::Upgrade(all, answer) => self.is_to_be_upgraded(all, answer),
         }
     }
 
@@ -539,9 +554,11 @@ impl<L: Launcher> Actor<L> {
                 self.has_arrived();
             }
             Heard::Moving(moving) => self.moved(Some(moving)),
+            Heard::TookOver(blackout_us) => self.took_over = Some(Some(blackout_us)),
             Heard::Suspended(attempt, what) => self.suspended = Some((attempt, what)),
             Heard::Copied(attempt, what) => self.copied(attempt, what),
             Heard::Status(status) => {
+                self.took_over.get_or_insert(None);
                 if let Some(said) = status.guest {
                     self.guest_has_said(&said);
                 }
@@ -706,3 +723,5 @@ mod size_tests;
 mod suspend_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod upgrade_tests;

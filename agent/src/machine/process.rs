@@ -50,6 +50,8 @@ pub struct Plan {
     pub goes_on: bool,
     /// Its guest comes from another process, with its disks.
     pub arrives: Option<Arriving>,
+    /// Its guest is handed over by the process that has it, with all its devices; there are no `devices` then.
+    pub takes_over: Option<TakingOver>,
     /// Memory that it may have at most, MiB.
     pub most_mib: u64,
     pub request_id: Option<String>,
@@ -61,6 +63,14 @@ pub struct Arriving {
     /// A stream socket, whose other end is carried to where it comes from.
     pub line: OwnedFd,
     pub shape: Shape,
+}
+
+/// From whom a guest is taken over.
+#[derive(Debug)]
+pub struct TakingOver {
+    /// A stream socket, whose other end that process has.
+    pub line: OwnedFd,
+    pub from: ProcessRecord,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +109,12 @@ pub trait Launcher: Send + Sync + 'static {
         id: ServerId,
         recorded: &ProcessRecord,
     ) -> std::io::Result<Adoption<Self::Process>>;
+
+    /// Whether the process runs the program that new ones are started from.
+    fn is_current(&self, process: &ProcessRecord) -> std::io::Result<bool>;
+
+    /// The process that has taken the machine over is found where the one before was. May be repeated.
+    fn settle(&self, id: ServerId) -> std::io::Result<()>;
 
     /// Lets the machine's process use as much as a machine of that size may.
     fn limit(&self, id: ServerId, vcpus: u8, memory_mib: u64) -> std::io::Result<()>;
@@ -161,6 +177,8 @@ pub enum Heard {
     Suspended(Uuid, Result<(), String>),
     /// How far its guest is that is being sent.
     Moving(Moving),
+    /// The guest that was handed to it runs, and has stood still for so many microseconds.
+    TookOver(u64),
     /// The last command was not carried out.
     Refused(String),
     /// The machine could not be made; the end follows.
@@ -236,6 +254,18 @@ pub trait Process: Send + 'static {
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
 
+    /// # Errors
+    /// It is of an agent that could not, or has not said.
+    fn can_hand_over(&self) -> Result<(), ProcessError>;
+
+    /// Has it hand its guest over to the process at the other end of `line`; what it says of this migration answers.
+    async fn hand_over(
+        &mut self,
+        migration: MigrationId,
+        line: OwnedFd,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError>;
+
     /// Has it not send its guest any more; its status answers.
     async fn stay(&mut self, request_id: Option<&str>) -> Result<(), ProcessError>;
 
@@ -268,6 +298,8 @@ pub struct HostProcess {
     sends: Option<bool>,
     /// Whether it can copy its root disk, likewise.
     copies: Option<bool>,
+    /// Whether it can hand its guest over, likewise.
+    hands: Option<bool>,
 }
 
 /// A process that was adopted while it was busy is asked again after this time.
@@ -277,8 +309,20 @@ const DEATH: Duration = Duration::from_secs(30);
 
 impl HostProcess {
     async fn connect(&mut self) -> Result<Heard, ProcessError> {
-        let control =
-            Control::connect(&self.paths.socket, self.identity.pid, Role::Control).await?;
+        let (pid, role) = (self.identity.pid, Role::Control);
+        let control = match Control::connect(&self.paths.socket, pid, role).await {
+            Ok(control) => control,
+            Err(error) => {
+                // The agent that had it take over the machine may have ended just then.
+                let next = Control::connect(&self.paths.next_socket(), pid, role).await;
+                let Ok(control) = next else {
+                    return Err(error);
+                };
+                let settled = sockets::settle(&self.paths);
+                settled.map_err(launch::failed("settling its socket"))?;
+                control
+            }
+        };
         let answer = tokio::time::timeout(Duration::from_secs(5), control.receive()).await;
         match answer.map_err(|_| ProcessError::Mute)?? {
             FromMachine::Status {
@@ -290,12 +334,13 @@ impl HostProcess {
                 suspends,
                 sends,
                 copies,
+                hands,
                 moving,
                 ..
             } if version <= VERSION => {
                 self.control = Some(control);
                 (self.suspends, self.sends) = (Some(suspends), Some(sends));
-                self.copies = Some(copies);
+                (self.copies, self.hands) = (Some(copies), Some(hands));
                 let status = Status {
                     state,
                     guest,
@@ -380,6 +425,7 @@ impl HostProcess {
                 fresh: false,
             })),
             FromMachine::Moving(moving) => Some(Heard::Moving(moving)),
+            FromMachine::TookOver { blackout_us } => Some(Heard::TookOver(blackout_us)),
             FromMachine::ResizeRefused { detail } => Some(Heard::ResizeRefused(detail)),
             FromMachine::Suspended { attempt, error } => {
                 Some(Heard::Suspended(attempt, error.map_or(Ok(()), Err)))
@@ -539,6 +585,29 @@ impl Process for HostProcess {
         };
         let files: Vec<_> = line.iter().map(AsFd::as_fd).collect();
         self.say(&message, &files).await
+    }
+
+    fn can_hand_over(&self) -> Result<(), ProcessError> {
+        let text = "its process is of an older release: it is upgraded by its next hard reboot, or by a live \
+                    migration";
+        match self.hands.ok_or(ProcessError::Mute)? {
+            true => Ok(()),
+            false => Err(ProcessError::NotNow(text.to_owned())),
+        }
+    }
+
+    async fn hand_over(
+        &mut self,
+        migration: MigrationId,
+        line: OwnedFd,
+        request_id: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        self.can_hand_over()?;
+        let message = ToMachine::HandOver {
+            request_id: request_id.map(str::to_owned),
+            migration,
+        };
+        self.say(&message, &[line.as_fd()]).await
     }
 
     async fn stay(&mut self, request_id: Option<&str>) -> Result<(), ProcessError> {

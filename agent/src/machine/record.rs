@@ -212,6 +212,22 @@ impl Record {
         self.replace(path, false)
     }
 
+    /// Has the record on the disk beside the one that counts, which a rename then replaces: for who has no time to wait
+    /// for the disk at that moment.
+    pub fn prepare(&self, path: &Path) -> Result<Prepared, RecordError> {
+        let failed = |source| RecordError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let prepared = Prepared {
+            record: self.clone(),
+            beside: path.with_extension("next"),
+        };
+        let bytes = self.versioned().map_err(|e| failed(e.into()))?;
+        put(&prepared.beside, &bytes).map_err(failed)?;
+        Ok(prepared)
+    }
+
     /// Under the least version that says all of it.
     fn versioned(&self) -> serde_json::Result<Vec<u8>> {
         let mut value = serde_json::to_value(self)?;
@@ -247,17 +263,7 @@ impl Record {
         }
         let beside = path.with_extension("new");
         let written = (|| {
-            // It may hold a user's data and a password: nobody else's to read.
-            let _ = fs::remove_file(&beside);
-            let mut options = File::options();
-            let mut file = options
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&beside)?;
-            file.write_all(&bytes)?;
-            // Always: a rename that reaches the disk before the bytes would leave no record at all.
-            file.sync_data()?;
+            put(&beside, &bytes)?;
             fs::rename(&beside, path)?;
             if sync_folder {
                 File::open(folder)?.sync_all()?;
@@ -272,6 +278,46 @@ impl Record {
             }
         }
         written.map_err(failed)
+    }
+}
+
+/// Anew, and on the disk: a rename that reaches it before the bytes would leave no record at all.
+fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    // It may hold a user's data and a password: nobody else's to read.
+    let _ = fs::remove_file(path);
+    let mut options = File::options();
+    options.write(true).create_new(true).mode(0o600);
+    let mut file = options.open(path)?;
+    file.write_all(bytes)?;
+    file.sync_data()
+}
+
+/// A record that is whole beside the one that counts, and is gone when it is dropped.
+#[derive(Debug)]
+pub struct Prepared {
+    record: Record,
+    beside: PathBuf,
+}
+
+impl Prepared {
+    /// `record` counts when this returns, for every agent of this boot. A crash of the host may bring the older one back,
+    /// as with [`Record::note`].
+    pub fn commit(self, record: &Record, path: &Path) -> Result<(), RecordError> {
+        if self.record != *record {
+            // Something has happened since.
+            return record.note(path);
+        }
+        fs::rename(&self.beside, path).map_err(|source| RecordError::Io {
+            path: path.to_owned(),
+            source,
+        })
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        // Gone already if it was taken.
+        let _ = fs::remove_file(&self.beside);
     }
 }
 
@@ -377,6 +423,30 @@ mod tests {
         record.intent.wanted.power = Power::Running;
         record.write(&path).unwrap();
         assert_eq!(Record::read(&path).unwrap().version, 1);
+    }
+
+    #[test]
+    fn a_record_that_was_prepared_counts_once_it_is_taken_and_leaves_nothing() {
+        let mut record = Record::read(&golden(1)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("record.json");
+        record.write(&path).unwrap();
+        let files = || std::fs::read_dir(folder.path()).unwrap().count();
+        let starts = |starts| Record::read(&path).unwrap().done.starts == starts;
+        record.done.starts = 6;
+        drop(record.prepare(&path).unwrap());
+        assert!(starts(5) && files() == 1);
+        record
+            .prepare(&path)
+            .unwrap()
+            .commit(&record, &path)
+            .unwrap();
+        assert!(starts(6) && files() == 1);
+        // What is taken is what is so by then.
+        let prepared = record.prepare(&path).unwrap();
+        record.done.starts = 7;
+        prepared.commit(&record, &path).unwrap();
+        assert!(starts(7) && files() == 1);
     }
 
     #[test]

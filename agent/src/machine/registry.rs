@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 use super::actor::{Actor, Message, Surroundings};
 use super::process::{Launcher, end_strays, identity};
 use super::record::{self, Record, RecordError, VERSION};
+use super::upgrade::Fate;
 use crate::clock::now_us;
 use crate::paths::Paths;
 
@@ -220,6 +221,22 @@ impl<L: Launcher> Machines<L> {
             // Fails only when the agent is ending.
             let _ = handle.mailbox.send(Message::Hear).await;
         }
+    }
+
+    /// Has the guest go on in a process of this agent's program, also (`all`) if it is in one. None: there is no such
+    /// machine.
+    pub async fn upgrade(&self, id: ServerId, all: bool) -> Option<Fate> {
+        let handle = self.lock().handles.get(&id).cloned()?;
+        let (answer, answered) = oneshot::channel();
+        // They fail only when the agent is ending.
+        let sent = handle.mailbox.send(Message::Upgrade(all, answer)).await;
+        let fate = match sent {
+            Ok(()) => answered.await.ok(),
+            Err(_) => None,
+        };
+        Some(fate.unwrap_or_else(|| Fate::Failed {
+            reason: "the agent is ending".to_owned(),
+        }))
     }
 
     /// The first intent for a machine: its record is made, then its actor.

@@ -48,8 +48,20 @@ pub trait Guest {
         policy: Policy,
         note: Vec<u8>,
     ) -> Result<(), GuestError>;
-    /// It is being sent, and was not offered yet.
+    /// Begins to hand it over to another process of this host, with `note` and `files`. It is not to get or lose devices
+    /// meanwhile.
+    fn hand_over(
+        &mut self,
+        connection: UnixStream,
+        note: Vec<u8>,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), GuestError>;
+    /// It is being sent or handed over, and was not offered yet.
     fn is_being_sent(&self) -> bool;
+    /// What is to be readable before there is more of it to be sent; none: nothing is waited for.
+    fn waits_for(&self) -> Option<BorrowedFd<'_>>;
+    /// It stands still, and its lines are another process's.
+    fn is_handed_over(&self) -> bool;
     /// Goes by another policy, and has another note go with it, if it is being sent.
     fn send_by(&mut self, policy: Option<Policy>, note: Option<Vec<u8>>);
     /// Sends some more of it; how things stand then, and, if that is asked for or it is over, how far. None: it is not

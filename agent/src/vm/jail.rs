@@ -135,9 +135,9 @@ pub fn empty_root() -> Result<(), JailError> {
     Ok(())
 }
 
-/// What a machine's devices need, vhost-net for its networks, and the sockets of as many programs as may speak
-/// with its guest: these leave the others none the fewer.
-const DESCRIPTORS: u64 = 512 + 128 + 256;
+/// What a machine's devices need, the same kept for who takes the machine over, vhost-net for its networks, and the
+/// sockets of as many programs as may speak with its guest: these leave the others none the fewer.
+const DESCRIPTORS: u64 = 512 + 192 + 128 + 256;
 
 /// More than any machine has: 64 vCPUs, 16 disks of 5, 8 networks of some queues each, and vhost-net's.
 const THREADS: u64 = 1024;

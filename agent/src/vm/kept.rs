@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::devices::Devices;
 use super::guest::GuestError;
+use super::handover::End;
 use super::protocol::{FromMachine, GuestSaid, Launch, State};
 use super::stand_in;
 use super::supervise::Supervisor;
@@ -31,6 +32,9 @@ pub struct Note {
     /// What the guest's devices have said.
     #[serde(default)]
     said: GuestSaid,
+    /// What the descriptors are that the process lent which hands its guest over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    lent: Vec<End>,
 }
 
 /// What another process has written. Without a note nobody has said which of the guest's devices is which: it was
@@ -120,6 +124,10 @@ impl Note {
         self.said
     }
 
+    pub fn lent(&self) -> &[End] {
+        &self.lent
+    }
+
     /// The files that came, disks with whatever goes with them, in the order in which the machine had them.
     pub fn order<T>(
         &self,
@@ -198,6 +206,7 @@ impl Supervisor {
             disks: ids(&disks),
             nets: ids(&nets),
             said: self.said.words(),
+            lent: self.lent.clone(),
         };
         Ok(serde_json::to_vec(&note).map_err(std::io::Error::from)?)
     }

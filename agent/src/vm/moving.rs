@@ -42,6 +42,7 @@ impl Supervisor {
             // Repeated, because the agent did not hear that it was begun.
             return Ok(());
         }
+        self.lent.clear();
         let note = self.note()?;
         let state = match self.guest.send(UnixStream::from(connection), policy, note) {
             Ok(()) => Journey::Copying,
@@ -69,7 +70,7 @@ impl Supervisor {
         self.moves(migration, state, progress.unwrap_or_default());
     }
 
-    fn moves(&mut self, migration: MigrationId, state: Journey, progress: Progress) {
+    pub(super) fn moves(&mut self, migration: MigrationId, state: Journey, progress: Progress) {
         if state != Journey::Copying {
             log::line(format_args!(
                 "migration {migration}: {state:?}, {progress:?}"
@@ -119,6 +120,7 @@ impl Supervisor {
 
     /// How long the loop may wait for something to happen.
     pub(super) fn to_send(&self) -> Option<Duration> {
-        self.guest.is_being_sent().then_some(Duration::ZERO)
+        let at_once = self.guest.is_being_sent() && self.guest.waits_for().is_none();
+        at_once.then_some(Duration::ZERO)
     }
 }

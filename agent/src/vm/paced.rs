@@ -2,7 +2,7 @@
 //! answer.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,8 @@ pub struct Paced {
     write_by: Instant,
     /// From when on something is waited for.
     read_by: Option<Instant>,
+    /// For how long.
+    answer: Duration,
 }
 
 impl Paced {
@@ -30,6 +32,15 @@ impl Paced {
             written: 0,
             write_by: Instant::now() + ROOM,
             read_by: None,
+            answer: ANSWER,
+        }
+    }
+
+    /// To a process of this host: an answer has this time.
+    pub fn with_answer_in(socket: UnixStream, answer: Duration) -> Self {
+        Self {
+            answer,
+            ..Self::new(socket)
         }
     }
 
@@ -49,6 +60,12 @@ fn wait(socket: &UnixStream, for_what: PollFlags, by: Instant) -> io::Result<()>
     match poll(&mut fds, timeout.as_ref()) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+impl AsFd for Paced {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 
@@ -78,7 +95,9 @@ impl Write for Paced {
 
 impl Read for Paced {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let by = *self.read_by.get_or_insert_with(|| Instant::now() + ANSWER);
+        let by = *self
+            .read_by
+            .get_or_insert_with(|| Instant::now() + self.answer);
         loop {
             match (&self.socket).read(bytes) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {

@@ -104,6 +104,13 @@ pub enum ToMachine {
         migration: MigrationId,
         policy: Policy,
     },
+    /// Hand the guest over to the process of this host to which the stream socket leads that comes with this packet: all
+    /// that the machine has goes, and nothing is copied. What becomes of it is told as of `Send`. Only to processes that say
+    /// that they can.
+    HandOver {
+        request_id: Option<String>,
+        migration: MigrationId,
+    },
     /// The guest is not to be sent any more; one that was offered goes on. Answered by `Status`.
     Stay {
         request_id: Option<String>,
@@ -155,6 +162,9 @@ pub enum FromMachine {
         /// Whether it knows `Copy`.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         copies: bool,
+        /// Whether it knows `HandOver`.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        hands: bool,
         /// What became of the last.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         moving: Option<Moving>,
@@ -186,6 +196,10 @@ pub enum FromMachine {
     },
     Event {
         event: MachineEvent,
+    },
+    /// The guest that another process handed over runs here, and has stood still for so long.
+    TookOver {
+        blackout_us: u64,
     },
     /// The last command could not be carried out; the machine is as before.
     Refused {
@@ -324,6 +338,9 @@ pub enum FileRole {
     /// A stream socket by which a guest comes that another process sends; `config` likewise, with the size that
     /// was agreed. Its disks are overwritten.
     Arrival,
+    /// A stream socket to the process of this host that hands its guest over, and with it all that its machine has: kernel,
+    /// disks, taps, sockets, lines do not come from the agent then.
+    Predecessor,
     /// With a jail: what its root is copied from.
     MountNamespace,
     /// With a jail: this machine's own.
@@ -416,6 +433,10 @@ mod tests {
                 attempt: DEVICE.0,
             },
             ToMachine::NoCopy { request_id: None },
+            ToMachine::HandOver {
+                request_id: None,
+                migration: MigrationId(DEVICE.0),
+            },
         ]
     }
 
@@ -459,6 +480,7 @@ mod tests {
             suspends: true,
             sends: true,
             copies: false,
+            hands: false,
             moving: Some(Moving {
                 state: migration::State::Offered {
                     ran: true,
@@ -499,6 +521,7 @@ mod tests {
             suspends: false,
             sends: false,
             copies: false,
+            hands: false,
             moving: None,
         }
     }
@@ -521,6 +544,7 @@ mod tests {
                 suspends: false,
                 sends: false,
                 copies: false,
+                hands: false,
                 moving: None,
             },
             FromMachine::Status {
@@ -537,6 +561,7 @@ mod tests {
                 suspends: false,
                 sends: false,
                 copies: false,
+                hands: false,
                 moving: None,
             },
             with_devices(),
@@ -567,8 +592,15 @@ mod tests {
                 suspends: true,
                 sends: false,
                 copies: false,
+                hands: false,
                 moving: None,
             },
+        ]
+    }
+
+    /// Of suspended, sent, copied and handed-over guests.
+    fn heard_of_ways() -> Vec<FromMachine> {
+        vec![
             FromMachine::Suspended {
                 attempt: DEVICE.0,
                 error: None,
@@ -589,6 +621,7 @@ mod tests {
                 suspends: true,
                 sends: true,
                 copies: true,
+                hands: false,
                 moving: None,
             },
             FromMachine::Copied {
@@ -599,12 +632,26 @@ mod tests {
                 attempt: DEVICE.0,
                 error: Some("disk full".into()),
             },
+            FromMachine::Status {
+                version: 1,
+                id: ID,
+                state: State::Running,
+                guest: None,
+                devices: None,
+                size: None,
+                suspends: true,
+                sends: true,
+                copies: true,
+                hands: true,
+                moving: None,
+            },
+            FromMachine::TookOver { blackout_us: 1500 },
         ]
     }
 
     #[test]
     fn packets_of_version_1_are_still_understood() {
-        let (sent, heard) = (sent(), heard());
+        let (sent, heard) = (sent(), [heard(), heard_of_ways()].concat());
         assert_eq!(
             read::<ToMachine>("to-machine-v1.jsonl"),
             sent,

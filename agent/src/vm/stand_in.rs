@@ -435,8 +435,25 @@ impl Guest for StandIn {
         Ok(())
     }
 
+    fn hand_over(
+        &mut self,
+        _connection: UnixStream,
+        _note: Vec<u8>,
+        _files: &[BorrowedFd<'_>],
+    ) -> Result<(), GuestError> {
+        Err(io::Error::from(io::ErrorKind::Unsupported).into())
+    }
+
     fn is_being_sent(&self) -> bool {
         self.sent.is_some()
+    }
+
+    fn waits_for(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn is_handed_over(&self) -> bool {
+        false
     }
 
     fn send_by(&mut self, _policy: Option<Policy>, note: Option<Vec<u8>>) {

@@ -11,12 +11,14 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use fractus_agent_api::machine::{ServerId, StopReason};
+use fractus_agent_api::migration::MigrationId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 
 use super::devices::Devices;
 use super::guest::{Guest, GuestError, GuestEvent};
+use super::handover::{End, Taken, Visitors};
 use super::lean::Lean;
 use super::leave::Leave;
 use super::moving::Sent;
@@ -64,6 +66,12 @@ pub struct Supervisor {
     pub copying: Option<uuid::Uuid>,
     /// What became of sending it to another host.
     pub sent: Sent,
+    /// Its guest is to be handed over, to where this leads.
+    pub handing: Option<(MigrationId, OwnedFd)>,
+    /// What was lent to the process that it is handed over to, in this order.
+    pub lent: Vec<End>,
+    /// Its guest was handed over by another process, with who was there; none: it was not.
+    pub taken: Option<Taken>,
     /// It cannot go on, and this is why.
     pub broken: Option<StopReason>,
     /// The agent is gone, and nothing listens for another: nobody could ever end this machine.
@@ -80,18 +88,27 @@ pub struct Terminal {
 
 /// The sides of the loop that come and go.
 #[derive(Default)]
-struct Guests {
+pub(super) struct Guests {
     /// Connections that have not said what they are for.
     new: Option<OwnedFd>,
-    console: Option<OwnedFd>,
+    pub console: Option<OwnedFd>,
     /// Who speaks to the guest's agent.
-    speaker: Option<OwnedFd>,
+    pub speaker: Option<OwnedFd>,
 }
 
 impl Supervisor {
     /// Until the machine has ended; says why it did.
     pub fn run(mut self) -> StopReason {
-        let mut others = Guests::default();
+        let Visitors { console, speaker } = match &mut self.taken {
+            Some(taken) => std::mem::take(&mut taken.visitors),
+            None => Visitors::default(),
+        };
+        let new = None;
+        let mut others = Guests {
+            new,
+            console,
+            speaker,
+        };
         self.lean.happened();
         loop {
             let ready = match self.wait(&others) {
@@ -117,6 +134,9 @@ impl Supervisor {
                 self.suspend(attempt, file);
                 // What the guest said last is kept nowhere else.
                 self.carry_output(&mut others, usize::MAX);
+            }
+            if let Some((migration, line)) = self.handing.take() {
+                self.hand_over(migration, line, &others);
             }
             if let Some(reason) = self.broken.take() {
                 return self.end(reason);
@@ -175,8 +195,14 @@ impl Supervisor {
 
     fn wait(&self, others: &Guests) -> Result<Ready, Errno> {
         let terminal = self.terminal.as_ref().and_then(|t| t.input.as_ref());
-        let sources: [(Option<BorrowedFd<'_>>, Source); 10] = [
-            (Some(self.serial.as_fd()), |ready| &mut ready.serial),
+        // The lines of one that was handed over are read by whoever has it.
+        let here = !self.guest.is_handed_over();
+        fn end(fd: Option<&OwnedFd>, here: bool) -> Option<BorrowedFd<'_>> {
+            fd.filter(|_| here).map(AsFd::as_fd)
+        }
+        let sources: [(Option<BorrowedFd<'_>>, Source); 11] = [
+            (end(Some(&self.serial), here), |ready| &mut ready.serial),
+            (self.guest.waits_for(), |ready| &mut ready.sent),
             (Some(self.guest.event_fd()), |ready| &mut ready.guest),
             (self.agent.as_ref().map(AsFd::as_fd), |ready| {
                 &mut ready.agent
@@ -185,11 +211,11 @@ impl Supervisor {
                 self.leave.as_ref().map(|leave| leave.signals.as_fd()),
                 |ready| &mut ready.leave,
             ),
-            (others.console.as_ref().map(AsFd::as_fd), |ready| {
+            (end(others.console.as_ref(), here), |ready| {
                 &mut ready.console
             }),
-            (self.port.as_ref().map(AsFd::as_fd), |ready| &mut ready.port),
-            (others.speaker.as_ref().map(AsFd::as_fd), |ready| {
+            (end(self.port.as_ref(), here), |ready| &mut ready.port),
+            (end(others.speaker.as_ref(), here), |ready| {
                 &mut ready.speaker
             }),
             (terminal.map(AsFd::as_fd), |ready| &mut ready.terminal),
@@ -378,6 +404,11 @@ impl Supervisor {
             };
             self.said.take_down(&event);
             self.say_anew();
+            if event == MachineEvent::Running
+                && let Some(blackout_us) = self.taken.as_mut().and_then(Taken::blackout_us)
+            {
+                self.tell(&FromMachine::TookOver { blackout_us });
+            }
             // First what it has: once it is known to run, its devices are looked at.
             if event == MachineEvent::Running && std::mem::take(&mut self.to_tell) {
                 self.tell(&self.status());
@@ -471,6 +502,10 @@ impl Supervisor {
                 self.copy_no_more("its guest is to be sent to another host");
                 self.send(migration, policy, files)
             }
+            ToMachine::HandOver {
+                request_id,
+                migration,
+            } => self.is_to_hand_over(request_id, migration, files),
             copies @ (ToMachine::Copy { .. } | ToMachine::NoCopy { .. }) => {
                 self.obey_about_copies(copies, files);
                 Ok(())
@@ -532,6 +567,7 @@ impl Supervisor {
             suspends: true,
             sends: true,
             copies: true,
+            hands: true,
             moving: self.sent.moving.clone(),
         }
     }
@@ -627,6 +663,8 @@ const SEND: SendFlags = SendFlags::NOSIGNAL.union(SendFlags::DONTWAIT);
 #[derive(Default)]
 struct Ready {
     serial: bool,
+    /// Looked at at every turn.
+    sent: bool,
     guest: bool,
     agent: bool,
     leave: bool,

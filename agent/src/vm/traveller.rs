@@ -1,4 +1,4 @@
-//! A machine of its own process, wherever its guest is on its way: here, being sent, or offered to another host.
+//! A machine of its own process, wherever its guest is on its way: here, being sent, or offered to another host or process.
 //!
 //! Whoever asks for what cannot be done meanwhile hears so; one that was offered stands still until it is told to stay
 //! or its process is ended.
@@ -14,8 +14,8 @@ use fractus_agent_api::migration::{self, Policy, Progress, State as Journey};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
 use fractus_vmm::machine::{
-    self, DiskCopyPolicy, DiskCopying, Luggage, Machine, Offered, RunState, SendReport, Sender,
-    Unsent,
+    self, DiskCopyPolicy, DiskCopying, Handed, Handing, HandingStep, Luggage, Machine, Offered,
+    RunState, SendReport, Sender, Unsent,
 };
 use fractus_vmm::stream::converge;
 use rustix::event::{EventfdFlags, eventfd};
@@ -28,6 +28,8 @@ use crate::volume::room::Room;
 /// Rounds that are told of: as many of the first as of the last.
 const ROUNDS: usize = 64;
 const PAGE: u64 = fractus_vmm::stream::PAGE as u64;
+/// In which another process of this host makes a machine of what it was handed.
+const HANDED_IN: Duration = Duration::from_secs(10);
 
 /// Nobody has asked the guest whether an image is worth standing still for: it is not for more than a second, and one
 /// that writes too fast for that has none.
@@ -60,6 +62,8 @@ enum Stage {
     Here(Machine),
     Sent(Sender<Paced>),
     Offered(Offered<Paced>),
+    Handing(Handing<Paced>),
+    Handed(Handed),
     /// Between two of them, and after what took it along failed.
     Nowhere,
 }
@@ -89,6 +93,8 @@ impl Traveller {
             Stage::Here(machine) => Some(machine),
             Stage::Sent(sender) => Some(sender.machine()),
             Stage::Offered(offered) => Some(offered.machine()),
+            Stage::Handing(handing) => Some(handing.machine()),
+            Stage::Handed(handed) => Some(handed.machine()),
             Stage::Nowhere => None,
         }
     }
@@ -98,7 +104,9 @@ impl Traveller {
         match &mut self.stage {
             Stage::Here(machine) => Ok(machine),
             Stage::Sent(sender) => Ok(sender.machine_mut()),
+            Stage::Handing(handing) => Ok(handing.machine_mut()),
             Stage::Offered(_) => Err(travels("has been offered to another host")),
+            Stage::Handed(_) => Err(travels("has been handed over to another process")),
             Stage::Nowhere => Err(travels("is gone")),
         }
     }
@@ -107,7 +115,8 @@ impl Traveller {
     fn at_home(&mut self) -> Result<&mut Machine, GuestError> {
         match self.stage {
             Stage::Sent(_) => Err(travels("is being sent to another host")),
-            Stage::Here(_) | Stage::Offered(_) | Stage::Nowhere => self.free(),
+            Stage::Handing(_) => Err(travels("is being handed over to another process")),
+            Stage::Here(_) | Stage::Offered(_) | Stage::Handed(_) | Stage::Nowhere => self.free(),
         }
     }
 
@@ -148,7 +157,7 @@ impl Guest for Traveller {
     }
 
     fn stop(&mut self) -> Result<(), GuestError> {
-        if let Stage::Offered(_) = self.stage {
+        if let Stage::Offered(_) | Stage::Handed(_) = self.stage {
             // It must not run for that.
             (self.stage, self.let_go) = (Stage::Nowhere, true);
             return Ok(());
@@ -277,11 +286,45 @@ impl Guest for Traveller {
         }
     }
 
+    fn hand_over(
+        &mut self,
+        connection: UnixStream,
+        note: Vec<u8>,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), GuestError> {
+        self.at_home()?;
+        let Stage::Here(machine) = std::mem::replace(&mut self.stage, Stage::Nowhere) else {
+            return Err(travels("is gone"));
+        };
+        let connection = Paced::with_answer_in(connection, HANDED_IN);
+        match Handing::begin(machine, connection, &note, files) {
+            Ok(handing) => {
+                self.stage = Stage::Handing(handing);
+                Ok(())
+            }
+            Err(unsent) => Err(GuestError::Machine(self.not_sent(unsent))),
+        }
+    }
+
     fn is_being_sent(&self) -> bool {
-        matches!(self.stage, Stage::Sent(_))
+        matches!(self.stage, Stage::Sent(_) | Stage::Handing(_))
+    }
+
+    fn waits_for(&self) -> Option<BorrowedFd<'_>> {
+        match &self.stage {
+            Stage::Handing(handing) if !handing.is_awaited() => Some(handing.connection().as_fd()),
+            _ => None,
+        }
+    }
+
+    fn is_handed_over(&self) -> bool {
+        matches!(self.stage, Stage::Handed(_))
     }
 
     fn send_by(&mut self, policy: Option<Policy>, note: Option<Vec<u8>>) {
+        if let (Stage::Handing(handing), Some(note)) = (&mut self.stage, &note) {
+            handing.set_owner(note.clone());
+        }
         if let Stage::Sent(sender) = &mut self.stage {
             if let Some(policy) = policy {
                 sender.set_policy(by(policy));
@@ -295,6 +338,7 @@ impl Guest for Traveller {
     fn send_on(&mut self, tells: bool) -> Option<(Journey, Option<Progress>)> {
         let mut sender = match std::mem::replace(&mut self.stage, Stage::Nowhere) {
             Stage::Sent(sender) => sender,
+            Stage::Handing(handing) => return self.hand_on(handing),
             other => {
                 self.stage = other;
                 return None;
@@ -315,13 +359,7 @@ impl Guest for Traveller {
             Ok(machine::Progress::Offered(offered)) => {
                 let report = offered.report();
                 let mut progress = progress(report, report.whole);
-                let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-                progress.pause = Some(migration::Pause {
-                    stop_us: us(report.pause.stop),
-                    state_us: us(report.pause.state),
-                    send_us: us(report.pause.send),
-                    answer_us: us(report.pause.answer),
-                });
+                progress.pause = Some(pause(report.pause));
                 let journey = Journey::Offered {
                     ran: offered.ran(),
                     doubt: offered.doubt().map(|doubt| super::chain(doubt)),
@@ -342,7 +380,11 @@ impl Guest for Traveller {
                 self.stage = Stage::Here(sender.give_up());
                 Ok(())
             }
-            offered @ Stage::Offered(_) => {
+            Stage::Handing(handing) => {
+                self.stage = Stage::Here(handing.give_up());
+                Ok(())
+            }
+            offered @ (Stage::Offered(_) | Stage::Handed(_)) => {
                 self.stage = offered;
                 self.take_back()
             }
@@ -364,8 +406,8 @@ impl Guest for Traveller {
 
     fn event_fd(&self) -> BorrowedFd<'_> {
         match self.stage {
-            Stage::Here(_) | Stage::Sent(_) => self.events.as_fd(),
-            Stage::Offered(_) | Stage::Nowhere => self.silence.as_fd(),
+            Stage::Here(_) | Stage::Sent(_) | Stage::Handing(_) => self.events.as_fd(),
+            Stage::Offered(_) | Stage::Handed(_) | Stage::Nowhere => self.silence.as_fd(),
         }
     }
 
@@ -379,10 +421,37 @@ impl Guest for Traveller {
 }
 
 impl Traveller {
+    /// As soon as the other process is ready for it.
+    fn hand_on(&mut self, handing: Handing<Paced>) -> Option<(Journey, Option<Progress>)> {
+        match handing.advance() {
+            Ok(HandingStep::Waiting(handing)) => {
+                self.stage = Stage::Handing(handing);
+                None
+            }
+            Ok(HandingStep::Over(handed)) => {
+                let (ran, doubt) = (handed.ran(), None);
+                let progress = Progress {
+                    pause: Some(pause(handed.pause())),
+                    ..Progress::default()
+                };
+                self.stage = Stage::Handed(handed);
+                Some((Journey::Offered { ran, doubt }, Some(progress)))
+            }
+            Err(unsent) => {
+                let reason = self.not_sent(unsent);
+                Some((Journey::Failed { reason }, None))
+            }
+        }
+    }
+
     fn take_back(&mut self) -> Result<(), GuestError> {
         match std::mem::replace(&mut self.stage, Stage::Nowhere) {
             Stage::Offered(offered) => {
                 self.stage = Stage::Here(offered.take_back()?);
+                Ok(())
+            }
+            Stage::Handed(handed) => {
+                self.stage = Stage::Here(handed.take_back()?);
                 Ok(())
             }
             other => {
@@ -403,6 +472,16 @@ fn by(policy: Policy) -> converge::Policy {
             migration::AtLimit::Stop => converge::AtLimit::Stop,
             migration::AtLimit::GiveUp => converge::AtLimit::GiveUp,
         },
+    }
+}
+
+fn pause(pause: machine::Pause) -> migration::Pause {
+    let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    migration::Pause {
+        stop_us: us(pause.stop),
+        state_us: us(pause.state),
+        send_us: us(pause.send),
+        answer_us: us(pause.answer),
     }
 }
 

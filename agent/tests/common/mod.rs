@@ -60,6 +60,8 @@ pub struct Agent {
     pub address: SocketAddr,
     pub host: HostId,
     pub client: AgentClient,
+    /// Its program; another one counts from its next start on.
+    pub binary: PathBuf,
     child: Option<Child>,
     stand_ins: bool,
     first_user: u32,
@@ -131,6 +133,7 @@ impl Agent {
             address,
             host,
             client,
+            binary: env!("CARGO_BIN_EXE_fractus-agent").into(),
             child: None,
             stand_ins,
             first_user,
@@ -165,7 +168,7 @@ impl Agent {
                 "ulimit -Sn 1024 && {booted} {} exec \"$0\" \"$@\"",
                 self.prelude
             ))
-            .arg(env!("CARGO_BIN_EXE_fractus-agent"))
+            .arg(&self.binary)
             .args([
                 "run",
                 "--listen",
@@ -236,6 +239,27 @@ impl Agent {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         Ok(())
+    }
+
+    /// Installs a newer program, which is another file with the same content.
+    pub fn install(&mut self) -> Result {
+        let new = self.folder.path().join(format!("agent-{}", Uuid::new_v4()));
+        std::fs::copy(&self.binary, &new)?;
+        self.binary = new;
+        Ok(())
+    }
+
+    /// `fractus-agent upgrade-machines`, of the installed program.
+    pub fn upgrades_machines(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.binary);
+        command
+            .arg("upgrade-machines")
+            .args(arguments)
+            .arg("--state-dir")
+            .arg(self.folder.path().join("state"))
+            .arg("--runtime-dir")
+            .arg(self.folder.path().join("run"));
+        command
     }
 
     /// Of its host, once that has rebooted.

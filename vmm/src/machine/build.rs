@@ -8,7 +8,7 @@ use fractus_loader::FindError;
 use super::feeding::AtEnd;
 use super::state::{MachineState, STATE_VERSION};
 use super::vcpus::UsedVcpus;
-use super::{Kernel, Machine, MachineError, RunState};
+use super::{Kernel, Machine, MachineError, RunState, handover};
 use crate::board::{self, FixedDevices, IoApic, acpi, generation, smbios};
 use crate::boot::disk::BootDisk;
 use crate::boot::{self, Boot, BootError, Fallback, Source};
@@ -172,6 +172,8 @@ impl Chassis {
         memory: GuestMemory,
         hook: Option<ThreadHook>,
     ) -> Result<Self, BuildError> {
+        // Where the kernel's clock is mapped is looked for once, which a locked-down process could not.
+        handover::now();
         let hot = config.hot_memory.map_or(0, |hot| hot.max);
         let layout = Layout::with_hot(config.memory.bytes, hot);
         let hypervisor = hypervisor(files)?;

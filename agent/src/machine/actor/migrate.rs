@@ -109,6 +109,7 @@ impl<L: Launcher> Actor<L> {
                 line: end,
                 shape: arrival.shape,
             }),
+            takes_over: None,
             most_mib: most_mib(&arrival.shape),
             request_id: self.record.request_id.clone(),
         };
@@ -380,6 +381,11 @@ impl<L: Launcher> Actor<L> {
             Err(error) => return self.say_again(&error).await,
         }
         Ok(())
+    }
+
+    /// A guest that was being handed over, and may stand still for that, is to go on.
+    pub(super) fn is_to_stay(&mut self, id: MigrationId) {
+        self.travel.transit = Transit::Offered(id);
     }
 
     /// The guest is not to be sent any more, by an intent that says so.

@@ -123,6 +123,7 @@ impl<L: Launcher> Actor<L> {
             user: self.record.user,
             goes_on: kept.is_some(),
             arrives: None,
+            takes_over: None,
             most_mib,
             request_id: self.record.request_id.clone(),
         };

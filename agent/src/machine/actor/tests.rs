@@ -3,8 +3,9 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
 
 use async_trait::async_trait;
 use fractus_agent_api::copy::CopyId;
@@ -15,7 +16,7 @@ use fractus_agent_api::guest::InstanceData;
 use fractus_agent_api::machine::{
     Boot, Generation, MachineSpec, Pages, Revision, RootDisk, ServerId, Wanted,
 };
-use fractus_agent_api::migration::{MigrationId, Policy};
+use fractus_agent_api::migration::{MigrationId, Policy, Progress as Journey, State as Transit};
 use fractus_agent_api::size::Size;
 use tokio::sync::Notify;
 use uuid::Uuid;
@@ -25,7 +26,7 @@ use crate::machine::make::{CopyTurn, MakeError, OpenDevice, Progress};
 use crate::machine::process::{Plan, ProcessError, Status};
 use crate::machine::record::{ProcessRecord, VERSION};
 use crate::paths::Paths;
-use crate::vm::protocol::GuestSaid;
+use crate::vm::protocol::{GuestSaid, Moving};
 use crate::volume::OpenDisk;
 use crate::volume::directory::{self, Old};
 
@@ -67,11 +68,46 @@ pub(super) enum Told {
     Resume,
     /// Its guest goes on, in a new process.
     GoOn,
+    HandOver(MigrationId),
+    /// Of one that takes over, or was taken over; with the process that the record names then.
+    Go(i32),
+    Kill(i32),
+    Settle,
     /// Not the process but its control group, MiB.
     Limit(u64),
 }
 
-pub(super) struct Double(Words, Arc<Mutex<Vec<Told>>>);
+/// What is so of an upgrade.
+#[derive(Default)]
+pub(super) struct Upgrade {
+    /// What the process says that takes over.
+    pub(super) heir: Words,
+    /// Of the machine.
+    record: Mutex<PathBuf>,
+    /// The first process is of an agent that could not hand over.
+    pub(super) is_old: AtomicBool,
+    /// What it was told, and what it says of it.
+    handed: Mutex<Option<MigrationId>>,
+    /// The one that takes over is gone when it gets its `Go`.
+    pub(super) dies: AtomicBool,
+}
+
+/// With its pid: 2 if it takes over.
+pub(super) struct Double(Words, Arc<Mutex<Vec<Told>>>, Arc<Upgrade>, i32);
+
+impl Double {
+    fn moving(&self, state: Transit) -> Heard {
+        let moving = self.2.handed.lock().unwrap().map(|migration| Moving {
+            migration,
+            state,
+            progress: Journey::default(),
+        });
+        let Heard::Status(status) = status(State::Running, None) else {
+            unreachable!("as it was made")
+        };
+        Heard::Status(Status { moving, ..status })
+    }
+}
 
 fn identity() -> ProcessRecord {
     ProcessRecord {
@@ -88,11 +124,24 @@ fn identity() -> ProcessRecord {
 #[async_trait]
 impl Process for Double {
     fn identity(&self) -> ProcessRecord {
-        identity()
+        ProcessRecord {
+            pid: self.3,
+            ..identity()
+        }
     }
 
     async fn tell(&mut self, command: Command, _: Option<&str>) -> Result<(), ProcessError> {
         match command {
+            Command::Go if self.3 == 2 => {
+                if self.2.dies.load(Ordering::Relaxed) {
+                    return Err(ProcessError::Mute);
+                }
+                let record = Record::read(&self.2.record.lock().unwrap()).unwrap();
+                let named = record.process.unwrap().pid;
+                self.1.lock().unwrap().push(Told::Go(named));
+                self.0.say(Heard::TookOver(1500));
+                self.0.say(Heard::Event(MachineEvent::Running));
+            }
             Command::Go => self.0.say(Heard::Event(MachineEvent::Running)),
             Command::Resume => self.1.lock().unwrap().push(Told::Resume),
             Command::Pause | Command::PressPowerButton => {}
@@ -158,8 +207,37 @@ impl Process for Double {
         Ok(())
     }
 
+    fn can_hand_over(&self) -> Result<(), ProcessError> {
+        match self.2.is_old.load(Ordering::Relaxed) {
+            true => Err(ProcessError::NotNow("older".to_owned())),
+            false => Ok(()),
+        }
+    }
+
+    async fn hand_over(
+        &mut self,
+        migration: MigrationId,
+        _: OwnedFd,
+        _: Option<&str>,
+    ) -> Result<(), ProcessError> {
+        self.1.lock().unwrap().push(Told::HandOver(migration));
+        *self.2.handed.lock().unwrap() = Some(migration);
+        let answer = self.0.1.lock().unwrap().pop_front();
+        if let Some(answer) = answer {
+            let (ran, doubt) = (true, None);
+            let offered = Transit::Offered { ran, doubt };
+            let state = answer.map_or_else(|reason| Transit::Failed { reason }, |()| offered);
+            self.0.say(self.moving(state));
+        }
+        Ok(())
+    }
+
     async fn stay(&mut self, _: Option<&str>) -> Result<(), ProcessError> {
         self.1.lock().unwrap().push(Told::Stay);
+        if self.2.handed.lock().unwrap().is_some() {
+            let reason = "it stays".to_owned();
+            self.0.say(self.moving(Transit::Failed { reason }));
+        }
         Ok(())
     }
 
@@ -174,12 +252,15 @@ impl Process for Double {
     }
 
     async fn kill(&mut self) -> Result<End, ProcessError> {
+        if self.2.handed.lock().unwrap().is_some() {
+            self.1.lock().unwrap().push(Told::Kill(self.3));
+        }
         Ok(End::Said(StopReason::Requested))
     }
 }
 
 /// Every process that it starts says the same words.
-pub(super) struct Doubles(Words, Arc<Mutex<Vec<Told>>>);
+pub(super) struct Doubles(Words, Arc<Mutex<Vec<Told>>>, Arc<Upgrade>);
 
 #[async_trait]
 impl Launcher for Doubles {
@@ -193,11 +274,25 @@ impl Launcher for Doubles {
         if !devices.is_empty() {
             self.1.lock().unwrap().push(Told::Start(devices));
         }
-        Ok(Double(self.0.clone(), self.1.clone()))
+        let (words, pid) = match plan.takes_over {
+            Some(_) => (self.2.heir.clone(), 2),
+            None => (self.0.clone(), 1),
+        };
+        Ok(Double(words, self.1.clone(), self.2.clone(), pid))
     }
 
     async fn adopt(&self, _: ServerId, _: &ProcessRecord) -> std::io::Result<Adoption<Double>> {
-        Ok(Adoption::Alive(Double(self.0.clone(), self.1.clone())))
+        let (told, upgrade) = (self.1.clone(), self.2.clone());
+        Ok(Adoption::Alive(Double(self.0.clone(), told, upgrade, 1)))
+    }
+
+    fn is_current(&self, process: &ProcessRecord) -> std::io::Result<bool> {
+        Ok(process.pid == 2)
+    }
+
+    fn settle(&self, _: ServerId) -> std::io::Result<()> {
+        self.1.lock().unwrap().push(Told::Settle);
+        Ok(())
     }
 
     fn limit(&self, _: ServerId, _: u8, memory_mib: u64) -> std::io::Result<()> {
@@ -362,6 +457,7 @@ pub(super) struct Stage {
     pub(super) actor: Actor<Doubles>,
     pub(super) words: Words,
     pub(super) told: Arc<Mutex<Vec<Told>>>,
+    pub(super) upgrade: Arc<Upgrade>,
     pub(super) reports: watch::Receiver<MachineReport>,
     changed: mpsc::UnboundedReceiver<ServerId>,
     pub(super) mailbox: mpsc::Sender<Message>,
@@ -378,8 +474,9 @@ impl Stage {
         let words = Words::default();
         let told: Arc<Mutex<Vec<Told>>> = Arc::default();
         let (sender, changed) = mpsc::unbounded_channel();
+        let upgrade: Arc<Upgrade> = Arc::default();
         let surroundings = Surroundings {
-            launcher: Doubles(words.clone(), told.clone()),
+            launcher: Doubles(words.clone(), told.clone(), upgrade.clone()),
             makings: Arc::new(NoMakings),
             shutdown: SHUTDOWN,
             listen: std::net::Ipv4Addr::LOCALHOST.into(),
@@ -407,6 +504,7 @@ impl Stage {
         };
         let paths = Paths::new(folder, folder).machine(ID);
         record.write(&paths.record()).unwrap();
+        *upgrade.record.lock().unwrap() = paths.record();
         let (mailbox, messages) = mpsc::channel(16);
         let surroundings = Arc::new(surroundings);
         let (actor, reports, _) = Actor::new(surroundings, paths, record, messages, Arc::default());
@@ -414,6 +512,7 @@ impl Stage {
             actor,
             words,
             told,
+            upgrade,
             reports,
             changed,
             mailbox,
@@ -421,6 +520,16 @@ impl Stage {
         stage.settle(Observed::Running).await;
         while stage.changed.try_recv().is_ok() {}
         stage
+    }
+
+    /// Its process says that it has handed its guest over.
+    pub(super) fn stands_still(&self, id: MigrationId) {
+        *self.upgrade.handed.lock().unwrap() = Some(id);
+        let (ran, doubt) = (true, None);
+        let (told, upgrade) = (self.told.clone(), self.upgrade.clone());
+        let process = Double(self.words.clone(), told, upgrade, 1);
+        let moving = process.moving(Transit::Offered { ran, doubt });
+        self.words.say(moving);
     }
 
     /// All that was said.

@@ -3,10 +3,12 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 
 use rustix::process::{
     Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, pidfd_open, prlimit, waitid,
 };
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::machine::record::ProcessRecord;
@@ -65,6 +67,30 @@ pub fn user(pid: i32) -> Option<u32> {
     line.split_ascii_whitespace().next()?.parse().ok()
 }
 
+/// A program's file, which is its own for as long as something runs it: an upgrade puts another in its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    device: u64,
+    inode: u64,
+}
+
+/// Of a process that lives.
+pub fn program(pid: i32) -> io::Result<Program> {
+    let file = fs::metadata(format!("/proc/{pid}/exe"))?;
+    Ok(Program {
+        device: file.dev(),
+        inode: file.ino(),
+    })
+}
+
+pub fn program_of(file: impl AsFd) -> io::Result<Program> {
+    let file = rustix::fs::fstat(file)?;
+    Ok(Program {
+        device: file.st_dev,
+        inode: file.st_ino,
+    })
+}
+
 /// Whether the process has ended (a zombie has).
 pub fn ended(pidfd: &OwnedFd) -> bool {
     let mut polled = [rustix::event::PollFd::new(
@@ -93,6 +119,12 @@ pub fn let_write(process: &ProcessRecord, bytes: u64) -> io::Result<()> {
     };
     prlimit(Pid::from_raw(process.pid), Resource::Fsize, most)?;
     Ok(())
+}
+
+/// The largest file that a process which lives may write; 0: there is no limit, or none is known.
+pub fn may_write(process: &ProcessRecord) -> io::Result<u64> {
+    let limits = fs::read_to_string(format!("/proc/{}/limits", process.pid))?;
+    Ok(file_size_limit(&limits).unwrap_or(0))
 }
 
 /// Bytes, of /proc/PID/limits (proc(5)); none: there is no limit.

@@ -31,6 +31,7 @@ use super::{identity, last_words, sockets};
 use crate::host::cgroup::Cgroups;
 use crate::machine::guest_agent;
 use crate::machine::record::ProcessRecord;
+use crate::network::vhost;
 use crate::paths::{MachinePaths, Paths};
 use crate::vm::SUBCOMMAND;
 use crate::vm::packet;
@@ -99,6 +100,11 @@ impl HostLauncher {
             None => Vec::new(),
         };
         let largest = most.iter().copied().max().unwrap_or(0);
+        let largest = match &plan.takes_over {
+            // It has the same files, and may have been let write larger ones since.
+            Some(from) => identity::may_write(&from.from).map_err(failed("its limit of files"))?,
+            None => largest,
+        };
         let launch = Launch {
             id: plan.id,
             most,
@@ -166,7 +172,7 @@ impl HostLauncher {
             // Before the process has its launch, and so before it uses anything worth counting.
             let mut spec = plan.spec.clone();
             // What it goes on with may be more than what is wanted by now; it says how much, and is held to it.
-            if plan.goes_on || plan.arrives.is_some() {
+            if plan.goes_on || plan.arrives.is_some() || plan.takes_over.is_some() {
                 spec.memory_mib = spec.memory_mib.max(plan.most_mib);
             }
             cgroups
@@ -216,19 +222,15 @@ impl HostLauncher {
         let at = |path: &Path| failed(format!("opening {}", path.display()));
         let mut files = Files::default();
         let mut config = machine_config(plan.id, &plan.spec)?;
+        if plan.takes_over.is_some() {
+            self.open_for_heir(plan, paths, &mut files)?;
+            return Ok((config, files));
+        }
         if let Some(arriving) = &plan.arrives {
             be_shaped(&mut config, &arriving.shape);
         }
         if !self.stand_ins {
-            let kvm = Path::new("/dev/kvm");
-            files.push(
-                FileRole::Kvm,
-                File::options()
-                    .read(true)
-                    .write(true)
-                    .open(kvm)
-                    .map_err(at(kvm))?,
-            );
+            files.push(FileRole::Kvm, open_kvm()?);
             let boot = &plan.spec.boot;
             for (role, image) in [
                 (FileRole::Kernel, &boot.kernel),
@@ -249,19 +251,7 @@ impl HostLauncher {
         if let BootSource::Disk(_) = config.boot {
             self.open_fallback(&mut files)?;
         }
-        for (role, path) in [
-            (FileRole::SerialLog, paths.serial_log()),
-            (FileRole::Log, paths.log()),
-        ] {
-            let mut options = File::options();
-            options
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600);
-            files.push(role, options.open(&path).map_err(at(&path))?);
-        }
+        open_logs(paths, &mut files)?;
         if plan.goes_on {
             let memory = paths.memory();
             files.push(FileRole::Kept, File::open(&memory).map_err(at(&memory))?);
@@ -270,19 +260,75 @@ impl HostLauncher {
             let line = arriving.line.try_clone();
             files.push(FileRole::Arrival, line.map_err(failed("the guest's line"))?);
         }
-        let words = paths.last_words();
-        let mut options = File::options();
-        options.write(true).create(true).truncate(true).mode(0o600);
-        files.push(
-            FileRole::LastWords,
-            options.open(&words).map_err(at(&words))?,
-        );
+        open_words(paths, true, &mut files)?;
         files.push(
             FileRole::Control,
             sockets::control(&paths.socket).map_err(at(&paths.socket))?,
         );
         Ok((config, files))
     }
+
+    /// All else comes from the process that has the guest, which may go on with what it shares: its log, its last words
+    /// and its socket's name.
+    fn open_for_heir(
+        &self,
+        plan: &mut Plan,
+        paths: &MachinePaths,
+        files: &mut Files,
+    ) -> Result<(), ProcessError> {
+        files.push(FileRole::Kvm, open_kvm()?);
+        let free = plan.spec.nics.iter().filter(|nic| nic.limit.is_none());
+        let pairs = free.map(|nic| usize::from(nic.queues)).sum();
+        for device in vhost::open_all(pairs) {
+            files.push(FileRole::Vhost, device);
+        }
+        open_logs(paths, files)?;
+        open_words(paths, false, files)?;
+        if let Some(from) = &plan.takes_over {
+            let line = from.line.try_clone();
+            let line = line.map_err(failed("the line to the process before"))?;
+            files.push(FileRole::Predecessor, line);
+        }
+        let path = paths.next_socket();
+        let socket = sockets::control(&path);
+        let socket = socket.map_err(failed(format!("opening {}", path.display())))?;
+        files.push(FileRole::Control, socket);
+        Ok(())
+    }
+}
+
+fn open_kvm() -> Result<File, ProcessError> {
+    let kvm = File::options().read(true).write(true).open("/dev/kvm");
+    kvm.map_err(failed("opening /dev/kvm"))
+}
+
+fn open_logs(paths: &MachinePaths, files: &mut Files) -> Result<(), ProcessError> {
+    for (role, path) in [
+        (FileRole::SerialLog, paths.serial_log()),
+        (FileRole::Log, paths.log()),
+    ] {
+        let mut options = File::options();
+        options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600);
+        let file = options.open(&path);
+        let file = file.map_err(failed(format!("opening {}", path.display())))?;
+        files.push(role, file);
+    }
+    Ok(())
+}
+
+fn open_words(paths: &MachinePaths, anew: bool, files: &mut Files) -> Result<(), ProcessError> {
+    let path = paths.last_words();
+    let mut options = File::options();
+    options.write(true).create(true).truncate(anew).mode(0o600);
+    let file = options.open(&path);
+    let file = file.map_err(failed(format!("opening {}", path.display())))?;
+    files.push(FileRole::LastWords, file);
+    Ok(())
 }
 
 /// The agent's unit protects it from a host that is out of memory (`OOMScoreAdjust`), which a machine
@@ -415,6 +461,7 @@ impl Launcher for Arc<HostLauncher> {
             suspends: Some(true),
             sends: Some(true),
             copies: Some(true),
+            hands: Some(true),
         })
     }
 
@@ -436,6 +483,7 @@ impl Launcher for Arc<HostLauncher> {
                 suspends: None,
                 sends: None,
                 copies: None,
+                hands: None,
             };
             // One that does not answer is alive all the same; it is asked again when it is heard.
             process.greeting = process.connect().await.ok();
@@ -450,6 +498,14 @@ impl Launcher for Arc<HostLauncher> {
         Ok(Adoption::Gone(end))
     }
 
+    fn is_current(&self, process: &ProcessRecord) -> io::Result<bool> {
+        Ok(identity::program(process.pid)? == identity::program_of(&self.binary)?)
+    }
+
+    fn settle(&self, id: ServerId) -> io::Result<()> {
+        sockets::settle(&self.paths.machine(id))
+    }
+
     fn limit(&self, id: ServerId, vcpus: u8, memory_mib: u64) -> io::Result<()> {
         match &self.cgroups {
             Some(cgroups) => cgroups.limit(id, vcpus, memory_mib),
@@ -458,12 +514,14 @@ impl Launcher for Arc<HostLauncher> {
     }
 
     async fn clear(&self, id: ServerId) -> Result<(), ProcessError> {
-        let socket = self.paths.machine(id).socket;
-        match std::fs::remove_file(&socket) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed(format!("removing {}", socket.display()))(error));
+        let paths = self.paths.machine(id);
+        for socket in [paths.next_socket(), paths.socket] {
+            match std::fs::remove_file(&socket) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed(format!("removing {}", socket.display()))(error));
+                }
+                _ => {}
             }
-            _ => {}
         }
         match &self.cgroups {
             Some(cgroups) => cgroups

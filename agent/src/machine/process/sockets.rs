@@ -11,6 +11,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::net::{bind, listen, socket_with};
 
+use crate::paths::MachinePaths;
+
 /// Programs that may wait at a machine's sockets before they are let in.
 const BACKLOG: i32 = 128;
 
@@ -26,6 +28,15 @@ pub(super) fn control(path: &Path) -> io::Result<OwnedFd> {
     }
     bind(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
+}
+
+/// The control socket of the process that takes a machine over is in the place of the one before afterwards. May be
+/// repeated.
+pub(super) fn settle(paths: &MachinePaths) -> io::Result<()> {
+    match std::fs::rename(paths.next_socket(), &paths.socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// To which programs of the host come that want to speak with the guest; it listens. Nobody but root may
