@@ -14,6 +14,7 @@ mod migrate;
 mod net;
 mod process;
 mod snapshot;
+mod upgrade;
 mod vmm;
 
 use std::process::ExitCode;
@@ -76,6 +77,11 @@ const BENCHES: &[Bench] = &[
         name: "migrate",
         about: "a guest of 1 GiB to another host, idle and writing 128 and 512 MiB over and over, beside QEMU's migration",
         run: migrate::migrations,
+    },
+    Bench {
+        name: "upgrade",
+        about: "a guest of 1 GiB that goes on in another process of its host, which has its memory by descriptor",
+        run: upgrade::handed_over,
     },
     Bench {
         name: "snapshot",

@@ -155,13 +155,13 @@ impl Felt {
 }
 
 /// Ours, paused but when it is its turn.
-struct Ours<'a> {
-    cloud: &'a Cloud,
-    id: String,
+pub struct Ours<'a> {
+    pub cloud: &'a Cloud,
+    pub id: String,
 }
 
 impl Ours<'_> {
-    async fn line_after(&self, second: u64) -> anyhow::Result<Line> {
+    pub async fn line_after(&self, second: u64) -> anyhow::Result<Line> {
         let began = Instant::now();
         loop {
             let said = self.cloud.console(&self.id).await?;

@@ -4,6 +4,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -303,6 +304,19 @@ impl Cloud {
         match &self.options.agent_program {
             Some(program) => Ok(program.clone()),
             None => program("fractus-agent"),
+        }
+    }
+
+    /// `fractus-agent upgrade-machines --all` on a host of one agent: what it says.
+    pub fn upgrade_machines(&self, index: usize) -> Result<String> {
+        let output = Command::new(self.agent_program()?)
+            .args(["upgrade-machines", "--all"])
+            .args(self.folders(&self.agents[index]))
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        match output.status.success() {
+            true => Ok(said),
+            false => bail!("{said}{}", String::from_utf8_lossy(&output.stderr)),
         }
     }
 
