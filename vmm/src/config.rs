@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
+use fractus_cpuid::{Leaf, Level, Profile};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -109,27 +110,38 @@ pub struct CpuConfig {
     pub host_cpus: Vec<u32>,
 }
 
-/// Which of the host's CPU features the guest sees. A machine keeps its profile for its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// What the guest's CPU is. A machine keeps it for its life.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CpuProfile {
-    /// All that KVM supports on this host.
+    /// All that KVM supports on this host, and on the next one what that supports.
     #[default]
     Host,
     /// x86-64-v2 of the psABI (SSE4.2, POPCNT, CMPXCHG16B), on any host of the last 12 years.
     X86_64V2,
     /// x86-64-v3 of the psABI (AVX2, BMI, FMA, MOVBE).
     X86_64V3,
+    /// Of a machine that starts: what the host has of this, without which it does not start.
+    Custom(Box<Profile>),
+    /// What such a machine has from then on, on whatever host.
+    Kept(Box<KeptCpu>),
+}
+
+/// A guest's CPUID, but for what tells its vCPUs apart.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptCpu {
+    pub leaves: Vec<Leaf>,
+    /// None: its first host had no steady one.
+    pub tsc_khz: Option<u32>,
 }
 
 impl CpuProfile {
     /// `host`, `x86-64-v2`, `x86-64-v3`, as the agent's wire type names them.
     pub fn by_name(name: &str) -> Option<CpuProfile> {
-        match name {
-            "host" => Some(CpuProfile::Host),
-            "x86-64-v2" => Some(CpuProfile::X86_64V2),
-            "x86-64-v3" => Some(CpuProfile::X86_64V3),
-            _ => None,
+        match Level::by_name(name) {
+            Some(Level::V2) => Some(CpuProfile::X86_64V2),
+            Some(Level::V3) => Some(CpuProfile::X86_64V3),
+            None => (name == "host").then_some(CpuProfile::Host),
         }
     }
 }

@@ -103,6 +103,20 @@ impl Hypervisor {
         self.kvm.check_extension(Cap::TscDeadlineTimer)
     }
 
+    /// A vCPU's TSC can run at another frequency than the host's.
+    pub fn scales_tsc(&self) -> bool {
+        self.kvm.check_extension(Cap::TscControl)
+    }
+
+    /// A vCPU that nobody uses, to ask what is told of one only; its VM is to outlive it.
+    pub fn any_vcpu(&self) -> Result<(VmFd, VcpuFd), KvmError> {
+        let vm = self.uninterrupted();
+        let vm = vm.map_err(refused("create a VM (KVM_CREATE_VM)"))?;
+        let vcpu = vm.create_vcpu(0);
+        let vcpu = vcpu.map_err(refused("create a vCPU (KVM_CREATE_VCPU)"))?;
+        Ok((vm, vcpu))
+    }
+
     /// Indices of the MSRs that make up a vCPU's state on this host.
     pub fn saved_msrs(&self) -> Result<Vec<u32>, KvmError> {
         let list = self

@@ -4,6 +4,8 @@
 //! the agent or the controller. Every body that is persisted or sent carries [`VERSION`]; a newer
 //! controller speaks to an agent one release older, so fields are only ever added, with defaults.
 
+pub use fractus_cpuid as cpu;
+
 pub mod client;
 pub mod copy;
 pub mod decision;

@@ -225,6 +225,7 @@ impl Probe {
             "cpu-start" => self.start_cpu(words),
             "cpu-eject" => eject_cpu(words),
             "spin" => spin(words),
+            "cpuid" => tell_cpuid(words, out),
             "stamp" => stamp(words),
             "gaps" => tell_gaps(out),
             "interrupts" => tell_interrupts(out),
@@ -697,6 +698,16 @@ fn tell_time(out: &mut Line) -> Outcome {
         clock::khz(),
         clock::ticks()
     );
+    Ok(())
+}
+
+/// `cpuid LEAF INDEX`: the four registers, in hexadecimal.
+fn tell_cpuid(words: &mut Words, out: &mut Line) -> Outcome {
+    let (Some(leaf), Some(index)) = (words.number(), words.number()) else {
+        return Err(Refusal::Usage("LEAF INDEX"));
+    };
+    let [a, b, c, d] = cpu::cpuid(leaf as u32, index as u32);
+    let _ = write!(out, " eax={a:x} ebx={b:x} ecx={c:x} edx={d:x}");
     Ok(())
 }
 

@@ -4,45 +4,27 @@
 //! nothing it should not. Sources: Intel SDM vol. 2 CPUID, AMD APM vol. 3 appendix E, psABI x86-64
 //! (micro-architecture levels), Documentation/virt/kvm/x86/cpuid.rst.
 
+use fractus_cpuid::{Leaf, Level, Profile, Register, ignored, words_of};
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use crate::config::CpuProfile;
 
 /// Leaf 1 ECX.
 mod leaf1_ecx {
+    pub const VMX: u32 = 1 << 5;
     pub const X2APIC: u32 = 1 << 21;
     pub const TSC_DEADLINE: u32 = 1 << 24;
     pub const HYPERVISOR: u32 = 1 << 31;
-    pub const VMX: u32 = 1 << 5;
-    /// SSE3, PCLMULQDQ, SSSE3, CMPXCHG16B, SSE4.1, SSE4.2, POPCNT, and what is ours.
-    pub const V2: u32 = 1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 23 | OURS;
-    /// FMA, MOVBE, AES, XSAVE, OSXSAVE, AVX, F16C, RDRAND.
-    pub const V3: u32 =
-        V2 | 1 << 1 | 1 << 12 | 1 << 22 | 1 << 25 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 30;
-    /// x2APIC, TSC deadline, PCID, hypervisor: not part of a level, always there with KVM.
-    const OURS: u32 = X2APIC | TSC_DEADLINE | 1 << 17 | HYPERVISOR;
 }
 
-/// Leaf 7 EBX for v3: FSGSBASE, TSC_ADJUST, BMI1, AVX2, SMEP, BMI2, ERMS, INVPCID, SMAP.
-const LEAF7_EBX_V3: u32 =
-    1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 20;
-/// For v2 the same without AVX2, BMI1 and BMI2.
-const LEAF7_EBX_V2: u32 = LEAF7_EBX_V3 & !(1 << 3 | 1 << 5 | 1 << 8);
-/// Leaf 7 EDX that protects against the CPU's own faults: MD_CLEAR, IBRS, STIBP, FLUSH_L1D,
-/// ARCH_CAPABILITIES, SSBD. Kept in every profile.
-const LEAF7_EDX_SAFETY: u32 = 1 << 10 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 31;
-/// Leaf 0x80000001 ECX: LAHF (v2), ABM (v3), and TOPOEXT, which says no more than the topology.
-const EXTENDED_ECX_V2: u32 = 1 | 1 << 22;
-const EXTENDED_ECX_V3: u32 = EXTENDED_ECX_V2 | 1 << 5;
+/// Leaf 7 ECX.
+const LA57: u32 = 1 << 16;
 /// Leaf 0x80000001 ECX: AMD's virtualisation.
 const EXTENDED_ECX_SVM: u32 = 1 << 2;
 /// Leaf 0x80000001 ECX: legacy core numbering, for more than one core.
 const EXTENDED_ECX_CMP_LEGACY: u32 = 1 << 1;
-/// XCR0 components of leaf 0xd: x87, SSE; and AVX for v3.
-const XCR0_V2: u32 = 0b11;
-const XCR0_V3: u32 = 0b111;
-/// Leaf 0xd subleaf 1: XSAVEOPT, XSAVEC, XGETBV1 (no XSAVES: it brings an MSR of components).
-const XSAVE_FORMS: u32 = 0b111;
+/// The XSAVE area's legacy part and header; AVX's 256 bytes are behind them.
+const XSAVE_LEAST: u32 = 512 + 64;
 
 const VENDOR_AMD: [u32; 3] = [0x6874_7541, 0x6974_6e65, 0x444d_4163];
 const VENDOR_HYGON: [u32; 3] = [0x6f67_7948, 0x6e65_476e, 0x656e_6975];
@@ -50,14 +32,23 @@ const VENDOR_HYGON: [u32; 3] = [0x6f67_7948, 0x6e65_476e, 0x656e_6975];
 /// The guest's CPUID for vCPU `index` of `count`, from what KVM supports.
 pub fn shape(
     supported: &[kvm_cpuid_entry2],
-    profile: CpuProfile,
+    profile: &CpuProfile,
     index: u8,
     count: u8,
     tsc_deadline: bool,
 ) -> Vec<kvm_cpuid_entry2> {
+    let kept: Vec<_>;
+    let (given, tsc_deadline) = match profile {
+        // It has the timer, or not, as it had.
+        CpuProfile::Kept(cpu) => {
+            kept = cpu.leaves.iter().map(entry).collect();
+            (kept.as_slice(), false)
+        }
+        _ => (supported, tsc_deadline),
+    };
     // Sub-leaves of topology are made here; those KVM gives are the host's.
     let topology = [0xb, 0x1f];
-    let mut entries: Vec<_> = supported
+    let mut entries: Vec<_> = given
         .iter()
         .filter(|entry| !topology.contains(&entry.function))
         .copied()
@@ -66,10 +57,14 @@ pub fn shape(
     let vendor = vendor.map(|leaf| [leaf.ebx, leaf.edx, leaf.ecx]);
     let amd = vendor == Some(VENDOR_AMD) || vendor == Some(VENDOR_HYGON);
     for entry in &mut entries {
-        restrict(entry, profile);
+        match profile {
+            CpuProfile::Host | CpuProfile::Custom(_) | CpuProfile::Kept(_) => {}
+            CpuProfile::X86_64V2 => restrict(entry, Level::V2),
+            CpuProfile::X86_64V3 => restrict(entry, Level::V3),
+        }
         place(entry, u32::from(index), u32::from(count), amd, tsc_deadline);
     }
-    if supported
+    if given
         .iter()
         .any(|leaf| leaf.function == 0 && leaf.eax >= 0xb)
     {
@@ -78,34 +73,118 @@ pub fn shape(
     entries
 }
 
-/// Takes away what the profile does not have.
-fn restrict(entry: &mut kvm_cpuid_entry2, profile: CpuProfile) {
-    let v3 = match profile {
-        CpuProfile::Host => return,
-        CpuProfile::X86_64V2 => false,
-        CpuProfile::X86_64V3 => true,
+/// Of KVM's list.
+pub fn leaf(entry: &kvm_cpuid_entry2) -> Leaf {
+    Leaf {
+        leaf: entry.function,
+        index: entry.index,
+        indexed: entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
+        eax: entry.eax,
+        ebx: entry.ebx,
+        ecx: entry.ecx,
+        edx: entry.edx,
+    }
+}
+
+fn entry(leaf: &Leaf) -> kvm_cpuid_entry2 {
+    let flags = match leaf.indexed {
+        true => KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        false => 0,
     };
-    let pick = |two: u32, three: u32| if v3 { three } else { two };
+    kvm_cpuid_entry2 {
+        function: leaf.leaf,
+        index: leaf.index,
+        flags,
+        eax: leaf.eax,
+        ebx: leaf.ebx,
+        ecx: leaf.ecx,
+        edx: leaf.edx,
+        ..Default::default()
+    }
+}
+
+/// What the host has of the profile. Of leaves that are not known here nothing is left: what they say may be a feature.
+pub fn cut(offered: &[Leaf], profile: &Profile) -> Vec<Leaf> {
+    let size = profile.areas.values().map(|area| area.offset + area.size);
+    let size = size.fold(XSAVE_LEAST, u32::max);
+    let mut leaves = offered.to_vec();
+    for leaf in &mut leaves {
+        match (leaf.leaf, leaf.index) {
+            // Names, signature, caches, what is there, and topology, which is made anew.
+            (0 | 2 | 4 | 0xb | 0x1f | 0x4000_0000 | 0x8000_0000, _)
+            | (0x8000_0002..=0x8000_0006 | 0x8000_0019 | 0x8000_001d | 0x8000_001e, _) => continue,
+            (0xd, 0) => {
+                (leaf.eax, leaf.edx) = (profile.xcr0 as u32, (profile.xcr0 >> 32) as u32);
+                (leaf.ebx, leaf.ecx) = (size, size);
+                continue;
+            }
+            (0xd, component @ 2..=63) => {
+                let supervisor = profile.word(fractus_cpuid::XSS);
+                let there = profile.xcr0 | u64::from(supervisor);
+                if there & 1 << component == 0 {
+                    (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0);
+                }
+                continue;
+            }
+            _ => {}
+        }
+        let features: Vec<_> = words_of(leaf.leaf, leaf.index).collect();
+        let here = *leaf;
+        for register in Register::ALL {
+            let value = here.get(register);
+            let word = features.iter().find(|word| word.register == register);
+            leaf.set(
+                register,
+                match (word, leaf.leaf, register) {
+                    (Some(word), ..) => value & (profile.word(*word) | ignored(*word)),
+                    (None, 1, Register::Eax | Register::Ebx) => value,
+                    (None, 7, Register::Eax) if leaf.index == 0 => value.min(2),
+                    // The size of an area in the compacted form, which KVM keeps up to date.
+                    (None, 0xd, Register::Ebx) => value,
+                    (None, 0x8000_0001, Register::Eax) => value,
+                    (None, 0x8000_0008, Register::Eax) => addresses(profile),
+                    (None, 0x8000_0008, Register::Ecx) => value,
+                    (None, ..) => 0,
+                },
+            );
+        }
+    }
+    leaves
+}
+
+/// Leaf 0x80000008 EAX: bits of a physical and of a linear address.
+fn addresses(profile: &Profile) -> u32 {
+    let linear = match profile.word(fractus_cpuid::LEAF7_ECX) & LA57 {
+        0 => 48,
+        _ => 57,
+    };
+    u32::from(profile.physical_bits) | linear << 8
+}
+
+/// Takes away what the level does not have.
+fn restrict(entry: &mut kvm_cpuid_entry2, level: Level) {
+    let v3 = level == Level::V3;
+    let words = words_of(entry.function, entry.index);
+    for word in words.collect::<Vec<_>>() {
+        let register = match word.register {
+            Register::Eax => &mut entry.eax,
+            Register::Ebx => &mut entry.ebx,
+            Register::Ecx => &mut entry.ecx,
+            Register::Edx => &mut entry.edx,
+        };
+        *register &= level.allowed(word);
+    }
     match (entry.function, entry.index) {
         (0, _) => entry.eax = entry.eax.min(0xd),
-        (1, _) => entry.ecx &= pick(leaf1_ecx::V2, leaf1_ecx::V3),
-        (7, 0) => {
-            entry.eax = 0;
-            entry.ebx &= pick(LEAF7_EBX_V2, LEAF7_EBX_V3);
-            entry.ecx = 0;
-            entry.edx &= LEAF7_EDX_SAFETY;
-        }
+        (7, 0) => entry.eax = 0,
         (0xd, 0) => {
-            entry.eax &= pick(XCR0_V2, XCR0_V3);
-            entry.edx = 0;
-            // Legacy area and header, and AVX's 256 bytes behind them.
-            let size = pick(512 + 64, 512 + 64 + 256);
+            (entry.eax, entry.edx) = (entry.eax & level.xcr0() as u32, 0);
+            let size = XSAVE_LEAST + if v3 { 256 } else { 0 };
             (entry.ebx, entry.ecx) = (size, size);
         }
-        (0xd, 1) => (entry.eax, entry.ecx, entry.edx) = (entry.eax & XSAVE_FORMS, 0, 0),
+        (0xd, 1) => entry.edx = 0,
         (0xd, 2) if v3 => {}
         (7 | 0xd, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-        (0x8000_0001, _) => entry.ecx &= pick(EXTENDED_ECX_V2, EXTENDED_ECX_V3),
         _ => {}
     }
 }
@@ -224,7 +303,7 @@ mod tests {
 
     #[test]
     fn each_vcpu_is_a_core_with_its_own_apic_id() {
-        let entries = shape(&host(VENDOR_AMD), CpuProfile::Host, 3, 6, true);
+        let entries = shape(&host(VENDOR_AMD), &CpuProfile::Host, 3, 6, true);
         assert_eq!(find(&entries, 1, 0).ebx >> 24, 3);
         assert_eq!(find(&entries, 0xb, 0).edx, 3);
         let cores = find(&entries, 0xb, 1);
@@ -240,7 +319,7 @@ mod tests {
     fn no_profile_shows_virtualisation_of_either_make() {
         for profile in [CpuProfile::Host, CpuProfile::X86_64V2, CpuProfile::X86_64V3] {
             for vendor in [VENDOR_AMD, VENDOR_INTEL] {
-                let entries = shape(&host(vendor), profile, 1, 2, true);
+                let entries = shape(&host(vendor), &profile, 1, 2, true);
                 assert_eq!(find(&entries, 1, 0).ecx & 1 << 5, 0, "VMX, {profile:?}");
                 let extended = find(&entries, 0x8000_0001, 0);
                 assert_eq!(extended.ecx & 1 << 2, 0, "SVM, {profile:?}");
@@ -252,13 +331,13 @@ mod tests {
 
     #[test]
     fn a_profile_never_adds_and_hides_what_its_level_lacks() {
-        let entries = shape(&host(VENDOR_AMD), CpuProfile::X86_64V2, 0, 1, true);
+        let entries = shape(&host(VENDOR_AMD), &CpuProfile::X86_64V2, 0, 1, true);
         let leaf1 = find(&entries, 1, 0);
         assert_eq!(leaf1.ecx & 1 << 28, 0, "no AVX");
         assert_ne!(leaf1.ecx & 1 << 20, 0, "SSE4.2");
         assert_eq!(find(&entries, 7, 0).ebx & 1 << 5, 0, "no AVX2");
         assert_eq!(find(&entries, 0xd, 0).eax, 0b11);
-        let v3 = shape(&host(VENDOR_AMD), CpuProfile::X86_64V3, 0, 1, true);
+        let v3 = shape(&host(VENDOR_AMD), &CpuProfile::X86_64V3, 0, 1, true);
         assert_ne!(find(&v3, 7, 0).ebx & 1 << 5, 0, "AVX2");
         assert_eq!(find(&v3, 7, 0).ebx & 1 << 16, 0, "no AVX-512");
         assert_eq!(find(&v3, 0xd, 2).eax, 256);

@@ -7,6 +7,7 @@
 mod cpuid;
 mod exit;
 mod gate;
+mod host;
 mod registers;
 mod run;
 mod set;
@@ -14,6 +15,7 @@ mod signal;
 mod state;
 
 pub use cpuid::shape;
+pub use host::{Lacks, check, offered};
 pub use registers::{BootRegisters, GDT};
 pub use run::{EndOfInterrupt, Surroundings};
 pub use set::{VcpuSet, VcpuSetError};

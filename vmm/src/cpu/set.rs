@@ -12,6 +12,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use vmm_sys_util::signal::Killable;
 
 use super::gate::Gate;
+use super::host::{Lacks, Offered};
 use super::run::{Surroundings, Vcpu, VcpuParts};
 use super::state::{VcpuError, VcpuState, refused};
 use super::{BootRegisters, cpuid, signal};
@@ -52,6 +53,8 @@ pub enum VcpuSetError {
     Kvm(#[from] KvmError),
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    #[error(transparent)]
+    Lacks(#[from] Lacks),
     #[error("start the thread of vCPU {index}")]
     Thread { index: u8, source: std::io::Error },
     #[error("vCPUs did not come to rest within {seconds} s")]
@@ -66,28 +69,33 @@ const RESTLESS: VcpuSetError = VcpuSetError::Restless {
 
 impl VcpuSet {
     /// Makes as many vCPUs as there can be, and their threads: a locked-down process can make neither.
-    /// They prepare themselves meanwhile: see [`VcpuSet::ready`].
+    /// They prepare themselves meanwhile: see [`VcpuSet::ready`]. A custom profile becomes what the machine keeps.
     pub fn create(
         hypervisor: &Hypervisor,
         vm: &Vm,
-        config: &CpuConfig,
+        config: &mut CpuConfig,
         surroundings: &Surroundings,
         threads: &Threads,
     ) -> Result<VcpuSet, VcpuSetError> {
         let error = |source| VcpuError::Signal { index: 0, source };
         signal::install().map_err(error)?;
-        let supported = hypervisor.supported_cpuid()?;
+        let made: Result<Vec<_>, _> = (0..config.most())
+            .map(|index| vm.create_vcpu(index))
+            .collect();
+        let made = made?;
+        let offered = Offered::read(hypervisor, made.first())?;
+        offered.keep(&mut config.profile)?;
+        let tsc_khz = offered.scaled(&config.profile);
         let saved_msrs: Arc<[u32]> = hypervisor.saved_msrs()?.into();
-        let tsc_deadline = hypervisor.has_tsc_deadline_timer();
         let gate = Arc::new(Gate::default());
         let mut set = VcpuSet {
             vcpus: Vec::new(),
             gate: Arc::clone(&gate),
         };
-        for index in 0..config.most() {
+        for (index, fd) in (0..).zip(made) {
             let kicked = Arc::new(AtomicBool::new(false));
             let parts = VcpuParts {
-                fd: vm.create_vcpu(index)?,
+                fd,
                 index,
                 surroundings: surroundings.clone(),
                 gate: Arc::clone(&gate),
@@ -96,11 +104,11 @@ impl VcpuSet {
                 can_leave: config.max.is_some(),
             };
             let cpuid = cpuid::shape(
-                supported.as_slice(),
-                config.profile,
+                &offered.supported,
+                &config.profile,
                 index,
                 config.most(),
-                tsc_deadline,
+                offered.tsc_deadline,
             );
             let cpuid = CpuId::from_entries(&cpuid).map_err(|_| VcpuError::TooMany { index })?;
             let host_cpu = config
@@ -111,7 +119,7 @@ impl VcpuSet {
             let (report, ready) = channel();
             let set_up = move || {
                 let made = pin(index, host_cpu)
-                    .and_then(|()| prepare(&parts.fd, index, &cpuid))
+                    .and_then(|()| prepare(&parts.fd, index, &cpuid, tsc_khz))
                     .and_then(|()| Vcpu::new(parts));
                 (made, report)
             };
@@ -296,8 +304,12 @@ const APIC_LVT1: usize = 0x360;
 const DELIVER_EXTINT: u32 = 0x700;
 const DELIVER_NMI: u32 = 0x400;
 
-/// CPUID and the local APIC's pins, as firmware would leave them.
-fn prepare(fd: &VcpuFd, index: u8, cpuid: &CpuId) -> Result<(), VcpuError> {
+/// CPUID, the TSC's frequency if it is another than the host's, and the local APIC's pins, as firmware would leave them.
+fn prepare(fd: &VcpuFd, index: u8, cpuid: &CpuId, tsc_khz: Option<u32>) -> Result<(), VcpuError> {
+    if let Some(khz) = tsc_khz {
+        fd.set_tsc_khz(khz)
+            .map_err(refused(index, "scale its TSC (KVM_SET_TSC_KHZ)"))?;
+    }
     fd.set_cpuid2(cpuid)
         .map_err(refused(index, "take its CPUID (KVM_SET_CPUID2)"))?;
     let mut lapic = fd

@@ -13,7 +13,7 @@ use crate::board::{self, FixedDevices, IoApic, acpi, generation, smbios};
 use crate::boot::disk::BootDisk;
 use crate::boot::{self, Boot, BootError, Fallback, Source};
 use crate::bus::Bus;
-use crate::config::{BootSource, ConfigError, MachineConfig, MachineFiles};
+use crate::config::{BootSource, ConfigError, CpuProfile, MachineConfig, MachineFiles};
 use crate::cpu::{BootRegisters, EndOfInterrupt, Surroundings, VcpuSet, VcpuSetError};
 use crate::device::{Board, DeviceError, SavedDevices};
 use crate::kvm::{Hypervisor, KvmError, Vm, controllers};
@@ -145,6 +145,8 @@ struct Saved {
 /// coming.
 pub(super) struct Chassis {
     vcpus: VcpuSet,
+    /// What of the configuration's the vCPUs were made of, and keep.
+    profile: CpuProfile,
     reactor: Reactor,
     receiver: RequestReceiver,
     end_of_interrupt: Arc<LateEnd>,
@@ -200,15 +202,17 @@ impl Chassis {
             end_of_interrupt: end_of_interrupt.clone(),
             requests,
         };
+        let mut cpus = config.cpus.clone();
         let vcpus = VcpuSet::create(
             &hypervisor,
             &vm,
-            &config.cpus,
+            &mut cpus,
             &surroundings,
             &board.threads,
         )?;
         Ok(Chassis {
             vcpus,
+            profile: cpus.profile,
             reactor,
             receiver,
             end_of_interrupt,
@@ -224,7 +228,7 @@ impl Chassis {
     /// All but what the guest starts with.
     fn complete(
         self,
-        config: MachineConfig,
+        mut config: MachineConfig,
         mut files: MachineFiles,
         saved: Saved,
     ) -> Result<Machine, BuildError> {
@@ -235,12 +239,14 @@ impl Chassis {
         } = saved;
         let Chassis {
             vcpus,
+            profile,
             reactor,
             receiver,
             end_of_interrupt,
             board,
             vm,
         } = self;
+        config.cpus.profile = profile;
         let kernel = kernel(&config, &mut files)?;
         let ioapic = board::interrupts(Arc::clone(&board.msi), &mut saved)?;
         let _ = end_of_interrupt.0.set(Arc::clone(&ioapic));

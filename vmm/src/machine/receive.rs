@@ -134,7 +134,7 @@ fn check_shape(arrives: &MachineConfig, here: &MachineConfig) -> Result<(), Stre
 pub(super) fn is_made_alike(one: &MachineConfig, other: &MachineConfig) -> bool {
     let made = |config: &MachineConfig| {
         let (cpus, hot) = (&config.cpus, config.hot_memory.map(|hot| hot.max));
-        let vcpus = (cpus.most(), cpus.max.is_some(), cpus.profile);
+        let vcpus = (cpus.most(), cpus.max.is_some(), cpus.profile.clone());
         (config.memory.clone(), hot, vcpus, cpus.host_cpus.clone())
     };
     made(one) == made(other)

@@ -1,10 +1,13 @@
 //! What a machine does when one of its own devices fails it, with a real guest.
 
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
+use crate::config::CpuProfile;
 use crate::device::SavedDevice;
+use crate::stream::converge;
 
 #[path = "../../tests/common/mod.rs"]
 pub(super) mod common;
@@ -162,4 +165,62 @@ fn a_new_generation_is_in_memory_and_told_by_an_event_and_a_resume_alone_is_none
     rig.machine.resume().unwrap();
     rig.serial.write_all(b"x").unwrap();
     assert_eq!(rig.hear(1).as_bytes(), [EVENT_GENERATION]);
+}
+
+const POLICY: converge::Policy = converge::Policy {
+    downtime: Duration::from_secs(1),
+    longest: Duration::from_secs(30),
+    limit: Duration::from_secs(30),
+    at_limit: converge::AtLimit::Stop,
+};
+
+/// KVM gives it to nobody.
+const MISSING: &str = "enqcmd";
+
+#[test]
+fn a_guest_whose_cpu_this_host_lacks_something_of_is_refused_by_its_name() {
+    let kvm = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    let hypervisor = crate::kvm::Hypervisor::open(kvm.unwrap().into()).unwrap();
+    let offers = crate::cpu::offered(&hypervisor).unwrap().offers;
+    let mut config = common::config();
+    config.cpus.profile = CpuProfile::Custom(Box::new(offers));
+    let mut rig = Rig::build(config, &echo());
+    let here = rig.machine.config().clone();
+    // As if another host had made it.
+    let (word, bit) = fractus_cpuid::by_name(MISSING).unwrap();
+    let CpuProfile::Kept(kept) = &mut rig.machine.config.cpus.profile else {
+        panic!("it keeps what it began with");
+    };
+    let mut leaves = kept.leaves.iter_mut();
+    let leaf = leaves.find(|leaf| (leaf.leaf, leaf.index) == (word.leaf, word.index));
+    leaf.unwrap().ecx |= 1 << bit;
+    rig.machine.start().unwrap();
+    let (near, far) = UnixStream::pair().unwrap();
+    let (files, _serial) = common::files(common::kernel_file(&echo().elf()));
+    let land = |_: &[u8]| {
+        Ok(Landing {
+            files,
+            most: Vec::new(),
+        })
+    };
+    let arrival = std::thread::spawn(move || receive(far, &here, land, None).err());
+    let mut sender = Sender::begin(rig.machine, near, POLICY, Luggage::default());
+    let unsent = loop {
+        match sender.and_then(Sender::advance) {
+            Ok(Progress::Copying(sending)) => sender = Ok(sending),
+            Ok(Progress::Offered(_)) => panic!("it was taken"),
+            Err(unsent) => break unsent,
+        }
+    };
+    let refused = arrival.join().unwrap().unwrap();
+    assert!(refused.to_string().contains(MISSING), "{refused}");
+    let MigrationError::Refused { reason } = &unsent.error else {
+        panic!("{:?}", unsent.error);
+    };
+    assert!(reason.contains(&format!("lacks {MISSING}")), "{reason}");
+    rig.machine = *unsent.machine;
+    answers(&mut rig, "it runs on here");
 }
