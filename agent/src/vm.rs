@@ -35,6 +35,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use fractus_vmm::config::{ConsoleFiles, FallbackFiles, MachineFiles, NetFiles, WatchdogAction};
+use fractus_vmm::cpu;
+use fractus_vmm::kvm::Hypervisor;
 use fractus_vmm::machine::{self, Landing, Loading, Machine};
 use fractus_vmm::stream::snapshot::Snapshot;
 use fractus_vmm::thread::{ThreadHook, ThreadKind};
@@ -513,6 +515,20 @@ fn traveller(machine: Machine) -> Result<Traveller, VmError> {
     })
 }
 
+/// Before anything is sent: the stream's own word is looked at once it has come.
+fn can_be_here(launch: &Launch, files: &MachineFiles) -> Result<(), VmError> {
+    let refused = |error: &dyn std::error::Error| VmError::Build(chain(error));
+    let kvm = files.kvm.try_clone();
+    let kvm = kvm.map_err(|source| VmError::System {
+        what: "the descriptor of KVM",
+        source,
+    })?;
+    let hypervisor = Hypervisor::open(kvm).map_err(|error| refused(&error))?;
+    let checked = cpu::check(&hypervisor, &launch.config.cpus.profile);
+    let checked = checked.map_err(|error| refused(&error))?;
+    checked.map_err(|lacks| refused(&lacks))
+}
+
 /// A machine that another process sends, with the files that it needs here.
 fn arrive(
     stream: UnixStream,
@@ -520,6 +536,7 @@ fn arrive(
     mut files: MachineFiles,
     hook: Option<ThreadHook>,
 ) -> Result<(Box<dyn Guest>, Option<Note>), VmError> {
+    can_be_here(launch, &files)?;
     let land = |owner: &[u8]| -> Result<Landing, VmError> {
         let note = Note::read(owner)?;
         let disks = std::mem::take(&mut files.disks);

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use common::machine::{Machine, disks};
 use common::*;
+use fractus_agent_api::cpu::by_name;
 use fractus_agent_api::machine::{
     Generation, ImageRef, MachineReport, Observed, Power, PutMachine, Revision, ServerId, Wanted,
 };
@@ -623,6 +624,48 @@ fn a_target_that_ends_its_part_leaves_the_guest_where_it_is() -> Result {
         let report = one.until(row.id, off).await?;
         assert!(failed(&report), "{report:?}");
         row.drop(two).await?;
+        Ok(())
+    })
+}
+
+/// What its controller has looked at beforehand, the host looks at itself: before anything of the guest is sent.
+#[test]
+fn a_guest_keeps_its_cpu_and_a_host_that_lacks_something_of_it_says_what() -> Result {
+    block_on(async {
+        let Some(hosts) = with_probes().await? else {
+            return Ok(());
+        };
+        let (one, two) = (&hosts.one, &hosts.two);
+        let mut machine = Machine::start(one, &hosts.kernel).await?;
+        let cpu = one.client.host().await?.cpu.guest.unwrap();
+        let mut profile = cpu.offers.clone();
+        profile.physical_bits -= 1;
+        let anew = |wanted: &mut Wanted| {
+            wanted.spec.cpu = Some(Box::new(profile.clone()));
+            wanted.hard_reboots += 1;
+        };
+        assert_eq!(machine.changed(anew).await?.observed, Observed::Running);
+        let booted = nonce(&machine).await?;
+
+        let mut row = Row::of(&machine);
+        // KVM gives it to nobody: as if this host were an older one.
+        let (word, bit) = by_name("enqcmd").unwrap();
+        let kept = row.wanted.spec.cpu.as_mut().unwrap();
+        *kept.words.entry(word).or_default() |= 1 << bit;
+        let shape = one.client.get(row.id).await?.shape.unwrap();
+        let (id, key) = (row.migration, row.key.clone());
+        let arrives = |wanted: &mut Wanted| wanted.arrives = Some(Arrival { id, key, shape });
+        row.tell(two, row.revision + 1, arrives).await?;
+        let report = two.until(row.id, failed).await?;
+        let Some(State::Failed { reason }) = state(&report) else {
+            unreachable!()
+        };
+        assert!(reason.contains("lacks enqcmd"), "{reason}");
+        row.drop(two).await?;
+
+        row.wanted = machine.wanted.clone();
+        row.moved(one, two).await?;
+        assert_eq!(nonce(&row.on(two)).await?, booted);
         Ok(())
     })
 }

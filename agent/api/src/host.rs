@@ -35,6 +35,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::cpu::Cpu;
 use crate::machine::MachineReport;
 
 /// A host, as its certificate names it.
@@ -88,6 +89,9 @@ pub struct CpuReport {
     pub threads: u32,
     /// Names as in /proc/cpuinfo.
     pub features: Vec<String>,
+    /// What KVM gives guests of it; none: an agent of before, or a host without KVM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<Box<Cpu>>,
 }
 
 /// Every machine the agent has a record of, at sequence number `sequence`.

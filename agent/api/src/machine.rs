@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::copy::{self, CopyId, CopyReport};
+use crate::cpu::Profile;
 use crate::device::{DeviceReport, Disk, Nic};
 use crate::guest::{GuestOptions, GuestReport};
 use crate::migration::{self, Arrival, Departure, MigrationId, MigrationReport, Shape};
@@ -159,9 +160,13 @@ pub struct MachineSpec {
     pub numa_nodes: Vec<u32>,
     #[serde(default)]
     pub cpus: Vec<u32>,
-    /// Name of the CPU profile the machine keeps for its life; `host` is the host's own.
+    /// Name of the guest's CPU where nothing more is said: `host` is the host's own, `x86-64-v2` and `x86-64-v3` are levels.
     #[serde(default = "host_profile")]
     pub cpu_profile: String,
+    /// What the guest's CPU is, from its start to its end. An agent that does not know this goes by the name: whoever says
+    /// it knows of the host that it does ([`crate::host::CpuReport::guest`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<Box<Profile>>,
     pub boot: Boot,
     /// The root disk, made from an image (or empty) when it does not exist yet.
     #[serde(default)]

@@ -6,7 +6,10 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use fractus_agent_api::cpu::Cpu;
 use fractus_agent_api::host::{CpuReport, HostReport};
+use fractus_vmm::cpu::offered;
+use fractus_vmm::kvm::Hypervisor;
 use rustix::fs::statvfs;
 
 use super::check;
@@ -31,7 +34,10 @@ impl Inventory {
             .partition(|lack| lack.weight == check::Weight::Needed);
         let words = |lacks: Vec<check::Lack>| lacks.iter().map(ToString::to_string).collect();
         Ok(Self {
-            cpu: cpu(&fs::read_to_string("/proc/cpuinfo")?),
+            cpu: CpuReport {
+                guest: guest_cpu(),
+                ..cpu(&fs::read_to_string("/proc/cpuinfo")?)
+            },
             boot_id: boot_id()?,
             lacks: words(lacks),
             unable: Arc::new(Mutex::new(words(unable))),
@@ -89,6 +95,20 @@ impl Inventory {
     }
 }
 
+/// What KVM gives guests; none where there is no KVM, which is among what the host lacks.
+fn guest_cpu() -> Option<Box<Cpu>> {
+    let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
+    let hypervisor = Hypervisor::open(kvm.ok()?.into());
+    match hypervisor.and_then(|hypervisor| offered(&hypervisor)) {
+        Ok(cpu) => Some(Box::new(cpu)),
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "KVM does not say what CPU its guests have");
+            None
+        }
+    }
+}
+
 fn disk(path: &Path) -> io::Result<(u64, u64)> {
     let about = statvfs(path)?;
     Ok((
@@ -141,6 +161,7 @@ fn cpu(cpuinfo: &str) -> CpuReport {
             .split_whitespace()
             .map(str::to_owned)
             .collect(),
+        guest: None,
     }
 }
 
@@ -156,6 +177,12 @@ mod tests {
         assert!(report.memory_mib > 100 && report.memory_free_mib <= report.memory_mib);
         assert!(report.disk_gib >= report.disk_free_gib);
         assert!(!report.cpu.features.is_empty() && report.uptime_s > 0);
+        if Path::new("/dev/kvm").exists() {
+            let guest = report.cpu.guest.unwrap();
+            assert_eq!(guest.offers.vendor, report.cpu.vendor);
+            assert!(guest.offers.physical_bits >= 36 && guest.offers.xcr0 & 0b11 == 0b11);
+            assert!(guest.offers.features().contains(&"sse2".to_owned()));
+        }
     }
 
     #[test]

@@ -537,6 +537,7 @@ pub fn wanted(kernel: &ImageRef, power: Power) -> Wanted {
             numa_nodes: vec![],
             cpus: vec![],
             cpu_profile: "host".into(),
+            cpu: None,
             boot: Boot {
                 kernel: Some(kernel.clone()),
                 initrd: None,

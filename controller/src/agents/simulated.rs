@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use fractus_agent_api::VERSION;
 use fractus_agent_api::copy::{CopyId, Piece};
+use fractus_agent_api::cpu::{Area, Cpu, Profile, by_name};
 use fractus_agent_api::decision::{self, Intake, Intent, Process};
 use fractus_agent_api::host::{Changes, CpuReport, FullReport, HostId, HostReport};
 use fractus_agent_api::machine::{
@@ -51,6 +52,30 @@ struct Host {
     now_us: i64,
     /// What somebody else tells it right after it has next been asked of a machine.
     overtaking: Option<(ServerId, PutMachine)>,
+}
+
+/// A CPU with these features and what state they need, of a TSC that scales.
+pub fn cpu(features: &[&str]) -> Cpu {
+    let mut offers = Profile {
+        vendor: "GenuineIntel".to_owned(),
+        xcr0: 0b1110_0111,
+        physical_bits: 46,
+        tsc_khz: Some(2_000_000),
+        ..Profile::default()
+    };
+    for (bit, offset) in [(2, 576), (5, 1088), (6, 1152), (7, 1664)] {
+        offers.areas.insert(bit, Area { offset, size: 64 });
+    }
+    for (word, bit) in features.iter().filter_map(|name| by_name(name)) {
+        *offers.words.entry(word).or_default() |= 1 << bit;
+    }
+    Cpu {
+        family: 6,
+        model: 106,
+        stepping: 6,
+        offers,
+        tsc_scales: true,
+    }
 }
 
 impl SimulatedHost {
@@ -95,6 +120,7 @@ impl SimulatedHost {
                 cores: cpus,
                 threads: 1,
                 features: Vec::new(),
+                guest: None,
             },
             kernel: "simulated".to_owned(),
             load: [0.0; 3],

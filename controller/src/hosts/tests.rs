@@ -25,6 +25,7 @@ fn report(hostname: &str) -> HostReport {
             cores: 4,
             threads: 4,
             features: Vec::new(),
+            guest: None,
         },
         kernel: "6.1".to_owned(),
         load: [0.0; 3],

@@ -81,6 +81,7 @@ fn spec() -> MachineSpec {
         numa_nodes: vec![],
         cpus: vec![],
         cpu_profile: "host".to_owned(),
+        cpu: None,
         boot: Boot {
             kernel: plan.kernel,
             initrd: None,

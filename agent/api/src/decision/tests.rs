@@ -27,6 +27,7 @@ pub(crate) fn wanted(power: Power, soft: u64, hard: u64, rebuilds: u64) -> Wante
             numa_nodes: vec![],
             cpus: vec![],
             cpu_profile: "host".into(),
+            cpu: None,
             boot: Boot {
                 kernel: Some(ImageRef {
                     id: uuid::Uuid::from_u128(1),

@@ -421,6 +421,7 @@ fn wanted(power: Power) -> Wanted {
             numa_nodes: vec![],
             cpus: vec![],
             cpu_profile: "host".into(),
+            cpu: None,
             boot: Boot {
                 kernel: None,
                 initrd: None,

@@ -372,8 +372,11 @@ fn file_size(most_mib: u64, largest_disk: u64) -> u64 {
 }
 
 fn machine_config(id: ServerId, spec: &MachineSpec) -> Result<MachineConfig, ProcessError> {
-    let profile = CpuProfile::by_name(&spec.cpu_profile)
-        .ok_or_else(|| ProcessError::Config(format!("CPU profile {:?}", spec.cpu_profile)))?;
+    let profile = match &spec.cpu {
+        Some(profile) => CpuProfile::Custom(profile.clone()),
+        None => CpuProfile::by_name(&spec.cpu_profile)
+            .ok_or_else(|| ProcessError::Config(format!("CPU profile {:?}", spec.cpu_profile)))?,
+    };
     let size = Size::at_start(spec);
     let config = MachineConfig {
         uuid: id.0,

@@ -237,6 +237,7 @@ fn wanted() -> Wanted {
             numa_nodes: vec![],
             cpus: vec![],
             cpu_profile: "host".into(),
+            cpu: None,
             boot: Boot {
                 kernel: Some(ImageRef {
                     id: IMAGE,

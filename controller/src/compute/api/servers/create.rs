@@ -376,6 +376,7 @@ pub fn spec(flavor: &FlavorSnapshot, plan: &BootPlan) -> Result<MachineSpec, Api
         numa_nodes: Vec::new(),
         cpus: Vec::new(),
         cpu_profile: "host".to_owned(),
+        cpu: None,
         boot: plan.boot(),
         root_disk: plan.root_disk.clone(),
         disks: Vec::new(),
