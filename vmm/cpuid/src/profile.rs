@@ -1,6 +1,7 @@
 //! What a guest has, what a host offers, and what several hosts have in common.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 
@@ -110,7 +111,7 @@ impl Profile {
 
     /// Without extended state that has no place, and without features whose state is not there.
     pub(crate) fn settled(mut self) -> Profile {
-        let placed = self.areas.keys().fold(LEGACY, |all, bit| all | 1 << bit);
+        let placed = self.areas.keys().fold(LEGACY, |all, bit| all | at(*bit));
         self.xcr0 &= placed;
         if self.xcr0 & AVX == 0 {
             self.xcr0 &= !AVX512;
@@ -121,12 +122,12 @@ impl Profile {
             }
         }
         let xcr0 = self.xcr0;
-        self.areas.retain(|bit, _| xcr0 & 1 << bit != 0);
-        for (word, bits) in &mut self.words {
-            for bit in 0..32 {
-                if *bits & 1 << bit != 0 && state_of(&name(*word, bit)) & !xcr0 != 0 {
-                    *bits &= !(1 << bit);
-                }
+        self.areas.retain(|bit, _| xcr0 & at(*bit) != 0);
+        for (word, bit, state) in STATES.iter() {
+            if state & !xcr0 != 0
+                && let Some(bits) = self.words.get_mut(word)
+            {
+                *bits &= !bit;
             }
         }
         self.words.retain(|_, bits| *bits != 0);
@@ -153,6 +154,22 @@ impl Profile {
         both.settled()
     }
 }
+
+/// The component's bit; of what comes from elsewhere, none beyond the register.
+fn at(component: u8) -> u64 {
+    1_u64.checked_shl(component.into()).unwrap_or(0)
+}
+
+/// Bits that are none without these components of extended state.
+static STATES: LazyLock<Vec<(Word, u32, u64)>> = LazyLock::new(|| {
+    let of = |(word, names): &(Word, &'static str)| {
+        let word = *word;
+        let bits = names.split_ascii_whitespace().enumerate();
+        bits.map(move |(bit, name)| (word, 1 << bit, state_of(name)))
+    };
+    let all = WORDS.iter().flat_map(of);
+    all.filter(|(_, _, state)| *state != 0).collect()
+});
 
 /// Components without which a feature is none.
 fn state_of(feature: &str) -> u64 {

@@ -179,6 +179,20 @@ fn state_that_lies_elsewhere_is_not_common_and_neither_is_its_feature() {
     assert_eq!(missing(&third.offers, &fourth), ["xcr0_9 (8 bytes at 832)"]);
 }
 
+/// What comes from elsewhere may be anything.
+#[test]
+fn a_component_that_no_register_has_is_none() {
+    let mut odd = cpu(&[], 0b11, &[]);
+    let area = Area {
+        offset: u32::MAX,
+        size: u32::MAX,
+    };
+    odd.offers.areas.insert(200, area);
+    let common = baseline([&odd, &odd]).unwrap();
+    assert_eq!(common.areas.len(), 0);
+    assert_eq!(missing(&odd.offers, &odd), [""; 0]);
+}
+
 #[test]
 fn features_without_their_state_are_none() {
     let leaf = |leaf, index, [eax, ebx, ecx, edx]: [u32; 4]| Leaf {

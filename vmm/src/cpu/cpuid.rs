@@ -105,8 +105,9 @@ fn entry(leaf: &Leaf) -> kvm_cpuid_entry2 {
 
 /// What the host has of the profile. Of leaves that are not known here nothing is left: what they say may be a feature.
 pub fn cut(offered: &[Leaf], profile: &Profile) -> Vec<Leaf> {
-    let size = profile.areas.values().map(|area| area.offset + area.size);
-    let size = size.fold(XSAVE_LEAST, u32::max);
+    let ends = profile.areas.values();
+    let ends = ends.map(|area| area.offset.saturating_add(area.size));
+    let size = ends.fold(XSAVE_LEAST, u32::max);
     let mut leaves = offered.to_vec();
     for leaf in &mut leaves {
         match (leaf.leaf, leaf.index) {

@@ -21,7 +21,8 @@ pub struct Offered {
     pub supported: Vec<kvm_cpuid_entry2>,
     pub tsc_deadline: bool,
     leaves: Vec<Leaf>,
-    cpu: Cpu,
+    tsc_khz: Option<u32>,
+    tsc_scales: bool,
 }
 
 impl Offered {
@@ -39,13 +40,17 @@ impl Offered {
         // Where the host's is not steady KVM says so by an error.
         let tsc_khz = vcpu.and_then(|vcpu| vcpu.get_tsc_khz().ok());
         let tsc_khz = tsc_khz.filter(|khz| *khz > 0);
-        let cpu = Cpu::of(&leaves, tsc_khz, hypervisor.scales_tsc());
         Ok(Offered {
             supported,
             tsc_deadline,
             leaves,
-            cpu,
+            tsc_khz,
+            tsc_scales: hypervisor.scales_tsc(),
         })
+    }
+
+    fn cpu(&self) -> Cpu {
+        Cpu::of(&self.leaves, self.tsc_khz, self.tsc_scales)
     }
 
     /// Whether a machine of this profile can be here.
@@ -58,7 +63,7 @@ impl Offered {
                 ..Profile::of(&kept.leaves)
             },
         };
-        match missing(&profile, &self.cpu) {
+        match missing(&profile, &self.cpu()) {
             lacks if lacks.is_empty() => Ok(()),
             lacks => Err(Lacks(lacks)),
         }
@@ -70,7 +75,7 @@ impl Offered {
         if let CpuProfile::Custom(custom) = profile {
             let kept = KeptCpu {
                 leaves: cpuid::cut(&self.leaves, custom),
-                tsc_khz: custom.tsc_khz.or(self.cpu.offers.tsc_khz),
+                tsc_khz: custom.tsc_khz.or(self.tsc_khz),
             };
             *profile = CpuProfile::Kept(Box::new(kept));
         }
@@ -80,9 +85,9 @@ impl Offered {
     /// The frequency to ask KVM for; none: it gives the right one by itself, or one near enough.
     pub fn scaled(&self, profile: &CpuProfile) -> Option<u32> {
         match profile {
-            CpuProfile::Kept(kept) if self.cpu.tsc_scales => kept
-                .tsc_khz
-                .filter(|_| kept.tsc_khz != self.cpu.offers.tsc_khz),
+            CpuProfile::Kept(kept) if self.tsc_scales => {
+                kept.tsc_khz.filter(|_| kept.tsc_khz != self.tsc_khz)
+            }
             _ => None,
         }
     }
@@ -91,7 +96,7 @@ impl Offered {
 /// What this host's KVM gives guests.
 pub fn offered(hypervisor: &Hypervisor) -> Result<Cpu, KvmError> {
     let (_vm, vcpu) = hypervisor.any_vcpu()?;
-    Ok(Offered::read(hypervisor, Some(&vcpu))?.cpu)
+    Ok(Offered::read(hypervisor, Some(&vcpu))?.cpu())
 }
 
 /// Whether a machine of this profile can be on this host: what making it finds out, before anything is made.
@@ -133,13 +138,13 @@ mod tests {
         let hypervisor = hypervisor();
         let (_vm, vcpu) = hypervisor.any_vcpu().unwrap();
         let offered = Offered::read(&hypervisor, Some(&vcpu)).unwrap();
-        let wanted = less(&offered.cpu.offers);
+        let wanted = less(&offered.cpu().offers);
         let mut profile = CpuProfile::Custom(Box::new(wanted.clone()));
         offered.keep(&mut profile).unwrap();
         let CpuProfile::Kept(kept) = &profile else {
             panic!("{profile:?}");
         };
-        assert_eq!(kept.tsc_khz, offered.cpu.offers.tsc_khz);
+        assert_eq!(kept.tsc_khz, offered.tsc_khz);
         assert_eq!(
             Profile::of(&kept.leaves),
             Profile {
