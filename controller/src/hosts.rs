@@ -113,6 +113,7 @@ fn view(app: &App, row: &host::row::Model) -> Value {
         "disk_gib_used": row.disk_gib_used,
         "agent_version": report.as_ref().map(|report| report.agent_version.clone()),
         "kernel": report.as_ref().map(|report| report.kernel.clone()),
+        "cpu": report.as_ref().map(|report| &report.cpu),
         "lacks": report.map(|report| report.lacks).unwrap_or_default(),
         "joined_at": crate::image::model::iso_time(row.joined_at_us),
         "seen_at": crate::image::model::iso_time(heard_at_us),

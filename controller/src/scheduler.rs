@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use fractus_agent_api::cpu::{Cpu, Level, Profile, missing};
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::ServerId;
 
@@ -27,6 +28,18 @@ pub struct Request {
     /// Where it is, and is to leave: any host that takes no new servers is none for it either, also if it is
     /// chosen.
     pub source: Option<HostId>,
+    pub cpu: CpuNeed,
+}
+
+/// What a server's guest needs of a host's CPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CpuNeed {
+    /// It begins with what is there.
+    Nothing,
+    /// It begins with no less. A host that does not say what it has is believed.
+    Level(Level),
+    /// It runs, and has this: a host that does not say what it has is none for it, as its agent could not read the stream.
+    Kept(Box<Profile>),
 }
 
 /// A host as the scheduler sees it.
@@ -40,6 +53,8 @@ pub struct HostView {
     pub used: Amounts,
     /// What its agent says is missing, without which no machine runs there.
     pub lacks: Vec<String>,
+    /// What its guests may have; none: its agent does not say.
+    pub cpu: Option<Box<Cpu>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,9 +76,21 @@ pub enum Reason {
     Source,
     NotTheChosen,
     Lacks(Vec<String>),
-    Vcpus { free: i64, needed: i64 },
-    Memory { free_mib: i64, needed_mib: i64 },
-    Disk { free_gib: i64, needed_gib: i64 },
+    /// Names of what the guest would miss.
+    Cpu(Vec<String>),
+    CpuUnknown,
+    Vcpus {
+        free: i64,
+        needed: i64,
+    },
+    Memory {
+        free_mib: i64,
+        needed_mib: i64,
+    },
+    Disk {
+        free_gib: i64,
+        needed_gib: i64,
+    },
 }
 
 impl fmt::Display for Reason {
@@ -79,6 +106,8 @@ impl fmt::Display for Reason {
             Self::Source => f.write_str("the server is there already"),
             Self::NotTheChosen => f.write_str("another host was asked for"),
             Self::Lacks(what) => write!(f, "it lacks {}", what.join(", ")),
+            Self::Cpu(what) => write!(f, "its CPU lacks {}", what.join(", ")),
+            Self::CpuUnknown => f.write_str("its agent is too old to say what CPU it has"),
             Self::Vcpus { free, needed } => write!(f, "{needed} vCPUs needed, {free} free"),
             Self::Memory {
                 free_mib,
@@ -164,6 +193,7 @@ fn against(request: &Request, host: &HostView) -> Vec<Reason> {
     if !host.lacks.is_empty() {
         reasons.push(Reason::Lacks(host.lacks.clone()));
     }
+    reasons.extend(against_cpu(&request.cpu, host.cpu.as_deref()));
     let free = |limit: i64, used: i64| limit.saturating_sub(used).max(0);
     let needed = request.amounts;
     let vcpus = free(host.limits.vcpus, host.used.vcpus);
@@ -190,6 +220,17 @@ fn against(request: &Request, host: &HostView) -> Vec<Reason> {
     reasons
 }
 
+/// Why a guest cannot have this CPU.
+pub fn against_cpu(need: &CpuNeed, cpu: Option<&Cpu>) -> Option<Reason> {
+    let lacks = match (need, cpu) {
+        (CpuNeed::Nothing, _) | (CpuNeed::Level(_), None) => return None,
+        (CpuNeed::Kept(_), None) => return Some(Reason::CpuUnknown),
+        (CpuNeed::Level(level), Some(cpu)) => level.missing(cpu),
+        (CpuNeed::Kept(profile), Some(cpu)) => missing(profile, cpu),
+    };
+    (!lacks.is_empty()).then_some(Reason::Cpu(lacks))
+}
+
 /// Millionths of the host's memory that would be left.
 fn share_left(request: &Request, host: &HostView) -> u64 {
     let left = host.limits.memory_mib - host.used.memory_mib - request.amounts.memory_mib;
@@ -211,13 +252,13 @@ fn preference(server: ServerId, host: HostId) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
+pub(crate) mod testing {
     use uuid::Uuid;
 
     use super::*;
 
-    fn host(id: u128) -> HostView {
+    /// One that is up and empty.
+    pub fn host(id: u128) -> HostView {
         HostView {
             id: HostId(Uuid::from_u128(id)),
             hostname: format!("h{id}"),
@@ -230,8 +271,19 @@ mod tests {
             },
             used: Amounts::default(),
             lacks: vec![],
+            cpu: None,
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use uuid::Uuid;
+
+    use super::testing::host;
+    use super::*;
+    use crate::agents::simulated::cpu;
 
     fn request(server: u128, vcpus: i64, memory_mib: i64, disk_gib: i64) -> Request {
         Request {
@@ -244,6 +296,7 @@ mod tests {
             host: None,
             excluded: BTreeSet::new(),
             source: None,
+            cpu: CpuNeed::Nothing,
         }
     }
 
@@ -273,6 +326,35 @@ mod tests {
         assert_eq!(place(&request, &[chosen.clone(), host(2)]), Ok(chosen.id));
         chosen.used.vcpus = 16;
         assert!(place(&request, &[chosen, host(2)]).is_err());
+    }
+
+    #[test]
+    fn a_guest_that_runs_goes_only_where_it_finds_what_it_has() {
+        let with = |id, names: &[&str]| HostView {
+            cpu: Some(Box::new(cpu(names))),
+            ..host(id)
+        };
+        let kept = cpu(&["avx", "avx2", "rtm"]).offers;
+        let mut request = request(1, 1, 1, 1);
+        request.cpu = CpuNeed::Kept(Box::new(kept));
+        let (less, old) = (with(1, &["avx", "sse4a"]), host(2));
+        let refused = place(&request, &[less.clone(), old.clone()]).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "h1: its CPU lacks avx2, rtm; h2: its agent is too old to say what CPU it has"
+        );
+        let more = with(3, &["avx", "avx2", "rtm", "sse4a"]);
+        assert_eq!(
+            place(&request, &[less.clone(), old.clone(), more.clone()]),
+            Ok(more.id)
+        );
+        request.cpu = CpuNeed::Level(Level::V2);
+        let refused = place(&request, std::slice::from_ref(&less)).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "h1: its CPU lacks pni, ssse3, cx16, sse4_1, sse4_2, popcnt, lahf_lm"
+        );
+        assert_eq!(place(&request, &[less, old.clone()]), Ok(old.id));
     }
 
     #[test]

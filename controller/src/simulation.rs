@@ -10,6 +10,7 @@
 //! rest, all else is checked ([`check`]).
 
 mod check;
+mod cpu;
 mod evacuation;
 mod faults;
 mod golden;

@@ -242,6 +242,14 @@ impl SimulatedHost {
         (host.instance, host.sequence)
     }
 
+    /// From now on its guests may have this.
+    pub fn set_cpu(&self, cpu: Option<Cpu>) {
+        if let Some(inventory) = &mut self.host().inventory {
+            inventory.cpu.guest = cpu.map(Box::new);
+        }
+        (self.changed)(self.id);
+    }
+
     pub fn host_report(&self) -> HostReport {
         let host = self.host();
         let inventory = host.inventory.clone();

@@ -1,6 +1,7 @@
 //! The commands, one file a noun, and what they share: finding things by name or id, waiting.
 
 pub mod console;
+mod cpu;
 pub mod evacuate;
 pub mod flavor;
 pub mod host;

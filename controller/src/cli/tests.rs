@@ -440,6 +440,31 @@ async fn cloud_with_a_migration(status: &str) -> Cloud {
 }
 
 #[tokio::test]
+async fn hosts_are_shown_and_compared() {
+    let cpu = crate::agents::simulated::cpu(&["avx"]);
+    let report = json!({
+        "architecture": "x86_64", "vendor": "GenuineIntel", "model": "M", "sockets": 1, "cores": 1, "threads": 1,
+        "features": [], "guest": cpu,
+    });
+    let host =
+        json!({"id": "H", "hostname": "h1", "state": "up", "disabled": false, "cpu": report});
+    let old = json!({"id": "O", "hostname": "old", "state": "up", "disabled": false, "cpu": null});
+    let cloud = Cloud::start(&[
+        ("GET /fractus/v1/hosts", 200, json!({"hosts": [host, old]})),
+        ("GET /fractus/v1/hosts/H", 200, json!({"host": host})),
+    ])
+    .await;
+    cloud.run(&["host", "show", "h1"]).await.unwrap();
+    cloud.run(&["host", "baseline"]).await.unwrap();
+    cloud.run(&["host", "baseline", "h1", "O"]).await.unwrap();
+    let error = cloud.run(&["host", "baseline", "h1", "h9"]).await;
+    assert!(
+        matches!(error, Err(CliError::NotFound { kind: "host", .. })),
+        "{error:?}"
+    );
+}
+
+#[tokio::test]
 async fn a_server_is_migrated_and_its_end_waited_for() {
     let cloud = cloud_with_a_migration("completed").await;
     let line = ["server", "migrate", SERVER, "--host", "h2", "--wait"];

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use fractus_agent_api::host::HostId;
+use fractus_agent_api::cpu::Cpu;
+use fractus_agent_api::host::{HostId, HostReport};
 use fractus_agent_api::machine::{MachineReport, Observed, Power, PutMachine, Refusal, ServerId};
 use sea_orm::prelude::Uuid;
 use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr};
@@ -15,6 +16,7 @@ use super::machine::{self, Machine};
 use crate::agents::fleet::{Fleet, Presence};
 use crate::agents::{AgentError, Agents, host};
 use crate::clock::Clock;
+use crate::compute::model::cpu::CpuMode;
 use crate::database::Database;
 use crate::operation::{Progress, StepError};
 use crate::scheduler::{self, HostPresence, HostView, Rejections, Request};
@@ -40,6 +42,7 @@ pub struct Machines {
     since_us: i64,
     /// Seals passwords at rest; without it none are kept.
     master: Option<MasterKey>,
+    cpu_mode: CpuMode,
 }
 
 /// Why no host was found.
@@ -93,7 +96,18 @@ impl Machines {
             clock,
             since_us,
             master: None,
+            cpu_mode: CpuMode::default(),
         }
+    }
+
+    /// By what the CPUs of guests are chosen whose flavors say nothing of it.
+    #[must_use]
+    pub fn with_cpu_mode(self, cpu_mode: CpuMode) -> Self {
+        Self { cpu_mode, ..self }
+    }
+
+    pub fn cpu_mode(&self) -> CpuMode {
+        self.cpu_mode
     }
 
     /// With the key that seals what is secret in a machine's intent.
@@ -184,11 +198,18 @@ impl Machines {
         }
     }
 
+    fn report(&self, row: &host::row::Model) -> Option<HostReport> {
+        let live = self.fleet.host_report(row.host_id());
+        live.or_else(|| row.inventory())
+    }
+
+    /// What CPU guests have on the host of this row; none: it does not say.
+    pub fn guest_cpu(&self, row: &host::row::Model) -> Option<Box<Cpu>> {
+        self.report(row)?.cpu.guest
+    }
+
     fn view(&self, row: &host::row::Model) -> HostView {
-        let live = self
-            .fleet
-            .host_report(row.host_id())
-            .or_else(|| row.inventory());
+        let mut live = self.report(row);
         HostView {
             id: row.host_id(),
             hostname: row.hostname.clone(),
@@ -196,6 +217,7 @@ impl Machines {
             disabled: row.disabled,
             limits: row.limits(),
             used: row.used(),
+            cpu: live.as_mut().and_then(|report| report.cpu.guest.take()),
             lacks: live.map(|report| report.unable).unwrap_or_default(),
         }
     }

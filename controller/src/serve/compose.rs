@@ -85,7 +85,8 @@ impl Controller {
             Arc::clone(&agents.fleet),
             Arc::clone(&clock),
         )
-        .with_key(master);
+        .with_key(master)
+        .with_cpu_mode(config.cpu_mode);
         let mut kinds = Kinds::default();
         compute::register(&mut kinds, &machines, &images, &clock, &random);
         let engine = Engine::new(lead.clone(), kinds, Arc::clone(&clock), Arc::clone(&random));

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::size::Size;
+use crate::compute::model::cpu::CpuMode;
 use crate::http::PublicUrl;
 use crate::image::Limits;
 
@@ -68,6 +69,10 @@ pub struct Options {
     /// otherwise [default: 0: they wait].
     #[arg(long, env = "FRACTUS_RESIZE_CONFIRM_WINDOW")]
     pub resize_confirm_window: Option<u32>,
+    /// What CPU guests have whose flavors do not say it (`hw:cpu_profile`): what all enabled hosts of one make have in
+    /// common (baseline), all that their host has (host), or a level (x86-64-v2, x86-64-v3) [default: baseline].
+    #[arg(long, env = "FRACTUS_CPU_PROFILE", value_name = "PROFILE")]
+    pub cpu_profile: Option<CpuMode>,
     /// The database was restored from a backup: say it at the first start after that, and only then.
     /// What hosts were told since the backup is then known to be older than what they are told now, and
     /// no server is started before its host has said that it still has it; one that is gone is ERROR. Which
@@ -104,6 +109,8 @@ pub struct Config {
     pub image_limits: Limits,
     /// After which a server that could go back is confirmed; none: never.
     pub resize_confirm_window: Option<Duration>,
+    /// Of guests whose flavors do not say it.
+    pub cpu_mode: CpuMode,
     /// Begin a new epoch of machines' generations.
     pub restored: bool,
 }
@@ -220,6 +227,7 @@ impl Config {
                 .resize_confirm_window
                 .filter(|seconds| *seconds > 0)
                 .map(|seconds| Duration::from_secs(seconds.into())),
+            cpu_mode: options.cpu_profile.unwrap_or_default(),
             restored: options.restored,
         })
     }
@@ -266,6 +274,7 @@ impl Options {
             agents_listen: self.agents_listen.or(file.agents_listen),
             agents_url: self.agents_url.or(file.agents_url),
             name: self.name.or(file.name),
+            cpu_profile: self.cpu_profile.or(file.cpu_profile),
             restored: self.restored,
         }
     }

@@ -61,6 +61,7 @@ impl World {
         let mut at = BTreeMap::new();
         for host in &self.hosts {
             host.tick();
+            self.check_cpus(host);
             for server in host.processes() {
                 at.insert(server, (host.id(), host.soul(server).unwrap()));
             }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use fractus_agent_api::VERSION;
+use fractus_agent_api::cpu::Cpu;
 use fractus_agent_api::host::{Heartbeat, HostId};
 use fractus_agent_api::machine::{ServerId, StopReason};
 use rand::rngs::StdRng;
@@ -21,6 +22,7 @@ use crate::agents::fleet::Fleet;
 use crate::agents::host;
 use crate::agents::simulated::{SimulatedHost, stream};
 use crate::clock::{Clock, SimulatedClock};
+use crate::compute::model::cpu::CpuMode;
 use crate::compute::ops::change::Change;
 use crate::compute::{Compute, ServerObserver, register};
 use crate::database::Database;
@@ -70,6 +72,7 @@ pub struct World {
     pub evacuates: bool,
     /// What was seen of guests, for [`super::migration`].
     pub guests: Guests,
+    cpu_mode: CpuMode,
 }
 
 /// One life of the controller.
@@ -99,11 +102,22 @@ const START_US: i64 = 1_800_000_000_000_000;
 impl World {
     /// A new cloud, whose hosts have all reported to its controller.
     pub async fn new(seed: u64, plan: Plan) -> Self {
+        Self::on(seed, plan, |_| None, CpuMode::default()).await
+    }
+
+    /// The same on hosts of these CPUs.
+    pub async fn on(
+        seed: u64,
+        plan: Plan,
+        cpu: impl Fn(usize) -> Option<Cpu>,
+        mode: CpuMode,
+    ) -> Self {
         let test = testing::database_in_memory().await;
         let ids = SeededRandom::new(seed);
         for n in 0..plan.hosts {
             let id = HostId(ids.uuid());
-            let inventory = SimulatedHost::inventory(&format!("host{n}"), 4, 4096);
+            let mut inventory = SimulatedHost::inventory(&format!("host{n}"), 4, 4096);
+            inventory.cpu.guest = cpu(n).map(Box::new);
             let insert = test.database.write(move |tx| {
                 let said = inventory.clone();
                 Box::pin(async move {
@@ -116,11 +130,20 @@ impl World {
             Box::pin(async move { Images::add(tx, requests::image_row(START_US), None).await })
         });
         insert.await.unwrap();
-        Self::of(test, ids, seed, plan).await
+        Self::of_mode(test, ids, (seed, plan), mode).await
     }
 
     /// The cloud of a database; its hosts have no machines yet.
     pub async fn of(test: TestDatabase, ids: SeededRandom, seed: u64, plan: Plan) -> Self {
+        Self::of_mode(test, ids, (seed, plan), CpuMode::default()).await
+    }
+
+    async fn of_mode(
+        test: TestDatabase,
+        ids: SeededRandom,
+        (seed, plan): (u64, Plan),
+        cpu_mode: CpuMode,
+    ) -> Self {
         let clock = SimulatedClock::starting_at(START_US);
         let network = Network::new(seed);
         let mut hosts = Vec::new();
@@ -154,6 +177,7 @@ impl World {
             migrates: Migrates::Never,
             evacuates: false,
             guests: Guests::default(),
+            cpu_mode,
         };
         world.start_controller().await;
         world.everybody_reports().await;
@@ -211,7 +235,8 @@ impl World {
             Arc::clone(&fleet),
             Arc::clone(&clock),
         )
-        .with_key(self.master.clone());
+        .with_key(self.master.clone())
+        .with_cpu_mode(self.cpu_mode);
         let blobs = FileStore::open(self.folder.path(), "simulated")
             .await
             .unwrap();

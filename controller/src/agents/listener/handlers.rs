@@ -170,6 +170,7 @@ fn worth_a_write(member: &host::row::Model, heartbeat: &Heartbeat, now: i64) -> 
             || known.agent_version != said.agent_version
             || known.lacks != said.lacks
             || known.unable != said.unable
+            || known.cpu != said.cpu
             || host::limits(&known) != host::limits(said)
     });
     news || member.endpoint != heartbeat.endpoint || now - member.heard_at_us > SILENT_US / 3

@@ -1,6 +1,7 @@
 //! A machine of a simulated host: what its agent keeps on its disk, and its process, as a few fields.
 
 use fractus_agent_api::copy::{self, Copies, CopyId, CopyReport, CopyState, CopyStep};
+use fractus_agent_api::cpu::Profile;
 use fractus_agent_api::decision::{self, Done, Intent, Process, Seen, Step};
 use fractus_agent_api::guest::GuestReport;
 use fractus_agent_api::host::HostId;
@@ -34,6 +35,8 @@ pub(super) struct Record {
     /// What became of the migration that its intents spoke of last.
     pub(super) migration: Option<MigrationReport>,
     pub(super) soul: Soul,
+    /// What the guest began with.
+    pub(super) cpu: Option<Box<Profile>>,
     /// Of its disk, on disk itself.
     pub(super) copy: Option<CopyId>,
     /// Which guest is on it.
@@ -82,6 +85,7 @@ impl Record {
                 born: (host, 0),
                 ticks: 0,
             },
+            cpu: None,
             copy: None,
             copied: None,
             is_one: false,
@@ -314,6 +318,7 @@ impl Record {
                         born: (self.host, self.done.starts),
                         ticks: 0,
                     };
+                    self.cpu.clone_from(&wanted.spec.cpu);
                 }
                 self.began_with = kept.unwrap_or(self.done.starts);
                 self.guest = GuestReport::default();

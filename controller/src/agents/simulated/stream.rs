@@ -1,5 +1,6 @@
 //! Streams between two simulated hosts: nothing of them moves by itself, and each may break at any point.
 
+use fractus_agent_api::cpu::Profile;
 use fractus_agent_api::decision::Process;
 use fractus_agent_api::machine::ServerId;
 use fractus_agent_api::migration::{Decision, MigrationId, Round, State, Transit};
@@ -47,10 +48,11 @@ impl SimulatedAgents {
             Some(target) if source.key(server) == target.key(server) => event,
             _ => Event::Cut,
         };
-        let (now, ran, soul) = match source.with(server, |record| (record.process, record.soul)) {
-            Some((process, soul)) => (source.now_us(), process == Process::Running, soul),
-            None => return false,
+        let guest = |record: &mut Record| (record.process, record.soul, record.cpu.clone());
+        let Some((process, soul, cpu)) = source.with(server, guest) else {
+            return false;
         };
+        let (now, ran) = (source.now_us(), process == Process::Running);
         let sent = match event {
             Event::Round => Sent::Round,
             Event::Cut => Sent::Broken,
@@ -66,7 +68,7 @@ impl SimulatedAgents {
                 Event::Round => {}
                 Event::End | Event::AnswerLost => {
                     record.transit = Transit::Arrived(id);
-                    (record.ran, record.soul) = (ran, soul);
+                    (record.ran, record.soul, record.cpu) = (ran, soul, cpu);
                     record.says(State::Arrived);
                     record.changed_at_us = now;
                 }
@@ -137,6 +139,12 @@ impl SimulatedHost {
     /// Which guest is here, and for how long it has run; none: there is none, or it is between two hosts.
     pub fn soul(&self, server: ServerId) -> Option<Soul> {
         self.with(server, |record| record.has_guest().then_some(record.soul))?
+    }
+
+    /// What the guest that is here began with, wherever that was.
+    pub fn guest_cpu(&self, server: ServerId) -> Option<Box<Profile>> {
+        let has = |record: &mut Record| record.has_guest().then(|| record.cpu.clone());
+        self.with(server, has)??
     }
 
     /// Time passes for the guests that run.

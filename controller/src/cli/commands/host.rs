@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use http::Method;
 use serde_json::{Value, json};
 
-use super::{evacuate, migration, path_segment, query_value, rows, server};
+use super::{cpu, evacuate, migration, path_segment, query_value, rows, server};
 use crate::cli::CliError;
 use crate::cli::output::Output;
 use crate::cli::session::{Service, Session};
@@ -16,6 +16,16 @@ use crate::cli::session::{Service, Session};
 pub enum Command {
     /// Every host that joined, and how it is
     List,
+    /// One host, with the CPU that its guests may have
+    Show {
+        /// Name or id
+        host: String,
+    },
+    /// What the CPUs of hosts have in common, and what each has beyond that, or lacks of what another has
+    Baseline {
+        /// Names or ids [default: all that take new servers]
+        hosts: Vec<String>,
+    },
     /// Make a one-time token with which one host joins
     JoinToken(JoinToken),
     /// Take no new servers on a host, and bring those that run there to others, one after the other
@@ -60,6 +70,27 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
             let (header, rows) = rows(&hosts, COLUMNS);
             output.rows(&header, rows)
         }
+        Command::Show { host } => {
+            let (id, _) = find(&host, session).await?;
+            let path = format!("/hosts/{}", path_segment(&id));
+            let shown = session.call(Service::Hosts, Method::GET, &path, None);
+            cpu::show(&shown.await?["host"], output)
+        }
+        Command::Baseline { hosts: wanted } => {
+            let mut hosts = session.list(Service::Hosts, "/hosts", "hosts").await?;
+            let is = |host: &Value, name: &String| host["id"] == *name || host["hostname"] == *name;
+            if let Some(unknown) = wanted
+                .iter()
+                .find(|name| !hosts.iter().any(|host| is(host, name)))
+            {
+                return Err(no_host(unknown));
+            }
+            hosts.retain(|host| match wanted.is_empty() {
+                true => host["disabled"] == false && host["state"] != "forced-down",
+                false => wanted.iter().any(|name| is(host, name)),
+            });
+            cpu::compare(&hosts, output)
+        }
         Command::JoinToken(JoinToken { ttl }) => {
             let body = json!({"join_token": {"ttl_s": ttl}});
             let made = session
@@ -93,6 +124,13 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
     }
 }
 
+fn no_host(wanted: &str) -> CliError {
+    CliError::NotFound {
+        kind: "host",
+        wanted: wanted.to_owned(),
+    }
+}
+
 /// Its id and name.
 pub async fn find(host: &str, session: &Session) -> Result<(String, String), CliError> {
     let hosts = session.list(Service::Hosts, "/hosts", "hosts").await?;
@@ -100,10 +138,7 @@ pub async fn find(host: &str, session: &Session) -> Result<(String, String), Cli
     let found = hosts
         .iter()
         .find(|known| known["id"] == host || known["hostname"] == host);
-    let found = found.ok_or_else(|| CliError::NotFound {
-        kind: "host",
-        wanted: host.to_owned(),
-    })?;
+    let found = found.ok_or_else(|| no_host(host))?;
     Ok((text(found, "id"), text(found, "hostname")))
 }
 

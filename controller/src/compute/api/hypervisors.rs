@@ -3,6 +3,7 @@
 use axum::Json;
 use axum::extract::Path;
 use axum::http::StatusCode;
+use fractus_agent_api::host::CpuReport;
 use sea_orm::prelude::Uuid;
 use serde_json::{Value, json};
 
@@ -137,8 +138,8 @@ fn whole(call: &Call, hosts: &Hosts, row: &Model) -> Value {
         json!({
             "arch": report.cpu.architecture,
             "model": report.cpu.model,
-            "vendor": report.cpu.vendor,
-            "features": report.cpu.features,
+            "vendor": vendor(&report.cpu.vendor),
+            "features": features(&report.cpu),
             "topology": {
                 "cores": report.cpu.cores,
                 "threads": report.cpu.threads,
@@ -153,6 +154,24 @@ fn whole(call: &Call, hosts: &Hosts, row: &Model) -> Value {
         json!(cpu.to_string())
     };
     view
+}
+
+/// As libvirt says it.
+fn vendor(id: &str) -> &str {
+    match id {
+        "GenuineIntel" => "Intel",
+        "AuthenticAMD" => "AMD",
+        "HygonGenuine" => "Hygon",
+        other => other,
+    }
+}
+
+/// What guests may have, as far as the host's agent says so; else what the processor has.
+fn features(cpu: &CpuReport) -> Vec<String> {
+    match &cpu.guest {
+        Some(guest) => guest.offers.features(),
+        None => cpu.features.clone(),
+    }
 }
 
 fn merge(view: &mut Value, more: Value) {

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::cpu::{CpuMode, EXTRA_SPEC};
+
 /// Extra specs in the order of their keys.
 pub type ExtraSpecs = BTreeMap<String, String>;
 
@@ -29,6 +31,7 @@ pub struct FlavorSnapshot {
 /// the known name spaces are the operator's own.
 pub fn validate_extra_spec(key: &str, value: &str) -> Result<(), String> {
     let allowed: &[&str] = match key {
+        EXTRA_SPEC => &CpuMode::NAMES,
         "hw:cpu_policy" => &["dedicated", "shared", "mixed"],
         "hw:cpu_thread_policy" => &["prefer", "isolate", "require"],
         "hw:emulator_threads_policy" => &["isolate", "share"],

@@ -2,6 +2,7 @@
 //! no database, no HTTP.
 
 mod admission;
+pub mod cpu;
 pub mod flavor;
 pub mod hostname;
 pub mod keypair;

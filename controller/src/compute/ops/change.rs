@@ -6,9 +6,10 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use fractus_agent_api::machine::{MachineSpec, Observed, Power, Wanted};
 use sea_orm::ActiveValue::Set;
-use sea_orm::DatabaseTransaction;
+use sea_orm::{DatabaseTransaction, DbErr};
 use serde::{Deserialize, Serialize};
 
+use super::cpu::{self, Begins};
 use super::create::settle;
 use super::{RequestError, Tools, boot, image, instance, machine_id, to_error, to_state, turn};
 use crate::agents::host;
@@ -17,7 +18,7 @@ use crate::compute::store::server;
 use crate::event::Origin;
 use crate::http::App;
 use crate::operation::{self, Kind, Operation, Outcome, Progress, Step, StepError};
-use crate::reconcile::{Converged, machine};
+use crate::reconcile::{Converged, Machines, machine};
 use crate::scheduler::Amounts;
 
 /// What is done to a server.
@@ -162,11 +163,12 @@ pub async fn request(
     };
     let prepared = engine.prepare(wish.change.kind(), id, &state, origin)?;
     let (subject, now) = (id.to_owned(), app.now_us());
+    let machines = app.compute().machines.clone();
     let row = app
         .database()
         .write(move |tx| {
             let (id, prepared, wish) = (subject.clone(), prepared.clone(), wish.clone());
-            let request_id = request_id.clone();
+            let (request_id, machines) = (request_id.clone(), machines.clone());
             Box::pin(async move {
                 let mut change = wish.columns;
                 change.state = Set(transit.key());
@@ -198,11 +200,15 @@ pub async fn request(
                     true => instance::of(tx, &id).await?,
                     false => None,
                 };
+                let begins = begins(&machines, tx, (wish.change, &known)).await?;
                 machine::change(tx, server, request_id, now, |wanted| {
                     let before = wanted.spec.guest.instance.take();
                     wish.change.apply(standing, wanted, wish.spec);
                     let given = wanted.spec.guest.instance.take();
                     wanted.spec.guest.instance = instance::renewed(told, given, before);
+                    if let Some(begins) = begins {
+                        begins.put(&mut wanted.spec);
+                    }
                 })
                 .await?;
                 prepared.insert(tx).await?;
@@ -212,6 +218,24 @@ pub async fn request(
         .await?;
     engine.wake(id);
     Ok(row)
+}
+
+/// The CPU of a guest that begins anew; none: it stays as it is. One that is started may run all the same, unless it was to
+/// be off.
+async fn begins(
+    machines: &Machines,
+    tx: &DatabaseTransaction,
+    (change, known): (Change, &machine::Machine),
+) -> Result<Option<Begins>, DbErr> {
+    let is_off = known.wanted.power == Power::Stopped;
+    let Some(host) = known.host.filter(|_| change.begins_anew()) else {
+        return Ok(None);
+    };
+    if change == Change::Start && !is_off {
+        return Ok(None);
+    }
+    let mode = cpu::mode_of(machines, tx, &known.server.to_string()).await?;
+    cpu::begins(machines, tx, (mode, host)).await.map(Some)
 }
 
 /// What the server holds of its host becomes what `spec` needs: without a size of its own in the

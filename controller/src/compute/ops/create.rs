@@ -13,7 +13,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::{DatabaseTransaction, DbErr};
 use serde::{Deserialize, Serialize};
 
-use super::{RequestError, Tools, is_unknown, machine_id, resize, to_error, to_state, turn};
+use super::{RequestError, Tools, cpu, is_unknown, machine_id, resize, to_error, to_state, turn};
 use crate::compute::model::state::{Build, ServerState};
 use crate::compute::store::server;
 use crate::event::Origin;
@@ -169,12 +169,14 @@ impl Step for Place {
     ) -> Result<(), StepError> {
         let mut state: State = operation.state()?;
         let server = machine_id(&operation.subject)?;
+        let mode = cpu::mode_of(&self.0.machines, tx, &operation.subject).await?;
         let request = Request {
             server,
             amounts: state.amounts,
             host: state.host,
             excluded: Default::default(),
             source: None,
+            cpu: mode.need(),
         };
         let host = match self.0.machines.place(tx, &request).await {
             Ok(host) => host,
@@ -184,6 +186,9 @@ impl Step for Place {
             }
         };
         let now = self.0.clock.now_us();
+        let mut spec = state.spec.clone();
+        let begins = cpu::begins(&self.0.machines, tx, (mode, host)).await?;
+        begins.put(&mut spec);
         let wanted = Wanted {
             power: Power::Running,
             soft_reboots: 0,
@@ -196,7 +201,7 @@ impl Step for Place {
             copies: 0,
             restores: None,
             parks: None,
-            spec: state.spec.clone(),
+            spec,
         };
         let request_id = operation.origin.request_id.clone();
         let owned = machine::own(tx, server, host, &wanted, request_id, now).await?;

@@ -30,8 +30,8 @@ use serde::{Deserialize, Serialize};
 use super::create::settle;
 use super::image::waited_us;
 use super::{
-    RequestError, Tools, change, image, instance, machine_id, migrate, resize, shelve, to_error,
-    to_state, turn, unshelve,
+    RequestError, Tools, change, cpu, image, instance, machine_id, migrate, resize, shelve,
+    to_error, to_state, turn, unshelve,
 };
 use crate::agents::{fleet, host};
 use crate::compute::model::state::{ServerState, Standing};
@@ -521,7 +521,8 @@ impl Step for Place {
         let known = known.filter(|known| is_theirs(known, state.source));
         let known = known.ok_or_else(|| StepError::fail("the server is not where it was"))?;
         unshelve::is_nobodys(&self.0.machines, &known, tx).await?;
-        let wanted = self.wanted(operation, &state, &known, tx).await?;
+        let mut wanted = self.wanted(operation, &state, &known, tx).await?;
+        let mode = cpu::mode_of(&self.0.machines, tx, &operation.subject).await?;
         // One that is parked keeps nothing any more.
         migrate::bury(tx, server, GIVEN_UP, now).await?;
         resize::count_present(tx, server).await?;
@@ -542,6 +543,7 @@ impl Step for Place {
             host: state.host,
             excluded: kept.into_iter().chain([state.source]).collect(),
             source: None,
+            cpu: mode.need(),
         };
         let target = match self.0.machines.place(tx, &request).await {
             Ok(target) => target,
@@ -550,6 +552,8 @@ impl Step for Place {
                 return Err(StepError::fail(format!("No valid host was found. {why}")));
             }
         };
+        let begins = cpu::begins(&self.0.machines, tx, (mode, target)).await?;
+        begins.put(&mut wanted.spec);
         if !machine::move_owner(tx, &known, target, &wanted, now).await? {
             return Err(StepError::fail("the server was changed meanwhile"));
         }

@@ -6,6 +6,7 @@
 
 pub mod boot;
 pub mod change;
+mod cpu;
 pub mod create;
 pub mod delete;
 pub mod evacuate;

@@ -26,7 +26,7 @@ use super::create::{UNKNOWN, settle};
 use super::image::{unstored, waited_us};
 use super::shelve::{Offload, is_kept_only, is_over, let_go_of, shelved, vacate, want_gone};
 use super::{
-    RequestError, Tools, change, instance, is_unknown, machine_id, to_error, to_state, turn,
+    RequestError, Tools, change, cpu, instance, is_unknown, machine_id, to_error, to_state, turn,
 };
 use crate::agents::host;
 use crate::compute::model::state::{ServerState, Standing};
@@ -309,10 +309,11 @@ impl Step for Place {
     ) -> Result<(), StepError> {
         let mut state: State = operation.state()?;
         let server = machine_id(&operation.subject)?;
-        let wanted = self.wanted(operation, tx).await?;
+        let mut wanted = self.wanted(operation, tx).await?;
         let known = machine::find(tx, server).await?;
         state.unconfirmed = known.is_some_and(|known| !known.confirmed);
         operation.set_state(&state)?;
+        let mode = cpu::mode_of(&self.0.machines, tx, &operation.subject).await?;
         let request = Request {
             server,
             amounts: change::amounts(&wanted.spec),
@@ -322,6 +323,7 @@ impl Step for Place {
                 .map(|(holder, _)| holder)
                 .collect(),
             source: None,
+            cpu: mode.need(),
         };
         let host = match self.0.machines.place(tx, &request).await {
             Ok(host) => host,
@@ -330,6 +332,8 @@ impl Step for Place {
                 return Err(StepError::fail(format!("No valid host was found. {why}")));
             }
         };
+        let begins = cpu::begins(&self.0.machines, tx, (mode, host)).await?;
+        begins.put(&mut wanted.spec);
         let (request_id, now) = (operation.origin.request_id.clone(), self.0.clock.now_us());
         let owned = machine::own(tx, server, host, &wanted, request_id, now).await?;
         owned

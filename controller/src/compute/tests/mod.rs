@@ -2,6 +2,7 @@
 
 mod actions;
 mod cloud;
+mod cpus;
 mod evacuate;
 mod flavors;
 mod images;

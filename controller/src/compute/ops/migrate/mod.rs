@@ -22,7 +22,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{
-    Generation, MachineReport, Observed, Power, Revision, ServerId, StopReason, Wanted,
+    Generation, MachineReport, MachineSpec, Observed, Power, Revision, ServerId, StopReason, Wanted,
 };
 use fractus_agent_api::migration::{AtLimit, MigrationId, Policy, Progress, StreamKey};
 use sea_orm::ActiveValue::Set;
@@ -39,7 +39,7 @@ use crate::http::App;
 use crate::operation::{self, Kind, Operation, Outcome, Step, StepError};
 use crate::reconcile::migration::{self, Purpose, Status};
 use crate::reconcile::{machine, state_of};
-use crate::scheduler::Amounts;
+use crate::scheduler::{Amounts, CpuNeed};
 
 pub const KIND: &str = "server_live_migrate";
 
@@ -175,16 +175,25 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
     Ok(())
 }
 
-/// What the server takes of a host; none: it is nowhere.
+/// What a guest that runs with this finds again where it goes. One of before there were profiles goes anywhere, as ever.
+fn cpu_of(spec: &MachineSpec) -> CpuNeed {
+    let kept = spec.cpu.clone();
+    kept.map_or(CpuNeed::Nothing, CpuNeed::Kept)
+}
+
+/// What the server takes of a host, and has of its CPU; none: it is nowhere.
 pub async fn needs(
     connection: &impl ConnectionTrait,
     server: &str,
-) -> Result<Option<Amounts>, DbErr> {
+) -> Result<Option<(Amounts, CpuNeed)>, DbErr> {
     let Ok(id) = machine_id(server) else {
         return Ok(None);
     };
     let known = machine::find(connection, id).await?;
-    Ok(known.map(|known| change::amounts(&known.wanted.spec)))
+    Ok(known.map(|known| {
+        let spec = &known.wanted.spec;
+        (change::amounts(spec), cpu_of(spec))
+    }))
 }
 
 /// The row of one that has just been asked for.

@@ -8,7 +8,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 
 use super::back::{hear_target, look_again, take_back};
-use super::{Begun, State, goes_on, is_now, kept, never_ran};
+use super::{Begun, State, cpu_of, goes_on, is_now, kept, never_ran};
 use crate::agents::host;
 use crate::compute::ops::{Tools, change, machine_id};
 use crate::operation::{Operation, Progress, Step, StepError};
@@ -116,6 +116,7 @@ impl Step for Place {
             host: state.host,
             excluded: Default::default(),
             source: Some(state.source),
+            cpu: cpu_of(&known.wanted.spec),
         };
         let target = match tools.machines.place(tx, &request).await {
             Ok(target) => target,

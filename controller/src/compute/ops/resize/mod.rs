@@ -43,6 +43,7 @@ use super::image::{self, Fetch};
 use super::shelve::is_over;
 use super::{RequestError, Tools, change, machine_id, migrate, to_error, to_state, turn};
 use crate::agents::host;
+use crate::compute::model::flavor::FlavorSnapshot;
 use crate::compute::model::state::{Move, ServerState, Standing};
 use crate::compute::quota::{self, Usage};
 use crate::compute::store::server;
@@ -120,6 +121,11 @@ impl Size {
             spec,
             disk_config: Some(row.disk_config.clone()),
         }
+    }
+
+    fn flavor(&self) -> Result<FlavorSnapshot, StepError> {
+        let read = serde_json::from_str(&self.flavor);
+        read.map_err(|error| StepError::fail(format!("the flavor of the server's size: {error}")))
     }
 
     /// The columns of the server's row that are its own; what counts against the quota is said elsewhere.

@@ -8,11 +8,12 @@ use sea_orm::DatabaseTransaction;
 
 use super::{State, forget_copy, hold};
 use crate::agents::host;
+use crate::compute::model::cpu::CpuMode;
 use crate::compute::model::state::{self, ServerState};
 use crate::compute::ops::create::settle;
 use crate::compute::ops::image::{self, Fetch, dropped, host_has, unstored, unwritten, waited_us};
 use crate::compute::ops::shelve::{has_other_disks, is_over, let_go_of, want_gone};
-use crate::compute::ops::{Tools, change, instance, machine_id, migrate, to_state, turn};
+use crate::compute::ops::{Tools, change, cpu, instance, machine_id, migrate, to_state, turn};
 use crate::compute::store::server;
 use crate::image::model::Status as ImageStatus;
 use crate::image::{Images, snapshot, store};
@@ -20,7 +21,7 @@ use crate::operation::{Operation, Progress, Step, StepError};
 use crate::reconcile::machine::{self, Machine};
 use crate::reconcile::migration::{self, Status};
 use crate::reconcile::{ASK_AGAIN, Converged, Dropped, NoHost};
-use crate::scheduler::{Amounts, Request};
+use crate::scheduler::{Amounts, Request, against_cpu};
 
 /// A target that is silent for so long before it owns anything is given up.
 const LONGEST_WAIT_US: i64 = 120_000_000;
@@ -142,6 +143,20 @@ impl Step for Settle {
     }
 }
 
+/// By what the CPU is chosen of the guest that the server becomes.
+async fn cpu_mode(
+    tools: &Tools,
+    state: &State,
+    known: &Machine,
+    tx: &DatabaseTransaction,
+) -> Result<CpuMode, StepError> {
+    let machines = &tools.machines;
+    Ok(match &state.size {
+        Some(size) => cpu::mode(machines, &size.flavor()?),
+        None => cpu::mode_of(machines, tx, &known.server.to_string()).await?,
+    })
+}
+
 /// Chooses a host, and takes what the server needs of it.
 pub(super) struct Place(pub(super) Tools);
 
@@ -152,8 +167,12 @@ impl Place {
         (state, known, next): (&State, &Machine, Amounts),
         tx: &DatabaseTransaction,
     ) -> Result<bool, StepError> {
+        let need = cpu_mode(&self.0, state, known, tx).await?.need();
         let row = host::find(tx, state.source).await?;
-        let takes = row.is_some_and(|row| !row.disabled && !row.forced_down);
+        let takes = row.is_some_and(|row| {
+            let cpu = self.0.machines.guest_cpu(&row);
+            !row.disabled && !row.forced_down && against_cpu(&need, cpu.as_deref()).is_none()
+        });
         if state.size.is_none() || !takes {
             return Ok(false);
         }
@@ -176,12 +195,14 @@ impl Place {
                 "No valid host was found. The server's host has no room for it, and its other disks are in no image.",
             ));
         }
+        let mode = cpu_mode(&self.0, state, known, tx).await?;
         let request = Request {
             server: known.server,
             amounts: next,
             host: state.host,
             excluded: Default::default(),
             source: Some(state.source),
+            cpu: mode.need(),
         };
         match self.0.machines.place(tx, &request).await {
             Ok(target) => Ok(target),
@@ -367,6 +388,11 @@ impl Move {
             wanted.spec = size.applied(&wanted.spec);
         }
         wanted.power = state.before.power();
+        if let Some(target) = state.target {
+            let mode = cpu_mode(&self.0, state, known, tx).await?;
+            let begins = cpu::begins(&self.0.machines, tx, (mode, target)).await?;
+            begins.put(&mut wanted.spec);
+        }
         let told = instance::of(tx, &operation.subject).await?;
         let before = wanted.spec.guest.instance.take();
         wanted.spec.guest.instance = instance::renewed(told, None, before);
