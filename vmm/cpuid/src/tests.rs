@@ -1,3 +1,5 @@
+//! Sets of hosts that are alike and not, and what comes from elsewhere.
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
