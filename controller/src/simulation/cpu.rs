@@ -125,9 +125,9 @@ async fn guests_of_the_baseline_go_from_any_host_to_any() {
     assert!(ended["completed"] >= 5 && guests > 0, "{ended:?}");
 }
 
-/// What was said of a server's CPU outlives its controller.
+/// Whatever the hosts come to be, and whichever controller there is.
 #[tokio::test]
-async fn a_server_keeps_its_cpu_when_another_host_joins_that_has_less() {
+async fn a_server_keeps_its_cpu_when_hosts_come_to_have_less() {
     let plan = Plan {
         hosts: 2,
         servers: 1,

@@ -64,7 +64,7 @@ const LEGACY: u64 = 0b11;
 const GROUPS: [u64; 3] = [0b11 << 3, 0b111 << 5, 0b11 << 17];
 const AVX: u64 = 1 << 2;
 const AVX512: u64 = 0b111 << 5;
-/// Bytes of an address of before there was a leaf that says it.
+/// Of a processor from before there was a leaf that says it.
 const LEAST_PHYSICAL_BITS: u8 = 36;
 
 impl Profile {
