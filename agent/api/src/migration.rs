@@ -109,7 +109,7 @@ pub struct Policy {
 impl Default for Policy {
     fn default() -> Self {
         Self {
-            downtime_ms: 50,
+            downtime_ms: 10,
             longest_ms: 30_000,
             limit_ms: 600_000,
             at_limit: AtLimit::Stop,

@@ -26,7 +26,7 @@ use crate::process::{Running, probe};
 const GUEST_MIB: u64 = 1024;
 const PEER: &str = "QEMU tcp";
 /// How long the guest may stand still, as both are told (ours by default).
-const DOWNTIME_MS: u64 = 50;
+const DOWNTIME_MS: u64 = 10;
 /// Seconds that are compared with those of the migration.
 const BEFORE: u64 = 3;
 /// Between two looks at what a guest has said.

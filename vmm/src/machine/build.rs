@@ -203,13 +203,7 @@ impl Chassis {
             requests,
         };
         let mut cpus = config.cpus.clone();
-        let vcpus = VcpuSet::create(
-            &hypervisor,
-            &vm,
-            &mut cpus,
-            &surroundings,
-            &board.threads,
-        )?;
+        let vcpus = VcpuSet::create(&hypervisor, &vm, &mut cpus, &surroundings, &board.threads)?;
         Ok(Chassis {
             vcpus,
             profile: cpus.profile,

@@ -204,6 +204,7 @@ fn a_guest_whose_cpu_this_host_lacks_something_of_is_refused_by_its_name() {
         Ok(Landing {
             files,
             most: Vec::new(),
+            faults: None,
         })
     };
     let arrival = std::thread::spawn(move || receive(far, &here, land, None).err());

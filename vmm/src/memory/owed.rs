@@ -267,7 +267,6 @@ impl Owed {
             }),
             shown => shown,
         })
-        .map_err(io::Error::from)
     }
 
     /// Maps what the memfd has there, up to what it has not.

@@ -106,7 +106,10 @@ impl Debt {
         for _ in 0..=live::most_names(&self.pages) {
             match connection.next()? {
                 (Kind::Owed, payload) => live::add_owed(payload, &mut self.pages)?,
-                (Kind::Ready, []) => return Ok(self.restart()),
+                (Kind::Ready, []) => {
+                    self.restart();
+                    return Ok(());
+                }
                 _ => break,
             }
         }
