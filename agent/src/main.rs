@@ -231,6 +231,7 @@ fn upgrade_machines(arguments: UpgradeMachines) -> anyhow::Result<bool> {
     let wanted = upgrade::Wanted {
         machines: arguments.servers.into_iter().map(ServerId).collect(),
         all: arguments.all,
+        program: None,
     };
     let mut well = true;
     upgrade::ask(&paths, &wanted, |id, fate| match fate {

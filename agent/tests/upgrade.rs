@@ -133,7 +133,7 @@ fn guests_go_on_in_processes_of_the_new_program_with_all_that_they_have() -> Res
         // It is in a process of the agent's program.
         assert_eq!(upgraded(&agent, &[])?, format!("{id} current\n"));
         agent.install()?;
-        let output = agent.upgrades_machines(&[]).output()?;
+        let output = agent.upgrades_machines(&["--all"]).output()?;
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && error.contains("restart it first"));
         assert_eq!(process(&agent, id), old);

@@ -136,6 +136,8 @@ pub struct Actor<L: Launcher> {
     upgrade: Option<Wish>,
     /// What the process to which it was handed over has said, if that is all: for how long it stood still, if it ran.
     took_over: Option<Option<u64>>,
+    /// Its guest is on its way from one process to the next.
+    handing: bool,
     /// The process is built, and waits for its `Go`.
     ready: bool,
     /// The guest ran when it was first to be suspended under this intent.
@@ -208,6 +210,7 @@ impl<L: Launcher> Actor<L> {
             travel: Travel::default(),
             upgrade: None,
             took_over: None,
+            handing: false,
             ready: false,
             interrupted: false,
             meetings: 0,
@@ -441,7 +444,10 @@ impl<L: Launcher> Actor<L> {
     fn take(&mut self, message: Message) {
         match message {
             Message::Put(put, answer) => {
-                self.catch_up();
+                // Whoever hands the guest over hears what its process says of that.
+                if !self.handing {
+                    self.catch_up();
+                }
                 let _ = answer.send(self.put(*put));
                 self.give_user_back();
             }

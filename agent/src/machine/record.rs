@@ -349,6 +349,8 @@ pub fn scan(machines: &Path) -> Result<Found, RecordError> {
             continue;
         };
         let path = entry.path().join(crate::paths::MachinePaths::RECORD);
+        // Of a guest that was to be handed over to another process: nobody hands any over now.
+        let _ = fs::remove_file(path.with_extension("next"));
         let read = match path.try_exists() {
             Ok(true) => Record::read(&path),
             Ok(false) => {

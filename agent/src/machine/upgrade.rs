@@ -46,6 +46,9 @@ pub struct Wanted {
     /// Also those whose process runs the agent's program.
     #[serde(default)]
     pub all: bool,
+    /// Of the command: an agent of another program does nothing.
+    #[serde(default)]
+    pub program: Option<Program>,
 }
 
 /// What the agent says.
@@ -102,6 +105,9 @@ async fn serve<L: Launcher>(
         writer.write_all(&bytes).await
     };
     say(Line::Agent { version, program }).await?;
+    if wanted.program.is_some_and(|other| other != program) {
+        return Ok(());
+    }
     let ids = match wanted.machines.is_empty() {
         true => machines.list().iter().map(|report| report.id).collect(),
         false => wanted.machines,
@@ -133,10 +139,14 @@ pub fn ask(
             path.display()
         )
     })?;
-    let mut text = serde_json::to_vec(wanted)?;
+    let own = identity::program(std::process::id().cast_signed()).context("looking at itself")?;
+    let wanted = Wanted {
+        program: Some(own),
+        ..wanted.clone()
+    };
+    let mut text = serde_json::to_vec(&wanted)?;
     text.push(b'\n');
     agent.write_all(&text)?;
-    let own = identity::program(std::process::id().cast_signed()).context("looking at itself")?;
     for line in BufReader::new(agent).lines() {
         match serde_json::from_str(&line?)? {
             Line::Agent { version, program } => anyhow::ensure!(

@@ -47,6 +47,7 @@ impl Paced {
     /// The time for the next piece begins.
     pub fn allow(&mut self) {
         (self.written, self.write_by) = (0, Instant::now() + ROOM);
+        self.read_by = None;
     }
 }
 

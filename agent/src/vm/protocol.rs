@@ -425,7 +425,10 @@ mod tests {
             ToMachine::Send {
                 request_id,
                 migration: MigrationId(DEVICE.0),
-                policy: Policy::default(),
+                policy: Policy {
+                    downtime_ms: 50,
+                    ..Policy::default()
+                },
             },
             ToMachine::Stay { request_id: None },
             ToMachine::Copy {

@@ -644,7 +644,7 @@ impl Supervisor {
             reason: reason.clone(),
         };
         if let (Some(file), Ok(bytes)) = (&self.last_words, serde_json::to_vec(&words))
-            && let Err(error) = file.write_all_at(&bytes, 0)
+            && let Err(error) = (file.set_len(0)).and_then(|()| file.write_all_at(&bytes, 0))
         {
             log::line(format_args!("last words: {error}"));
         }

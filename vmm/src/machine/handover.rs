@@ -224,7 +224,6 @@ impl<S: Read + Write + AsFd> Handing<S> {
         pause: &mut Pause,
     ) -> Result<(), MigrationError> {
         let began = Instant::now();
-        self.machine.memory.settle()?;
         let state = self.machine.packed()?;
         pause.state = began.elapsed();
         let began = Instant::now();
@@ -299,6 +298,10 @@ fn offer<S: Read + Write + AsFd>(
     if !machine.is_whole() {
         // Some of it comes by a connection of this process.
         return Err(MigrationError::Arriving);
+    }
+    if !machine.memory.is_settled() {
+        // To read all of it would take as long as there is of it, in the pause.
+        return Err(MigrationError::Unsettled);
     }
     let parcel = Parcel::of(machine, files)?;
     parcel.send(out.get_mut())?;
@@ -423,14 +426,14 @@ fn follow<S: Read>(
 
 /// The memfd is as large as it has to be, and stays so: else a touch of it could be a SIGBUS.
 fn map(memory: File, config: &MachineConfig) -> Result<GuestMemory, MigrationError> {
+    let seals = rustix::fs::fcntl_get_seals(&memory);
+    if !seals.is_ok_and(|seals| seals.contains(rustix::fs::SealFlags::SHRINK)) {
+        return Err(malformed("memory that could be cut short").into());
+    }
     let expected = GuestMemory::file_bytes_of(&config.memory, config.hot_memory.as_ref());
     let found = memory.metadata().map_err(SnapshotError::Read)?.len();
     if found != expected {
         return Err(StreamError::Shape { expected, found }.into());
-    }
-    let seals = rustix::fs::fcntl_get_seals(&memory);
-    if !seals.is_ok_and(|seals| seals.contains(rustix::fs::SealFlags::SHRINK)) {
-        return Err(malformed("memory that could be cut short").into());
     }
     Ok(GuestMemory::map(
         memory,

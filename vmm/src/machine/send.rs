@@ -65,6 +65,8 @@ pub enum MigrationError {
     Refused { reason: String },
     #[error("the machine's memory is still coming from where it was before")]
     Arriving,
+    #[error("some of the machine's memory is a snapshot's file still, which is not handed over")]
+    Unsettled,
     #[error("this process cannot have memory follow a guest (userfaultfd)")]
     NoPostCopy,
     #[error("the guest stood still for {longest:?}, and not all had been sent")]

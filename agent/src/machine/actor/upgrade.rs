@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::{Actor, Over, Phase, Woken, blocking, sleep_until};
+use super::{AGAIN, Actor, Over, Phase, Woken, blocking, sleep_until};
 use crate::machine::process::{
     Command, End, Heard, Launcher, Plan, Process, ProcessError, TakingOver,
 };
@@ -61,7 +61,9 @@ enum Word {
 
 impl<L: Launcher> Actor<L> {
     pub(super) fn is_to_be_upgraded(&mut self, all: bool, answer: oneshot::Sender<Fate>) {
-        match self.unready() {
+        let asked = self.upgrade.is_some() || self.handing;
+        let asked = asked.then(|| "another command has asked for it".to_owned());
+        match asked.or_else(|| self.unready()) {
             Some(reason) => {
                 let _ = answer.send(Fate::Skipped { reason });
             }
@@ -144,7 +146,10 @@ impl<L: Launcher> Actor<L> {
             }
         };
         let id = MigrationId(Uuid::new_v4());
-        match self.stand_still(&mut heir, id, line).await {
+        self.handing = true;
+        let stands = self.stand_still(&mut heir, id, line).await;
+        self.handing = false;
+        match stands {
             Ok(prepared) => self.commit(heir, id, prepared).await,
             Err(hitch) => self.give_up(heir, id, hitch).await,
         }
@@ -280,6 +285,7 @@ impl<L: Launcher> Actor<L> {
                 }
                 moving
             }
+            Heard::Refused(reason) => return Err(Hitch::Failed(reason)),
             heard => {
                 self.heard(heard);
                 None
@@ -338,7 +344,13 @@ impl<L: Launcher> Actor<L> {
         prepared: Prepared,
     ) -> Result<Fate, Over> {
         let next = self.succeeded_by(heir.identity());
+        if next.process.is_none() {
+            let hitch = Hitch::Failed("its process has ended".to_owned());
+            return self.give_up(heir, id, hitch).await;
+        }
         if let Err(error) = blocking(|| prepared.commit(&next, &self.paths.record())) {
+            // It may be there all the same.
+            self.is_recorded().await?;
             let hitch = Hitch::Failed(error.to_string());
             return self.give_up(heir, id, hitch).await;
         }
@@ -347,7 +359,7 @@ impl<L: Launcher> Actor<L> {
         if let Err(error) = heir.tell(Command::Go, None).await {
             // It was not sent, and so the guest cannot have run there.
             self.record.process = before.process;
-            self.persist();
+            self.is_recorded().await?;
             let reason = error.to_string();
             if self.process.is_none() {
                 let detail = reason.clone();
@@ -371,7 +383,20 @@ impl<L: Launcher> Actor<L> {
         }
         let begun = begun?;
         self.persist();
+        // What the older one has said of its end is not the newer one's.
+        if let Err(error) = blocking(|| std::fs::write(self.paths.last_words(), b"")) {
+            tracing::warn!(%machine, %error, "the last words of its process before");
+        }
         Ok(begun)
+    }
+
+    /// Until the record names the process that is to have the guest: the next agent would end it else.
+    async fn is_recorded(&mut self) -> Result<(), Over> {
+        while let Err(error) = blocking(|| self.record.write(&self.paths.record())) {
+            tracing::error!(machine = %self.record.id, %error, "record");
+            self.wait(Some(Instant::now() + AGAIN)).await?;
+        }
+        Ok(())
     }
 
     /// The newer process has its guest run, or stand as it stood.

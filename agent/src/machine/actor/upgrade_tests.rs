@@ -101,6 +101,29 @@ async fn a_newer_intent_ends_it_before_the_commit() {
     assert_eq!(recorded(&stage).pid, 1);
 }
 
+/// Said while the words of both processes are on their way.
+#[tokio::test]
+async fn an_intent_that_is_repeated_takes_no_word_away() {
+    for _ in 0..20 {
+        let folder = tempfile::tempdir().unwrap();
+        let mut stage = Stage::running(folder.path()).await;
+        stage.words.answer(Ok(()));
+        let (mailbox, heir) = (stage.mailbox.clone(), stage.upgrade.heir.clone());
+        let says = async move {
+            for _ in 0..3 {
+                mailbox.try_send(put(1, Power::Running).0).unwrap();
+                tokio::task::yield_now().await;
+            }
+            heir.say(Heard::Ready);
+        };
+        let (is, ()) = tokio::join!(fate(&mut stage, false), says);
+        assert!(matches!(is, Fate::HandedOver { .. }), "{is:?}");
+        assert_eq!(recorded(&stage).pid, 2);
+        stage.settle(Observed::Running).await;
+        assert!(stage.actor.is_here());
+    }
+}
+
 #[tokio::test]
 async fn a_guest_whose_old_process_ends_goes_on_if_the_new_one_has_it() {
     let detail = "signal 9".to_owned();
