@@ -1,3 +1,5 @@
+//! What is owed, with real userfaultfd: who touches it, what comes, and what is given back meanwhile.
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
