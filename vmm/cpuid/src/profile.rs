@@ -225,7 +225,7 @@ pub fn beyond(profile: &Profile, other: &Profile) -> Vec<String> {
 pub fn missing(profile: &Profile, cpu: &Cpu) -> Vec<String> {
     let mut names = beyond(profile, &cpu.offers);
     if let Some(khz) = profile.tsc_khz
-        && !offers_tsc(cpu, khz)
+        && !cpu.offers_tsc(khz)
     {
         let here = match cpu.offers.tsc_khz {
             Some(here) => format!(", has {here} kHz"),
@@ -234,10 +234,6 @@ pub fn missing(profile: &Profile, cpu: &Cpu) -> Vec<String> {
         names.push(format!("a TSC of {khz} kHz (it cannot scale one{here})"));
     }
     names
-}
-
-fn offers_tsc(cpu: &Cpu, khz: u32) -> bool {
-    cpu.tsc_scales || cpu.offers.tsc_khz.is_some_and(|here| is_near(khz, here))
 }
 
 /// Whether KVM takes one frequency for the other, without scaling.
@@ -262,7 +258,7 @@ pub fn baseline<'a>(cpus: impl IntoIterator<Item = &'a Cpu>) -> Result<Profile, 
     let mut common = others.iter().fold(first.offers.clone().settled(), all);
     let fixed = cpus.iter().filter(|cpu| !cpu.tsc_scales);
     let slowest = fixed.clone().map(|cpu| cpu.offers.tsc_khz).min().flatten();
-    common.tsc_khz = slowest.filter(|khz| cpus.iter().all(|cpu| offers_tsc(cpu, *khz)));
+    common.tsc_khz = slowest.filter(|khz| cpus.iter().all(|cpu| cpu.offers_tsc(*khz)));
     Ok(common)
 }
 
@@ -274,6 +270,12 @@ pub fn words_of(leaf: u32, index: u32) -> impl Iterator<Item = Word> {
 }
 
 impl Cpu {
+    /// A guest's TSC can run at this frequency here, or near enough to it.
+    pub fn offers_tsc(&self, khz: u32) -> bool {
+        let own = self.offers.tsc_khz;
+        self.tsc_scales || own.is_some_and(|here| is_near(khz, here))
+    }
+
     /// What KVM's list of leaves says, with the TSC of the host.
     pub fn of(leaves: &[Leaf], tsc_khz: Option<u32>, tsc_scales: bool) -> Cpu {
         let signature = leaves.iter().find(|leaf| leaf.leaf == 1);

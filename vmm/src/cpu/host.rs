@@ -1,6 +1,6 @@
 //! What this host's KVM gives guests, and whether a machine can be here.
 
-use fractus_cpuid::{Cpu, Leaf, Profile, missing};
+use fractus_cpuid::{Cpu, Leaf, Profile, beyond, missing};
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VcpuFd;
 
@@ -53,7 +53,7 @@ impl Offered {
         Cpu::of(&self.leaves, self.tsc_khz, self.tsc_scales)
     }
 
-    /// Whether a machine of this profile can be here.
+    /// Whether a machine of this profile can go on here.
     pub fn check(&self, profile: &CpuProfile) -> Result<(), Lacks> {
         let profile = match profile {
             CpuProfile::Host | CpuProfile::X86_64V2 | CpuProfile::X86_64V3 => return Ok(()),
@@ -63,22 +63,23 @@ impl Offered {
                 ..Profile::of(&kept.leaves)
             },
         };
-        match missing(&profile, &self.cpu()) {
-            lacks if lacks.is_empty() => Ok(()),
-            lacks => Err(Lacks(lacks)),
-        }
+        none_of(missing(&profile, &self.cpu()))
     }
 
-    /// What a machine is from its start on.
+    /// What a machine is from its start on. One that begins depends on no TSC yet: where its profile's cannot be had, the
+    /// host's own is what it keeps.
     pub fn keep(&self, profile: &mut CpuProfile) -> Result<(), Lacks> {
-        self.check(profile)?;
-        if let CpuProfile::Custom(custom) = profile {
-            let kept = KeptCpu {
-                leaves: cpuid::cut(&self.leaves, custom),
-                tsc_khz: custom.tsc_khz.or(self.tsc_khz),
-            };
-            *profile = CpuProfile::Kept(Box::new(kept));
-        }
+        let CpuProfile::Custom(custom) = profile else {
+            return self.check(profile);
+        };
+        let here = self.cpu();
+        none_of(beyond(custom, &here.offers))?;
+        let khz = custom.tsc_khz.filter(|khz| here.offers_tsc(*khz));
+        let kept = KeptCpu {
+            leaves: cpuid::cut(&self.leaves, custom),
+            tsc_khz: khz.or(self.tsc_khz),
+        };
+        *profile = CpuProfile::Kept(Box::new(kept));
         Ok(())
     }
 
@@ -93,13 +94,20 @@ impl Offered {
     }
 }
 
+fn none_of(lacks: Vec<String>) -> Result<(), Lacks> {
+    match lacks.is_empty() {
+        true => Ok(()),
+        false => Err(Lacks(lacks)),
+    }
+}
+
 /// What this host's KVM gives guests.
 pub fn offered(hypervisor: &Hypervisor) -> Result<Cpu, KvmError> {
     let (_vm, vcpu) = hypervisor.any_vcpu()?;
     Ok(Offered::read(hypervisor, Some(&vcpu))?.cpu())
 }
 
-/// Whether a machine of this profile can be on this host: what making it finds out, before anything is made.
+/// Whether a machine of this profile can come to this host: what making it finds out, before anything is made.
 ///
 /// # Errors
 /// KVM does not answer, or names of what the host lacks.
@@ -167,6 +175,37 @@ mod tests {
             .unwrap();
         // What it keeps can be here again.
         offered.check(&profile).unwrap();
+    }
+
+    #[test]
+    fn only_a_guest_that_goes_on_is_held_to_its_tsc() {
+        let hypervisor = hypervisor();
+        let (_vm, vcpu) = hypervisor.any_vcpu().unwrap();
+        let mut offered = Offered::read(&hypervisor, Some(&vcpu)).unwrap();
+        offered.tsc_khz = Some(2_000_000);
+        let start = |offered: &Offered, khz| {
+            let mut offers = offered.cpu().offers;
+            offers.tsc_khz = Some(khz);
+            let mut profile = CpuProfile::Custom(Box::new(offers));
+            let arrives = offered.check(&profile).is_ok();
+            offered.keep(&mut profile).unwrap();
+            let CpuProfile::Kept(kept) = &profile else {
+                panic!("{profile:?}");
+            };
+            (arrives, kept.tsc_khz, offered.scaled(&profile), profile)
+        };
+        for (scales, khz, arrives, kept, asked) in [
+            (false, 2_000_400, true, 2_000_400, None),
+            (false, 3_000_000, false, 2_000_000, None),
+            (true, 3_000_000, true, 3_000_000, Some(3_000_000)),
+        ] {
+            offered.tsc_scales = scales;
+            let (came, keeps, scaled, _) = start(&offered, khz);
+            assert_eq!((came, keeps, scaled), (arrives, Some(kept), asked));
+        }
+        let (.., mut there) = start(&offered, 3_000_000);
+        offered.tsc_scales = false;
+        assert!(offered.keep(&mut there).is_err(), "it goes on");
     }
 
     #[test]
