@@ -14,7 +14,7 @@ use vmm_sys_util::signal::Killable;
 use super::gate::Gate;
 use super::host::{Lacks, Offered};
 use super::run::{Surroundings, Vcpu, VcpuParts};
-use super::state::{VcpuError, VcpuState, refused};
+use super::state::{TSC, VcpuError, VcpuState, refused};
 use super::{BootRegisters, cpuid, signal};
 use crate::config::CpuConfig;
 use crate::kvm::{Hypervisor, KvmError, Vm};
@@ -309,6 +309,9 @@ fn prepare(fd: &VcpuFd, index: u8, cpuid: &CpuId, tsc_khz: Option<u32>) -> Resul
     if let Some(khz) = tsc_khz {
         fd.set_tsc_khz(khz)
             .map_err(refused(index, "scale its TSC (KVM_SET_TSC_KHZ)"))?;
+        // What it was made with was counted at the host's frequency. Written 0, all count from the first one's (Linux:
+        // kvm_synchronize_tsc).
+        write_msrs(fd, index, &[(TSC, 0)])?;
     }
     fd.set_cpuid2(cpuid)
         .map_err(refused(index, "take its CPUID (KVM_SET_CPUID2)"))?;
@@ -322,10 +325,14 @@ fn prepare(fd: &VcpuFd, index: u8, cpuid: &CpuId, tsc_khz: Option<u32>) -> Resul
     }
     fd.set_lapic(&lapic)
         .map_err(refused(index, "set its local APIC"))?;
-    let (wanted, entries) = (MSRS.len(), MSRS.map(|(index, data)| msr(index, data)));
+    write_msrs(fd, index, &MSRS)
+}
+
+fn write_msrs(fd: &VcpuFd, index: u8, values: &[(u32, u64)]) -> Result<(), VcpuError> {
+    let entries: Vec<_> = values.iter().map(|(at, data)| msr(*at, *data)).collect();
     let msrs = Msrs::from_entries(&entries).map_err(|_| VcpuError::TooMany { index })?;
     let written = fd.set_msrs(&msrs).map_err(refused(index, "set its MSRs"))?;
-    if written < wanted {
+    if written < values.len() {
         // A guest does without: it finds memory uncached by default and says so.
         tracing::debug!(vcpu = index, written, "an MSR was not taken");
     }

@@ -61,7 +61,7 @@ pub(super) fn refused(index: u8, action: &'static str) -> impl Fn(kvm_ioctls::Er
 /// IA32_TSC_DEADLINE: written last, its value fires the timer.
 const TSC_DEADLINE: u32 = 0x6e0;
 /// IA32_TIME_STAMP_COUNTER.
-const TSC: u32 = 0x10;
+pub const TSC: u32 = 0x10;
 
 /// Whether a vCPU in this run state has been started: it is no longer as it was after power-on, where
 /// all but the first wait for INIT.
