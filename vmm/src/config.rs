@@ -368,6 +368,8 @@ pub struct ConsoleFiles {
 pub enum ConfigError {
     #[error("{count} vCPUs: a machine has 1 to {MAX_VCPUS}")]
     VcpuCount { count: u8 },
+    #[error("a TSC of 0 kHz would stand still")]
+    ZeroTsc,
     #[error("{bytes} bytes of memory: a machine has {MIN_MEMORY} to {MAX_MEMORY}")]
     MemorySize { bytes: u64 },
     #[error("{bytes} bytes of memory are no multiple of the page size {page}")]
@@ -563,6 +565,14 @@ impl CpuConfig {
         if !(1..=MAX_VCPUS).contains(&max) {
             return Err(ConfigError::VcpuCount { count: max });
         }
+        let tsc_khz = match &self.profile {
+            CpuProfile::Custom(custom) => custom.tsc_khz,
+            CpuProfile::Kept(kept) => kept.tsc_khz,
+            CpuProfile::Host | CpuProfile::X86_64V2 | CpuProfile::X86_64V3 => None,
+        };
+        if tsc_khz == Some(0) {
+            return Err(ConfigError::ZeroTsc);
+        }
         self.check_count(count)
     }
 
@@ -706,6 +716,13 @@ mod tests {
         let mut config = good.clone();
         config.cpus.count = 65;
         assert_eq!(config.validate(), Err(ConfigError::VcpuCount { count: 65 }));
+
+        let mut config = good.clone();
+        config.cpus.profile = CpuProfile::Kept(Box::new(KeptCpu {
+            leaves: Vec::new(),
+            tsc_khz: Some(0),
+        }));
+        assert_eq!(config.validate(), Err(ConfigError::ZeroTsc));
 
         let mut config = good.clone();
         config.memory.bytes = (256 << 20) + 1;
