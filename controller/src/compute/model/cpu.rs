@@ -46,6 +46,15 @@ impl CpuMode {
         }
     }
 
+    /// What `host` lacks for it, if it says so.
+    pub fn lacks(self, host: HostId, hosts: &[HostView]) -> Vec<String> {
+        let own = hosts.iter().find(|view| view.id == host);
+        match (self, own.and_then(|own| own.cpu.as_deref())) {
+            (Self::Level(level), Some(cpu)) => level.missing(cpu),
+            _ => Vec::new(),
+        }
+    }
+
     /// What a guest has that begins on `host`; none: its host does not say what it has.
     pub fn choose(self, host: HostId, hosts: &[HostView]) -> Option<Profile> {
         let own = hosts.iter().find(|view| view.id == host);
@@ -167,6 +176,14 @@ mod tests {
             chosen.features()
         );
         assert!(missing(&chosen, hosts[1].cpu.as_deref().unwrap()).is_empty());
+        // Where it lacks something it is named, and the rest is what a guest begins with all the same.
+        let lacks = |host: &HostView| level.lacks(host.id, &hosts);
+        assert_eq!(lacks(&hosts[1]), [""; 0]);
+        assert!(lacks(&hosts[2]).contains(&"avx2".to_owned()));
+        assert_eq!(
+            features(level, &hosts[2], &hosts),
+            Some(vec!["pni".to_owned()])
+        );
     }
 
     #[test]

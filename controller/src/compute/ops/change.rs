@@ -235,7 +235,9 @@ async fn begins(
         return Ok(None);
     }
     let mode = cpu::mode_of(machines, tx, &known.server.to_string()).await?;
-    cpu::begins(machines, tx, (mode, host)).await.map(Some)
+    cpu::begins(machines, tx, (mode, host), known.server)
+        .await
+        .map(Some)
 }
 
 /// What the server holds of its host becomes what `spec` needs: without a size of its own in the

@@ -2,7 +2,7 @@
 
 use fractus_agent_api::cpu::Profile;
 use fractus_agent_api::host::HostId;
-use fractus_agent_api::machine::MachineSpec;
+use fractus_agent_api::machine::{MachineSpec, ServerId};
 use sea_orm::{ConnectionTrait, DbErr};
 
 use crate::compute::model::cpu::{CpuMode, EXTRA_SPEC};
@@ -49,8 +49,16 @@ pub(super) async fn begins(
     machines: &Machines,
     connection: &impl ConnectionTrait,
     (mode, host): (CpuMode, HostId),
+    server: ServerId,
 ) -> Result<Begins, DbErr> {
     let hosts = machines.hosts(connection).await?;
+    let lacks = mode.lacks(host, &hosts);
+    if !lacks.is_empty() {
+        // Where it is, it stays: its host has come to offer less, or was enough for what its flavor said before. To refuse
+        // this would keep a server down whose kernel may well do without; a program that does not says so.
+        let lacks = lacks.join(", ");
+        tracing::warn!(%server, %host, level = %mode, lacks, "a guest begins with less than its level");
+    }
     let profile = mode.choose(host, &hosts).map(Box::new);
     let name = mode.name_of_old();
     Ok(Begins { name, profile })

@@ -187,7 +187,7 @@ impl Step for Place {
         };
         let now = self.0.clock.now_us();
         let mut spec = state.spec.clone();
-        let begins = cpu::begins(&self.0.machines, tx, (mode, host)).await?;
+        let begins = cpu::begins(&self.0.machines, tx, (mode, host), server).await?;
         begins.put(&mut spec);
         let wanted = Wanted {
             power: Power::Running,

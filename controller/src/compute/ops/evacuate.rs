@@ -552,7 +552,7 @@ impl Step for Place {
                 return Err(StepError::fail(format!("No valid host was found. {why}")));
             }
         };
-        let begins = cpu::begins(&self.0.machines, tx, (mode, target)).await?;
+        let begins = cpu::begins(&self.0.machines, tx, (mode, target), known.server).await?;
         begins.put(&mut wanted.spec);
         if !machine::move_owner(tx, &known, target, &wanted, now).await? {
             return Err(StepError::fail("the server was changed meanwhile"));

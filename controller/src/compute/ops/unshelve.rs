@@ -332,7 +332,7 @@ impl Step for Place {
                 return Err(StepError::fail(format!("No valid host was found. {why}")));
             }
         };
-        let begins = cpu::begins(&self.0.machines, tx, (mode, host)).await?;
+        let begins = cpu::begins(&self.0.machines, tx, (mode, host), server).await?;
         begins.put(&mut wanted.spec);
         let (request_id, now) = (operation.origin.request_id.clone(), self.0.clock.now_us());
         let owned = machine::own(tx, server, host, &wanted, request_id, now).await?;

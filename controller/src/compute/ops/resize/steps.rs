@@ -390,7 +390,7 @@ impl Move {
         wanted.power = state.before.power();
         if let Some(target) = state.target {
             let mode = cpu_mode(&self.0, state, known, tx).await?;
-            let begins = cpu::begins(&self.0.machines, tx, (mode, target)).await?;
+            let begins = cpu::begins(&self.0.machines, tx, (mode, target), known.server).await?;
             begins.put(&mut wanted.spec);
         }
         let told = instance::of(tx, &operation.subject).await?;
