@@ -107,7 +107,7 @@ impl fmt::Display for Reason {
             Self::NotTheChosen => f.write_str("another host was asked for"),
             Self::Lacks(what) => write!(f, "it lacks {}", what.join(", ")),
             Self::Cpu(what) => write!(f, "its CPU lacks {}", what.join(", ")),
-            Self::CpuUnknown => f.write_str("its agent is too old to say what CPU it has"),
+            Self::CpuUnknown => f.write_str("it does not say what CPU its guests have"),
             Self::Vcpus { free, needed } => write!(f, "{needed} vCPUs needed, {free} free"),
             Self::Memory {
                 free_mib,
@@ -341,7 +341,7 @@ mod tests {
         let refused = place(&request, &[less.clone(), old.clone()]).unwrap_err();
         assert_eq!(
             refused.to_string(),
-            "h1: its CPU lacks avx2, rtm; h2: its agent is too old to say what CPU it has"
+            "h1: its CPU lacks avx2, rtm; h2: it does not say what CPU its guests have"
         );
         let more = with(3, &["avx", "avx2", "rtm", "sse4a"]);
         assert_eq!(

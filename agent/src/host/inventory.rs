@@ -19,6 +19,8 @@ use crate::machine::process::identity::boot_id;
 #[derive(Debug, Clone)]
 pub struct Inventory {
     cpu: CpuReport,
+    /// Of guests; none: KVM has not said it yet.
+    guest: Arc<Mutex<Option<Box<Cpu>>>>,
     boot_id: uuid::Uuid,
     lacks: Vec<String>,
     /// What was needed and not there at the last look.
@@ -33,11 +35,13 @@ impl Inventory {
             .into_iter()
             .partition(|lack| lack.weight == check::Weight::Needed);
         let words = |lacks: Vec<check::Lack>| lacks.iter().map(ToString::to_string).collect();
+        let guest = guest_cpu();
+        if guest.is_none() {
+            tracing::warn!("KVM does not say yet what CPU its guests have");
+        }
         Ok(Self {
-            cpu: CpuReport {
-                guest: guest_cpu(),
-                ..cpu(&fs::read_to_string("/proc/cpuinfo")?)
-            },
+            cpu: cpu(&fs::read_to_string("/proc/cpuinfo")?),
+            guest: Arc::new(Mutex::new(guest)),
             boot_id: boot_id()?,
             lacks: words(lacks),
             unable: Arc::new(Mutex::new(words(unable))),
@@ -63,7 +67,10 @@ impl Inventory {
             memory_free_mib: kib(&memory, "MemAvailable:") >> 10,
             disk_gib,
             disk_free_gib,
-            cpu: self.cpu.clone(),
+            cpu: CpuReport {
+                guest: self.guest(),
+                ..self.cpu.clone()
+            },
             kernel: rustix::system::uname()
                 .release()
                 .to_string_lossy()
@@ -93,6 +100,15 @@ impl Inventory {
         }
         unable.clone()
     }
+
+    /// Asked again while there is none: /dev/kvm may come late.
+    fn guest(&self) -> Option<Box<Cpu>> {
+        let mut guest = self.guest.lock().unwrap_or_else(PoisonError::into_inner);
+        if guest.is_none() {
+            *guest = guest_cpu();
+        }
+        guest.clone()
+    }
 }
 
 /// What KVM gives guests; none where there is no KVM, which is among what the host lacks.
@@ -103,7 +119,7 @@ fn guest_cpu() -> Option<Box<Cpu>> {
         Ok(cpu) => Some(Box::new(cpu)),
         Err(error) => {
             let error = &error as &dyn std::error::Error;
-            tracing::warn!(error, "KVM does not say what CPU its guests have");
+            tracing::debug!(error, "KVM does not say what CPU its guests have");
             None
         }
     }
@@ -171,7 +187,10 @@ mod tests {
 
     #[test]
     fn this_host_has_what_every_host_has() {
-        let report = Inventory::new(Path::new("/")).unwrap().report();
+        let inventory = Inventory::new(Path::new("/")).unwrap();
+        // As where /dev/kvm came late.
+        *inventory.guest.lock().unwrap() = None;
+        let report = inventory.report();
         let online = std::thread::available_parallelism().unwrap().get() as u32;
         assert!(report.cpus >= online);
         assert!(report.memory_mib > 100 && report.memory_free_mib <= report.memory_mib);

@@ -60,7 +60,7 @@ async fn a_guest_goes_only_where_all_is_that_it_has_and_keeps_it_there() {
     joined(&cloud, 3, None).await;
     for (name, why) in [
         ("host-2", "its CPU lacks avx2, rtm"),
-        ("host-3", "its agent is too old to say what CPU it has"),
+        ("host-3", "it does not say what CPU its guests have"),
     ] {
         let words = format!(
             "Migration pre-check error: Unacceptable CPU info: CPU doesn't have compatibility. {name}: {why}"
@@ -73,7 +73,7 @@ async fn a_guest_goes_only_where_all_is_that_it_has_and_keeps_it_there() {
     // Where none was asked for, that is told before 2.34, and by the migration from then on.
     let refused = cloud.act("admin", &id, "2.30", live(None)).await;
     assert_eq!(status(&refused), 400);
-    let words = "host-2: its CPU lacks avx2, rtm; host-3: its agent is too old";
+    let words = "host-2: its CPU lacks avx2, rtm; host-3: it does not say what CPU its guests have";
     assert!(refused.message().contains(words), "{}", refused.message());
     let later = cloud.act("admin", &id, "2.96", live(None)).await;
     assert_eq!(status(&later), 202);
