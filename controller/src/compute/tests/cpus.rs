@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use fractus_agent_api::cpu::Cpu;
 
+use super::resize::{asks, at_rest, furnished, resize};
 use super::*;
 use crate::agents::host;
 use crate::agents::simulated::{SimulatedHost, cpu};
@@ -154,6 +155,29 @@ async fn a_guest_begins_with_what_its_flavor_says_and_each_time_with_what_is_the
         .await;
     assert_eq!(features(&cloud.host, &own), ["avx", "avx2", "rtm"]);
     assert_eq!(features(&on(&common), &common), ["avx"], "of another");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_goes_back_to_its_size_begins_with_what_is_there_by_then() {
+    for hosts in [1, 2] {
+        let cloud = furnished().await;
+        has(&cloud, &cloud.host, Some(cpu(&["avx", "avx2", "rtm"])));
+        let id = cloud.running("one", "web").await;
+        let request = match hosts {
+            1 => resize(),
+            _ => {
+                joined(&cloud, 2, Some(cpu(&["avx", "avx2"]))).await;
+                json!({"migrate": null})
+            }
+        };
+        assert_eq!(asks(&cloud, "admin", &id, request).await, 202);
+        at_rest(&cloud, &id, "VERIFY_RESIZE").await;
+        has(&cloud, &cloud.host, Some(cpu(&["avx"])));
+        let revert = json!({"revertResize": null});
+        assert_eq!(asks(&cloud, "one", &id, revert).await, 202);
+        at_rest(&cloud, &id, "ACTIVE").await;
+        assert_eq!(features(&cloud.host, &id), ["avx"], "of {hosts} hosts");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -41,7 +41,7 @@ use serde::{Deserialize, Serialize};
 
 use super::image::{self, Fetch};
 use super::shelve::is_over;
-use super::{RequestError, Tools, change, machine_id, migrate, to_error, to_state, turn};
+use super::{RequestError, Tools, change, cpu, machine_id, migrate, to_error, to_state, turn};
 use crate::agents::host;
 use crate::compute::model::flavor::FlavorSnapshot;
 use crate::compute::model::state::{Move, ServerState, Standing};
@@ -187,6 +187,17 @@ impl Before {
 
     fn amounts(&self) -> Amounts {
         change::amounts(&self.size.spec)
+    }
+
+    /// The CPU of its guest, which begins anew on the host that it comes back to.
+    async fn begins(
+        &self,
+        tools: &Tools,
+        (host, server): (HostId, ServerId),
+        tx: &DatabaseTransaction,
+    ) -> Result<cpu::Begins, StepError> {
+        let mode = cpu::mode(&tools.machines, &self.size.flavor()?);
+        Ok(cpu::begins(&tools.machines, tx, (mode, host), server).await?)
     }
 }
 

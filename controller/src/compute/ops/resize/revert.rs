@@ -330,6 +330,11 @@ impl Back {
     ) -> Result<Wanted, StepError> {
         let mut wanted = known.wanted.clone();
         wanted.spec = state.before.size.applied(&wanted.spec);
+        let begins = state
+            .before
+            .begins(&self.0, (state.source, known.server), tx)
+            .await?;
+        begins.put(&mut wanted.spec);
         wanted.power = state.before.power();
         let told = instance::of(tx, &operation.subject).await?;
         let before = wanted.spec.guest.instance.take();

@@ -81,8 +81,13 @@ async fn as_before(
     wanted: &mut Wanted,
     (operation, tx): (&Operation, &DatabaseTransaction),
 ) -> Result<(), StepError> {
-    wanted.spec = state.before.size.applied(&wanted.spec);
     let is_followed = change::is_told_otherwise(operation, tx).await?;
+    let had = wanted.spec.clone();
+    wanted.spec = state.before.size.applied(&had);
+    if is_followed {
+        // What followed may have begun the guest anew, and has fixed its CPU then.
+        (wanted.spec.cpu, wanted.spec.cpu_profile) = (had.cpu, had.cpu_profile);
+    }
     wanted.power = match (is_followed, wanted.power) {
         // Its target's guest and disk were to go: so is not what stands at the source.
         (true, Power::Absent) => state.followed.unwrap_or_else(|| state.before.power()),
@@ -112,6 +117,11 @@ async fn take_back(
     as_before(&state, &mut back, (operation, tx)).await?;
     if may_be_larger && back.power == Power::Running {
         back.hard_reboots += 1;
+        let begins = state
+            .before
+            .begins(tools, (state.source, known.server), tx)
+            .await?;
+        begins.put(&mut back.spec);
     }
     if back != known.wanted {
         let (request_id, now) = (operation.origin.request_id.clone(), tools.clock.now_us());
@@ -533,6 +543,12 @@ impl Step for Move {
         is_known(&known)?;
         let mut wanted = known.wanted.clone();
         as_before(&state, &mut wanted, (operation, tx)).await?;
+        // It has stood still there.
+        let begins = state
+            .before
+            .begins(&self.0, (state.source, known.server), tx)
+            .await?;
+        begins.put(&mut wanted.spec);
         // Of the disk that stands there: what its host has done is not to be done again.
         wanted.rebuilds = state.before.rebuilds;
         if !machine::move_owner(tx, &known, state.source, &wanted, now).await? {
