@@ -10,9 +10,10 @@
 mod probe_guest;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -205,9 +206,48 @@ fn a_connection_that_breaks_is_gone_on_with() {
     guest.ok("echo there");
 }
 
-/// With its memory gone for good it is ended, and that comes to an end.
+/// With its memory gone for good it is ended, and that comes to an end, also where nobody says that the connection is
+/// broken and its disk is at work. Whatever of its threads waits for what will not come may end the process.
+#[rstest]
+#[case("a_guest_whose_memory_is_gone")]
+#[case("a_guest_that_is_sent_nothing_more")]
+fn a_guest_that_lacks_memory_can_be_ended(#[case] child: &str) {
+    let mut child = in_a_child(child);
+    let by = Instant::now() + PATIENCE;
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > by {
+            child.kill().unwrap();
+            panic!("it does not end");
+        }
+        // sleeps because a child's end is told by a signal, which is not ours alone
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let mut said = String::new();
+    child.stdout.unwrap().read_to_string(&mut said).unwrap();
+    assert!(said.lines().any(|line| line.ends_with(ENDS)), "{said}");
+    assert!(
+        status.success() || status.signal() == Some(libc::SIGSEGV),
+        "{status}: {said}"
+    );
+}
+
+const ENDS: &str = "the machine ends";
+
+/// An ignored test of this file, in a process of its own.
+fn in_a_child(test: &str) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", test, "--nocapture"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
 #[test]
-fn a_guest_whose_memory_is_gone_can_be_ended() {
+#[ignore = "a child of the test above"]
+fn a_guest_whose_memory_is_gone() {
     let mut guest = Setup::new().start();
     guest.booted();
     guest.ok("touch 60");
@@ -217,12 +257,13 @@ fn a_guest_whose_memory_is_gone_can_be_ended() {
     let (payer, mut guest) = parted(guest.sent(after(Duration::ZERO), &[], near, far));
     drop(payer.stop());
     assert!(matches!(heard(&mut guest), Event::Starving { .. }));
+    println!("{ENDS}");
     drop(guest);
 }
 
-/// Nobody says that the connection is broken; the guest's disk is at work.
 #[test]
-fn a_guest_that_is_sent_nothing_more_can_be_ended() {
+#[ignore = "a child of the test above"]
+fn a_guest_that_is_sent_nothing_more() {
     let disk: File = tempfile::tempfile().unwrap();
     disk.set_len(8 << 20).unwrap();
     let mut guest = Setup::new().disk(&disk, |_| {}).boot();
@@ -234,6 +275,7 @@ fn a_guest_that_is_sent_nothing_more_can_be_ended() {
     let offer = payer.stop();
     guest.overheard(Duration::from_millis(200));
     assert!(!guest.machine.is_whole());
+    println!("{ENDS}");
     drop(guest);
     drop(offer);
 }
@@ -241,16 +283,7 @@ fn a_guest_that_is_sent_nothing_more_can_be_ended() {
 /// One that is killed then ends: the kernel waits for nothing that only the process could give.
 #[test]
 fn a_process_that_is_killed_while_its_guest_waits_ends() {
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args([
-            "--ignored",
-            "--exact",
-            "a_guest_waits_for_its_memory",
-            "--nocapture",
-        ])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = in_a_child("a_guest_waits_for_its_memory");
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let waits = lines.any(|line| line.unwrap().ends_with(WAITS));
     child.kill().unwrap();

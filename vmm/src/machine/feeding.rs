@@ -193,6 +193,8 @@ impl Feeder {
 }
 
 /// Before anything else of a machine ends: what waits for memory that has not come would never end, if nobody sends it.
+/// A thread of ours that waits ends the process then, by SIGSEGV: it is ending anyway, and what such a thread would write to
+/// a disk is not what the guest has told it to.
 #[derive(Default)]
 pub(super) struct AtEnd(pub Option<Arc<Feeding>>);
 
