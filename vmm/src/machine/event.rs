@@ -38,7 +38,7 @@ pub enum Event {
     /// All of the memory that came after the guest is here: where it came from is not needed any more.
     Whole,
     /// Its memory does not come any more: it stands where it touches what has not come, until there is another connection
-    /// (`Machine::go_on_by`).
+    /// (`Feeder::go_on_by`).
     Starving { reason: String },
     /// The guest's kernel panicked (pvpanic); the machine runs on.
     Panicked { crash_loaded: bool },

@@ -44,7 +44,7 @@ impl<S: Read + Write + AsFd> Offered<S> {
         debt.pay(&self.machine.memory, &mut self.out)
     }
 
-    /// By another connection, to the same machine, which has called [`Machine::go_on_by`] on its end. Waits until it has
+    /// By another connection, to the same machine, of which [`crate::machine::Feeder::go_on_by`] is called. Waits until it has
     /// said what it lacks.
     ///
     /// # Errors
