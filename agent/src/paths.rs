@@ -182,6 +182,11 @@ impl MachinePaths {
         self.socket.with_extension("next")
     }
 
+    /// By which a process is brought another line while memory follows its guest.
+    pub fn lines_socket(&self) -> PathBuf {
+        self.socket.with_extension("lines")
+    }
+
     pub fn folder(&self) -> &Path {
         &self.folder
     }

@@ -9,6 +9,7 @@
 pub mod by_hand;
 mod copying;
 mod devices;
+mod feeding;
 pub mod guest;
 mod handover;
 pub mod jail;
@@ -37,7 +38,8 @@ use std::sync::Arc;
 use fractus_vmm::config::{ConsoleFiles, FallbackFiles, MachineFiles, NetFiles, WatchdogAction};
 use fractus_vmm::cpu;
 use fractus_vmm::kvm::Hypervisor;
-use fractus_vmm::machine::{self, Landing, Loading, Machine};
+use fractus_vmm::machine::{self, Feeder, Landing, Loading, Machine};
+use fractus_vmm::memory::Faults;
 use fractus_vmm::stream::snapshot::Snapshot;
 use fractus_vmm::thread::{ThreadHook, ThreadKind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
@@ -140,7 +142,11 @@ pub fn main() -> ExitCode {
 
 /// Waits for `Go`, then runs the guest to its end.
 fn live(mut parts: Supervisor, socket: OwnedFd) -> ExitCode {
-    let ready = packet::send(&socket, &FromMachine::Ready { version: VERSION }, &[]);
+    let ready = FromMachine::Ready {
+        version: VERSION,
+        lacks: parts.guest.lacks().is_some(),
+    };
+    let ready = packet::send(&socket, &ready, &[]);
     let go = ready.and_then(|()| packet::receive::<ToMachine>(&socket));
     match go {
         Ok((ToMachine::Go, _)) => {}
@@ -189,7 +195,11 @@ fn live(mut parts: Supervisor, socket: OwnedFd) -> ExitCode {
 }
 
 /// Descriptors by role.
-struct Files(Vec<(FileRole, Option<OwnedFd>)>);
+struct Files {
+    by_role: Vec<(FileRole, Option<OwnedFd>)>,
+    /// What tells of touches of memory that has not come: only a process that has not given up its rights can make it.
+    faults: Option<Faults>,
+}
 
 impl Files {
     fn new(roles: &[FileRole], files: Vec<OwnedFd>) -> Result<Self, VmError> {
@@ -199,17 +209,15 @@ impl Files {
                 wanted: roles.len(),
             });
         }
-        Ok(Self(
-            roles
-                .iter()
-                .copied()
-                .zip(files.into_iter().map(Some))
-                .collect(),
-        ))
+        let by_role = roles.iter().copied().zip(files.into_iter().map(Some));
+        Ok(Self {
+            by_role: by_role.collect(),
+            faults: None,
+        })
     }
 
     fn take(&mut self, role: FileRole) -> Option<OwnedFd> {
-        self.0
+        self.by_role
             .iter_mut()
             .find(|(is, file)| *is == role && file.is_some())?
             .1
@@ -234,6 +242,12 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         launch.id,
         env!("CARGO_PKG_VERSION")
     ));
+    if launch.files.contains(&FileRole::Lines) {
+        match Faults::open() {
+            Ok(faults) => files.faults = Some(faults),
+            Err(error) => log::line(format_args!("no memory can follow its guest: {error}")),
+        }
+    }
     if let Some(config) = launch.jail {
         let mut namespace = |role| files.take(role).ok_or(VmError::Missing(role));
         let namespaces = Namespaces {
@@ -475,9 +489,14 @@ fn build(
         nets,
         vsock: files.take(FileRole::Vsock),
     };
+    let line = files.take(FileRole::Lines);
+    let comes = Comes {
+        faults: files.faults.take(),
+        lines: line.map(|line| (line, lock.clone())),
+    };
     let hook: ThreadHook = Arc::new(move |kind: ThreadKind| lock.down(kind.into()));
     if let Some(stream) = arrival {
-        return arrive(stream, launch, machine, Some(hook));
+        return arrive(stream, launch, machine, comes, hook);
     }
     let machine = match kept {
         Some(Kept::Machine(snapshot, _)) => {
@@ -529,14 +548,22 @@ fn can_be_here(launch: &Launch, files: &MachineFiles) -> Result<(), VmError> {
     checked.map_err(|lacks| refused(&lacks))
 }
 
+/// For memory that comes after its guest.
+struct Comes {
+    faults: Option<Faults>,
+    lines: Option<(OwnedFd, Lock)>,
+}
+
 /// A machine that another process sends, with the files that it needs here.
 fn arrive(
     stream: UnixStream,
     launch: &Launch,
     mut files: MachineFiles,
-    hook: Option<ThreadHook>,
+    comes: Comes,
+    hook: ThreadHook,
 ) -> Result<(Box<dyn Guest>, Option<Note>), VmError> {
     can_be_here(launch, &files)?;
+    let Comes { mut faults, lines } = comes;
     let land = |owner: &[u8]| -> Result<Landing, VmError> {
         let note = Note::read(owner)?;
         let disks = std::mem::take(&mut files.disks);
@@ -551,16 +578,25 @@ fn arrive(
         Ok(Landing {
             files,
             most,
-            // No agent asks a source to have memory follow.
-            faults: None,
+            faults: faults.take(),
         })
     };
     let land = |owner: &[u8]| land(owner).map_err(|error| error.to_string());
-    let arrived = machine::receive(stream, &launch.config, land, hook)
+    let arrived = machine::receive(stream, &launch.config, land, Some(hook))
         .map_err(|error| VmError::Build(chain(&error)))?;
     log::line(format_args!("arrived: {:?}", arrived.report));
     let note = Note::read(&arrived.owner)?;
-    let guest = Traveller::arrived(arrived.machine, arrived.ran);
+    let serve = |feeder: Feeder| {
+        let (listener, lock) = lines?;
+        let hook = move || lock.down(seccomp::Kind::Lines);
+        Some(feeding::Lines::serve(listener, feeder, hook))
+    };
+    let lines = arrived.machine.feeder().and_then(serve).transpose();
+    let lines = lines.map_err(|source| VmError::System {
+        what: "the thread for other lines",
+        source,
+    })?;
+    let guest = Traveller::arrived(arrived.machine, arrived.ran, lines);
     let guest = guest.map_err(|source| VmError::System {
         what: "the machine's events",
         source,

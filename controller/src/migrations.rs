@@ -4,10 +4,12 @@
 //! |---|---|
 //! | `GET /v1/migrations/{uuid}` | `{"migration": {status, reason, progress: {memory_total, …, rounds, pause}, …}}` |
 //!
-//! Administrators only. While it is under way the progress is what its source last said.
+//! Administrators only. While it is under way the progress is what its source last said. `starving` says why memory that
+//! follows a guest does not come to it at the moment.
 
 use axum::Json;
 use axum::extract::{Path, State};
+use fractus_agent_api::host::HostId;
 use fractus_agent_api::migration::MigrationId;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -45,5 +47,13 @@ async fn show(State(app): State<App>, Path(id): Path<String>) -> Result<Json<Val
         "updated_at": time::micros(found.updated_at_us),
         "ended_at": found.ended_at_us.map(time::micros),
         "progress": progress(&app, &found),
+        "starving": starving(&app, &found),
     }})))
+}
+
+fn starving(app: &App, row: &migration::Model) -> Option<String> {
+    let target = Uuid::parse_str(row.target_id.as_deref()?).ok()?;
+    let fleet = app.compute().machines.fleet();
+    let said = fleet.machine(HostId(target), row.server())?.migration?;
+    (said.id == row.migration()).then_some(said.lacks?.starving)?
 }

@@ -19,5 +19,5 @@ pub use guardian::Guardian;
 pub use machines::{MachineProcess, processes as machine_processes};
 pub use openstack::OpenStack;
 pub use process::{Process, program};
-pub use typed::asks;
+pub use typed::{asks, types};
 pub use wait::until;

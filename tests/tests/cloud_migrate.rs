@@ -2,9 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, until};
+use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, types, until};
 use serde_json::{Value, json};
 
 async fn two_hosts() -> Cloud {
@@ -150,4 +150,56 @@ async fn cloud_a_paused_server_goes_and_one_whose_target_dies_stays() {
     admin.until_status(&id, "ACTIVE").await.unwrap();
     counts_beyond(&admin, &id, tick).await;
     one_process(&cloud).await;
+}
+
+/// A guest that writes faster than it is copied goes on there, and its memory follows it.
+#[tokio::test]
+async fn cloud_memory_follows_a_guest_whose_flavor_allows_it() {
+    let cloud = two_hosts().await;
+    let admin = cloud.admin().await.unwrap().at(96);
+    let image = cloud.probe_image(&admin, "tick_ms=20").await.unwrap();
+    let flavor = json!({"flavor": {"name": "tiny", "vcpus": 1, "ram": 128, "disk": 1}});
+    let flavor = admin.post("/compute/v2.1/flavors", flavor).await.unwrap();
+    let flavor = flavor.expect_status(200).unwrap().text("/flavor/id");
+    let specs = format!("/compute/v2.1/flavors/{flavor}/os-extra_specs");
+    let wrong = json!({"extra_specs": {"hw:live_migration_post_copy": "perhaps"}});
+    let wrong = admin.post(&specs, wrong).await.unwrap();
+    wrong.expect_status(400).unwrap();
+    let right = json!({"extra_specs": {"hw:live_migration_post_copy": "true"}});
+    let right = admin.post(&specs, right).await.unwrap();
+    right.expect_status(200).unwrap();
+    let id = admin.create_server("one", &image, &flavor).await.unwrap();
+    admin.until_status(&id, "ACTIVE").await.unwrap();
+    counts_beyond(&admin, &id, 0).await;
+    asks(&admin, &id, "touch 60").await;
+    let live = json!({"os-migrateLive": {"host": null, "block_migration": "auto"}});
+    let by = Instant::now() + Duration::from_secs(120);
+    loop {
+        types(&admin, &id, "loudly weave 60", &["begun weave"]).await;
+        let answer = admin.act(&id, live.clone()).await.unwrap();
+        answer.expect_status(202).unwrap();
+        let migration = migration(&admin, &id, "completed").await;
+        admin.until_status(&id, "ACTIVE").await.unwrap();
+        // It looks at all that it has written.
+        types(&admin, &id, "", &["ok weave"]).await;
+        let path = format!(
+            "/fractus/v1/migrations/{}",
+            migration["uuid"].as_str().unwrap()
+        );
+        let shown = admin.get(&path).await.unwrap();
+        let progress = shown.body["migration"]["progress"].clone();
+        println!("{progress}");
+        one_process(&cloud).await;
+        let followed = progress["followed"]["bytes"].as_u64();
+        if followed.is_some_and(|bytes| bytes > 0) {
+            assert_eq!(
+                progress["rounds"].as_array().unwrap().last().unwrap()["decision"],
+                "post_copy"
+            );
+            assert!(progress["followed"]["took_us"].as_u64().unwrap() > 0);
+            break;
+        }
+        // On a busy host it may get no processor for a whole round, and have written nothing.
+        assert!(Instant::now() < by, "it writes too slowly: {progress}");
+    }
 }

@@ -77,6 +77,9 @@ pub struct HostReport {
     /// What it lacks without which no machine runs here at all: nothing is placed on such a host.
     #[serde(default)]
     pub unable: Vec<String>,
+    /// Guests can go on here while their memory is still coming.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub post_copy: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -14,6 +14,11 @@
 //! process has ended before its guest ran says that it has failed; then the row may go back to the source, with
 //! `continues`: that guest stands still there as it was.
 //!
+//! With [`AtLimit::PostCopy`] a guest may go on at the target before all of its memory is there. The source's process
+//! stays for as long as it is told nothing else, and what it owes goes on its way by itself: a connection that breaks is
+//! made anew by the two agents, without a controller. Until then the guest needs both; if either process ends it is lost,
+//! and its disks are the target's.
+//!
 //! Nobody starts a guest anew who is told that it `continues`: he has it, or he has failed. A stop, a rebuild or a
 //! hard reboot that is wanted besides makes an end of that.
 
@@ -124,6 +129,9 @@ pub enum AtLimit {
     Stop,
     /// It stays where it is.
     GiveUp,
+    /// It goes on at the target, and what is left of its memory follows. Only between two hosts that say that they can
+    /// ([`crate::host::HostReport::post_copy`]); a process of an agent that could not goes by `Stop`.
+    PostCopy,
 }
 
 /// What became of the migration that an intent spoke of last.
@@ -134,6 +142,17 @@ pub struct MigrationReport {
     /// Of the source.
     #[serde(default)]
     pub progress: Progress,
+    /// Of the target: some of the guest's memory has not come yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lacks: Option<Lacks>,
+}
+
+/// Memory that is still to come to a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Lacks {
+    /// It does not come at the moment, and this is why: the guest stands wherever it needs it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub starving: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -152,6 +171,9 @@ pub enum State {
         /// The target's answer was lost, and this is why: it may have the guest or not.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         doubt: Option<String>,
+        /// Memory is to follow it: without this process it cannot live there.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        owes: bool,
     },
     /// On either side: it did not come about. On the source the guest is as before.
     Failed { reason: String },
@@ -178,6 +200,22 @@ pub struct Progress {
     /// How long the guest stood still on the source, for what.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pause: Option<Pause>,
+    /// Of memory that followed the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub followed: Option<Followed>,
+    /// The connection by which it follows is broken, and this is why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub broken: Option<String>,
+}
+
+/// What has followed a guest so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Followed {
+    pub bytes: u64,
+    /// Times that the guest waited for a part of it.
+    pub waits: u64,
+    /// Microseconds until all was there; 0: it is not yet.
+    pub took_us: u64,
 }
 
 /// One copy of what had been written to.

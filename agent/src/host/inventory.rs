@@ -10,6 +10,7 @@ use fractus_agent_api::cpu::Cpu;
 use fractus_agent_api::host::{CpuReport, HostReport};
 use fractus_vmm::cpu::offered;
 use fractus_vmm::kvm::Hypervisor;
+use fractus_vmm::memory::Faults;
 use rustix::fs::statvfs;
 
 use super::check;
@@ -25,6 +26,7 @@ pub struct Inventory {
     lacks: Vec<String>,
     /// What was needed and not there at the last look.
     unable: Arc<Mutex<Vec<String>>>,
+    post_copy: bool,
     disks: std::path::PathBuf,
 }
 
@@ -45,6 +47,7 @@ impl Inventory {
             boot_id: boot_id()?,
             lacks: words(lacks),
             unable: Arc::new(Mutex::new(words(unable))),
+            post_copy: Faults::open().is_ok(),
             disks: disks.to_owned(),
         })
     }
@@ -83,6 +86,7 @@ impl Inventory {
                 .unwrap_or(0),
             lacks: self.lacks.clone(),
             unable: self.unable(),
+            post_copy: self.post_copy,
         }
     }
 }

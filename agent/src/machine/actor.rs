@@ -16,6 +16,7 @@
 
 mod copy;
 mod devices;
+mod follow;
 mod guest;
 mod hear;
 mod migrate;
@@ -41,6 +42,7 @@ use uuid::Uuid;
 
 use self::copy::Copying;
 use self::devices::Devices;
+use self::follow::Follow;
 use self::guest::Guest;
 use self::migrate::Travel;
 use self::report::report;
@@ -270,6 +272,9 @@ impl<L: Launcher> Actor<L> {
                 self.late = !recorded.ran;
                 tracing::info!(machine = %self.record.id, pid = recorded.pid, "found its process");
                 self.travel.unheard = self.record.done.departed.is_some();
+                if recorded.ran && self.record.line.is_some() {
+                    self.travel.follow = Follow::found();
+                }
                 if self.awaits_guest() {
                     // It ends by itself: nobody but the agent that started it can have its guest go on.
                     self.kill().await;
@@ -297,6 +302,9 @@ impl<L: Launcher> Actor<L> {
         tracing::debug!(machine = %self.record.id, ?step, phase = ?self.phase, "step");
         match step {
             Step::Settled => {
+                if self.has_to_follow() {
+                    return self.follow().await;
+                }
                 if let Some((id, next)) = self.next_move() {
                     return self.carry(id, next).await;
                 }
@@ -327,6 +335,11 @@ impl<L: Launcher> Actor<L> {
             }
             Step::MakeDisk | Step::RemakeDisk => self.make_disk(step).await,
             Step::Start => self.start().await,
+            // It hears nothing.
+            Step::Shutdown if self.starves() => {
+                self.kill().await;
+                Ok(())
+            }
             Step::Pause | Step::Resume | Step::Suspend | Step::Shutdown | Step::Depart
                 if self.phase == Phase::Starting =>
             {
@@ -400,7 +413,8 @@ impl<L: Launcher> Actor<L> {
         let devices_by = self.devices.deadline().filter(|_| self.process.is_some());
         let size_by = self.sizes.deadline(self.size_is_untold());
         let tend_by = devices_by.into_iter().chain(size_by);
-        let by = tend_by.chain(self.start_by).chain(most).min();
+        let more = self.start_by.into_iter().chain(self.follow_by());
+        let by = tend_by.chain(more).chain(most).min();
         if self.wait(by).await? != Woken::Deadline {
             return Ok(());
         }
@@ -430,6 +444,11 @@ impl<L: Launcher> Actor<L> {
             }
             heard = heard => {
                 self.heard(heard);
+                Ok(Woken::Heard)
+            }
+            coming = follow::next(&mut self.travel.follow.others) => {
+                self.travel.follow.happened(coming);
+                self.publish();
                 Ok(Woken::Heard)
             }
             () = quiet => {
@@ -555,9 +574,9 @@ impl<L: Launcher> Actor<L> {
     fn heard(&mut self, heard: Heard) {
         tracing::debug!(machine = %self.record.id, ?heard, "heard");
         match heard {
-            Heard::Ready => {
+            Heard::Ready { lacks } => {
                 self.ready = true;
-                self.has_arrived();
+                self.has_arrived(lacks);
             }
             Heard::Moving(moving) => self.moved(Some(moving)),
             Heard::TookOver(blackout_us) => self.took_over = Some(Some(blackout_us)),
@@ -577,6 +596,7 @@ impl<L: Launcher> Actor<L> {
                 }
                 self.devices.told(status.devices, status.fresh);
                 self.sized(status.size, status.fresh);
+                self.lacks(status.lacks);
                 self.moved(status.moving);
                 match status.state {
                     State::Running => self.is(Phase::Running),

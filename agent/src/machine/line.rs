@@ -15,6 +15,7 @@ use fractus_agent_api::tls::stream;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
@@ -39,16 +40,62 @@ impl Drop for Line {
     }
 }
 
-/// Waits for the source on this address, on a port that is told; with the process's end.
-pub async fn listen(address: IpAddr, key: &StreamKey) -> io::Result<(u16, OwnedFd, Line)> {
-    let tls = stream::server(key).map_err(io::Error::other)?;
+/// What waits for the source.
+#[derive(Debug)]
+pub struct Awaited {
+    pub port: u16,
+    /// The process's end of the line by which it comes first.
+    pub end: OwnedFd,
+    pub line: Line,
+    pub others: Others,
+}
+
+/// What becomes of lines to a process here.
+#[derive(Debug)]
+pub enum Coming {
+    /// The source has come again: the process's end of that line. The one before is over.
+    Again(OwnedFd),
+    /// The last one has ended.
+    Ended,
+}
+
+pub type Others = mpsc::UnboundedReceiver<Coming>;
+
+/// Waits for the source on this address, on a port that is told.
+pub async fn listen(address: IpAddr, key: &StreamKey) -> io::Result<Awaited> {
     let listener = TcpListener::bind(SocketAddr::new(address, 0)).await?;
     let port = listener.local_addr()?.port();
-    let (ours, theirs) = ends()?;
+    let (ours, end) = ends()?;
+    let (line, others) = await_source(listener, key, Some(ours))?;
+    Ok(Awaited {
+        port,
+        end,
+        line,
+        others,
+    })
+}
+
+/// Waits for it where an earlier agent did.
+pub async fn listen_again(
+    address: IpAddr,
+    port: u16,
+    key: &StreamKey,
+) -> io::Result<(Line, Others)> {
+    let listener = TcpListener::bind(SocketAddr::new(address, port)).await?;
+    await_source(listener, key, None)
+}
+
+fn await_source(
+    listener: TcpListener,
+    key: &StreamKey,
+    mut first: Option<UnixStream>,
+) -> io::Result<(Line, Others)> {
+    let tls = stream::server(key).map_err(io::Error::other)?;
     let acceptor = TlsAcceptor::from(Arc::new(tls));
+    let (sender, others) = mpsc::unbounded_channel();
     let line = tokio::spawn(async move {
-        let mut greeting = JoinSet::new();
-        let stream = loop {
+        let (mut greeting, mut carrying) = (JoinSet::new(), JoinSet::new());
+        loop {
             tokio::select! {
                 accepted = listener.accept(), if greeting.len() < STRANGERS => match accepted {
                     Ok((tcp, from)) => {
@@ -65,15 +112,30 @@ pub async fn listen(address: IpAddr, key: &StreamKey) -> io::Result<(u16, OwnedF
                 },
                 // Whoever has the key is who is waited for.
                 Some(greeted) = greeting.join_next() => if let Ok(Ok(stream)) = greeted {
-                    break stream;
+                    let ours = match first.take() {
+                        Some(ours) => ours,
+                        None => match another(&sender) {
+                            Some(ours) => ours,
+                            None => continue,
+                        },
+                    };
+                    carrying.shutdown().await;
+                    carrying.spawn(carry(stream, ours));
                 },
+                Some(_) = carrying.join_next() => {
+                    let _ = sender.send(Coming::Ended);
+                }
             }
-        };
-        drop(greeting);
-        drop(listener);
-        carry(stream, ours).await;
+        }
     });
-    Ok((port, theirs, Line(line)))
+    Ok((Line(line), others))
+}
+
+/// Our end of another line, if somebody takes the other one.
+fn another(sender: &mpsc::UnboundedSender<Coming>) -> Option<UnixStream> {
+    let (ours, theirs) = ends().ok()?;
+    sender.send(Coming::Again(theirs)).ok()?;
+    Some(ours)
 }
 
 /// Goes to the target, `ADDRESS:PORT`; with the process's end.
@@ -140,7 +202,8 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn what_one_process_says_the_other_hears_and_nobody_else_gets_in() {
         let (right, wrong) = (key(), key());
-        let (port, there, _line) = listen(HERE, &right).await.unwrap();
+        let awaited = listen(HERE, &right).await.unwrap();
+        let (port, there, mut others) = (awaited.port, awaited.end, awaited.others);
         let to = format!("127.0.0.1:{port}");
         // A stranger, and somebody with the key of another migration.
         let stranger = TcpStream::connect(&to).await.unwrap();
@@ -178,8 +241,40 @@ mod tests {
         });
         let (_here, mut there) = talk.await.unwrap();
         drop(silent);
-        drop(line);
-        let heard = tokio::task::spawn_blocking(move || there.read(&mut [0]));
+        // Whoever comes again has a line of his own, and the one before is over, although nobody has closed it.
+        let (here, again) = connect(&to, &right).await.unwrap();
+        let Some(Coming::Again(other)) = others.recv().await else {
+            panic!("another line is to come");
+        };
+        let talk = tokio::task::spawn_blocking(move || {
+            assert!(matches!(there.read(&mut [0]), Ok(0) | Err(_)));
+            let (mut here, mut other) = [here, other]
+                .map(std::os::unix::net::UnixStream::from)
+                .into();
+            here.set_nonblocking(false).unwrap();
+            here.write_all(b"again").unwrap();
+            let mut heard = [0; 5];
+            other.read_exact(&mut heard).unwrap();
+            assert_eq!(&heard, b"again");
+            other
+        });
+        let mut other = talk.await.unwrap();
+        drop((line, again));
+        let heard = tokio::task::spawn_blocking(move || other.read(&mut [0]));
         assert!(matches!(heard.await.unwrap(), Ok(0) | Err(_)));
+        assert!(matches!(others.recv().await, Some(Coming::Ended)));
+        // The next agent is found where this one was.
+        drop((awaited.line, others));
+        let by = std::time::Instant::now() + CONNECT;
+        let (_line, mut others) = loop {
+            match listen_again(HERE, port, &right).await {
+                Ok(listened) => break listened,
+                // A task that was ended still has it for a moment.
+                Err(error) => assert!(std::time::Instant::now() < by, "{error}"),
+            }
+            tokio::task::yield_now().await;
+        };
+        let (_here, _again) = connect(&to, &right).await.unwrap();
+        assert!(matches!(others.recv().await, Some(Coming::Again(_))));
     }
 }

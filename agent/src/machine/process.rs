@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use fractus_agent_api::decision::size::Resize;
 use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::machine::{MachineSpec, ServerId, StopReason};
-use fractus_agent_api::migration::{MigrationId, Policy, Shape};
+use fractus_agent_api::migration::{AtLimit, Lacks, MigrationId, Policy, Shape};
 use fractus_agent_api::size::Size;
 use tokio::io::unix::AsyncFd;
 use uuid::Uuid;
@@ -158,6 +158,8 @@ pub struct Status {
     pub size: Option<Size>,
     /// The last guest that it was told to send.
     pub moving: Option<Moving>,
+    /// Some of the memory of the guest that came is still to come.
+    pub lacks: Option<Lacks>,
     /// The first on a connection: what was said on an earlier one and has not been answered never is.
     pub fresh: bool,
 }
@@ -165,8 +167,10 @@ pub struct Status {
 /// What is heard of a process.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Heard {
-    /// Jailed and built.
-    Ready,
+    /// Jailed and built; some of its guest's memory may be still to come.
+    Ready {
+        lacks: bool,
+    },
     Status(Status),
     Event(MachineEvent),
     DeviceRefused(DeviceId, String),
@@ -244,8 +248,8 @@ pub trait Process: Send + 'static {
     /// Has it copy nothing any more.
     async fn no_copy(&mut self, request_id: Option<&str>) -> Result<(), ProcessError>;
 
-    /// Has it send its guest by `line`, or, without one, by another policy; what it says of this migration answers
-    /// the former.
+    /// Has it send its guest by `line`, or, without one, by another policy; or have the memory go by `line` that follows a
+    /// guest which was offered. What it says of this migration answers, but for a policy.
     async fn send(
         &mut self,
         migration: MigrationId,
@@ -253,6 +257,10 @@ pub trait Process: Send + 'static {
         line: Option<OwnedFd>,
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
+
+    /// Brings it another line, by which memory comes that follows its guest. Not by its loop, which may be waiting for
+    /// that memory.
+    async fn bring_line(&self, line: OwnedFd) -> Result<(), ProcessError>;
 
     /// # Errors
     /// It is of an agent that could not, or has not said.
@@ -300,6 +308,8 @@ pub struct HostProcess {
     copies: Option<bool>,
     /// Whether it can hand its guest over, likewise.
     hands: Option<bool>,
+    /// Whether memory can follow the guest that it sends.
+    follows: bool,
 }
 
 /// A process that was adopted while it was busy is asked again after this time.
@@ -335,18 +345,22 @@ impl HostProcess {
                 sends,
                 copies,
                 hands,
+                follows,
                 moving,
+                lacks,
                 ..
             } if version <= VERSION => {
                 self.control = Some(control);
                 (self.suspends, self.sends) = (Some(suspends), Some(sends));
                 (self.copies, self.hands) = (Some(copies), Some(hands));
+                self.follows = follows;
                 let status = Status {
                     state,
                     guest,
                     devices,
                     size,
                     moving,
+                    lacks,
                     fresh: true,
                 };
                 Ok(Heard::Status(status))
@@ -408,13 +422,14 @@ impl HostProcess {
 
     fn heard(&mut self, message: FromMachine) -> Option<Heard> {
         match message {
-            FromMachine::Ready { .. } => Some(Heard::Ready),
+            FromMachine::Ready { lacks, .. } => Some(Heard::Ready { lacks }),
             FromMachine::Status {
                 state,
                 guest,
                 devices,
                 size,
                 moving,
+                lacks,
                 ..
             } => Some(Heard::Status(Status {
                 state,
@@ -422,6 +437,7 @@ impl HostProcess {
                 devices,
                 size,
                 moving,
+                lacks,
                 fresh: false,
             })),
             FromMachine::Moving(moving) => Some(Heard::Moving(moving)),
@@ -569,10 +585,14 @@ impl Process for HostProcess {
     async fn send(
         &mut self,
         migration: MigrationId,
-        policy: Policy,
+        mut policy: Policy,
         line: Option<OwnedFd>,
         request_id: Option<&str>,
     ) -> Result<(), ProcessError> {
+        if policy.at_limit == AtLimit::PostCopy && !self.follows {
+            // It does not know the word.
+            policy.at_limit = AtLimit::Stop;
+        }
         if !self.sends.ok_or(ProcessError::Mute)? {
             let text = "the machine's process was started by an agent that could not send its guest elsewhere; it can \
                         be moved once it has been stopped and started";
@@ -585,6 +605,14 @@ impl Process for HostProcess {
         };
         let files: Vec<_> = line.iter().map(AsFd::as_fd).collect();
         self.say(&message, &files).await
+    }
+
+    async fn bring_line(&self, line: OwnedFd) -> Result<(), ProcessError> {
+        let pid = self.identity.pid;
+        let path = self.paths.lines_socket();
+        let brought = control::bring_line(&path, pid, line);
+        let brought = tokio::time::timeout(Duration::from_secs(5), brought).await;
+        brought.map_err(|_| ProcessError::Mute)?
     }
 
     fn can_hand_over(&self) -> Result<(), ProcessError> {

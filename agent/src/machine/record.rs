@@ -15,6 +15,7 @@ use fractus_agent_api::decision::{Done, Intent};
 use fractus_agent_api::device::{Disk, Nic};
 use fractus_agent_api::guest::GuestReport;
 use fractus_agent_api::machine::{Generation, Power, ServerId, StopReason};
+use fractus_agent_api::migration::{MigrationId, StreamKey};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -63,6 +64,17 @@ pub struct Record {
     /// it never was, or by an agent that knows of none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<u64>,
+    /// Where the guest's source is awaited, for as long as some of its memory may be still to come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<LineRecord>,
+}
+
+/// What the next agent needs in order to be found by a guest's source.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LineRecord {
+    pub migration: MigrationId,
+    pub port: u16,
+    pub key: StreamKey,
 }
 
 /// What a suspended guest is to find again. What is wanted may be something else by then.

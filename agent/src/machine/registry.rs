@@ -296,6 +296,7 @@ impl<L: Launcher> Machines<L> {
             gone_at_us: absent.then(now_us),
             changed_at_us: now_us(),
             serial: None,
+            line: None,
         };
         record.forget_guest();
         record

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 
 use fractus_agent_api::machine::StopReason;
-use fractus_agent_api::migration::{Policy, Progress, State as Journey};
+use fractus_agent_api::migration::{Lacks, Policy, Progress, State as Journey};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
 use fractus_vmm::machine;
@@ -58,14 +58,20 @@ pub trait Guest {
     ) -> Result<(), GuestError>;
     /// It is being sent or handed over, and was not offered yet.
     fn is_being_sent(&self) -> bool;
+    /// It was offered, and memory is to follow it yet: whoever goes on with it needs this process.
+    fn owes(&self) -> bool;
+    /// The memory that it owes goes by this connection from here on, whose own timeouts bound each wait.
+    fn go_on_by(&mut self, connection: UnixStream) -> Result<(), GuestError>;
+    /// It came, and some of its memory is still to come.
+    fn lacks(&self) -> Option<Lacks>;
     /// What is to be readable before there is more of it to be sent; none: nothing is waited for.
     fn waits_for(&self) -> Option<BorrowedFd<'_>>;
     /// It stands still, and its lines are another process's.
     fn is_handed_over(&self) -> bool;
     /// Goes by another policy, and has another note go with it, if it is being sent.
     fn send_by(&mut self, policy: Option<Policy>, note: Option<Vec<u8>>);
-    /// Sends some more of it; how things stand then, and, if that is asked for or it is over, how far. None: it is not
-    /// being sent.
+    /// Sends some more of it, or of the memory that follows it; how things stand then, and, if that is asked for or it is
+    /// over, how far. None: there is nothing to be sent.
     fn send_on(&mut self, tells: bool) -> Option<(Journey, Option<Progress>)>;
     /// It is not to be sent any more. One that ran and was offered runs on.
     fn stay(&mut self) -> Result<(), GuestError>;

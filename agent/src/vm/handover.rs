@@ -137,7 +137,7 @@ pub(super) fn take_over(line: OwnedFd, files: &mut Files, lock: Lock) -> Result<
     }
     let serial =
         serial.ok_or_else(|| VmError::Build("the guest's serial line did not come".to_owned()))?;
-    let guest = Traveller::arrived(taken.machine, taken.ran);
+    let guest = Traveller::arrived(taken.machine, taken.ran, None);
     let guest = guest.map_err(|source| VmError::System {
         what: "the machine's events",
         source,

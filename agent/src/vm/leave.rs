@@ -18,6 +18,8 @@ pub struct Leave {
     pub signals: OwnedFd,
     /// When the guest's time is over, once it has been asked.
     by: Option<Instant>,
+    /// Until when it may be busy with something that another host needs.
+    busy_until: Option<Instant>,
 }
 
 impl Leave {
@@ -42,6 +44,7 @@ impl Leave {
             // SAFETY: just opened, and nobody else knows it.
             signals: unsafe { OwnedFd::from_raw_fd(signals) },
             by: None,
+            busy_until: None,
         })
     }
 
@@ -51,8 +54,10 @@ impl Leave {
         // One read takes one signal, and several that are the same are one.
         let mut information = [0; size_of::<libc::signalfd_siginfo>()];
         let _ = rustix::io::read(&self.signals, &mut information);
-        let first = self.by.is_none() && hears;
-        self.by = Some(Instant::now() + if first { PATIENCE } else { Duration::ZERO });
+        let (now, again) = (Instant::now(), self.by.is_some());
+        let first = !again && hears;
+        self.by = Some(now + if first { PATIENCE } else { Duration::ZERO });
+        self.busy_until = Some(now + if again { Duration::ZERO } else { PATIENCE });
         first
     }
 
@@ -60,6 +65,12 @@ impl Leave {
     pub fn left(&self) -> Option<Duration> {
         self.by
             .map(|by| by.saturating_duration_since(Instant::now()))
+    }
+
+    /// How long it may still be busy with what another host needs; none: it was not asked.
+    pub fn busy(&self) -> Option<Duration> {
+        self.busy_until
+            .map(|until| until.saturating_duration_since(Instant::now()))
     }
 
     /// Why the machine ended: what was asked of it, it did for its host.
@@ -85,10 +96,12 @@ mod tests {
         assert_eq!(leave.reason(off()), off());
         assert!(leave.is_first(true));
         assert!(leave.left().unwrap() > PATIENCE / 2);
+        assert!(leave.busy().unwrap() > PATIENCE / 2);
         assert_eq!(leave.reason(off()), StopReason::HostReboot);
         assert_eq!(leave.reason(StopReason::Watchdog), StopReason::Watchdog);
         assert!(!leave.is_first(true));
         assert_eq!(leave.left(), Some(Duration::ZERO));
+        assert_eq!(leave.busy(), Some(Duration::ZERO));
     }
 
     #[test]
@@ -96,5 +109,7 @@ mod tests {
         let mut leave = Leave::prepare().unwrap();
         assert!(!leave.is_first(false));
         assert_eq!(leave.left(), Some(Duration::ZERO));
+        // But what others need of it may go first.
+        assert!(leave.busy().unwrap() > PATIENCE / 2);
     }
 }

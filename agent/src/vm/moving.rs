@@ -8,6 +8,7 @@ use fractus_agent_api::machine::StopReason;
 use fractus_agent_api::migration::{MigrationId, Policy, Progress, State as Journey};
 
 use super::guest::GuestError;
+use super::leave::Leave;
 use super::log;
 use super::protocol::{FromMachine, Moving, PAUSE};
 use super::supervise::Supervisor;
@@ -39,7 +40,10 @@ impl Supervisor {
         };
         let same = |moving: &Moving| moving.migration == migration;
         if self.sent.moving.as_ref().is_some_and(same) {
-            // Repeated, because the agent did not hear that it was begun.
+            // Else it is repeated, because the agent did not hear that it was begun.
+            if self.guest.owes() {
+                self.owe_by(UnixStream::from(connection));
+            }
             return Ok(());
         }
         self.lent.clear();
@@ -64,14 +68,24 @@ impl Supervisor {
             return;
         };
         self.lean.happened();
-        if state == Journey::Copying && !tells {
+        let same = self
+            .sent
+            .moving
+            .as_ref()
+            .is_some_and(|was| was.state == state);
+        if same && !tells && progress.as_ref().is_none_or(|now| now.broken.is_none()) {
             return;
         }
         self.moves(migration, state, progress.unwrap_or_default());
     }
 
     pub(super) fn moves(&mut self, migration: MigrationId, state: Journey, progress: Progress) {
-        if state != Journey::Copying {
+        let same = self
+            .sent
+            .moving
+            .as_ref()
+            .is_some_and(|was| was.state == state);
+        if !same || progress.broken.is_some() {
             log::line(format_args!(
                 "migration {migration}: {state:?}, {progress:?}"
             ));
@@ -86,6 +100,49 @@ impl Supervisor {
             told_at: Some(Instant::now()),
         };
         self.tell(&FromMachine::Moving(moving));
+    }
+
+    /// The memory that it owes goes by another connection.
+    fn owe_by(&mut self, connection: UnixStream) {
+        let gone_on = self.guest.go_on_by(connection);
+        log::line(format_args!(
+            "its memory goes on by another connection: {gone_on:?}"
+        ));
+        let Some(moving) = &mut self.sent.moving else {
+            return;
+        };
+        moving.progress.broken = gone_on.err().map(|error| error.to_string());
+        let moving = moving.clone();
+        self.tell(&FromMachine::Moving(moving));
+    }
+
+    /// The memory that follows is all here, or does not come at the moment.
+    pub(super) fn followed(&mut self, how: Result<(), String>) {
+        match how {
+            Ok(()) => log::line(format_args!("its memory is whole")),
+            Err(reason) => log::line(format_args!("its memory does not come: {reason}")),
+        }
+        self.tell(&self.status());
+    }
+
+    /// The host goes down, and another one's guest needs what is here: that goes first, as long as there is time for it.
+    pub(super) fn has_time_to_pay(&self) -> bool {
+        let time = self.leave.as_ref().and_then(Leave::busy);
+        self.guest.owes() && time.is_some_and(|time| !time.is_zero())
+    }
+
+    /// How long the loop may wait before the host ends this machine.
+    pub(super) fn to_leave(&self) -> Option<Duration> {
+        let leave = self.leave.as_ref()?;
+        if self.has_time_to_pay() {
+            return leave.busy();
+        }
+        leave.left()
+    }
+
+    fn is_broken(&self) -> bool {
+        let moving = self.sent.moving.as_ref();
+        moving.is_some_and(|moving| moving.progress.broken.is_some())
     }
 
     /// What goes with it is what its devices have said by then.
@@ -120,7 +177,8 @@ impl Supervisor {
 
     /// How long the loop may wait for something to happen.
     pub(super) fn to_send(&self) -> Option<Duration> {
-        let at_once = self.guest.is_being_sent() && self.guest.waits_for().is_none();
+        let sends = self.guest.is_being_sent() || self.guest.owes() && !self.is_broken();
+        let at_once = sends && self.guest.waits_for().is_none();
         at_once.then_some(Duration::ZERO)
     }
 }

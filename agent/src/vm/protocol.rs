@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use fractus_agent_api::device::{DeviceId, DeviceKind};
 use fractus_agent_api::machine::{ServerId, StopReason};
-use fractus_agent_api::migration::{self, MigrationId, Policy};
+use fractus_agent_api::migration::{self, Lacks, MigrationId, Policy};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig};
 use serde::{Deserialize, Serialize};
@@ -97,7 +97,8 @@ pub enum ToMachine {
         attempt: Uuid,
     },
     /// Send the guest to where the stream socket leads that comes with this packet, disks and all; without one:
-    /// go by another policy. What becomes of it is told by `Moving`, and in each `Status`. Only to processes that
+    /// go by another policy. Once more with one, of a guest that was offered and whose memory is to follow it: that goes
+    /// on by this connection. What becomes of it is told by `Moving`, and in each `Status`. Only to processes that
     /// say that they can.
     Send {
         request_id: Option<String>,
@@ -139,6 +140,9 @@ pub enum FromMachine {
     /// Jailed and built; waits for `Go`.
     Ready {
         version: u32,
+        /// Some of the guest's memory is still to come.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        lacks: bool,
     },
     Status {
         version: u32,
@@ -165,9 +169,15 @@ pub enum FromMachine {
         /// Whether it knows `HandOver`.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         hands: bool,
+        /// Whether memory can follow the guest that it sends.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        follows: bool,
         /// What became of the last.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         moving: Option<Moving>,
+        /// Some of the memory of the guest that came is still to come.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lacks: Option<Lacks>,
     },
     /// How far the guest is that is being sent, now and then, and at once what became of it.
     Moving(Moving),
@@ -209,6 +219,20 @@ pub enum FromMachine {
     Failed {
         detail: String,
     },
+}
+
+/// To the socket of [`FileRole::Lines`]: memory is to come by the stream socket that comes with this packet. Answered by
+/// [`LineTaken`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnotherLine {
+    pub version: u32,
+}
+
+/// Whether it does, or why not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LineTaken {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// A guest on its way out.
@@ -338,6 +362,8 @@ pub enum FileRole {
     /// A stream socket by which a guest comes that another process sends; `config` likewise, with the size that
     /// was agreed. Its disks are overwritten.
     Arrival,
+    /// With an `Arrival`: a bound SEQPACKET socket, to which an agent brings another line while memory is to come.
+    Lines,
     /// A stream socket to the process of this host that hands its guest over, and with it all that its machine has: kernel,
     /// disks, taps, sockets, lines do not come from the agent then.
     Predecessor,
@@ -348,324 +374,4 @@ pub enum FileRole {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn read<T: serde::de::DeserializeOwned>(name: &str) -> Vec<T> {
-        let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
-        let text = std::fs::read_to_string(path).unwrap();
-        text.lines()
-            .map(|line| serde_json::from_str(line).unwrap())
-            .collect()
-    }
-
-    fn text<T: Serialize>(messages: &[T]) -> Vec<String> {
-        messages
-            .iter()
-            .map(|message| serde_json::to_string(message).unwrap())
-            .collect()
-    }
-
-    const DEVICE: DeviceId = DeviceId(uuid::Uuid::from_u128(0xd15c));
-    const ID: ServerId = ServerId(uuid::Uuid::from_u128(0xabc));
-
-    fn sent() -> Vec<ToMachine> {
-        let request_id = Some("req-1".to_owned());
-        vec![
-            ToMachine::Hello {
-                version: 1,
-                role: Role::Control,
-            },
-            ToMachine::Go,
-            ToMachine::Status,
-            ToMachine::Pause {
-                request_id: request_id.clone(),
-            },
-            ToMachine::Resume { request_id: None },
-            ToMachine::PressPowerButton {
-                request_id: request_id.clone(),
-            },
-            ToMachine::Stop {
-                request_id: request_id.clone(),
-            },
-            ToMachine::AttachDisk {
-                request_id: request_id.clone(),
-                id: DEVICE,
-                config: DiskConfig {
-                    read_only: true,
-                    serial_number: "data".to_owned(),
-                    direct: true,
-                    limit: None,
-                    queues: 1,
-                },
-            },
-            ToMachine::Detach {
-                request_id: None,
-                id: DEVICE,
-            },
-            ToMachine::Resize {
-                request_id: request_id.clone(),
-                vcpus: 3,
-                hot_memory: 1 << 30,
-            },
-            ToMachine::AttachNet {
-                request_id: request_id.clone(),
-                id: DEVICE,
-                config: NetConfig {
-                    mac: [2, 0, 0, 0, 0, 1],
-                    queues: 2,
-                    mtu: Some(1400),
-                    limit: None,
-                },
-            },
-            ToMachine::Suspend {
-                request_id: request_id.clone(),
-                attempt: DEVICE.0,
-            },
-            ToMachine::Send {
-                request_id,
-                migration: MigrationId(DEVICE.0),
-                policy: Policy {
-                    downtime_ms: 50,
-                    ..Policy::default()
-                },
-            },
-            ToMachine::Stay { request_id: None },
-            ToMachine::Copy {
-                request_id: Some("req-1".to_owned()),
-                attempt: DEVICE.0,
-            },
-            ToMachine::NoCopy { request_id: None },
-            ToMachine::HandOver {
-                request_id: None,
-                migration: MigrationId(DEVICE.0),
-            },
-        ]
-    }
-
-    fn moving() -> Moving {
-        Moving {
-            migration: MigrationId(DEVICE.0),
-            state: migration::State::Copying,
-            progress: migration::Progress {
-                memory_total: 1 << 30,
-                memory_sent: 1 << 20,
-                memory_left: 1 << 19,
-                disk_total: 1 << 31,
-                disk_sent: 1 << 21,
-                disk_left: 1 << 22,
-                elapsed_us: 17,
-                rounds: vec![migration::Round {
-                    memory_bytes: 4096,
-                    disk_bytes: 8192,
-                    took_us: 5,
-                    left: 1,
-                    decision: migration::Decision::Again,
-                }],
-                pause: Some(migration::Pause {
-                    stop_us: 1,
-                    state_us: 2,
-                    send_us: 3,
-                    answer_us: 4,
-                }),
-            },
-        }
-    }
-
-    fn offered() -> FromMachine {
-        FromMachine::Status {
-            version: 1,
-            id: ID,
-            state: State::Paused,
-            guest: None,
-            devices: None,
-            size: None,
-            suspends: true,
-            sends: true,
-            copies: false,
-            hands: false,
-            moving: Some(Moving {
-                state: migration::State::Offered {
-                    ran: true,
-                    doubt: Some("reset".into()),
-                },
-                ..moving()
-            }),
-        }
-    }
-
-    fn with_devices() -> FromMachine {
-        FromMachine::Status {
-            version: 1,
-            id: ID,
-            state: State::Running,
-            guest: Some(GuestSaid::default()),
-            devices: Some(vec![
-                Has {
-                    id: DEVICE,
-                    kind: DeviceKind::Disk,
-                    asked: true,
-                },
-                Has {
-                    id: DeviceId(ID.0),
-                    kind: DeviceKind::Nic,
-                    asked: false,
-                },
-            ]),
-            size: Some(Size {
-                vcpus: 3,
-                vcpus_used: 2,
-                max_vcpus: Some(4),
-                memory_mib: 1024,
-                hot_memory_mib: 512,
-                hot_plugged_mib: 256,
-                max_hot_memory_mib: Some(1024),
-            }),
-            suspends: false,
-            sends: false,
-            copies: false,
-            hands: false,
-            moving: None,
-        }
-    }
-
-    fn heard() -> Vec<FromMachine> {
-        let stopped = MachineEvent::Stopped {
-            reason: StopReason::InternalError {
-                detail: "rip 0".into(),
-            },
-        };
-        vec![
-            FromMachine::Ready { version: 1 },
-            FromMachine::Status {
-                version: 1,
-                id: ID,
-                state: State::Paused,
-                guest: None,
-                devices: None,
-                size: None,
-                suspends: false,
-                sends: false,
-                copies: false,
-                hands: false,
-                moving: None,
-            },
-            FromMachine::Status {
-                version: 1,
-                id: ID,
-                state: State::Running,
-                guest: Some(GuestSaid {
-                    panicked: true,
-                    watchdog_fired: 2,
-                    holds: 3,
-                }),
-                devices: None,
-                size: None,
-                suspends: false,
-                sends: false,
-                copies: false,
-                hands: false,
-                moving: None,
-            },
-            with_devices(),
-            FromMachine::DeviceRefused {
-                id: DEVICE,
-                detail: "in use".into(),
-            },
-            FromMachine::ResizeRefused {
-                detail: "too few".into(),
-            },
-            FromMachine::Event {
-                event: MachineEvent::Running,
-            },
-            FromMachine::Event { event: stopped },
-            FromMachine::Refused {
-                detail: "no".into(),
-            },
-            FromMachine::Failed {
-                detail: "no memory".into(),
-            },
-            FromMachine::Status {
-                version: 1,
-                id: ID,
-                state: State::Paused,
-                guest: None,
-                devices: None,
-                size: None,
-                suspends: true,
-                sends: false,
-                copies: false,
-                hands: false,
-                moving: None,
-            },
-        ]
-    }
-
-    /// Of suspended, sent, copied and handed-over guests.
-    fn heard_of_ways() -> Vec<FromMachine> {
-        vec![
-            FromMachine::Suspended {
-                attempt: DEVICE.0,
-                error: None,
-            },
-            FromMachine::Suspended {
-                attempt: DEVICE.0,
-                error: Some("disk full".into()),
-            },
-            FromMachine::Moving(moving()),
-            offered(),
-            FromMachine::Status {
-                version: 1,
-                id: ID,
-                state: State::Running,
-                guest: None,
-                devices: None,
-                size: None,
-                suspends: true,
-                sends: true,
-                copies: true,
-                hands: false,
-                moving: None,
-            },
-            FromMachine::Copied {
-                attempt: DEVICE.0,
-                error: None,
-            },
-            FromMachine::Copied {
-                attempt: DEVICE.0,
-                error: Some("disk full".into()),
-            },
-            FromMachine::Status {
-                version: 1,
-                id: ID,
-                state: State::Running,
-                guest: None,
-                devices: None,
-                size: None,
-                suspends: true,
-                sends: true,
-                copies: true,
-                hands: true,
-                moving: None,
-            },
-            FromMachine::TookOver { blackout_us: 1500 },
-        ]
-    }
-
-    #[test]
-    fn packets_of_version_1_are_still_understood() {
-        let (sent, heard) = (sent(), [heard(), heard_of_ways()].concat());
-        assert_eq!(
-            read::<ToMachine>("to-machine-v1.jsonl"),
-            sent,
-            "{:#?}",
-            text(&sent)
-        );
-        assert_eq!(
-            read::<FromMachine>("from-machine-v1.jsonl"),
-            heard,
-            "{:#?}",
-            text(&heard)
-        );
-    }
-}
+mod tests;

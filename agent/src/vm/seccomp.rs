@@ -25,6 +25,8 @@ pub enum Kind {
     Vsock,
     Console,
     Pages,
+    /// Takes other connections for memory that follows a guest ([`super::feeding`]).
+    Lines,
     Spawner,
 }
 
@@ -55,7 +57,7 @@ pub struct FilterError {
 pub struct Filters(Arc<Programs>);
 
 struct Programs {
-    by_kind: [(Kind, BpfProgram); 8],
+    by_kind: [(Kind, BpfProgram); 9],
     no_clone3: BpfProgram,
 }
 
@@ -69,6 +71,7 @@ impl Filters {
             (Kind::Vsock, program(Kind::Vsock)?),
             (Kind::Console, program(Kind::Console)?),
             (Kind::Pages, program(Kind::Pages)?),
+            (Kind::Lines, program(Kind::Lines)?),
             (Kind::Spawner, program(Kind::Spawner)?),
         ];
         let no_clone3 = no_clone3().map_err(|e| FilterError {
@@ -190,6 +193,14 @@ const CONSOLE: &[i64] = &[
 /// Memory that comes after the guest: to its place, or none of it.
 const PAGES: &[i64] = &[libc::SYS_fallocate, libc::SYS_sendto];
 
+/// What brings descriptors, and their first words.
+const LINES: &[i64] = &[
+    libc::SYS_accept4,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+];
+
 /// Besides what the threads it makes may do, since they inherit its filter and add their own.
 /// Making a thread, taking its name and adding that filter are allowed for some arguments only.
 const SPAWNER: &[i64] = &[
@@ -295,6 +306,7 @@ fn calls(kind: Kind) -> Vec<i64> {
         Kind::Vsock => VSOCK.to_vec(),
         Kind::Console => CONSOLE.to_vec(),
         Kind::Pages => PAGES.to_vec(),
+        Kind::Lines => LINES.to_vec(),
         Kind::Spawner => [SPAWNER, &calls(Kind::Block), &calls(Kind::Net)].concat(),
     };
     [ALL, &more].concat()
@@ -302,7 +314,7 @@ fn calls(kind: Kind) -> Vec<i64> {
 
 fn ioctls(kind: Kind) -> Vec<u64> {
     match kind {
-        Kind::Block | Kind::Vsock => Vec::new(),
+        Kind::Block | Kind::Vsock | Kind::Lines => Vec::new(),
         Kind::Net => [TUN_RUNTIME, &vhost::RUNTIME].concat(),
         Kind::Main => [KVM_RUNTIME, UFFD_RUNTIME, TUN_ATTACH, &[FIONBIO, FICLONE]].concat(),
         Kind::Vcpu | Kind::Console => [KVM_RUNTIME, UFFD_RUNTIME, &[FIONBIO]].concat(),

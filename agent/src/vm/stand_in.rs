@@ -17,7 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use fractus_agent_api::machine::StopReason;
-use fractus_agent_api::migration::{Policy, Progress, State as Journey};
+use fractus_agent_api::migration::{Lacks, Policy, Progress, State as Journey};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig, NetFiles};
 use rustix::event::{EventfdFlags, eventfd};
@@ -448,6 +448,18 @@ impl Guest for StandIn {
         self.sent.is_some()
     }
 
+    fn owes(&self) -> bool {
+        false
+    }
+
+    fn go_on_by(&mut self, _connection: UnixStream) -> Result<(), GuestError> {
+        Err(io::Error::from(io::ErrorKind::Unsupported).into())
+    }
+
+    fn lacks(&self) -> Option<Lacks> {
+        None
+    }
+
     fn waits_for(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -474,7 +486,11 @@ impl Guest for StandIn {
         let journey = match sent {
             Ok(()) => {
                 (self.state, self.offered) = (State::Paused, Some(ran));
-                Journey::Offered { ran, doubt: None }
+                Journey::Offered {
+                    ran,
+                    doubt: None,
+                    owes: false,
+                }
             }
             Err(error) => Journey::Failed {
                 reason: error.to_string(),

@@ -147,7 +147,9 @@ impl Supervisor {
             if ready.leave {
                 self.make_ready_to_leave();
             }
-            if self.leave.as_ref().and_then(Leave::left) == Some(Duration::ZERO) {
+            if self.leave.as_ref().and_then(Leave::left) == Some(Duration::ZERO)
+                && !self.has_time_to_pay()
+            {
                 // What a guest said last that does not shut down is what somebody will want to read.
                 let _ = self.guest.stop();
                 self.carry_output(&mut others, usize::MAX);
@@ -236,7 +238,7 @@ impl Supervisor {
         let left = match self.unheard {
             true => Some(Duration::ZERO),
             false => {
-                let leave = self.leave.as_ref().and_then(Leave::left);
+                let leave = self.to_leave();
                 let more = self.copying.map(|_| Duration::ZERO).or(self.to_send());
                 let all = [self.pace.left(), self.lean.left(), leave, more];
                 all.into_iter().flatten().min()
@@ -396,7 +398,10 @@ impl Supervisor {
                     self.device_gone(&name);
                     continue;
                 }
-                GuestEvent::Followed(_) => continue,
+                GuestEvent::Followed(how) => {
+                    self.followed(how);
+                    continue;
+                }
                 GuestEvent::Resized => {
                     self.pace.happened();
                     continue;
@@ -568,7 +573,9 @@ impl Supervisor {
             sends: true,
             copies: true,
             hands: true,
+            follows: true,
             moving: self.sent.moving.clone(),
+            lacks: self.guest.lacks(),
         }
     }
 

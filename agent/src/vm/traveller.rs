@@ -10,16 +10,17 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use fractus_agent_api::machine::StopReason;
-use fractus_agent_api::migration::{self, Policy, Progress, State as Journey};
+use fractus_agent_api::migration::{self, Followed, Lacks, Policy, Progress, State as Journey};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
 use fractus_vmm::machine::{
     self, DiskCopyPolicy, DiskCopying, Handed, Handing, HandingStep, Luggage, Machine, Offered,
-    RunState, SendReport, Sender, Unsent,
+    Paying, RunState, SendReport, Sender, Unsent,
 };
 use fractus_vmm::stream::converge;
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::feeding::Lines;
 use super::guest::{Guest, GuestError, GuestEvent, event};
 use super::paced::Paced;
 use super::protocol::{MachineEvent, State};
@@ -30,6 +31,8 @@ const ROUNDS: usize = 64;
 const PAGE: u64 = fractus_vmm::stream::PAGE as u64;
 /// In which another process of this host makes a machine of what it was handed.
 const HANDED_IN: Duration = Duration::from_secs(10);
+/// In which the other side says on a new connection what it lacks.
+const LACKING: Duration = Duration::from_secs(10);
 
 /// Nobody has asked the guest whether an image is worth standing still for: it is not for more than a second, and one
 /// that writes too fast for that has none.
@@ -52,6 +55,14 @@ pub struct Traveller {
     stands: bool,
     /// It was ended while it was another host's, perhaps: nobody has been told.
     let_go: bool,
+    /// How what it owes stands, of one that was offered.
+    paying: Paying,
+    /// The connection by which that goes is broken.
+    broken: bool,
+    /// By which other connections come for memory that is still to come.
+    lines: Option<Lines>,
+    /// It did not come any more when so many of those had come, and this is why.
+    starving: Option<(u64, String)>,
 }
 
 #[expect(
@@ -77,13 +88,18 @@ impl Traveller {
             copying: None,
             stands: false,
             let_go: false,
+            paying: Paying::More,
+            broken: false,
+            lines: None,
+            starving: None,
         })
     }
 
-    /// One that has arrived, and ran where it was, or not.
-    pub fn arrived(machine: Machine, ran: bool) -> io::Result<Self> {
+    /// One that has arrived, and ran where it was, or not; `lines` bring what of its memory has not.
+    pub fn arrived(machine: Machine, ran: bool, lines: Option<Lines>) -> io::Result<Self> {
         Ok(Self {
             stands: !ran,
+            lines,
             ..Self::new(machine)?
         })
     }
@@ -118,6 +134,38 @@ impl Traveller {
             Stage::Handing(_) => Err(travels("is being handed over to another process")),
             Stage::Here(_) | Stage::Offered(_) | Stage::Handed(_) | Stage::Nowhere => self.free(),
         }
+    }
+
+    /// Some more of the memory that follows.
+    fn pay(
+        &mut self,
+        mut offered: Offered<Paced>,
+        tells: bool,
+    ) -> Option<(Journey, Option<Progress>)> {
+        if !offered.owes() || self.broken {
+            self.stage = Stage::Offered(offered);
+            return None;
+        }
+        offered.connection().allow();
+        let paid = offered.pay();
+        let how = match &paid {
+            Ok(paying) => {
+                self.paying = *paying;
+                None
+            }
+            Err(error) => {
+                self.broken = true;
+                Some(super::chain(error))
+            }
+        };
+        let tells = tells || how.is_some() || !offered.owes();
+        let progress = tells.then(|| Progress {
+            broken: how,
+            ..owed(&offered)
+        });
+        let journey = journey(&offered);
+        self.stage = Stage::Offered(offered);
+        Some((journey, progress))
     }
 
     fn not_sent(&mut self, unsent: Unsent) -> String {
@@ -310,8 +358,35 @@ impl Guest for Traveller {
         matches!(self.stage, Stage::Sent(_) | Stage::Handing(_))
     }
 
+    fn owes(&self) -> bool {
+        matches!(&self.stage, Stage::Offered(offered) if offered.owes())
+    }
+
+    fn go_on_by(&mut self, connection: UnixStream) -> Result<(), GuestError> {
+        let Stage::Offered(offered) = &mut self.stage else {
+            return Err(GuestError::Machine("nothing is to follow it".to_owned()));
+        };
+        // It has its time to say what it lacks.
+        let gone_on = offered.go_on_by(Paced::with_answer_in(connection, LACKING));
+        (self.broken, self.paying) = (gone_on.is_err(), Paying::More);
+        gone_on.map_err(|error| GuestError::Machine(super::chain(&error)))
+    }
+
+    fn lacks(&self) -> Option<Lacks> {
+        self.machine().filter(|machine| !machine.is_whole())?;
+        let taken = self.lines.as_ref().map_or(0, Lines::taken);
+        let starving = self.starving.as_ref();
+        let starving = starving.filter(|(then, _)| *then == taken);
+        Some(Lacks {
+            starving: starving.map(|(_, reason)| reason.clone()),
+        })
+    }
+
     fn waits_for(&self) -> Option<BorrowedFd<'_>> {
         match &self.stage {
+            Stage::Offered(offered) if offered.owes() && self.paying == Paying::Waits => {
+                (!self.broken).then(|| offered.line().as_fd())
+            }
             Stage::Handing(handing) if !handing.is_awaited() => Some(handing.connection().as_fd()),
             _ => None,
         }
@@ -339,6 +414,7 @@ impl Guest for Traveller {
         let mut sender = match std::mem::replace(&mut self.stage, Stage::Nowhere) {
             Stage::Sent(sender) => sender,
             Stage::Handing(handing) => return self.hand_on(handing),
+            Stage::Offered(offered) => return self.pay(offered, tells),
             other => {
                 self.stage = other;
                 return None;
@@ -357,13 +433,8 @@ impl Guest for Traveller {
                 Some((Journey::Copying, progress))
             }
             Ok(machine::Progress::Offered(offered)) => {
-                let report = offered.report();
-                let mut progress = progress(report, report.whole);
-                progress.pause = Some(pause(report.pause));
-                let journey = Journey::Offered {
-                    ran: offered.ran(),
-                    doubt: offered.doubt().map(|doubt| super::chain(doubt)),
-                };
+                let (journey, progress) = (journey(&offered), owed(&offered));
+                (self.paying, self.broken) = (Paying::More, false);
                 self.stage = Stage::Offered(offered);
                 Some((journey, Some(progress)))
             }
@@ -416,7 +487,16 @@ impl Guest for Traveller {
             let reason = StopReason::Requested;
             return Some(GuestEvent::Machine(MachineEvent::Stopped { reason }));
         }
-        self.free().ok()?.next_event().map(event)
+        let event = self.free().ok()?.next_event().map(event)?;
+        match &event {
+            GuestEvent::Followed(Ok(())) => (self.lines, self.starving) = (None, None),
+            GuestEvent::Followed(Err(reason)) => {
+                let taken = self.lines.as_ref().map_or(0, Lines::taken);
+                self.starving = Some((taken, reason.clone()));
+            }
+            _ => {}
+        }
+        Some(event)
     }
 }
 
@@ -429,13 +509,17 @@ impl Traveller {
                 None
             }
             Ok(HandingStep::Over(handed)) => {
-                let (ran, doubt) = (handed.ran(), None);
+                let journey = Journey::Offered {
+                    ran: handed.ran(),
+                    doubt: None,
+                    owes: false,
+                };
                 let progress = Progress {
                     pause: Some(pause(handed.pause())),
                     ..Progress::default()
                 };
                 self.stage = Stage::Handed(handed);
-                Some((Journey::Offered { ran, doubt }, Some(progress)))
+                Some((journey, Some(progress)))
             }
             Err(unsent) => {
                 let reason = self.not_sent(unsent);
@@ -462,6 +546,32 @@ impl Traveller {
     }
 }
 
+fn journey(offered: &Offered<Paced>) -> Journey {
+    Journey::Offered {
+        ran: offered.ran(),
+        doubt: offered.doubt().map(|doubt| super::chain(doubt)),
+        owes: offered.owes(),
+    }
+}
+
+/// How far one is that was offered, and what follows it.
+fn owed(offered: &Offered<Paced>) -> Progress {
+    let (report, paid) = (offered.report(), offered.paid());
+    let mut progress = progress(report, report.whole);
+    progress.pause = Some(pause(report.pause));
+    progress.memory_left = offered.left();
+    if report.owed > 0 {
+        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let bytes = (paid.totals.pages + paid.totals.zeros) * PAGE;
+        progress.followed = Some(Followed {
+            bytes,
+            waits: paid.wanted,
+            took_us: us(paid.took),
+        });
+    }
+    progress
+}
+
 /// In the words of the stream.
 fn by(policy: Policy) -> converge::Policy {
     converge::Policy {
@@ -471,6 +581,7 @@ fn by(policy: Policy) -> converge::Policy {
         at_limit: match policy.at_limit {
             migration::AtLimit::Stop => converge::AtLimit::Stop,
             migration::AtLimit::GiveUp => converge::AtLimit::GiveUp,
+            migration::AtLimit::PostCopy => converge::AtLimit::PostCopy,
         },
     }
 }
@@ -514,5 +625,7 @@ fn progress(report: &SendReport, elapsed: Duration) -> Progress {
             .map(|(_, round)| round)
             .collect(),
         pause: None,
+        followed: None,
+        broken: None,
     }
 }

@@ -127,6 +127,7 @@ impl SimulatedHost {
             uptime_s: 0,
             lacks: Vec::new(),
             unable: Vec::new(),
+            post_copy: true,
         }
     }
 

@@ -32,6 +32,7 @@ fn report(hostname: &str) -> HostReport {
         uptime_s: 1,
         lacks: Vec::new(),
         unable: Vec::new(),
+        post_copy: false,
     }
 }
 

@@ -43,6 +43,7 @@ pub struct Machines {
     /// Seals passwords at rest; without it none are kept.
     master: Option<MasterKey>,
     cpu_mode: CpuMode,
+    post_copy: bool,
 }
 
 /// Why no host was found.
@@ -97,6 +98,7 @@ impl Machines {
             since_us,
             master: None,
             cpu_mode: CpuMode::default(),
+            post_copy: false,
         }
     }
 
@@ -108,6 +110,16 @@ impl Machines {
 
     pub fn cpu_mode(&self) -> CpuMode {
         self.cpu_mode
+    }
+
+    /// Memory may follow guests whose flavors say nothing of it.
+    #[must_use]
+    pub fn with_post_copy(self, post_copy: bool) -> Self {
+        Self { post_copy, ..self }
+    }
+
+    pub fn post_copy(&self) -> bool {
+        self.post_copy
     }
 
     /// With the key that seals what is secret in a machine's intent.
@@ -198,7 +210,8 @@ impl Machines {
         }
     }
 
-    fn report(&self, row: &host::row::Model) -> Option<HostReport> {
+    /// What the host of this row says of itself; none: nothing.
+    pub fn report(&self, row: &host::row::Model) -> Option<HostReport> {
         let live = self.fleet.host_report(row.host_id());
         live.or_else(|| row.inventory())
     }

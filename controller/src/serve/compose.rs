@@ -86,7 +86,8 @@ impl Controller {
             Arc::clone(&clock),
         )
         .with_key(master)
-        .with_cpu_mode(config.cpu_mode);
+        .with_cpu_mode(config.cpu_mode)
+        .with_post_copy(config.post_copy);
         let mut kinds = Kinds::default();
         compute::register(&mut kinds, &machines, &images, &clock, &random);
         let engine = Engine::new(lead.clone(), kinds, Arc::clone(&clock), Arc::clone(&random));

@@ -73,6 +73,12 @@ pub struct Options {
     /// common (baseline), all that their host has (host), or a level (x86-64-v2, x86-64-v3) [default: baseline].
     #[arg(long, env = "FRACTUS_CPU_PROFILE", value_name = "PROFILE")]
     pub cpu_profile: Option<CpuMode>,
+    /// A guest that writes faster than it is copied to another host, or whose live migration is completed by force, goes on
+    /// there while its memory is still coming. It stands still for less time, and is lost if either host fails meanwhile.
+    /// A flavor's `hw:live_migration_post_copy` (true, false) says so for its servers.
+    #[arg(long, env = "FRACTUS_POST_COPY")]
+    #[serde(default)]
+    pub post_copy: bool,
     /// The database was restored from a backup: say it at the first start after that, and only then.
     /// What hosts were told since the backup is then known to be older than what they are told now, and
     /// no server is started before its host has said that it still has it; one that is gone is ERROR. Which
@@ -111,6 +117,8 @@ pub struct Config {
     pub resize_confirm_window: Option<Duration>,
     /// Of guests whose flavors do not say it.
     pub cpu_mode: CpuMode,
+    /// Of guests whose flavors do not say it.
+    pub post_copy: bool,
     /// Begin a new epoch of machines' generations.
     pub restored: bool,
 }
@@ -228,6 +236,7 @@ impl Config {
                 .filter(|seconds| *seconds > 0)
                 .map(|seconds| Duration::from_secs(seconds.into())),
             cpu_mode: options.cpu_profile.unwrap_or_default(),
+            post_copy: options.post_copy,
             restored: options.restored,
         })
     }
@@ -275,6 +284,7 @@ impl Options {
             agents_url: self.agents_url.or(file.agents_url),
             name: self.name.or(file.name),
             cpu_profile: self.cpu_profile.or(file.cpu_profile),
+            post_copy: self.post_copy || file.post_copy,
             restored: self.restored,
         }
     }

@@ -191,15 +191,25 @@ impl World {
     }
 
     fn stream_event(&mut self) {
+        let debts = self.network.hosts.debts();
+        if let Some(server) = debts.choose(&mut self.random).copied()
+            && self.random.random_bool(0.3)
+        {
+            let paid = self.network.hosts.pay(server);
+            self.note(format!("what {server} lacks: {paid}"));
+            return;
+        }
         let streams = self.network.hosts.streams();
         let Some(server) = streams.choose(&mut self.random).copied() else {
             return;
         };
         let event = match self.random.random_range(0..10) {
             0..2 => Event::Round,
-            2..6 => Event::End,
+            2..4 => Event::End,
+            4 | 5 => Event::Part,
             6 => Event::Cut,
-            7 | 8 => Event::AnswerLost,
+            7 => Event::AnswerLost,
+            8 => Event::PartLost,
             _ => Event::EndLost,
         };
         let streamed = self.network.hosts.stream(server, event);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{Observed, ServerId, StopReason};
-use fractus_agent_api::migration::State;
+use fractus_agent_api::migration::{AtLimit, State};
 use sea_orm::EntityTrait;
 use uuid::Uuid;
 
@@ -418,4 +418,113 @@ async fn a_guest_that_stood_still_for_a_shelved_server_goes() {
     world.heal().await;
     world.check_rest().await;
     assert!(source.remains().is_empty());
+}
+
+/// Of two hosts, with a guest that goes on at the second before all of its memory is there.
+async fn parted(event: Event) -> (World, Arc<SimulatedHost>, Arc<SimulatedHost>) {
+    let (mut world, source, target) = sending().await;
+    stream(&world, event);
+    quietly(&mut world).await;
+    assert_eq!(world.network.hosts.debts(), [server_one()]);
+    assert_eq!(owner(&world).await, Some(target.id()));
+    assert!(target.soul(server_one()).is_some(), "it goes on");
+    (world, source, target)
+}
+
+#[tokio::test]
+async fn a_guest_whose_memory_follows_is_not_parted_from_its_source() {
+    for event in [Event::Part, Event::PartLost] {
+        let (mut world, source, target) = parted(event).await;
+        let born = target.soul(server_one()).unwrap().born;
+        world.clock.advance(std::time::Duration::from_secs(86_400));
+        quietly(&mut world).await;
+        // However long that takes, and also by another controller.
+        let observed = |host: &SimulatedHost| host.report(server_one()).unwrap().observed;
+        assert_eq!(observed(&source), Observed::Offered);
+        assert_eq!(only_migration(&world).await.status, "post-migrating");
+        assert_eq!(
+            state(&world, ONE).await,
+            ServerState::Migrating(Standing::Active)
+        );
+        assert!(world.network.hosts.pay(server_one()));
+        quietly(&mut world).await;
+        world.heal().await;
+        world.check_rest().await;
+        assert_eq!(only_migration(&world).await.status, "completed");
+        assert_eq!(state(&world, ONE).await, ServerState::Active);
+        assert_eq!(target.soul(server_one()).unwrap().born, born);
+        assert!(source.remains().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_loses_the_source_of_its_memory_is_an_error_that_says_so() {
+    for declared in [false, true] {
+        let (mut world, source, target) = parted(Event::Part).await;
+        world.guests.killed.insert(server_one());
+        if declared {
+            source.power_off();
+            let down = source.id();
+            let write = world.database().write(move |tx| {
+                Box::pin(async move { host::set_forced_down(tx, down, true).await })
+            });
+            assert!(write.await.unwrap());
+        } else {
+            let detail = "killed".to_owned();
+            source.end_process(server_one(), StopReason::VmmFault { detail });
+            quietly(&mut world).await;
+            // Whether all had come by then is for the target to say.
+            assert_eq!(only_migration(&world).await.status, "post-migrating");
+        }
+        assert!(world.network.hosts.pay(server_one()));
+        quietly(&mut world).await;
+        assert_eq!(state(&world, ONE).await, ServerState::Error, "{declared}");
+        assert!(fault(&world, ONE).await.contains("still coming"));
+        let migration = only_migration(&world).await;
+        assert_eq!(migration.status, "error");
+        assert!(migration.ended_at_us.is_some());
+        let reason = migration.reason.unwrap();
+        assert!(reason.contains("on its old host"), "{reason}");
+        assert_eq!(target.soul(server_one()), None, "what was left has ended");
+        // Its disk is whole: it begins anew there.
+        let app = world.app();
+        assert!(
+            requests::change(&app, ONE, Change::HardReboot)
+                .await
+                .unwrap()
+        );
+        quietly(&mut world).await;
+        assert!(target.soul(server_one()).is_some());
+        world.heal().await;
+        world.check_rest().await;
+        assert_eq!(state(&world, ONE).await, ServerState::Active);
+        assert!(source.remains().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_its_target_loses_does_not_come_back_from_what_its_source_still_has() {
+    let (mut world, source, target) = parted(Event::Part).await;
+    world.guests.killed.insert(server_one());
+    let detail = "killed".to_owned();
+    target.end_process(server_one(), StopReason::VmmFault { detail });
+    quietly(&mut world).await;
+    assert_eq!(owner(&world).await, Some(target.id()));
+    assert_eq!(source.soul(server_one()), None);
+    world.heal().await;
+    world.check_rest().await;
+    assert_eq!(state(&world, ONE).await, ServerState::Error);
+    assert!(source.remains().is_empty());
+}
+
+#[tokio::test]
+async fn a_forced_completion_lets_the_guest_go_on_where_that_is_allowed() {
+    let (world, source, _) = sending().await;
+    let app = world.app();
+    assert!(requests::force_complete(&app, ONE).await.unwrap());
+    let wanted = machine::find(world.database().reader(), server_one()).await;
+    let departs = wanted.unwrap().unwrap().wanted.departs.unwrap();
+    assert_eq!(departs.policy.at_limit, AtLimit::PostCopy);
+    assert_eq!(departs.policy.limit_ms, 0);
+    assert!(source.soul(server_one()).is_some());
 }

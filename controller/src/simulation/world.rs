@@ -236,7 +236,8 @@ impl World {
             Arc::clone(&clock),
         )
         .with_key(self.master.clone())
-        .with_cpu_mode(self.cpu_mode);
+        .with_cpu_mode(self.cpu_mode)
+        .with_post_copy(true);
         let blobs = FileStore::open(self.folder.path(), "simulated")
             .await
             .unwrap();
@@ -705,6 +706,9 @@ impl World {
         settle();
         for server in self.network.hosts.streams() {
             self.network.hosts.stream(server, stream::Event::End);
+        }
+        for server in self.network.hosts.debts() {
+            self.network.hosts.pay(server);
         }
         settle();
     }

@@ -33,6 +33,7 @@ fn has(id: DeviceId, asked: bool) -> Has {
 /// A process that has these; none: it is too old to have any.
 fn status(devices: Option<Vec<Has>>, fresh: bool) -> Heard {
     Heard::Status(Status {
+        lacks: None,
         moving: None,
         state: State::Running,
         guest: None,

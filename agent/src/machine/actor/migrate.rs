@@ -7,10 +7,13 @@ use std::time::Duration;
 
 use fractus_agent_api::decision::Step;
 use fractus_agent_api::device::DeviceId;
-use fractus_agent_api::migration::{MigrationId, MigrationReport, Progress, Shape, State, Transit};
+use fractus_agent_api::migration::{
+    Lacks, MigrationId, MigrationReport, Progress, Shape, State, Transit,
+};
 use tokio::time::Instant;
 
 use super::devices::Devices;
+use super::follow::Follow;
 use super::guest::Guest;
 use super::size::Sizes;
 use super::steps::START;
@@ -18,7 +21,7 @@ use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
 use crate::machine::line;
 use crate::machine::make::MakeError;
 use crate::machine::process::{Arriving, Command, Launcher, Plan, Process, ProcessError};
-use crate::machine::record::Record;
+use crate::machine::record::{LineRecord, Record};
 use crate::vm::protocol::Moving;
 
 /// How long a process may take to have its guest stay.
@@ -31,20 +34,22 @@ pub(super) struct Travel {
     /// On which a guest is awaited.
     port: u16,
     /// Between the hosts; none: it was an earlier agent's, and ended with it.
-    line: Option<line::Line>,
+    pub line: Option<line::Line>,
     /// What the process has said of the last guest that it was to send, or why it was not told to.
-    moving: Option<MigrationReport>,
+    pub moving: Option<MigrationReport>,
     /// The policy that the process goes by.
     policy: Option<fractus_agent_api::migration::Policy>,
     /// An earlier agent may have had it send its guest, and it has not said anything to this one.
     pub unheard: bool,
+    /// Memory that comes after the guest.
+    pub follow: Follow,
 }
 
 impl Travel {
     /// The process is gone, or its guest runs here.
     pub(super) fn end(&mut self) {
         (self.transit, self.line, self.policy) = (Transit::None, None, None);
-        self.unheard = false;
+        (self.unheard, self.follow) = (false, Follow::default());
         if let Some(moving) = &mut self.moving
             && !matches!(moving.state, State::Failed { .. })
         {
@@ -92,8 +97,13 @@ impl<L: Launcher> Actor<L> {
         };
         self.remove_memory();
         let listened = line::listen(self.surroundings.listen, &arrival.key).await;
-        let (port, end, line) = match listened {
-            Ok(listened) => listened,
+        let line::Awaited {
+            port,
+            end,
+            line,
+            others,
+        } = match listened {
+            Ok(awaited) => awaited,
             Err(error) => {
                 self.fail(format!("listening for the guest: {error}"));
                 return Ok(());
@@ -127,6 +137,11 @@ impl<L: Launcher> Actor<L> {
         self.count_reboots();
         self.record.done.rebuilds = self.record.intent.wanted.rebuilds;
         self.record.stop = None;
+        self.record.line = Some(LineRecord {
+            migration: arrival.id,
+            port,
+            key: arrival.key.clone(),
+        });
         let path = self.paths.record();
         if let Err(error) = blocking(|| self.record.prepare_to_write_fast(&path)) {
             self.record = before;
@@ -144,6 +159,7 @@ impl<L: Launcher> Actor<L> {
             transit: Transit::Arriving(arrival.id),
             port,
             line: Some(line),
+            follow: Follow::awaited(others),
             ..Travel::default()
         };
         self.publish();
@@ -152,7 +168,7 @@ impl<L: Launcher> Actor<L> {
 
     /// Its guest neither comes nor goes.
     pub(super) fn is_here(&self) -> bool {
-        self.travel.is_over()
+        self.travel.is_over() && self.travel.follow.lacks.is_none()
     }
 
     /// It stands still until it is known where it goes on.
@@ -164,9 +180,10 @@ impl<L: Launcher> Actor<L> {
     }
 
     /// The guest is there.
-    pub(super) fn has_arrived(&mut self) {
+    pub(super) fn has_arrived(&mut self, lacks: bool) {
         if let Transit::Arriving(id) = self.travel.transit {
-            tracing::info!(machine = %self.record.id, migration = %id, "its guest has arrived");
+            tracing::info!(machine = %self.record.id, migration = %id, lacks, "its guest has arrived");
+            self.travel.follow.lacks = lacks.then(Lacks::default);
             // The line has its answer to carry, and ends by itself.
             self.travel.transit = Transit::Arrived(id);
         }
@@ -177,9 +194,16 @@ impl<L: Launcher> Actor<L> {
         let before = self.record.done;
         self.record.done.continued = self.record.intent.wanted.continues;
         self.record.done.starts += 1;
+        let lacks = self.travel.follow.lacks.is_some();
+        let line = self.record.line.take_if(|_| !lacks);
+        if let Some(process) = &mut self.record.process {
+            // Who waits for its memory says nothing of itself, and may run.
+            process.ran |= lacks;
+        }
         let path = self.paths.record();
         if let Err(error) = blocking(|| self.record.write_fast(&path)) {
             self.record.done = before;
+            self.record.line = self.record.line.take().or(line);
             tracing::error!(machine = %self.record.id, %error, "its guest cannot go on yet");
             return self.wait(Some(Instant::now() + AGAIN)).await.map(drop);
         }
@@ -193,9 +217,14 @@ impl<L: Launcher> Actor<L> {
             self.kill().await;
             return Ok(());
         }
-        self.travel.end();
+        match lacks {
+            // Both ends of its line live on.
+            true => self.travel.transit = Transit::None,
+            false => self.travel.end(),
+        }
         self.phase = Phase::Starting;
-        self.start_by = Some(Instant::now() + START);
+        // One that waits for its memory may wait for long.
+        self.start_by = (!lacks).then(|| Instant::now() + START);
         // In its file, too, and then nowhere else.
         let written = blocking(|| self.record.write(&path));
         if let Err(error) = written.and_then(|()| blocking(|| Record::forget_fast(&path))) {
@@ -250,6 +279,7 @@ impl<L: Launcher> Actor<L> {
                 id,
                 state: State::Copying,
                 progress: Progress::default(),
+                lacks: None,
             }),
             policy: Some(departure.policy),
             ..Travel::default()
@@ -288,6 +318,7 @@ impl<L: Launcher> Actor<L> {
                 id,
                 state: State::Failed { reason },
                 progress: Progress::default(),
+                lacks: None,
             }),
             ..Travel::default()
         };
@@ -330,6 +361,7 @@ impl<L: Launcher> Actor<L> {
                 id: migration,
                 state,
                 progress,
+                lacks: None,
             });
         }
         if transit == Transit::None {
@@ -340,7 +372,9 @@ impl<L: Launcher> Actor<L> {
 
     /// What was sent, or was to be, is here for good.
     fn stays(&mut self) {
-        self.travel.line = None;
+        if self.travel.follow.lacks.is_none() {
+            self.travel.line = None;
+        }
         let wanted = &self.record.intent.wanted;
         let sent = self.travel.moving.as_ref().map(|moving| moving.id);
         // Is it what it was to come back for? Who looks now is to know, and the next agent.
@@ -423,6 +457,7 @@ impl<L: Launcher> Actor<L> {
 
     /// Of a guest that did not come all the way no disk is left that something could be started on.
     pub(super) fn forget_arrival(&mut self) {
+        self.record.line = None;
         if self.record.intent.wanted.arrives.is_none() {
             return;
         }
@@ -465,6 +500,7 @@ impl<L: Launcher> Actor<L> {
             id,
             state,
             progress: Progress::default(),
+            lacks: self.travel.follow.report(),
         };
         let wanted = &self.record.intent.wanted;
         let failure = || self.failed.clone().map(|reason| State::Failed { reason });
@@ -500,6 +536,8 @@ impl<L: Launcher> Actor<L> {
         let id = wanted.continues?;
         let here = self.record.done.continued == Some(id);
         let runs = matches!(self.phase, Phase::Running | Phase::Paused);
+        // It goes on as far as it can without what has not come.
+        let runs = runs || self.travel.follow.lacks.is_some();
         match (here, runs) {
             (true, true) => Some(of(id, State::Continued)),
             (true, false) => None,

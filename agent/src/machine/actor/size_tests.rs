@@ -23,6 +23,7 @@ fn size() -> Size {
 
 fn status(size: Size, fresh: bool) -> Heard {
     Heard::Status(Status {
+        lacks: None,
         moving: None,
         state: State::Running,
         guest: None,

@@ -99,8 +99,8 @@ async fn what_was_kept_is_so_no_more_before_the_guest_may_run() {
     assert!(record.kept.is_some() && record.process.is_some());
     // As an agent finds it that comes after a crash: that process is ended, and another is made of what
     // is kept.
-    stage.words.say(Heard::Ready);
-    stage.words.say(Heard::Ready);
+    stage.words.say(Heard::Ready { lacks: false });
+    stage.words.say(Heard::Ready { lacks: false });
     stage.settle(Observed::Running).await;
     let record = written(&stage);
     assert!(record.kept.is_none() && record.process.is_some_and(|process| process.ran));
@@ -122,7 +122,7 @@ async fn a_process_that_cannot_be_made_of_it_leaves_it_kept() {
     stage.settle(Observed::Failed { reason }).await;
     assert!(written(&stage).kept.is_some());
     stage.actor.take(put(4, Power::Running).0);
-    stage.words.say(Heard::Ready);
+    stage.words.say(Heard::Ready { lacks: false });
     stage.settle(Observed::Running).await;
     assert!(written(&stage).kept.is_none());
 }
@@ -224,7 +224,7 @@ async fn memory_that_is_not_read_in_time_is_still_kept() {
     let starts = stage.reports.borrow().starts;
     turn(&mut stage).await;
     assert_eq!(stage.reports.borrow().starts, starts);
-    stage.words.say(Heard::Ready);
+    stage.words.say(Heard::Ready { lacks: false });
     stage.actor.take(put(4, Power::Running).0);
     stage.settle(Observed::Running).await;
     assert!(written(&stage).kept.is_none());

@@ -66,6 +66,8 @@ pub(super) enum Told {
     Send(MigrationId, Policy, bool),
     Stay,
     Resume,
+    /// Another one, for memory that follows its guest.
+    Line,
     /// Its guest goes on, in a new process.
     GoOn,
     HandOver(MigrationId),
@@ -207,6 +209,11 @@ impl Process for Double {
         Ok(())
     }
 
+    async fn bring_line(&self, _: OwnedFd) -> Result<(), ProcessError> {
+        self.1.lock().unwrap().push(Told::Line);
+        Ok(())
+    }
+
     fn can_hand_over(&self) -> Result<(), ProcessError> {
         match self.2.is_old.load(Ordering::Relaxed) {
             true => Err(ProcessError::NotNow("older".to_owned())),
@@ -224,8 +231,11 @@ impl Process for Double {
         *self.2.handed.lock().unwrap() = Some(migration);
         let answer = self.0.1.lock().unwrap().pop_front();
         if let Some(answer) = answer {
-            let (ran, doubt) = (true, None);
-            let offered = Transit::Offered { ran, doubt };
+            let offered = Transit::Offered {
+                ran: true,
+                doubt: None,
+                owes: false,
+            };
             let state = answer.map_or_else(|reason| Transit::Failed { reason }, |()| offered);
             self.0.say(self.moving(state));
         }
@@ -502,6 +512,7 @@ impl Stage {
             gone_at_us: None,
             changed_at_us: 0,
             serial: None,
+            line: None,
         };
         let paths = Paths::new(folder, folder).machine(ID);
         record.write(&paths.record()).unwrap();
@@ -526,10 +537,14 @@ impl Stage {
     /// Its process says that it has handed its guest over.
     pub(super) fn stands_still(&self, id: MigrationId) {
         *self.upgrade.handed.lock().unwrap() = Some(id);
-        let (ran, doubt) = (true, None);
+        let offered = Transit::Offered {
+            ran: true,
+            doubt: None,
+            owes: false,
+        };
         let (told, upgrade) = (self.told.clone(), self.upgrade.clone());
         let process = Double(self.words.clone(), told, upgrade, 1);
-        let moving = process.moving(Transit::Offered { ran, doubt });
+        let moving = process.moving(offered);
         self.words.say(moving);
     }
 
@@ -555,6 +570,7 @@ impl Stage {
 
 pub(super) fn status(state: State, guest: Option<GuestSaid>) -> Heard {
     Heard::Status(Status {
+        lacks: None,
         moving: None,
         state,
         guest,

@@ -236,7 +236,7 @@ impl<L: Launcher> Actor<L> {
                 }
                 Word::Intent => {}
                 Word::Old(heard) => offered |= self.old_says(heard, id)?,
-                Word::New(Heard::Ready) => ready = true,
+                Word::New(Heard::Ready { .. }) => ready = true,
                 Word::New(Heard::Failed(reason)) => return Err(Hitch::Failed(reason)),
                 Word::New(Heard::Ended(end)) => {
                     let reason = format!("the new process ended: {:?}", end.reason());

@@ -49,7 +49,7 @@ async fn the_record_names_the_new_process_before_it_may_run_the_guest() {
     stage.words.say(Heard::Event(MachineEvent::Panicked));
     stage.hear_all();
     stage.words.answer(Ok(()));
-    stage.upgrade.heir.say(Heard::Ready);
+    stage.upgrade.heir.say(Heard::Ready { lacks: false });
     let blackout_us = Some(1500);
     assert_eq!(
         fate(&mut stage, false).await,
@@ -114,7 +114,7 @@ async fn an_intent_that_is_repeated_takes_no_word_away() {
                 mailbox.try_send(put(1, Power::Running).0).unwrap();
                 tokio::task::yield_now().await;
             }
-            heir.say(Heard::Ready);
+            heir.say(Heard::Ready { lacks: false });
         };
         let (is, ()) = tokio::join!(fate(&mut stage, false), says);
         assert!(matches!(is, Fate::HandedOver { .. }), "{is:?}");
@@ -138,7 +138,7 @@ async fn a_guest_whose_old_process_ends_goes_on_if_the_new_one_has_it() {
         tokio::task::yield_now().await;
         words.say(late);
         tokio::task::yield_now().await;
-        heir.say(Heard::Ready);
+        heir.say(Heard::Ready { lacks: false });
     };
     let (_, is) = tokio::join!(says, fate(&mut stage, false));
     assert!(matches!(is, Fate::HandedOver { .. }), "{is:?}");
@@ -149,7 +149,7 @@ async fn a_guest_whose_old_process_ends_goes_on_if_the_new_one_has_it() {
     let folder = tempfile::tempdir().unwrap();
     let mut stage = Stage::running(folder.path()).await;
     stage.words.say(ended);
-    stage.upgrade.heir.say(Heard::Ready);
+    stage.upgrade.heir.say(Heard::Ready { lacks: false });
     let is = fate(&mut stage, false).await;
     assert!(matches!(is, Fate::Failed { .. }), "{is:?}");
     assert!(!told(&stage).contains(&Told::Go(2)));
@@ -163,7 +163,7 @@ async fn a_new_process_that_is_gone_before_its_go_never_had_the_guest() {
     let mut stage = Stage::running(folder.path()).await;
     stage.upgrade.dies.store(true, Ordering::Relaxed);
     stage.words.answer(Ok(()));
-    stage.upgrade.heir.say(Heard::Ready);
+    stage.upgrade.heir.say(Heard::Ready { lacks: false });
     let is = fate(&mut stage, false).await;
     assert!(matches!(is, Fate::Failed { .. }), "{is:?}");
     assert_eq!(told(&stage), [HAND_OVER, Told::Kill(2), Told::Stay]);

@@ -1,23 +1,35 @@
 //! A connection to a machine's process: packets of [`crate::vm::protocol`] over tokio.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use serde::de::DeserializeOwned;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::ProcessError;
 use crate::vm::packet::{self, PacketError};
-use crate::vm::protocol::{FromMachine, Role, ToMachine, VERSION};
+use crate::vm::protocol::{AnotherLine, FromMachine, LineTaken, Role, ToMachine, VERSION};
 
 /// Under the eyes of tokio's reactor.
 pub fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is open and always the same until it is dropped, and it is dropped after the
     // registration that owns it.
     Ok(unsafe { AsyncFd::register(fd) }?)
+}
+
+/// Brings the process another line, to the socket that it has for that ([`crate::vm::protocol::FileRole::Lines`]).
+pub async fn bring_line(path: &Path, pid: i32, line: OwnedFd) -> Result<(), ProcessError> {
+    let control = Control::reach(path, pid)?;
+    let version = VERSION;
+    control
+        .send(&AnotherLine { version }, &[line.as_fd()])
+        .await?;
+    let LineTaken { error } = control.receive().await?;
+    error.map_or(Ok(()), |error| Err(ProcessError::NotNow(error)))
 }
 
 #[derive(Debug)]
@@ -31,6 +43,14 @@ impl Control {
 
     /// Connects to the process's socket, and makes sure that it is this very process that listens.
     pub async fn connect(path: &Path, pid: i32, role: Role) -> Result<Self, ProcessError> {
+        let control = Self::reach(path, pid)?;
+        let version = VERSION;
+        let hello = ToMachine::Hello { version, role };
+        control.send(&hello, &[]).await?;
+        Ok(control)
+    }
+
+    fn reach(path: &Path, pid: i32) -> Result<Self, ProcessError> {
         let failed = |source: io::Error| ProcessError::System {
             what: format!("connecting to {}", path.display()),
             source,
@@ -48,17 +68,7 @@ impl Control {
                 peer.pid.as_raw_nonzero()
             ))));
         }
-        let control = Self::new(socket).map_err(failed)?;
-        control
-            .send(
-                &ToMachine::Hello {
-                    version: VERSION,
-                    role,
-                },
-                &[],
-            )
-            .await?;
-        Ok(control)
+        Self::new(socket).map_err(failed)
     }
 
     pub async fn send<T: serde::Serialize>(
@@ -72,7 +82,7 @@ impl Control {
         .await
     }
 
-    pub async fn receive(&self) -> Result<FromMachine, PacketError> {
+    pub async fn receive<T: DeserializeOwned>(&self) -> Result<T, PacketError> {
         let received = self
             .retry(Interest::READABLE, |socket| packet::receive(socket))
             .await;

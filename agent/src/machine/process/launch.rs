@@ -259,6 +259,9 @@ impl HostLauncher {
         if let Some(arriving) = &plan.arrives {
             let line = arriving.line.try_clone();
             files.push(FileRole::Arrival, line.map_err(failed("the guest's line"))?);
+            let lines = paths.lines_socket();
+            let socket = sockets::control(&lines).map_err(at(&lines))?;
+            files.push(FileRole::Lines, socket);
         }
         open_words(paths, true, &mut files)?;
         files.push(
@@ -465,6 +468,7 @@ impl Launcher for Arc<HostLauncher> {
             sends: Some(true),
             copies: Some(true),
             hands: Some(true),
+            follows: true,
         })
     }
 
@@ -487,6 +491,7 @@ impl Launcher for Arc<HostLauncher> {
                 sends: None,
                 copies: None,
                 hands: None,
+                follows: false,
             };
             // One that does not answer is alive all the same; it is asked again when it is heard.
             process.greeting = process.connect().await.ok();
@@ -518,7 +523,7 @@ impl Launcher for Arc<HostLauncher> {
 
     async fn clear(&self, id: ServerId) -> Result<(), ProcessError> {
         let paths = self.paths.machine(id);
-        for socket in [paths.next_socket(), paths.socket] {
+        for socket in [paths.next_socket(), paths.lines_socket(), paths.socket] {
             match std::fs::remove_file(&socket) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(failed(format!("removing {}", socket.display()))(error));

@@ -6,7 +6,9 @@ use fractus_agent_api::decision::{self, Done, Intent, Process, Seen, Step};
 use fractus_agent_api::guest::GuestReport;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::machine::{MachineReport, Observed, Power, ServerId, StopReason, Wanted};
-use fractus_agent_api::migration::{MigrationId, MigrationReport, Progress, Shape, State, Transit};
+use fractus_agent_api::migration::{
+    Lacks, MigrationId, MigrationReport, Progress, Shape, State, Transit,
+};
 
 /// A machine, on disk but for its process.
 #[derive(Debug, Clone)]
@@ -34,6 +36,8 @@ pub(super) struct Record {
     pub(super) ran: bool,
     /// What became of the migration that its intents spoke of last.
     pub(super) migration: Option<MigrationReport>,
+    /// Of a guest that came: memory is still to come.
+    pub(super) lacks: Option<Lacks>,
     pub(super) soul: Soul,
     /// What the guest began with.
     pub(super) cpu: Option<Box<Profile>>,
@@ -81,6 +85,7 @@ impl Record {
             transit: Transit::None,
             ran: false,
             migration: None,
+            lacks: None,
             soul: Soul {
                 born: (host, 0),
                 ticks: 0,
@@ -150,7 +155,10 @@ impl Record {
             nics: Vec::new(),
             size: None,
             shape: (self.process != Process::None).then_some(shape),
-            migration: self.migration.clone(),
+            migration: self.migration.clone().map(|migration| MigrationReport {
+                lacks: self.lacks.clone(),
+                ..migration
+            }),
             parks: self.intent.wanted.parks,
             copy: self.copy_report(),
             waits: self.next() == Step::Await,
@@ -216,6 +224,14 @@ impl Record {
             });
         }
         (self.process, self.transit) = (Process::None, Transit::None);
+        self.lacks = None;
+    }
+
+    /// It is offered, and memory is to follow it.
+    pub(super) fn owes(&self, of: MigrationId) -> bool {
+        let said = self.migration.as_ref().map(|migration| &migration.state);
+        self.transit == Transit::Offered(of)
+            && matches!(said, Some(State::Offered { owes: true, .. }))
     }
 
     /// Its process ends by itself.
@@ -253,6 +269,7 @@ impl Record {
             id,
             state,
             progress: Progress::default(),
+            lacks: None,
         });
     }
 
@@ -333,7 +350,7 @@ impl Record {
             }
             Step::Forget => self.kept = None,
             Step::Shutdown | Step::Kill => {
-                (self.process, self.transit) = (Process::None, Transit::None);
+                (self.process, self.transit, self.lacks) = (Process::None, Transit::None, None);
             }
             Step::Remove => {
                 self.disk = false;

@@ -3,7 +3,9 @@
 use fractus_agent_api::cpu::Profile;
 use fractus_agent_api::decision::Process;
 use fractus_agent_api::machine::ServerId;
-use fractus_agent_api::migration::{Decision, MigrationId, Round, State, Transit};
+use fractus_agent_api::migration::{
+    AtLimit, Decision, Lacks, MigrationId, MigrationReport, Round, State, Transit,
+};
 
 use super::machine::Record;
 pub use super::machine::Soul;
@@ -16,10 +18,14 @@ pub enum Event {
     Round,
     /// The guest stands still, and the target has it.
     End,
+    /// The same, but for some of its memory.
+    Part,
     /// It breaks before the guest was stopped.
     Cut,
     /// The target has the guest, and its answer is lost.
     AnswerLost,
+    /// The same, but for some of its memory.
+    PartLost,
     /// The last frames are lost, and with them what the target has.
     EndLost,
 }
@@ -32,6 +38,56 @@ impl SimulatedAgents {
             .iter()
             .flat_map(|host| host.those(copying))
             .collect()
+    }
+
+    /// Servers of whose memory some is still to come.
+    pub fn debts(&self) -> Vec<ServerId> {
+        let lacks = |record: &Record| record.lacks.is_some();
+        self.all()
+            .iter()
+            .flat_map(|host| host.those(lacks))
+            .collect()
+    }
+
+    /// What was owed of a server's memory has come; or, if nobody owes it any more, whoever lacks it says that it
+    /// starves. False if nothing is lacking.
+    pub fn pay(&self, server: ServerId) -> bool {
+        let hosts = self.all();
+        let lacks = |host: &SimulatedHost| {
+            host.with(server, |record| {
+                let migration = record.migration.as_ref().map(|migration| migration.id);
+                migration.filter(|_| record.lacks.is_some())
+            })?
+        };
+        let target = hosts.iter().find_map(|host| Some((host, lacks(host)?)));
+        let Some((target, id)) = target else {
+            return false;
+        };
+        let owes = |host: &SimulatedHost| host.with(server, |record| record.owes(id)) == Some(true);
+        let source = hosts.iter().find(|host| owes(host));
+        // An agent that is not there carries nothing.
+        let carried = |host: &SimulatedHost| !host.host().down;
+        let paid = source.is_some_and(|source| carried(source) && carried(target));
+        let starving = || "the other side is gone".to_owned();
+        target.with(server, |record| {
+            record.lacks = (!paid).then(|| Lacks {
+                starving: source.is_none().then(starving),
+            });
+        });
+        (target.changed)(target.id());
+        if let Some(source) = source.filter(|_| paid) {
+            source.with(server, |record| {
+                if let Some(MigrationReport {
+                    state: State::Offered { owes, .. },
+                    ..
+                }) = &mut record.migration
+                {
+                    *owes = false;
+                }
+            });
+            (source.changed)(source.id());
+        }
+        true
     }
 
     /// Something happens to the stream of a server. False if there is none: where the target is not there, it breaks.
@@ -48,6 +104,11 @@ impl SimulatedAgents {
             Some(target) if source.key(server) == target.key(server) => event,
             _ => Event::Cut,
         };
+        let event = match event {
+            Event::Part if !source.may_owe(server) => Event::End,
+            Event::PartLost if !source.may_owe(server) => Event::AnswerLost,
+            event => event,
+        };
         let guest = |record: &mut Record| (record.process, record.soul, record.cpu.clone());
         let Some((process, soul, cpu)) = source.with(server, guest) else {
             return false;
@@ -56,9 +117,11 @@ impl SimulatedAgents {
         let sent = match event {
             Event::Round => Sent::Round,
             Event::Cut => Sent::Broken,
-            Event::End => Sent::Offered(None),
-            Event::AnswerLost | Event::EndLost => {
-                Sent::Offered(Some("the connection has ended".to_owned()))
+            Event::End => Sent::Offered(None, false),
+            Event::Part => Sent::Offered(None, true),
+            Event::AnswerLost | Event::PartLost | Event::EndLost => {
+                let owes = event == Event::PartLost;
+                Sent::Offered(Some("the connection has ended".to_owned()), owes)
             }
         };
         source.with(server, |record| record.sends(id, sent, now));
@@ -66,7 +129,9 @@ impl SimulatedAgents {
         if let Some(target) = target {
             target.with(server, |record| match event {
                 Event::Round => {}
-                Event::End | Event::AnswerLost => {
+                Event::End | Event::AnswerLost | Event::Part | Event::PartLost => {
+                    let part = matches!(event, Event::Part | Event::PartLost);
+                    record.lacks = part.then(Lacks::default);
                     record.transit = Transit::Arrived(id);
                     (record.ran, record.soul, record.cpu) = (ran, soul, cpu);
                     record.says(State::Arrived);
@@ -94,8 +159,8 @@ impl SimulatedAgents {
 enum Sent {
     Round,
     Broken,
-    /// With a doubt.
-    Offered(Option<String>),
+    /// With a doubt; memory is to follow.
+    Offered(Option<String>, bool),
 }
 
 impl Record {
@@ -122,13 +187,14 @@ impl Record {
                     reason: "the stream has broken".to_owned(),
                 });
             }
-            Sent::Offered(doubt) => {
+            Sent::Offered(doubt, owes) => {
                 self.ran = self.process == Process::Running;
                 self.process = Process::Paused;
                 self.transit = Transit::Offered(id);
                 self.says(State::Offered {
                     ran: self.ran,
                     doubt,
+                    owes,
                 });
             }
         }
@@ -165,6 +231,14 @@ impl SimulatedHost {
 
     fn listens(&self, server: ServerId, id: MigrationId) -> bool {
         self.with(server, |record| record.transit == Transit::Arriving(id)) == Some(true)
+    }
+
+    /// Whether memory may follow the guest.
+    fn may_owe(&self, server: ServerId) -> bool {
+        self.with(server, |record| {
+            let departs = record.intent.wanted.departs.as_ref();
+            departs.is_some_and(|departure| departure.policy.at_limit == AtLimit::PostCopy)
+        }) == Some(true)
     }
 
     /// Certificate and key that it was told for a stream of the server.

@@ -52,7 +52,7 @@ pub enum Command {
         /// Its id or number
         migration: String,
     },
-    /// Stop the guest for as long as the rest takes
+    /// Stop the guest for as long as the rest takes, or let it go on there while its memory is still coming, where it may
     ForceComplete {
         /// Its id or number
         migration: String,
@@ -88,6 +88,9 @@ const FIELDS: &[(&str, &str)] = &[
     ("disk_left", "/progress/disk_left"),
     ("elapsed_us", "/progress/elapsed_us"),
     ("pause", "/progress/pause"),
+    ("followed", "/progress/followed"),
+    ("broken", "/progress/broken"),
+    ("starving", "/starving"),
     ("rounds", "/progress/rounds"),
 ];
 

@@ -27,11 +27,15 @@ pub struct FlavorSnapshot {
     pub extra_specs: ExtraSpecs,
 }
 
+/// Whether its servers may go on at another host before all of their memory is there, in a live migration.
+pub const POST_COPY: &str = "hw:live_migration_post_copy";
+
 /// Whether an extra spec's value is one that the compute API knows (checked from 2.86); keys outside
 /// the known name spaces are the operator's own.
 pub fn validate_extra_spec(key: &str, value: &str) -> Result<(), String> {
     let allowed: &[&str] = match key {
         EXTRA_SPEC => &CpuMode::NAMES,
+        POST_COPY => &["true", "false"],
         "hw:cpu_policy" => &["dedicated", "shared", "mixed"],
         "hw:cpu_thread_policy" => &["prefer", "isolate", "require"],
         "hw:emulator_threads_policy" => &["isolate", "share"],

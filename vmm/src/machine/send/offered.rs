@@ -66,6 +66,11 @@ impl<S: Write> Offered<S> {
         self.out.get_mut()
     }
 
+    /// The same, to wait for it.
+    pub fn line(&self) -> &S {
+        self.out.get_ref()
+    }
+
     /// Memory that the other side does not have: this machine has to stay until it has.
     pub fn owes(&self) -> bool {
         self.debt.as_ref().is_some_and(|debt| !debt.is_over())

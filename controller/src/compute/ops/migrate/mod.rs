@@ -12,9 +12,12 @@
 //! guest is offered: its source lets it stand still until the row has said where it runs, and a target that cannot
 //! be asked is waited for, until it is heard, an operator declares it to be down, or the migration is cancelled.
 //!
+//! A guest whose memory follows it ([`follow`]) is in *resume* until all of that is there.
+//!
 //! An offer whose answer was lost counts for nothing: the target is asked, and its word alone decides.
 
 mod back;
+mod follow;
 mod steps;
 
 use std::sync::Arc;
@@ -55,6 +58,10 @@ const AT_ONCE: Policy = Policy {
     at_limit: AtLimit::Stop,
 };
 
+/// Of a guest that was on two hosts in part, one of which has lost it.
+const GONE: &str = "The guest was lost on its way to another host, while its memory was still coming; its disks are \
+                    whole, reboot the server hard";
+
 /// What the operation knows.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct State {
@@ -76,6 +83,9 @@ struct State {
     /// What was seen when the target had settled.
     #[serde(default)]
     observed: Option<Observed>,
+    /// The guest is nowhere any more, because of this.
+    #[serde(default)]
+    lost: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -142,6 +152,7 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
         begun: None,
         ended: None,
         observed: None,
+        lost: None,
     };
     let prepared = compute.engine.prepare(KIND, id, &state, origin.clone())?;
     let (subject, now) = (id.to_owned(), app.now_us());
@@ -280,7 +291,8 @@ pub(super) async fn bury(
     Ok(())
 }
 
-/// The guest is stopped for the rest now, however long that takes. False if it is not being sent.
+/// The guest is stopped for the rest now, however long that takes; or goes on at its target, and the rest follows it, where
+/// it may. False if it is not being sent.
 pub async fn force_complete(
     app: &App,
     server: ServerId,
@@ -300,7 +312,7 @@ pub async fn force_complete(
             }
             machine::change(tx, server, request_id, now, |wanted| {
                 if let Some(departure) = &mut wanted.departs {
-                    departure.policy = AT_ONCE;
+                    departure.policy = follow::at_once(&departure.policy);
                 }
             })
             .await?;
@@ -401,6 +413,7 @@ impl LiveMigrate {
         let owner = known.and_then(|known| known.host);
         let moved = owner.is_some() && owner == state.target;
         let (status, reason) = match outcome {
+            Outcome::Done if state.lost.is_some() => (Status::Error, state.lost.as_ref()),
             Outcome::Done => (Status::Completed, None),
             // It is the target's, and something is wrong with it there.
             Outcome::Undone { reason } if moved => (Status::Error, Some(reason)),
@@ -462,6 +475,7 @@ impl Kind for LiveMigrate {
             return Ok(());
         };
         let change = match outcome {
+            Outcome::Done if state.lost.is_some() => to_error(GONE, state.lost.as_deref(), now),
             Outcome::Parked { reason } => to_error(reason, Some(reason), now),
             Outcome::Undone { .. } => self.as_it_was(operation, &state, standing, tx).await?,
             Outcome::Done => match &state.observed {

@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod follow;
 
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::machine::{Machine, disks};
 use common::*;
@@ -393,6 +395,7 @@ fn a_paused_guest_arrives_paused() -> Result {
         let ran = State::Offered {
             ran: false,
             doubt: None,
+            owes: false,
         };
         assert_eq!(state(&report), Some(&ran));
         row.commit(two).await?;

@@ -1,0 +1,244 @@
+//! Memory that follows a guest (post-copy), of the agent's part: lines.
+//!
+//! A line ends with one of the two agents, with a host's network, or with a process. The target listens on its port for as
+//! long as memory is to come, across its own restarts, and the source comes again for as long as it owes some. Neither asks
+//! a controller. Whose the guest is was decided before, and is not touched by any of it.
+//!
+//! The process's loop may itself be waiting for memory that does not come, and says nothing then: so an agent that finds
+//! it takes from the record that memory is to come, and that a line has ended it knows by itself.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use fractus_agent_api::migration::{Lacks, State, Transit};
+use tokio::time::Instant;
+
+use super::{Actor, Over};
+use crate::machine::line::{self, Coming};
+use crate::machine::process::{Launcher, Process};
+use crate::machine::record::LineRecord;
+
+/// After this time the source comes again, or the target listens again; twice as long each time, at most so long.
+const FIRST: Duration = Duration::from_millis(100);
+const LAST: Duration = Duration::from_secs(5);
+
+/// When something is tried again that failed.
+#[derive(Debug, Default)]
+pub(super) struct Again {
+    at: Option<Instant>,
+    after: Duration,
+}
+
+impl Again {
+    fn is_due(&self) -> bool {
+        self.at.is_none_or(|at| at <= Instant::now())
+    }
+
+    fn has_failed(&mut self) {
+        self.after = (self.after * 2).clamp(FIRST, LAST);
+        self.at = Some(Instant::now() + self.after);
+    }
+}
+
+/// Lines beside the first, as far as they are known.
+#[derive(Debug, Default)]
+pub(super) struct Follow {
+    /// Some of the guest's memory is still to come here, as the process says.
+    pub lacks: Option<Lacks>,
+    /// No line carries it, and this is why.
+    cut: Option<String>,
+    /// What becomes of lines.
+    pub others: Option<line::Others>,
+    /// One of them, which the process has not got yet.
+    other: Option<OwnedFd>,
+    again: Again,
+}
+
+impl Follow {
+    pub fn awaited(others: line::Others) -> Self {
+        Self {
+            others: Some(others),
+            ..Self::default()
+        }
+    }
+
+    /// An earlier agent's, of whose process nothing has been heard.
+    pub fn found() -> Self {
+        Self {
+            lacks: Some(Lacks::default()),
+            cut: Some("its source has not come to this agent yet".to_owned()),
+            ..Self::default()
+        }
+    }
+
+    /// For others.
+    pub fn report(&self) -> Option<Lacks> {
+        let lacks = self.lacks.clone()?;
+        let starving = lacks.starving.or_else(|| self.cut.clone());
+        Some(Lacks { starving })
+    }
+
+    pub fn happened(&mut self, coming: Coming) {
+        match coming {
+            Coming::Again(end) => self.other = Some(end),
+            Coming::Ended => self.cut = Some("the line to its source has ended".to_owned()),
+        }
+    }
+}
+
+/// What becomes of lines next.
+pub(super) async fn next(others: &mut Option<line::Others>) -> Coming {
+    loop {
+        match others {
+            Some(receiver) => match receiver.recv().await {
+                Some(coming) => return coming,
+                None => *others = None,
+            },
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl<L: Launcher> Actor<L> {
+    /// What the process says of memory that is to come.
+    pub(super) fn lacks(&mut self, lacks: Option<Lacks>) {
+        if let (Some(_), None) = (&self.travel.follow.lacks, &lacks) {
+            tracing::info!(machine = %self.record.id, "its guest's memory is whole");
+            self.travel.follow = Follow::default();
+            self.travel.line = None;
+            self.forget_line();
+        } else {
+            self.travel.follow.lacks = lacks;
+        }
+    }
+
+    /// Of the target: no source is awaited any more.
+    pub(super) fn forget_line(&mut self) {
+        if self.record.line.take().is_some() {
+            self.note();
+        }
+    }
+
+    /// The guest goes on here, and does not get what it needs.
+    pub(super) fn starves(&self) -> bool {
+        let lacks = self.travel.follow.report();
+        lacks.is_some_and(|lacks| lacks.starving.is_some())
+    }
+
+    /// When one of these is to be looked at again.
+    pub(super) fn follow_by(&self) -> Option<Instant> {
+        (self.is_to_come_again() || self.is_to_listen_again())
+            .then_some(self.travel.follow.again.at)
+            .flatten()
+    }
+
+    /// The next of these things that is to be done now.
+    pub(super) fn has_to_follow(&self) -> bool {
+        let due = self.travel.follow.again.is_due();
+        self.travel.follow.other.is_some()
+            || due && (self.is_to_come_again() || self.is_to_listen_again())
+    }
+
+    pub(super) async fn follow(&mut self) -> Result<(), Over> {
+        if let Some(end) = self.travel.follow.other.take() {
+            self.bring(end).await;
+            return Ok(());
+        }
+        match self.is_to_come_again() {
+            true => self.come_again().await,
+            false => {
+                self.listen_again().await;
+                Ok(())
+            }
+        }
+    }
+
+    /// Of the source: it owes, and nothing of that goes.
+    fn is_to_come_again(&self) -> bool {
+        let Transit::Offered(id) = self.travel.transit else {
+            return false;
+        };
+        let departs = self.record.intent.wanted.departs.as_ref();
+        let moving = self.travel.moving.as_ref().filter(|moving| moving.id == id);
+        departs.is_some_and(|departure| departure.id == id)
+            && moving.is_some_and(|moving| {
+                let owes = matches!(moving.state, State::Offered { owes: true, .. });
+                owes && (self.travel.line.is_none() || moving.progress.broken.is_some())
+            })
+    }
+
+    async fn come_again(&mut self) -> Result<(), Over> {
+        let Some(departure) = self.record.intent.wanted.departs.clone() else {
+            return Ok(());
+        };
+        self.travel.line = None;
+        let (to, key) = (departure.to.clone(), departure.key.clone());
+        let connecting = async move { line::connect(&to, &key).await };
+        let connected = self.meanwhile(connecting, Self::is_to_come_again).await?;
+        // Also where it stands now, but breaks at once.
+        self.travel.follow.again.has_failed();
+        let broken = match connected {
+            None => return Ok(()),
+            Some(Err(error)) => Some(format!("connecting to {}: {error}", departure.to)),
+            Some(Ok((end, line))) => {
+                let request_id = self.record.request_id.clone();
+                let Some(process) = &mut self.process else {
+                    return Ok(());
+                };
+                let (id, policy) = (departure.id, departure.policy);
+                let sent = process.send(id, policy, Some(end), request_id.as_deref());
+                let sent = sent.await;
+                self.travel.line = sent.is_ok().then_some(line);
+                sent.err().map(|error| error.to_string())
+            }
+        };
+        tracing::info!(machine = %self.record.id, migration = %departure.id, ?broken, "its guest's memory goes on by another line");
+        if let Some(moving) = &mut self.travel.moving {
+            moving.progress.broken = broken;
+        }
+        self.publish();
+        Ok(())
+    }
+
+    /// Of the target: its agent was another one, or its port was not to be had.
+    fn is_to_listen_again(&self) -> bool {
+        let follow = &self.travel.follow;
+        let here = self.travel.transit == Transit::None && self.process.is_some();
+        here && follow.lacks.is_some() && follow.others.is_none() && self.record.line.is_some()
+    }
+
+    async fn listen_again(&mut self) {
+        let Some(LineRecord { port, key, .. }) = &self.record.line else {
+            return;
+        };
+        let listened = line::listen_again(self.surroundings.listen, *port, key).await;
+        match listened {
+            Ok((line, others)) => {
+                (self.travel.line, self.travel.follow.others) = (Some(line), Some(others));
+            }
+            Err(error) => {
+                tracing::warn!(machine = %self.record.id, port, %error, "its guest's memory cannot be listened for");
+                self.travel.follow.again.has_failed();
+            }
+        }
+    }
+
+    /// The source has come again.
+    async fn bring(&mut self, end: OwnedFd) {
+        let Some(process) = &self.process else { return };
+        let brought = process.bring_line(end).await;
+        match brought {
+            Ok(()) => {
+                self.travel.follow.cut = None;
+                if let Some(lacks) = &mut self.travel.follow.lacks {
+                    lacks.starving = None;
+                }
+                tracing::info!(machine = %self.record.id, "its guest's memory comes by another line");
+            }
+            Err(error) => {
+                tracing::warn!(machine = %self.record.id, %error, "another line for its guest's memory");
+            }
+        }
+        self.publish();
+    }
+}
