@@ -270,6 +270,8 @@ impl Shared {
                 match self.owed.next_wanted() {
                     Ok(Some(number)) => self.want(number),
                     Ok(None) => break,
+                    // Nothing is registered any more, or will not be in a moment, and whoever waited looks again.
+                    Err(_) if self.owed.count() == 0 => return,
                     Err(error) => return self.fail(&format!("answer a fault: {error}")),
                 }
             }
