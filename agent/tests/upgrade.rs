@@ -496,7 +496,7 @@ fn is_offered(heard: &Heard) -> bool {
 async fn between(host: &Host) -> Result<[ProcessRecord; 2]> {
     let agent = host.agent()?;
     let mut old = agent.launch(host.plan(None)).await?;
-    hears(&mut old, |heard| *heard == Heard::Ready).await?;
+    hears(&mut old, |heard| matches!(heard, Heard::Ready { .. })).await?;
     old.tell(Order::Go, None).await?;
     let runs = |heard: &Heard| *heard == Heard::Event(MachineEvent::Running);
     hears(&mut old, runs).await?;
@@ -509,7 +509,7 @@ async fn between(host: &Host) -> Result<[ProcessRecord; 2]> {
     let id = MigrationId(Uuid::new_v4());
     old.hand_over(id, near.into(), None).await?;
     hears(&mut old, is_offered).await?;
-    hears(&mut new, |heard| *heard == Heard::Ready).await?;
+    hears(&mut new, |heard| matches!(heard, Heard::Ready { .. })).await?;
     Ok([old.identity(), new.identity()])
 }
 

@@ -298,13 +298,14 @@ impl<L: Launcher> Actor<L> {
         if let Some(wish) = self.upgrade.take() {
             return self.upgrade(wish).await;
         }
+        // Whatever else is wanted of a guest that waits for its memory waits for that.
+        if self.has_to_follow() {
+            return self.follow().await;
+        }
         let step = self.next();
         tracing::debug!(machine = %self.record.id, ?step, phase = ?self.phase, "step");
         match step {
             Step::Settled => {
-                if self.has_to_follow() {
-                    return self.follow().await;
-                }
                 if let Some((id, next)) = self.next_move() {
                     return self.carry(id, next).await;
                 }

@@ -170,6 +170,8 @@ fn be_careful(tcp: &TcpStream) -> io::Result<()> {
     sockopt::set_tcp_keepidle(tcp, SILENCE / 3)?;
     sockopt::set_tcp_keepintvl(tcp, SILENCE / 3)?;
     sockopt::set_tcp_keepcnt(tcp, 2)?;
+    // While something is unanswered there are no keepalives.
+    sockopt::set_tcp_user_timeout(tcp, SILENCE.as_millis() as u32)?;
     Ok(())
 }
 

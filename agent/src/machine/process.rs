@@ -193,6 +193,8 @@ pub enum Heard {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
     Go,
+    /// Its status answers.
+    Status,
     Pause,
     Resume,
     PressPowerButton,
@@ -478,6 +480,7 @@ impl Process for HostProcess {
         let request_id = request_id.map(str::to_owned);
         let message = match command {
             Command::Go => ToMachine::Go,
+            Command::Status => ToMachine::Status,
             Command::Pause => ToMachine::Pause { request_id },
             Command::Resume => ToMachine::Resume { request_id },
             Command::PressPowerButton => ToMachine::PressPowerButton { request_id },

@@ -20,7 +20,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 /// Of the file. Raised when the meaning of a field changes; older ones are read for ever.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
+/// Of one that an agent can take over that does not know that a guest's memory may be still to come: it would not listen for
+/// it, and say that the guest has all.
+const WITHOUT_LINE: u32 = 4;
 /// Of one that an agent can take over that does not know that a disk may be made of its copy, or kept for its server's way
 /// back: it would make it of its image, and forget what it is kept for.
 const WITHOUT_RESTORE: u32 = 3;
@@ -244,9 +247,12 @@ impl Record {
     fn versioned(&self) -> serde_json::Result<Vec<u8>> {
         let mut value = serde_json::to_value(self)?;
         let suspends = self.kept.is_some() || self.intent.wanted.power == Power::Suspended;
+        // While it has not run its process ends with its agent.
+        let comes = self.line.is_some() && self.process.is_some_and(|process| process.ran);
         let version = match (self.intent.wanted.migrates(), suspends) {
-            _ if self.intent.wanted.restores.is_some() => VERSION,
-            _ if self.intent.wanted.parks.is_some() => VERSION,
+            _ if comes => VERSION,
+            _ if self.intent.wanted.restores.is_some() => WITHOUT_LINE,
+            _ if self.intent.wanted.parks.is_some() => WITHOUT_LINE,
             (true, _) => WITHOUT_RESTORE,
             (false, true) => WITHOUT_MIGRATION,
             (false, false) => WITHOUT_KEPT,
@@ -472,7 +478,7 @@ mod tests {
             1,
         );
         let error = Record::parse(newer.as_bytes(), Path::new("x")).unwrap_err();
-        assert!(matches!(error, RecordError::Newer { version: 5, .. }));
+        assert!(matches!(error, RecordError::Newer { version: 6, .. }));
     }
 
     #[test]
@@ -492,6 +498,28 @@ mod tests {
         record.intent.wanted.end();
         record.intent.wanted.departs = Some(departs);
         assert_eq!(version(&record), 3);
+    }
+
+    #[test]
+    fn a_record_of_a_guest_that_waits_for_memory_is_not_for_an_agent_that_would_not_listen() {
+        let record = Record::read(&golden(5)).unwrap();
+        assert_eq!(record.line.as_ref().map(|line| line.port), Some(40123));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("machine/record.json");
+        let version = |record: &Record| {
+            record.write(&path).unwrap();
+            Record::read(&path).unwrap().version
+        };
+        assert_eq!(version(&record), 5);
+        let mut whole = record.clone();
+        whole.line = None;
+        assert_eq!(version(&whole), 1);
+        let mut arriving = record;
+        arriving.process = arriving.process.map(|process| ProcessRecord {
+            ran: false,
+            ..process
+        });
+        assert_eq!(version(&arriving), 1);
     }
 
     #[test]

@@ -6,7 +6,6 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use fractus_vmm::machine::Feeder;
@@ -28,7 +27,7 @@ const AGAIN: Duration = Duration::from_millis(50);
 /// The thread ends with it.
 pub struct Lines {
     over: Arc<OwnedFd>,
-    taken: Arc<AtomicU64>,
+    feeder: Feeder,
 }
 
 impl Lines {
@@ -40,12 +39,10 @@ impl Lines {
     ) -> io::Result<Self> {
         listen(&listener, 4)?;
         let over = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
-        let taken = Arc::new(AtomicU64::new(0));
         let thread = Thread {
             listener,
-            feeder,
+            feeder: feeder.clone(),
             over: Arc::clone(&over),
-            taken: Arc::clone(&taken),
         };
         std::thread::Builder::new()
             .name("lines".to_owned())
@@ -54,12 +51,12 @@ impl Lines {
                 hook();
                 thread.run();
             })?;
-        Ok(Self { over, taken })
+        Ok(Self { over, feeder })
     }
 
-    /// How many there were.
-    pub fn taken(&self) -> u64 {
-        self.taken.load(Ordering::Relaxed)
+    /// Whether there is one by which it comes.
+    pub fn carry(&self) -> bool {
+        self.feeder.is_fed()
     }
 }
 
@@ -73,7 +70,6 @@ struct Thread {
     listener: OwnedFd,
     feeder: Feeder,
     over: Arc<OwnedFd>,
-    taken: Arc<AtomicU64>,
 }
 
 impl Thread {
@@ -119,9 +115,8 @@ impl Thread {
             },
             Err(error) => Err(error.to_string()),
         };
-        match &taken {
-            Ok(()) => drop(self.taken.fetch_add(1, Ordering::Relaxed)),
-            Err(error) => log::line(format_args!("another line for its memory: {error}")),
+        if let Err(error) = &taken {
+            log::line(format_args!("another line for its memory: {error}"));
         }
         let answer = LineTaken { error: taken.err() };
         let _ = packet::send(agent, &answer, &[]);

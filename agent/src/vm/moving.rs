@@ -125,10 +125,12 @@ impl Supervisor {
         self.tell(&self.status());
     }
 
-    /// The host goes down, and another one's guest needs what is here: that goes first, as long as there is time for it.
+    /// The host goes down, and another one's guest needs what is here: that goes first, as long as it goes and there is
+    /// time for it.
     pub(super) fn has_time_to_pay(&self) -> bool {
         let time = self.leave.as_ref().and_then(Leave::busy);
-        self.guest.owes() && time.is_some_and(|time| !time.is_zero())
+        let goes = self.guest.owes() && !self.is_broken();
+        goes && time.is_some_and(|time| !time.is_zero())
     }
 
     /// How long the loop may wait before the host ends this machine.

@@ -61,8 +61,8 @@ pub struct Traveller {
     broken: bool,
     /// By which other connections come for memory that is still to come.
     lines: Option<Lines>,
-    /// It did not come any more when so many of those had come, and this is why.
-    starving: Option<(u64, String)>,
+    /// It did not come by the last of them any more, and this is why.
+    starving: Option<String>,
 }
 
 #[expect(
@@ -374,11 +374,9 @@ impl Guest for Traveller {
 
     fn lacks(&self) -> Option<Lacks> {
         self.machine().filter(|machine| !machine.is_whole())?;
-        let taken = self.lines.as_ref().map_or(0, Lines::taken);
-        let starving = self.starving.as_ref();
-        let starving = starving.filter(|(then, _)| *then == taken);
+        let comes = self.lines.as_ref().is_some_and(Lines::carry);
         Some(Lacks {
-            starving: starving.map(|(_, reason)| reason.clone()),
+            starving: self.starving.clone().filter(|_| !comes),
         })
     }
 
@@ -490,10 +488,7 @@ impl Guest for Traveller {
         let event = self.free().ok()?.next_event().map(event)?;
         match &event {
             GuestEvent::Followed(Ok(())) => (self.lines, self.starving) = (None, None),
-            GuestEvent::Followed(Err(reason)) => {
-                let taken = self.lines.as_ref().map_or(0, Lines::taken);
-                self.starving = Some((taken, reason.clone()));
-            }
+            GuestEvent::Followed(Err(reason)) => self.starving = Some(reason.clone()),
             _ => {}
         }
         Some(event)

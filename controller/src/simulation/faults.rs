@@ -181,7 +181,8 @@ pub(super) async fn ask(app: &App, kind: &str, id: Uuid) {
     let change = match kind {
         "server_create" => return drop(requests::create(app, id).await),
         "server_delete" => return drop(requests::delete(app, id).await),
-        "server_live_migrate" => return drop(requests::migrate(app, id, None).await),
+        "server_live_migrate" => return drop(requests::migrate(app, id, None, false).await),
+        "server_live_post_copy" => return drop(requests::migrate(app, id, None, true).await),
         "server_evacuate" => return drop(requests::evacuate(app, id, None).await),
         "server_shelve" | "server_unshelve" => {
             return drop(requests::shelve_or_unshelve(app, id).await);

@@ -186,8 +186,9 @@ impl World {
         };
         let chosen = self.random.random_bool(0.3);
         let host = chosen.then(|| self.any_host().id());
-        let outcome = requests::migrate(&app, id, host).await;
-        self.note(format!("migrate {id}: {:?}", outcome.ok()));
+        let follows = self.random.random_bool(0.5);
+        let outcome = requests::migrate(&app, id, host, follows).await;
+        self.note(format!("migrate {id} ({follows}): {:?}", outcome.ok()));
     }
 
     fn stream_event(&mut self) {

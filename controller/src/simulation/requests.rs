@@ -174,7 +174,12 @@ pub async fn delete(app: &App, id: Uuid) -> Result<(), RequestError> {
 }
 
 /// Asks for the server's guest to go elsewhere if its state admits it; false if it does not.
-pub async fn migrate(app: &App, id: Uuid, host: Option<HostId>) -> Result<bool, RequestError> {
+pub async fn migrate(
+    app: &App,
+    id: Uuid,
+    host: Option<HostId>,
+    follows: bool,
+) -> Result<bool, RequestError> {
     let id = id.to_string();
     let Some(row) = server::find(app.database().reader(), &id).await? else {
         return Ok(false);
@@ -192,6 +197,7 @@ pub async fn migrate(app: &App, id: Uuid, host: Option<HostId>) -> Result<bool, 
     let wish = migrate::Wish {
         from: row.state(),
         host,
+        follows,
     };
     match migrate::request(app, origin(), &id, wish).await {
         Ok(()) => Ok(true),

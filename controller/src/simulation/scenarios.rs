@@ -570,7 +570,7 @@ async fn a_server_that_was_unshelved_and_has_moved_since_the_backup_is_left_alon
         .iter()
         .map(|host| host.id())
         .find(|id| *id != owner);
-    assert!(requests::migrate(&app, ONE, other).await.unwrap());
+    assert!(requests::migrate(&app, ONE, other, false).await.unwrap());
     world.heal().await;
     let holder = holder(&world, ONE).unwrap();
     assert_eq!(Some(holder.id()), other);

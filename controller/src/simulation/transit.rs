@@ -27,7 +27,7 @@ fn server_one() -> ServerId {
 }
 
 /// Of two hosts, with a server that is asked to go from the first to the second.
-async fn begun() -> (World, Arc<SimulatedHost>, Arc<SimulatedHost>) {
+async fn begun(follows: bool) -> (World, Arc<SimulatedHost>, Arc<SimulatedHost>) {
     let mut world = active(2, &[ONE]).await;
     world.migrates = Migrates::Only;
     let source = holder(&world, ONE).unwrap();
@@ -35,7 +35,7 @@ async fn begun() -> (World, Arc<SimulatedHost>, Arc<SimulatedHost>) {
     let target = Arc::clone(others.next().unwrap());
     world.check_guests();
     let app = world.app();
-    assert!(requests::migrate(&app, ONE, None).await.unwrap());
+    assert!(requests::migrate(&app, ONE, None, follows).await.unwrap());
     assert_eq!(
         state(&world, ONE).await,
         ServerState::Migrating(Standing::Active)
@@ -65,7 +65,11 @@ async fn quietly(world: &mut World) {
 
 /// Until the source sends.
 async fn sending() -> (World, Arc<SimulatedHost>, Arc<SimulatedHost>) {
-    let (mut world, source, target) = begun().await;
+    sending_by(false).await
+}
+
+async fn sending_by(follows: bool) -> (World, Arc<SimulatedHost>, Arc<SimulatedHost>) {
+    let (mut world, source, target) = begun(follows).await;
     quietly(&mut world).await;
     assert_eq!(world.network.hosts.streams(), [server_one()]);
     (world, source, target)
@@ -113,7 +117,7 @@ async fn a_guest_goes_on_elsewhere_and_nothing_is_left_where_it_was() {
     assert!(!target.wanted(server_one()).unwrap().migrates());
     // And back, paused.
     assert!(
-        requests::migrate(&app, ONE, Some(source.id()))
+        requests::migrate(&app, ONE, Some(source.id()), false)
             .await
             .unwrap()
     );
@@ -201,7 +205,11 @@ async fn a_guest_that_was_rebooted_and_rebuilt_before_is_not_begun_anew_where_it
     let mut others = world.hosts.iter().filter(|host| host.id() != source.id());
     let target = Arc::clone(others.next().unwrap());
     let before = source.soul(server_one()).unwrap();
-    assert!(requests::migrate(&world.app(), ONE, None).await.unwrap());
+    assert!(
+        requests::migrate(&world.app(), ONE, None, false)
+            .await
+            .unwrap()
+    );
     quietly(&mut world).await;
     stream(&world, Event::End);
     world.everybody_reports().await;
@@ -340,7 +348,7 @@ async fn a_host_that_reboots_with_a_guest_that_it_was_sending_starts_it_again() 
 async fn what_no_host_can_take_stays_where_it_is() {
     let mut world = active(1, &[ONE]).await;
     let app = world.app();
-    assert!(requests::migrate(&app, ONE, None).await.unwrap());
+    assert!(requests::migrate(&app, ONE, None, false).await.unwrap());
     world.heal().await;
     world.check_rest().await;
     let migration = only_migration(&world).await;
@@ -422,7 +430,7 @@ async fn a_guest_that_stood_still_for_a_shelved_server_goes() {
 
 /// Of two hosts, with a guest that goes on at the second before all of its memory is there.
 async fn parted(event: Event) -> (World, Arc<SimulatedHost>, Arc<SimulatedHost>) {
-    let (mut world, source, target) = sending().await;
+    let (mut world, source, target) = sending_by(true).await;
     stream(&world, event);
     quietly(&mut world).await;
     assert_eq!(world.network.hosts.debts(), [server_one()]);
@@ -519,7 +527,7 @@ async fn a_guest_that_its_target_loses_does_not_come_back_from_what_its_source_s
 
 #[tokio::test]
 async fn a_forced_completion_lets_the_guest_go_on_where_that_is_allowed() {
-    let (world, source, _) = sending().await;
+    let (world, source, _) = sending_by(true).await;
     let app = world.app();
     assert!(requests::force_complete(&app, ONE).await.unwrap());
     let wanted = machine::find(world.database().reader(), server_one()).await;
@@ -527,4 +535,45 @@ async fn a_forced_completion_lets_the_guest_go_on_where_that_is_allowed() {
     assert_eq!(departs.policy.at_limit, AtLimit::PostCopy);
     assert_eq!(departs.policy.limit_ms, 0);
     assert!(source.soul(server_one()).is_some());
+}
+
+#[tokio::test]
+async fn a_guest_whose_new_host_is_off_before_it_was_whole_is_its_evacuations_to_begin_anew() {
+    for forgotten in [false, true] {
+        let (mut world, source, target) = parted(Event::Part).await;
+        world.guests.killed.insert(server_one());
+        if forgotten {
+            // Nobody has heard that it ran there.
+            world.controller = None;
+        }
+        target.power_off();
+        if forgotten {
+            world.start_controller().await;
+        }
+        let down = target.id();
+        let write = world
+            .database()
+            .write(move |tx| Box::pin(async move { host::set_forced_down(tx, down, true).await }));
+        assert!(write.await.unwrap());
+        quietly(&mut world).await;
+        assert_eq!(owner(&world).await, Some(target.id()), "{forgotten}");
+        assert_eq!(source.soul(server_one()), None, "what it has is older");
+        let migration = only_migration(&world).await;
+        assert_eq!(migration.status, "error", "{migration:?}");
+        assert!(migration.ended_at_us.is_some());
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_deleted_while_its_memory_follows_is_gone() {
+    let (mut world, source, target) = parted(Event::Part).await;
+    let detail = "killed".to_owned();
+    source.end_process(server_one(), StopReason::VmmFault { detail });
+    assert!(world.network.hosts.pay(server_one()));
+    let app = world.app();
+    requests::delete(&app, ONE).await.unwrap();
+    quietly(&mut world).await;
+    world.heal().await;
+    world.check_rest().await;
+    assert!(source.remains().is_empty() && target.remains().is_empty());
 }

@@ -236,8 +236,7 @@ impl World {
             Arc::clone(&clock),
         )
         .with_key(self.master.clone())
-        .with_cpu_mode(self.cpu_mode)
-        .with_post_copy(true);
+        .with_cpu_mode(self.cpu_mode);
         let blobs = FileStore::open(self.folder.path(), "simulated")
             .await
             .unwrap();

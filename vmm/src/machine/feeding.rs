@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{SendFlags, send};
+use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
 use super::send::MigrationError;
 use super::{MachineError, in_full};
@@ -169,6 +169,12 @@ impl Feeding {
 }
 
 impl Feeder {
+    /// Whether there is a connection by which it comes, as far as is known, or nothing is to come.
+    pub fn is_fed(&self) -> bool {
+        let line = self.0.line();
+        line.whole || line.out.is_some() || line.next.is_some()
+    }
+
     /// Has what of memory has not come come by this connection, to the machine that it comes from, of which
     /// [`super::Offered::go_on_by`] is called. [`super::Event::Whole`] or [`super::Event::Starving`] follows, unless all
     /// was here, which the other side is told.
@@ -215,6 +221,10 @@ impl Drop for AtEnd {
 impl Drop for Feeding {
     fn drop(&mut self) {
         self.shared.stop.signal();
+        // Whoever reads in the middle of a frame looks at nothing else.
+        if let Some(out) = &self.shared.line().out {
+            let _ = shutdown(&out.socket, Shutdown::Both);
+        }
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }

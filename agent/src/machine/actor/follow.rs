@@ -15,12 +15,15 @@ use tokio::time::Instant;
 
 use super::{Actor, Over};
 use crate::machine::line::{self, Coming};
-use crate::machine::process::{Launcher, Process};
+use crate::machine::process::{Command, Launcher, Process};
 use crate::machine::record::LineRecord;
 
 /// After this time the source comes again, or the target listens again; twice as long each time, at most so long.
 const FIRST: Duration = Duration::from_millis(100);
 const LAST: Duration = Duration::from_secs(5);
+
+/// A line that has ended for so long is told of: its process may have said by then that all has come, or a new line has.
+const ENDED: Duration = Duration::from_secs(2);
 
 /// When something is tried again that failed.
 #[derive(Debug, Default)]
@@ -45,8 +48,8 @@ impl Again {
 pub(super) struct Follow {
     /// Some of the guest's memory is still to come here, as the process says.
     pub lacks: Option<Lacks>,
-    /// No line carries it, and this is why.
-    cut: Option<String>,
+    /// No line carries it since then, and this is why.
+    cut: Option<(Instant, &'static str)>,
     /// What becomes of lines.
     pub others: Option<line::Others>,
     /// One of them, which the process has not got yet.
@@ -66,7 +69,7 @@ impl Follow {
     pub fn found() -> Self {
         Self {
             lacks: Some(Lacks::default()),
-            cut: Some("its source has not come to this agent yet".to_owned()),
+            cut: Some((Instant::now(), "its source has not come to this agent yet")),
             ..Self::default()
         }
     }
@@ -74,14 +77,22 @@ impl Follow {
     /// For others.
     pub fn report(&self) -> Option<Lacks> {
         let lacks = self.lacks.clone()?;
-        let starving = lacks.starving.or_else(|| self.cut.clone());
+        let cut = self.cut.filter(|(since, _)| since.elapsed() >= ENDED);
+        let starving = lacks.starving.or(cut.map(|(_, why)| why.to_owned()));
         Some(Lacks { starving })
+    }
+
+    /// When that is to be told of.
+    fn tell_by(&self) -> Option<Instant> {
+        let (since, _) = self.cut.filter(|_| self.lacks.is_some())?;
+        Some(since + ENDED).filter(|by| *by > Instant::now())
     }
 
     pub fn happened(&mut self, coming: Coming) {
         match coming {
             Coming::Again(end) => self.other = Some(end),
-            Coming::Ended => self.cut = Some("the line to its source has ended".to_owned()),
+            Coming::Ended if self.lacks.is_none() => self.others = None,
+            Coming::Ended => self.cut = Some((Instant::now(), "the line to its source has ended")),
         }
     }
 }
@@ -104,8 +115,8 @@ impl<L: Launcher> Actor<L> {
     pub(super) fn lacks(&mut self, lacks: Option<Lacks>) {
         if let (Some(_), None) = (&self.travel.follow.lacks, &lacks) {
             tracing::info!(machine = %self.record.id, "its guest's memory is whole");
-            self.travel.follow = Follow::default();
-            self.travel.line = None;
+            // The line has the last words to carry, and ends by itself.
+            (self.travel.follow.lacks, self.travel.follow.cut) = (None, None);
             self.forget_line();
         } else {
             self.travel.follow.lacks = lacks;
@@ -127,9 +138,9 @@ impl<L: Launcher> Actor<L> {
 
     /// When one of these is to be looked at again.
     pub(super) fn follow_by(&self) -> Option<Instant> {
-        (self.is_to_come_again() || self.is_to_listen_again())
-            .then_some(self.travel.follow.again.at)
-            .flatten()
+        let again = self.is_to_come_again() || self.is_to_listen_again();
+        let again = self.travel.follow.again.at.filter(|_| again);
+        again.into_iter().chain(self.travel.follow.tell_by()).min()
     }
 
     /// The next of these things that is to be done now.
@@ -225,7 +236,9 @@ impl<L: Launcher> Actor<L> {
 
     /// The source has come again.
     async fn bring(&mut self, end: OwnedFd) {
-        let Some(process) = &self.process else { return };
+        let Some(process) = &mut self.process else {
+            return;
+        };
         let brought = process.bring_line(end).await;
         match brought {
             Ok(()) => {
@@ -234,6 +247,8 @@ impl<L: Launcher> Actor<L> {
                     lacks.starving = None;
                 }
                 tracing::info!(machine = %self.record.id, "its guest's memory comes by another line");
+                // What it has said of the one before may be on its way still.
+                let _ = process.tell(Command::Status, None).await;
             }
             Err(error) => {
                 tracing::warn!(machine = %self.record.id, %error, "another line for its guest's memory");

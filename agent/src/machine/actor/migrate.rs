@@ -372,7 +372,7 @@ impl<L: Launcher> Actor<L> {
 
     /// What was sent, or was to be, is here for good.
     fn stays(&mut self) {
-        if self.travel.follow.lacks.is_none() {
+        if self.travel.transit != Transit::None {
             self.travel.line = None;
         }
         let wanted = &self.record.intent.wanted;

@@ -146,7 +146,7 @@ impl Process for Double {
             }
             Command::Go => self.0.say(Heard::Event(MachineEvent::Running)),
             Command::Resume => self.1.lock().unwrap().push(Told::Resume),
-            Command::Pause | Command::PressPowerButton => {}
+            Command::Status | Command::Pause | Command::PressPowerButton => {}
         }
         Ok(())
     }

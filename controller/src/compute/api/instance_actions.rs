@@ -65,7 +65,9 @@ fn names(kind: &str) -> (&str, &'static str) {
         "server_confirm_resize" => ("confirmResize", "compute_confirm_resize"),
         "server_revert_resize" => ("revertResize", "compute_finish_revert_resize"),
         "server_evacuate" => ("evacuate", "compute_rebuild_instance"),
-        "server_live_migrate" => ("live-migration", "compute_live_migration"),
+        "server_live_migrate" | "server_live_post_copy" => {
+            ("live-migration", "compute_live_migration")
+        }
         "server_live_migration_abort" => ("live_migration_cancel", "compute_live_migration_abort"),
         "server_live_migration_force_complete" => (
             "live_migration_force_complete",

@@ -132,9 +132,11 @@ pub async fn migrate_live(call: &Call, id: &str, body: &Value) -> Result<Respons
     {
         find_room(call, &row, &source.host_id, host).await?;
     }
+    let flavor = row.flavor()?;
     let wish = Wish {
         from: row.state(),
         host,
+        follows: migrate::follow::is_allowed(&call.app.compute().machines, &flavor),
     };
     migrate::request(&call.app, origin(call), &row.id, wish).await?;
     Ok(StatusCode::ACCEPTED.into_response())

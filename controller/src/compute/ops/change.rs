@@ -281,7 +281,8 @@ pub(super) async fn is_told_otherwise(
     operation: &Operation,
     tx: &DatabaseTransaction,
 ) -> Result<bool, StepError> {
-    let says = |kind: &String| ![super::image::KIND, super::migrate::KIND].contains(&kind.as_str());
+    let [live, follows] = super::migrate::KINDS;
+    let says = |kind: &String| ![super::image::KIND, live, follows].contains(&kind.as_str());
     Ok(followers(operation, tx).await?.iter().any(says))
 }
 

@@ -173,7 +173,7 @@ async fn give_up_others(
     let open = operation::unfinished(tx, Some(id)).await?;
     let decides = open
         .iter()
-        .any(|operation| operation.kind == migrate::KIND && operation.parked.is_none());
+        .any(|it| migrate::KINDS.contains(&it.kind.as_str()) && it.parked.is_none());
     match moved && decides {
         true => Err(RequestError::OnItsWay(id.to_owned())),
         false => Ok(()),

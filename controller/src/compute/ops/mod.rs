@@ -82,7 +82,9 @@ pub fn register(
     kinds.register(Arc::new(unshelve::Unshelve::new(tools.clone())));
     kinds.register(Arc::new(create::ServerCreate::new(tools.clone())));
     kinds.register(Arc::new(delete::ServerDelete::new(tools.clone())));
-    kinds.register(Arc::new(migrate::LiveMigrate::new(tools.clone())));
+    for kind in migrate::LiveMigrate::kinds(&tools) {
+        kinds.register(Arc::new(kind));
+    }
     kinds.register(Arc::new(evacuate::Evacuate::new(tools.clone())));
     for change in change::Change::ALL {
         kinds.register(Arc::new(change::ServerChange::new(change, tools.clone())));

@@ -1,10 +1,11 @@
 //! How a migration is taken back, by the same row as its commit: whichever comes first is the only one.
 
 use fractus_agent_api::machine::{Observed, Power};
+use fractus_agent_api::migration::State as Stream;
 use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 
-use super::{State, goes_on, kept, never_ran};
+use super::{POST_COPY, State, goes_on, kept, never_ran};
 use crate::compute::ops::{Tools, machine_id};
 use crate::operation::{Operation, Progress, StepError};
 use crate::reconcile::{ASK_AGAIN, Converged, machine, migration};
@@ -73,7 +74,7 @@ pub(super) async fn take_back(
     let sent = fleet
         .machine(state.source, server)
         .and_then(|said| said.migration);
-    if let Some(sent) = sent.filter(|sent| sent.id == id) {
+    if let Some(sent) = sent.as_ref().filter(|sent| sent.id == id) {
         let change = migration::ActiveModel {
             progress: Set(kept(&sent.progress)),
             ..Default::default()
@@ -87,8 +88,17 @@ pub(super) async fn take_back(
         let said = said.filter(|said| (said.generation, said.revision) == known.age());
         let lost = said.as_ref().is_some_and(|said| never_ran(said, id));
         let runs = said.as_ref().is_some_and(|said| goes_on(said, id));
-        // It may have been told something else since, and runs: there it stays then.
-        if lost || !runs && tools.machines.is_off(tx, target).await?.is_some() {
+        let off = !lost && !runs && tools.machines.is_off(tx, target).await?.is_some();
+        // It may have been told something else since, and runs: there it stays then. So does one whose memory has followed
+        // it, and may have run: what its source has is older.
+        let all_there = sent
+            .as_ref()
+            .filter(|sent| sent.id == id)
+            .is_some_and(|sent| {
+                let owed = matches!(sent.state, Stream::Offered { owes: true, .. });
+                !owed && sent.progress.followed.is_none()
+            });
+        if lost || off && (operation.kind != POST_COPY || all_there) {
             let wanted = known.wanted.clone();
             machine::move_owner(tx, &known, state.source, &wanted, now).await?;
         }

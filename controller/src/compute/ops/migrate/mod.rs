@@ -12,12 +12,16 @@
 //! guest is offered: its source lets it stand still until the row has said where it runs, and a target that cannot
 //! be asked is waited for, until it is heard, an operator declares it to be down, or the migration is cancelled.
 //!
-//! A guest whose memory follows it ([`follow`]) is in *resume* until all of that is there.
+//! `server_live_post_copy` is the same of a guest whose memory may follow it, and has one step more:
+//!
+//! ```text
+//!   follow   the target says that all of its memory is there; commit: what the source was taken for is given back
+//! ```
 //!
 //! An offer whose answer was lost counts for nothing: the target is asked, and its word alone decides.
 
 mod back;
-mod follow;
+pub mod follow;
 mod steps;
 
 use std::sync::Arc;
@@ -32,6 +36,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr};
 use serde::{Deserialize, Serialize};
 
+use self::follow::Follow;
 use self::steps::{Place, Prepare, Resume, Send};
 use super::{RequestError, Tools, change, machine_id, observe, to_error, to_state, turn};
 use crate::agents::host;
@@ -45,6 +50,10 @@ use crate::reconcile::{machine, state_of};
 use crate::scheduler::{Amounts, CpuNeed};
 
 pub const KIND: &str = "server_live_migrate";
+/// The same of a guest whose memory may follow it ([`follow`]): one step more, which no release of before knows.
+pub const POST_COPY: &str = "server_live_post_copy";
+/// Both.
+pub const KINDS: [&str; 2] = [KIND, POST_COPY];
 
 /// Why one ended that its user did not want any more.
 pub const CANCELLED: &str = "the migration was cancelled";
@@ -130,6 +139,8 @@ pub struct Wish {
     pub from: ServerState,
     /// None: the scheduler's choice.
     pub host: Option<HostId>,
+    /// Its memory may follow it.
+    pub follows: bool,
 }
 
 /// Writes that the guest is to go, and the operation that brings it about.
@@ -154,7 +165,8 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
         observed: None,
         lost: None,
     };
-    let prepared = compute.engine.prepare(KIND, id, &state, origin.clone())?;
+    let kind = if wish.follows { POST_COPY } else { KIND };
+    let prepared = compute.engine.prepare(kind, id, &state, origin.clone())?;
     let (subject, now) = (id.to_owned(), app.now_us());
     app.database()
         .write(move |tx| {
@@ -257,7 +269,7 @@ pub async fn give_up(
     if open.is_empty() || open.iter().any(over) {
         return Ok(false);
     }
-    Ok(operation::cancel(tx, &server.to_string(), &[KIND], reason).await? > 0)
+    Ok(operation::cancel(tx, &server.to_string(), &KINDS, reason).await? > 0)
 }
 
 /// Of a migration that was open when its server was deleted.
@@ -362,11 +374,16 @@ fn kept(progress: &Progress) -> Option<String> {
 
 pub struct LiveMigrate {
     tools: Tools,
+    follows: bool,
 }
 
 impl LiveMigrate {
-    pub(super) fn new(tools: Tools) -> Self {
-        Self { tools }
+    /// Both kinds.
+    pub(super) fn kinds(tools: &Tools) -> [Self; 2] {
+        [false, true].map(|follows| Self {
+            tools: tools.clone(),
+            follows,
+        })
     }
 
     /// What the server is after all, where nothing became of it.
@@ -442,7 +459,7 @@ impl LiveMigrate {
 #[async_trait]
 impl Kind for LiveMigrate {
     fn name(&self) -> &'static str {
-        KIND
+        if self.follows { POST_COPY } else { KIND }
     }
 
     fn version(&self) -> i32 {
@@ -450,12 +467,17 @@ impl Kind for LiveMigrate {
     }
 
     fn steps(&self) -> Vec<Arc<dyn Step>> {
-        vec![
-            Arc::new(Place(self.tools.clone())),
-            Arc::new(Prepare(self.tools.clone())),
-            Arc::new(Send(self.tools.clone())),
-            Arc::new(Resume(self.tools.clone())),
-        ]
+        let tools = || self.tools.clone();
+        let mut steps: Vec<Arc<dyn Step>> = vec![
+            Arc::new(Place(tools())),
+            Arc::new(Prepare(tools())),
+            Arc::new(Send(tools())),
+            Arc::new(Resume(tools())),
+        ];
+        if self.follows {
+            steps.push(Arc::new(Follow::new(tools())));
+        }
+        steps
     }
 
     async fn finish(

@@ -2,14 +2,14 @@
 
 use async_trait::async_trait;
 use fractus_agent_api::host::HostId;
-use fractus_agent_api::machine::{MachineReport, Observed, Power, Revision, ServerId};
+use fractus_agent_api::machine::{MachineReport, Observed, Revision};
 use fractus_agent_api::migration::{Arrival, Departure, Policy, State as Stream};
 use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 
 use super::back::{hear_target, look_again, take_back};
-use super::follow::{self, Following};
-use super::{Begun, State, cpu_of, goes_on, is_now, kept, never_ran};
+use super::follow;
+use super::{Begun, POST_COPY, State, cpu_of, goes_on, is_now, kept, never_ran};
 use crate::agents::host;
 use crate::compute::ops::{Tools, change, machine_id};
 use crate::operation::{Operation, Progress, Step, StepError};
@@ -294,7 +294,7 @@ impl Step for Prepare {
         let now = self.0.clock.now_us();
         let state: State = operation.state()?;
         let server = machine_id(&operation.subject)?;
-        expected(&state, machine::find(tx, server).await?)?;
+        let (known, _) = expected(&state, machine::find(tx, server).await?)?;
         let target = target(&state)?;
         let said = self.0.machines.fleet().machine(target, server);
         let port = match said
@@ -307,8 +307,11 @@ impl Step for Prepare {
         let row = host::find(tx, target).await?;
         let row = row.ok_or_else(|| StepError::fail(format!("host {target} was removed")))?;
         let hosts = [state.source, target];
-        let (machines, server_id) = (&self.0.machines, &operation.subject);
-        let at_limit = follow::at_limit(machines, tx, server_id, hosts).await?;
+        let machines = &self.0.machines;
+        let at_limit = match operation.kind.as_str() {
+            POST_COPY => follow::at_limit(machines, tx, &known, hosts).await?,
+            _ => state.policy.at_limit,
+        };
         let departure = Departure {
             id: state.migration,
             to: address(&row.endpoint, port)?,
@@ -559,7 +562,7 @@ impl Step for Resume {
         let heard = machines.fleet().machine(target, server);
         let heard = heard.filter(|said| (said.generation, said.revision) == known.age());
         if heard.is_some_and(|said| said.settled && goes_on(&said, id)) {
-            return self.has_followed(&state, (target, server)).await;
+            return Ok(Progress::Done);
         }
         if let Some(off) = machines.is_off(machines.reader(), target).await? {
             return Err(StepError::fail(off));
@@ -585,10 +588,11 @@ impl Step for Resume {
             return Err(StepError::fail(reason));
         }
         let continued = state_of(&said, id) == Some(&Stream::Continued);
-        match continued || said.settled {
-            true => self.has_followed(&state, (target, server)).await,
-            false => Ok(Progress::Wait(ASK_AGAIN)),
-        }
+        Ok(if continued || said.settled {
+            Progress::Done
+        } else {
+            Progress::Wait(ASK_AGAIN)
+        })
     }
 
     async fn commit(
@@ -601,12 +605,9 @@ impl Step for Resume {
         let server = machine_id(&operation.subject)?;
         let known = machine::find(tx, server).await?;
         let owner = known.as_ref().and_then(|known| known.host);
-        if owner != Some(state.source) {
+        // Where memory may follow, the source is needed yet.
+        if owner != Some(state.source) && operation.kind != POST_COPY {
             host::release(tx, state.source, server).await?;
-        }
-        if let Some(owner) = owner.filter(|owner| Some(*owner) == state.target) {
-            self.ends(operation, &mut state, (owner, server), tx)
-                .await?;
         }
         let said = owner.and_then(|owner| self.0.machines.fleet().machine(owner, server));
         let said = said.filter(|said| {
@@ -622,49 +623,5 @@ impl Step for Resume {
             state.observed = Some(said.observed);
         }
         operation.set_state(&state)
-    }
-}
-
-impl Resume {
-    /// The guest goes on there; its memory may still be coming.
-    async fn has_followed(
-        &self,
-        state: &State,
-        target: (HostId, ServerId),
-    ) -> Result<Progress, StepError> {
-        Ok(match follow::look(&self.0, state, target).await? {
-            Following::Coming => Progress::Wait(ASK_AGAIN),
-            Following::Whole | Following::Lost(_) => Progress::Done,
-        })
-    }
-
-    /// What the source has said last is kept; a guest that is lost is not waited for.
-    async fn ends(
-        &self,
-        operation: &Operation,
-        state: &mut State,
-        target: (HostId, ServerId),
-        tx: &DatabaseTransaction,
-    ) -> Result<(), StepError> {
-        let (machines, server, now) = (&self.0.machines, target.1, self.0.clock.now_us());
-        let said = machines.fleet().machine(state.source, server);
-        let said = said.and_then(|said| said.migration);
-        let said = said.filter(|said| said.id == state.migration && said.progress.pause.is_some());
-        if let Some(said) = said {
-            let change = migration::ActiveModel {
-                progress: Set(kept(&said.progress)),
-                ..Default::default()
-            };
-            migration::update(tx, state.migration, change).await?;
-        }
-        if let Following::Lost(reason) = follow::heard(machines, tx, state, target).await? {
-            let request_id = operation.origin.request_id.clone();
-            machine::change(tx, server, request_id, now, |wanted| {
-                wanted.power = Power::Stopped;
-            })
-            .await?;
-            state.lost = Some(reason);
-        }
-        Ok(())
     }
 }
