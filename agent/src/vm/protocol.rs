@@ -416,6 +416,7 @@ mod tests {
                     queues: 2,
                     mtu: Some(1400),
                     limit: None,
+                    addresses: Vec::new(),
                 },
             },
             ToMachine::Suspend {
@@ -441,6 +442,21 @@ mod tests {
                 migration: MigrationId(DEVICE.0),
             },
         ]
+    }
+
+    /// A process of before does not know them, and does without.
+    #[test]
+    fn a_networks_addresses_are_told_where_there_are_any() {
+        let before = r#"{"mac":[2,0,0,0,0,1],"queues":1,"mtu":null,"limit":null}"#;
+        let mut net: NetConfig = serde_json::from_str(before).unwrap();
+        assert_eq!(serde_json::to_string(&net).unwrap(), before);
+        net.addresses = vec!["10.0.0.1".parse().unwrap(), "fe80::1".parse().unwrap()];
+        let text = serde_json::to_string(&net).unwrap();
+        assert!(
+            text.ends_with(r#","addresses":["10.0.0.1","fe80::1"]}"#),
+            "{text}"
+        );
+        assert_eq!(serde_json::from_str::<NetConfig>(&text).unwrap(), net);
     }
 
     fn moving() -> Moving {

@@ -98,6 +98,8 @@ pub struct Machine {
     told_running: bool,
     /// Memory holds what the first vCPU begins with.
     loaded: bool,
+    /// Nobody outside knows yet that its guest is here: told when it runs.
+    is_new_here: bool,
     memory: GuestMemory,
     layout: Layout,
     _spawner: Option<Spawner>,
@@ -426,6 +428,11 @@ impl Machine {
         }
         self.vcpus.run(&self.vcpus_there())?;
         self.state = RunState::Running;
+        if std::mem::take(&mut self.is_new_here) {
+            for device in &self.devices {
+                device.announce();
+            }
+        }
         Ok(())
     }
 
