@@ -373,6 +373,7 @@ fn a_guest_that_has_come_from_another_machine_is_announced_once_it_runs(#[case] 
         longest: PATIENCE,
         limit: Duration::from_secs(5),
         at_limit: AtLimit::Stop,
+        throttle: None,
     };
     let mut named = config(queues);
     named.addresses = vec!["fe80::f0:ff:fe00:1".parse().unwrap()];

@@ -38,6 +38,7 @@ const COPY: converge::Policy = converge::Policy {
     longest: Duration::from_secs(1),
     limit: Duration::from_secs(1800),
     at_limit: converge::AtLimit::GiveUp,
+    throttle: None,
 };
 
 pub struct Traveller {
@@ -472,6 +473,7 @@ fn by(policy: Policy) -> converge::Policy {
             migration::AtLimit::Stop => converge::AtLimit::Stop,
             migration::AtLimit::GiveUp => converge::AtLimit::GiveUp,
         },
+        throttle: None,
     }
 }
 
@@ -494,7 +496,9 @@ fn progress(report: &SendReport, elapsed: Duration) -> Progress {
         took_us: us(round.took),
         left: round.left,
         decision: match round.decision {
-            converge::Decision::Again => migration::Decision::Again,
+            converge::Decision::Again | converge::Decision::Throttle { .. } => {
+                migration::Decision::Again
+            }
             converge::Decision::Stop => migration::Decision::Stop,
             converge::Decision::GiveUp => migration::Decision::GiveUp,
             converge::Decision::PostCopy => migration::Decision::PostCopy,

@@ -232,6 +232,11 @@ impl Machine {
         &self.config
     }
 
+    /// Percent of the time that vCPUs are kept out of the guest, which is being sent and was not caught up with.
+    pub fn throttled(&self) -> u8 {
+        self.vcpus.throttled()
+    }
+
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
     }
