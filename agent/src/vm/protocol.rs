@@ -471,6 +471,7 @@ mod tests {
                 disk_sent: 1 << 21,
                 disk_left: 1 << 22,
                 elapsed_us: 17,
+                throttled: 0,
                 rounds: vec![migration::Round {
                     memory_bytes: 4096,
                     disk_bytes: 8192,

@@ -352,6 +352,7 @@ impl Guest for Traveller {
                 let progress = now.map(|now| Progress {
                     memory_left: now.memory_left,
                     disk_left: now.disk_left,
+                    throttled: now.throttled,
                     ..progress(now.report, now.elapsed)
                 });
                 self.stage = Stage::Sent(sender);
@@ -473,7 +474,7 @@ fn by(policy: Policy) -> converge::Policy {
             migration::AtLimit::Stop => converge::AtLimit::Stop,
             migration::AtLimit::GiveUp => converge::AtLimit::GiveUp,
         },
-        throttle: None,
+        throttle: policy.throttle.map(|most| converge::Throttle { most }),
     }
 }
 
@@ -514,6 +515,7 @@ fn progress(report: &SendReport, elapsed: Duration) -> Progress {
         disk_sent: report.disks.pages * PAGE,
         disk_left: 0,
         elapsed_us: us(elapsed),
+        throttled: 0,
         rounds: (rounds.enumerate().filter(told))
             .map(|(_, round)| round)
             .collect(),

@@ -53,6 +53,7 @@ const AT_ONCE: Policy = Policy {
     longest_ms: 3_600_000,
     limit_ms: 0,
     at_limit: AtLimit::Stop,
+    throttle: None,
 };
 
 /// What the operation knows.
