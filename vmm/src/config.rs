@@ -13,6 +13,10 @@ use uuid::Uuid;
 
 use crate::layout::COMMAND_LINE_MAX;
 
+mod net;
+
+pub use net::{MAX_ADDRESSES, MIN_MTU, NetConfig, NetFiles, NetLimit};
+
 pub const MAX_VCPUS: u8 = 64;
 /// Least and most RAM of a machine, bytes.
 pub const MIN_MEMORY: u64 = 2 << 20;
@@ -28,8 +32,6 @@ pub const MAX_NETS: usize = 8;
 pub const MAX_HOT_NETS: u8 = 16;
 /// What hot memory comes and goes in, bytes.
 pub const HOT_BLOCK: u64 = 2 << 20;
-/// Least MTU of a network device (virtio 1.2 §5.1.4: at least 68; IPv6 wants 1280, which is up to the guest).
-pub const MIN_MTU: u16 = 68;
 /// Least context id of a guest: 0 to 2 are reserved (virtio 1.2 §5.10.4), as is the last one (any).
 pub const MIN_CID: u32 = 3;
 
@@ -232,34 +234,6 @@ pub struct DiskLimit {
     pub burst_ms: u32,
 }
 
-/// A network device.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct NetConfig {
-    /// Its address at the start: of one station, not of a group.
-    pub mac: [u8; 6],
-    /// Pairs of virtqueues, 1 to [`MAX_QUEUES`]; the driver begins with one of them.
-    #[serde(default = "one")]
-    pub queues: u16,
-    /// What the driver is told; `None`: nothing, so that it takes its own default (1500).
-    #[serde(default)]
-    pub mtu: Option<u16>,
-    #[serde(default)]
-    pub limit: Option<NetLimit>,
-}
-
-/// Rate limit of a network device, for each direction by itself; `None` is no limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct NetLimit {
-    #[serde(default)]
-    pub bytes_per_second: Option<u64>,
-    /// A segment that the guest leaves for the host to cut counts as one.
-    #[serde(default)]
-    pub packets_per_second: Option<u64>,
-    /// What may pass at once after a quiet time, as thousandths of a second of the rate.
-    #[serde(default)]
-    pub burst_ms: u32,
-}
-
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ConsolePortConfig {
     /// Shows up as /sys/class/virtio-ports/*/name in the guest, `org.qemu.guest_agent.0` for one.
@@ -337,19 +311,6 @@ pub struct MachineFiles {
 pub struct FallbackFiles {
     pub kernel: File,
     pub initrd: File,
-}
-
-/// The host's end of a network device.
-#[derive(Debug, Default)]
-pub struct NetFiles {
-    /// One a pair of queues: queues of one tap (opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, and
-    /// IFF_MULTI_QUEUE if there are several), or sockets that keep the bounds of packets, each of which
-    /// begins with the 12 bytes of virtio_net_hdr.
-    pub taps: Vec<File>,
-    /// Open /dev/vhost-net, one a pair of queues, each opened for itself and used by nobody yet: the host's
-    /// kernel moves the packets of a tap. None at all: this process does, as it does where there is a rate
-    /// limit. A network that comes while the machine runs has none: a locked-down process may own no more.
-    pub vhost: Vec<File>,
 }
 
 /// The host's end of a serial line or console port. Pipes and sockets are made non-blocking; what the
@@ -627,51 +588,13 @@ impl MemoryConfig {
 }
 
 impl MachineConfig {
-    /// Where on the host it may be is as there.
+    /// Where on the host it may be is as there, and so are the IP addresses of networks with the same MAC address.
     pub fn take_place(&mut self, here: &MachineConfig) {
         (self.cpus.host_cpus).clone_from(&here.cpus.host_cpus);
         (self.memory.host_nodes).clone_from(&here.memory.host_nodes);
-    }
-}
-
-impl NetConfig {
-    /// `index` is for the error.
-    pub fn validate(&self, index: usize) -> Result<(), ConfigError> {
-        self.check()
-            .map_err(|what| ConfigError::Net { index, what })
-    }
-
-    /// Checks that `files` are for this network.
-    pub fn validate_files(&self, files: &NetFiles) -> Result<(), ConfigError> {
-        let wanted = usize::from(self.queues);
-        let wrong = |what, given| ConfigError::FileCount {
-            what,
-            given,
-            wanted,
-        };
-        match (files.taps.len(), files.vhost.len()) {
-            (taps, _) if taps != wanted => Err(wrong("queues of a network device", taps)),
-            (_, vhost) if vhost != 0 && vhost != wanted => {
-                Err(wrong("vhost-net of a network device", vhost))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn check(&self) -> Result<(), &'static str> {
-        let limits = self
-            .limit
-            .map(|limit| [limit.bytes_per_second, limit.packets_per_second]);
-        if self.mac == [0; 6] || self.mac[0] & 1 != 0 {
-            Err("its MAC address is none of a single station")
-        } else if !(1..=MAX_QUEUES).contains(&self.queues) {
-            Err("1 to 16 pairs of queues are possible")
-        } else if self.mtu.is_some_and(|mtu| mtu < MIN_MTU) {
-            Err("an MTU is at least 68")
-        } else if limits.is_some_and(|limits| limits.contains(&Some(0))) {
-            Err("a rate limit of 0 would stop it for ever")
-        } else {
-            Ok(())
+        for net in &mut self.nets {
+            let same = here.nets.iter().find(|other| other.mac == net.mac);
+            net.addresses = same.map_or(Vec::new(), |other| other.addresses.clone());
         }
     }
 }

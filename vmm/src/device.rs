@@ -43,6 +43,10 @@ pub trait Device: Send + Sync {
         Ok(())
     }
 
+    /// The guest runs here, perhaps at another place than before: who has to know where it is, is told. Waits for
+    /// nothing.
+    fn announce(&self) {}
+
     /// Whether somebody besides KVM and this process writes to the guest's memory in its place while the
     /// guest runs: no log of writes has that.
     fn writes_unseen(&self) -> bool {

@@ -26,6 +26,7 @@ const POLICY: DiskCopyPolicy = DiskCopyPolicy {
         longest: Duration::from_secs(30),
         limit: Duration::from_secs(5),
         at_limit: AtLimit::Stop,
+        throttle: None,
     },
     reserve: 0,
 };

@@ -25,6 +25,7 @@ const POLICY: Policy = Policy {
     longest: Duration::from_secs(30),
     limit: Duration::from_secs(5),
     at_limit: AtLimit::Stop,
+    throttle: None,
 };
 
 fn hypervisor() -> Hypervisor {

@@ -83,6 +83,7 @@ fn it_goes_from_machine_to_machine_with_all_that_it_has(#[values(1, 2)] queues: 
         queues,
         mtu: None,
         limit: None,
+        addresses: Vec::new(),
     };
     let files = NetFiles {
         taps: tap::tap("guest", queues),

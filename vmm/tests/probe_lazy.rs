@@ -270,6 +270,7 @@ const POLICY: Policy = Policy {
     longest: PATIENCE,
     limit: Duration::from_secs(5),
     at_limit: AtLimit::Stop,
+    throttle: None,
 };
 
 /// The two ends of a stream.

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use fractus_vmm::config::{MachineConfig, MachineFiles};
 use fractus_vmm::machine::{self, Landing, MigrationError, RunState, SnapshotError};
-use fractus_vmm::stream::converge::{AtLimit, Decision, Policy};
+use fractus_vmm::stream::converge::{AtLimit, Decision, Policy, Throttle};
 use probe_guest::{Disks, Guest, Setup, fields};
 use rstest::rstest;
 use vm_memory::{Bytes, GuestAddress};
@@ -29,6 +29,7 @@ const POLICY: Policy = Policy {
     longest: PATIENCE,
     limit: Duration::from_secs(5),
     at_limit: AtLimit::Stop,
+    throttle: None,
 };
 
 /// Generous: a loaded machine is no failure.
@@ -567,6 +568,159 @@ fn a_guest_that_writes_too_fast_is_left_where_it_is() {
         }
         assert!(Instant::now() < by, "it writes nothing");
     }
+    guest.send("");
+    guest.line("ok weave");
+}
+
+/// An end by which so many bytes a second go out.
+struct Slow {
+    end: UnixStream,
+    rate: u64,
+}
+
+impl Read for Slow {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.end.read(buffer)
+    }
+}
+
+impl Write for Slow {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let written = self.end.write(buffer)?;
+        // sleeps because that is what makes the connection slow
+        std::thread::sleep(Duration::from_micros(
+            written as u64 * 1_000_000 / self.rate,
+        ));
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.end.flush()
+    }
+}
+
+impl AsFd for Slow {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.end.as_fd()
+    }
+}
+
+/// Of a guest that writes to all of 8 MiB in less than a round of these takes.
+const SLOW: u64 = 32 << 20;
+
+fn slow_wire() -> (Slow, UnixStream) {
+    let (end, far) = wire();
+    (Slow { end, rate: SLOW }, far)
+}
+
+/// It is told in the middle of it to pause, which does not wait for a vCPU that is kept out, and goes on.
+#[test]
+fn a_guest_that_writes_too_fast_is_caught_up_with_once_it_is_slowed_down() {
+    let throttled = Policy {
+        downtime: Duration::from_millis(20),
+        limit: PATIENCE * 4,
+        at_limit: AtLimit::GiveUp,
+        throttle: Some(Throttle {
+            most: Throttle::MOST,
+        }),
+        ..POLICY
+    };
+    let plain = Policy {
+        limit: Duration::from_secs(3),
+        throttle: None,
+        ..throttled
+    };
+    let mut guest = Setup::new().boot();
+    guest.send("loudly weave 8");
+    guest.line("begun weave");
+    let by = Instant::now() + PATIENCE;
+    loop {
+        let (near, far) = slow_wire();
+        let sent = guest.sent(plain, &[], near, far);
+        match sent.offer {
+            Err(unsent) => {
+                assert!(matches!(unsent.error, MigrationError::TooBusy));
+                guest = (sent.here)(*unsent.machine);
+                break;
+            }
+            // On a busy host the guest may get no processor for a whole round.
+            Ok(offer) => guest = (sent.here)(offer.take_back().unwrap()),
+        }
+        assert!(Instant::now() < by, "it writes nothing");
+    }
+    let by = Instant::now() + PATIENCE;
+    loop {
+        let (near, far) = slow_wire();
+        let mut shares = Vec::new();
+        let sent = guest.sent_with(throttled, &[], near, far, |_, machine| {
+            let share = machine.throttled();
+            if shares.last() != Some(&share) {
+                shares.push(share);
+                machine.pause().unwrap();
+                machine.resume().unwrap();
+            }
+        });
+        let offer = sent.offer.unwrap();
+        let report = offer.report().clone();
+        println!("{shares:?} {report:?}");
+        assert_eq!(offer.machine().throttled(), 0);
+        let (last, before) = report.rounds.split_last().unwrap();
+        assert_eq!(last.decision, Decision::Stop);
+        // As it was decided, so it was done.
+        let mut now = 0;
+        for round in &report.rounds {
+            assert_eq!(round.throttled, now);
+            if let Decision::Throttle { percent } = round.decision {
+                assert!(percent > now);
+                now = percent;
+            }
+        }
+        if now > 0 {
+            assert!(shares.contains(&now) && last.left < before[0].left);
+            guest = (sent.there)(sent.arrival.unwrap().machine);
+            break;
+        }
+        guest = (sent.here)(offer.take_back().unwrap());
+        assert!(Instant::now() < by, "it writes nothing");
+    }
+    assert_eq!(guest.machine.throttled(), 0);
+    guest.send("");
+    guest.line("ok weave");
+}
+
+#[test]
+fn a_guest_is_as_fast_as_ever_however_a_migration_ends_that_slowed_it_down() {
+    let policy = Policy {
+        downtime: Duration::ZERO,
+        limit: PATIENCE * 4,
+        at_limit: AtLimit::GiveUp,
+        throttle: Some(Throttle { most: 60 }),
+        ..POLICY
+    };
+    let mut guest = Setup::new().boot();
+    guest.send("loudly weave 8");
+    guest.line("begun weave");
+    for ends in ["broken", "stopped"] {
+        let (near, far) = slow_wire();
+        let cut = near.end.try_clone().unwrap();
+        let mut reached = false;
+        let sent = guest.sent_with(policy, &[], near, far, |_, machine| {
+            if machine.throttled() >= 20 && !std::mem::replace(&mut reached, true) {
+                match ends {
+                    "broken" => cut.shutdown(std::net::Shutdown::Both).unwrap(),
+                    // What is paused needs no more rounds.
+                    _ => machine.pause().unwrap(),
+                }
+            }
+        });
+        assert!(reached, "{ends}");
+        guest = match sent.offer {
+            Ok(offer) => (sent.here)(offer.take_back().unwrap()),
+            Err(unsent) => (sent.here)(*unsent.machine),
+        };
+        assert_eq!(guest.machine.throttled(), 0, "{ends}");
+    }
+    guest.machine.resume().unwrap();
     guest.send("");
     guest.line("ok weave");
 }

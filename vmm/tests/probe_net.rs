@@ -11,10 +11,12 @@ mod tap;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use fractus_vmm::config::{NetConfig, NetFiles, NetLimit};
 use fractus_vmm::machine::Event;
+use fractus_vmm::stream::converge::{AtLimit, Policy};
 use probe_guest::{Guest, PATIENCE, Setup, fields};
 use rstest::rstest;
 use rustix::net::{AddressFamily, SocketType, ipproto, socket};
@@ -28,6 +30,7 @@ fn config(queues: u16) -> NetConfig {
         queues,
         mtu: Some(1500),
         limit: None,
+        addresses: Vec::new(),
     }
 }
 
@@ -324,4 +327,88 @@ fn a_limit_of_bytes_holds() {
     take(&mut connect(19), 1 << 20);
     let took = begin.elapsed();
     assert!(took > Duration::from_millis(800), "{took:?}");
+}
+
+/// By whom a frame says that it was sent, of which protocol it is.
+fn is_of(kind: [u8; 2]) -> impl Fn(&[u8]) -> bool {
+    move |frame| frame.len() >= 42 && frame[6..12] == MAC && frame[12..14] == kind
+}
+
+const RARP: [u8; 2] = [0x80, 0x35];
+const ARP: [u8; 2] = [0x08, 0x06];
+const IPV6: [u8; 2] = [0x86, 0xdd];
+
+fn says_where_it_is(frame: &[u8]) -> bool {
+    let own = tap::GUEST.octets();
+    is_of(ARP)(frame) && frame[28..32] == own && frame[38..42] == own
+}
+
+fn nothing_was_announced(watch: &tap::Watch) {
+    while let Some(frame) = watch.seen() {
+        let announced = is_of(RARP)(&frame) || says_where_it_is(&frame);
+        assert!(!announced, "{frame:x?}");
+    }
+}
+
+/// Of the machine that has come here, and of its guest, which is asked and has answered.
+fn it_is_announced(watch: &tap::Watch, guest: &mut Guest) {
+    let frame = watch.expect(PATIENCE, is_of(RARP));
+    assert_eq!(frame[..6], [0xff; 6]);
+    // A reverse request; the station in both places.
+    assert_eq!(frame[14..22], [0, 1, 8, 0, 6, 4, 0, 3]);
+    assert_eq!((&frame[22..28], &frame[32..38]), (&MAC[..], &MAC[..]));
+    watch.expect(PATIENCE, says_where_it_is);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while fields(&guest.ok("net"))["announced"] == "0" {
+        assert!(std::time::Instant::now() < deadline, "it has not answered");
+    }
+}
+
+#[rstest]
+#[case::one_pair(1)]
+#[case::several(4)]
+fn a_guest_that_has_come_from_another_machine_is_announced_once_it_runs(#[case] queues: u16) {
+    let policy = Policy {
+        downtime: Duration::from_millis(20),
+        longest: PATIENCE,
+        limit: Duration::from_secs(5),
+        at_limit: AtLimit::Stop,
+        throttle: None,
+    };
+    let mut named = config(queues);
+    named.addresses = vec!["fe80::f0:ff:fe00:1".parse().unwrap()];
+    let mut guest = guest_with(named, "");
+    ping();
+    assert_eq!(fields(&guest.ok("net"))["announced"], "0");
+    let watch = tap::Watch::new("guest");
+    let (near, far) = UnixStream::pair().unwrap();
+    let sent = guest.sent(policy, &[], near, far);
+    let arrived = sent.arrival.unwrap();
+    sent.offer.unwrap().let_go();
+    nothing_was_announced(&watch);
+    let mut guest = (sent.there)(arrived.machine);
+    it_is_announced(&watch, &mut guest);
+    let frame = watch.expect(PATIENCE, |frame| is_of(IPV6)(frame) && frame[54] == 136);
+    assert_eq!(frame[62..64], [0xfe, 0x80]);
+    ping();
+}
+
+#[test]
+fn a_guest_that_goes_on_from_a_file_is_announced_and_one_that_stayed_is_not() {
+    let mut guest = guest("");
+    let watch = tap::Watch::new("guest");
+    guest.machine.pause().unwrap();
+    guest.machine.resume().unwrap();
+    let (mut guest, _) = guest.handed_over();
+    ping();
+    let file = tempfile::tempfile().unwrap();
+    guest
+        .machine
+        .snapshot(file.try_clone().unwrap(), b"")
+        .unwrap();
+    guest.ok("echo alive");
+    nothing_was_announced(&watch);
+    guest.machine.pause().unwrap();
+    let mut other = guest.cloned_from(file, &[]);
+    it_is_announced(&watch, &mut other);
 }

@@ -37,6 +37,7 @@ fn after(limit: Duration) -> Policy {
         longest: PATIENCE,
         limit,
         at_limit: AtLimit::PostCopy,
+        throttle: None,
     }
 }
 

@@ -109,6 +109,10 @@ pub struct Policy {
     pub limit_ms: u64,
     /// What becomes of a guest that writes faster than it is copied.
     pub at_limit: AtLimit,
+    /// Before that it may be slowed down: percent of the time that its vCPUs are kept out of it at most, 1 to 99. None:
+    /// it is not; nor is it by an agent that does not know this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<u8>,
 }
 
 impl Default for Policy {
@@ -118,6 +122,7 @@ impl Default for Policy {
             longest_ms: 30_000,
             limit_ms: 600_000,
             at_limit: AtLimit::Stop,
+            throttle: None,
         }
     }
 }
@@ -195,6 +200,9 @@ pub struct Progress {
     pub disk_left: u64,
     /// Since it began, microseconds.
     pub elapsed_us: u64,
+    /// Percent of the time that vCPUs are kept out of the guest now.
+    #[serde(skip_serializing_if = "is_none")]
+    pub throttled: u8,
     /// While the guest ran, the first of all that there was.
     pub rounds: Vec<Round>,
     /// How long the guest stood still on the source, for what.
@@ -216,6 +224,10 @@ pub struct Followed {
     pub waits: u64,
     /// Microseconds until all was there; 0: it is not yet.
     pub took_us: u64,
+}
+
+fn is_none(percent: &u8) -> bool {
+    *percent == 0
 }
 
 /// One copy of what had been written to.
@@ -289,5 +301,29 @@ impl Wanted {
     /// Whether it says anything of a migration.
     pub fn migrates(&self) -> bool {
         self.arrives.is_some() || self.departs.is_some() || self.continues.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What agents of before write and read.
+    #[test]
+    fn a_policy_of_before_slows_nobody_down_and_is_written_as_ever() {
+        let before = r#"{"downtime_ms":10,"longest_ms":30000,"limit_ms":600000,"at_limit":"stop"}"#;
+        let policy: Policy = serde_json::from_str(before).unwrap();
+        assert_eq!(policy, Policy::default());
+        assert_eq!(policy.throttle, None);
+        assert_eq!(serde_json::to_string(&policy).unwrap(), before);
+        let slower = Policy {
+            throttle: Some(80),
+            ..policy
+        };
+        let text = serde_json::to_string(&slower).unwrap();
+        assert!(text.ends_with(r#","throttle":80}"#), "{text}");
+        assert_eq!(serde_json::from_str::<Policy>(&text).unwrap(), slower);
+        let progress = serde_json::to_value(Progress::default()).unwrap();
+        assert_eq!(progress.get("throttled"), None);
     }
 }

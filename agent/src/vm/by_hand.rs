@@ -242,6 +242,7 @@ fn open(by_hand: ByHand, jailed: bool) -> Result<(Launch, Vec<OwnedFd>), VmError
                 queues: 1,
                 mtu: None,
                 limit: None,
+                addresses: Vec::new(),
             });
         }
         for (role, file) in open_tap(name, config.nets.get(index), in_kernel)? {

@@ -163,6 +163,15 @@ const MAIN: &[i64] = &[
     libc::SYS_shutdown,
 ];
 
+const VCPU: &[i64] = &[
+    libc::SYS_sendto,
+    // A driver that starts or resets its balloon or hot memory has memory given back on its vCPU.
+    libc::SYS_fallocate,
+    // The alarm that calls it out of the guest; it has one, and can make no other.
+    libc::SYS_timer_settime,
+    libc::SYS_timer_delete,
+];
+
 const BLOCK: &[i64] = &[
     libc::SYS_io_uring_enter,
     libc::SYS_preadv,
@@ -300,8 +309,7 @@ fn program(kind: Kind) -> Result<BpfProgram, FilterError> {
 fn calls(kind: Kind) -> Vec<i64> {
     let more = match kind {
         Kind::Main => MAIN.to_vec(),
-        // A driver that starts or resets its balloon or hot memory has memory given back on its vCPU.
-        Kind::Vcpu => vec![libc::SYS_sendto, libc::SYS_fallocate],
+        Kind::Vcpu => VCPU.to_vec(),
         Kind::Block => BLOCK.to_vec(),
         // It reads and writes; what it asks of its tap is below.
         Kind::Net => Vec::new(),
@@ -436,6 +444,7 @@ mod tests {
                 libc::SYS_unshare,
                 libc::SYS_setns,
                 libc::SYS_bpf,
+                libc::SYS_timer_create,
             ] {
                 assert!(!list.contains(&forbidden), "{forbidden}");
             }

@@ -41,6 +41,7 @@ const COPY: converge::Policy = converge::Policy {
     longest: Duration::from_secs(1),
     limit: Duration::from_secs(1800),
     at_limit: converge::AtLimit::GiveUp,
+    throttle: None,
 };
 
 pub struct Traveller {
@@ -425,6 +426,7 @@ impl Guest for Traveller {
                 let progress = now.map(|now| Progress {
                     memory_left: now.memory_left,
                     disk_left: now.disk_left,
+                    throttled: now.throttled,
                     ..progress(now.report, now.elapsed)
                 });
                 self.stage = Stage::Sent(sender);
@@ -578,6 +580,7 @@ fn by(policy: Policy) -> converge::Policy {
             migration::AtLimit::GiveUp => converge::AtLimit::GiveUp,
             migration::AtLimit::PostCopy => converge::AtLimit::PostCopy,
         },
+        throttle: policy.throttle.map(|most| converge::Throttle { most }),
     }
 }
 
@@ -600,7 +603,9 @@ fn progress(report: &SendReport, elapsed: Duration) -> Progress {
         took_us: us(round.took),
         left: round.left,
         decision: match round.decision {
-            converge::Decision::Again => migration::Decision::Again,
+            converge::Decision::Again | converge::Decision::Throttle { .. } => {
+                migration::Decision::Again
+            }
             converge::Decision::Stop => migration::Decision::Stop,
             converge::Decision::GiveUp => migration::Decision::GiveUp,
             converge::Decision::PostCopy => migration::Decision::PostCopy,
@@ -616,6 +621,7 @@ fn progress(report: &SendReport, elapsed: Duration) -> Progress {
         disk_sent: report.disks.pages * PAGE,
         disk_left: 0,
         elapsed_us: us(elapsed),
+        throttled: 0,
         rounds: (rounds.enumerate().filter(told))
             .map(|(_, round)| round)
             .collect(),

@@ -342,17 +342,18 @@ fn a_guest_that_writes_without_end_goes_when_its_policy_says_so() -> Result {
             downtime_ms: 0,
             limit_ms: 600_000,
             at_limit: AtLimit::GiveUp,
+            throttle: Some(50),
             ..Policy::default()
         };
         let by = Instant::now() + PATIENCE;
         let (port, report) = loop {
             let port = row.prepare(one, two).await?;
             row.send(one, port, never).await?;
-            let rounds = |report: &MachineReport| {
+            let slower = |report: &MachineReport| {
                 let migration = report.migration.as_ref();
-                migration.is_some_and(|migration| migration.progress.rounds.len() > 3)
+                migration.is_some_and(|migration| migration.progress.throttled > 0)
             };
-            let report = one.until(row.id, |it| rounds(it) || is_offered(it)).await?;
+            let report = one.until(row.id, |it| slower(it) || is_offered(it)).await?;
             if state(&report) == Some(&State::Copying) {
                 break (port, report);
             }

@@ -59,7 +59,8 @@
 //! | `spin MS [CPU]` | `ok spin`; on another CPU at once, it goes on there |
 //! | `stamp spin\|MS\|off` | how every CPU looks at its TSC, for `gaps` |
 //! | `gaps` | `ok gaps US US …`: the largest gap each CPU saw since the last `gaps` |
-//! | `net` | `ok net mac= features= in= out= ip= taken=`: packets, and bytes taken by port 9 |
+//! | `net` | `ok net mac= features= in= out= ip= taken= announced=`: packets, bytes taken by port 9, and how often it said
+//! | | where it is because the device asked |
 //! | `vsock` | `ok vsock cid= open= echoed= moves=`: echoes what comes to its port 7; moves: how often its connections were gone |
 //! | `vsock connect PORT` | `ok vsock`: asks for a connection to the host's port, and echoes what comes over it |
 //! | `echo TEXT` | `ok echo TEXT` |

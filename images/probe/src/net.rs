@@ -1,12 +1,12 @@
 //! virtio-net (virtio 1.2 §5.1): a driver of the first pair of queues, with checksum and segmentation
-//! offloads for what comes in, and mergeable buffers.
+//! offloads for what comes in, and mergeable buffers; and of the control queue, if the device may ask where we are.
 //!
 //! The driver only: what is said over it stands in `stack`.
 
 use virtio_drivers::transport::Transport;
 use virtio_drivers::{Error, Result};
 
-use crate::memory;
+use crate::{cpu, memory};
 use crate::virtio::{PciTransport, Queue};
 
 const FEATURE_CSUM: u64 = 1 << 0;
@@ -14,7 +14,17 @@ const FEATURE_GUEST_CSUM: u64 = 1 << 1;
 const FEATURE_MAC: u64 = 1 << 5;
 const FEATURE_GUEST_TSO4: u64 = 1 << 7;
 const FEATURE_MRG_RXBUF: u64 = 1 << 15;
+const FEATURE_STATUS: u64 = 1 << 16;
+const FEATURE_CTRL_VQ: u64 = 1 << 17;
+const FEATURE_GUEST_ANNOUNCE: u64 = 1 << 21;
 
+const ANNOUNCE: u64 = FEATURE_STATUS | FEATURE_CTRL_VQ | FEATURE_GUEST_ANNOUNCE;
+/// Where the status lies in the configuration (§5.1.4), and what in it asks us to say where we are.
+const STATUS: usize = 6;
+const STATUS_ANNOUNCE: u16 = 2;
+/// VIRTIO_NET_CTRL_ANNOUNCE_ACK (§5.1.6.5.4), and what is no answer to it.
+const ANNOUNCE_ACK: [u8; 2] = [3, 0];
+const NO_ANSWER: u8 = 0xff;
 const OFFLOADS: u64 = FEATURE_CSUM | FEATURE_GUEST_CSUM | FEATURE_GUEST_TSO4;
 
 /// Bytes of virtio_net_hdr (§5.1.6), and what in it is needed here.
@@ -24,6 +34,8 @@ const NUM_BUFFERS: usize = 10;
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
+/// Of a driver of one pair of queues.
+const CONTROL: u16 = 2;
 const QUEUE: usize = 128;
 const RECEIVE_BUFFER: usize = 4096;
 const TRANSMIT_BUFFER: usize = 2048;
@@ -40,6 +52,18 @@ pub struct Net {
     features: u64,
     pub receiver: Receiver,
     pub transmitter: Transmitter,
+    control: Option<Control>,
+    /// How often the device has taken it that we have said where we are.
+    pub announced: u64,
+}
+
+/// By which the device asks where we are, and is answered.
+struct Control {
+    queue: Queue<8>,
+    buffer: &'static mut [u8],
+    /// Of changes of the configuration, and how many were seen.
+    vector: u8,
+    seen: u64,
 }
 
 /// What comes in.
@@ -80,7 +104,8 @@ impl Net {
     #[inline(never)]
     pub fn new(mut transport: PciTransport, offloads: bool) -> Result<&'static mut Self> {
         let wanted = FEATURE_MAC | FEATURE_MRG_RXBUF | if offloads { OFFLOADS } else { 0 };
-        let features = transport.negotiate(wanted)?;
+        let can = transport.read_device_features() & ANNOUNCE == ANNOUNCE;
+        let features = transport.negotiate(wanted | if can { ANNOUNCE } else { 0 })?;
         if features & FEATURE_MRG_RXBUF == 0 {
             return Err(Error::Unsupported);
         }
@@ -89,6 +114,10 @@ impl Net {
         let mut transmit: Queue<QUEUE> = Queue::new(&mut transport, TRANSMIT)?;
         // What was sent is looked for when there is more to send.
         transmit.ring.set_dev_notify(false);
+        let control = match features & ANNOUNCE {
+            ANNOUNCE => Control::new(&mut transport)?,
+            _ => None,
+        };
         transport.finish_init();
         let pages = |bytes: usize| memory::dma_pages(bytes.div_ceil(4096)).ok_or(Error::DmaError);
         let net = memory::keep(Self {
@@ -113,6 +142,8 @@ impl Net {
                 sent: false,
                 packets: 0,
             },
+            control,
+            announced: 0,
         })
         .ok_or(Error::DmaError)?;
         net.transmitter.checksums_left = net.checksums_left();
@@ -132,6 +163,33 @@ impl Net {
         self.features
     }
 
+    /// Whether the device has asked us to say where we are, since this was asked last.
+    pub fn is_asked(&mut self) -> bool {
+        let Some(control) = &mut self.control else {
+            return false;
+        };
+        let came = cpu::interrupts_of(control.vector);
+        if core::mem::replace(&mut control.seen, came) == came {
+            return false;
+        }
+        let status = self.transport.read_config_space::<u16>(STATUS);
+        status.is_ok_and(|status| status & STATUS_ANNOUNCE != 0)
+    }
+
+    /// Tells the device that we have.
+    pub fn acknowledge(&mut self) {
+        let Some(control) = &mut self.control else {
+            return;
+        };
+        let (command, answer) = control.buffer.split_at_mut(ANNOUNCE_ACK.len());
+        command.copy_from_slice(&ANNOUNCE_ACK);
+        answer[0] = NO_ANSWER;
+        let done = (control.queue).request(&mut self.transport, &[&*command], &mut [&mut answer[..1]]);
+        if done.is_ok() && answer[0] == 0 {
+            self.announced += 1;
+        }
+    }
+
     /// Tells the device of what was posted and sent.
     pub fn flush(&mut self) {
         let (receiver, transmitter) = (&mut self.receiver, &mut self.transmitter);
@@ -141,6 +199,21 @@ impl Net {
         if core::mem::take(&mut transmitter.sent) && transmitter.queue.should_notify() {
             self.transport.notify(TRANSMIT);
         }
+    }
+}
+
+impl Control {
+    /// None without an interrupt by which the device could ask.
+    fn new(transport: &mut PciTransport) -> Result<Option<Self>> {
+        let queue = Queue::new(transport, CONTROL)?;
+        let buffer = memory::dma_pages(1).ok_or(Error::DmaError)?;
+        let control = transport.listen_to_config().map(|vector| Self {
+            queue,
+            buffer,
+            vector,
+            seen: cpu::interrupts_of(vector),
+        });
+        Ok(control)
     }
 }
 

@@ -23,6 +23,10 @@ const BIG: usize = 256 << 10;
 const SMALL: usize = 16 << 10;
 const DATAGRAMS: usize = 32;
 
+/// Bytes of an ARP packet with its Ethernet header; the protocol, and what a request for an IPv4 address begins with.
+const ARP_FRAME: usize = 42;
+const ARP_REQUEST: [u8; 10] = [0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, 1];
+
 /// What chargen sends: so that a receiver can check it, byte n of a connection is n modulo 251.
 const PATTERN: usize = 251;
 
@@ -78,6 +82,9 @@ impl Stack {
 
     /// Does what there is to do; true if there may be more at once.
     pub fn turn(&mut self) -> bool {
+        if self.net.is_asked() {
+            self.announce();
+        }
         let (net, sockets) = (&mut *self.net, &mut self.sockets);
         self.interface.poll(now(), net, sockets);
         let moved = self.serve();
@@ -87,6 +94,26 @@ impl Stack {
         }
         self.net.flush();
         moved || self.net.receiver.has_packet()
+    }
+
+    /// Says where our address is, by a request for it of our own (RFC 5227 §3).
+    fn announce(&mut self) {
+        if let Some(address) = self.interface.ipv4_addr()
+            && self.net.transmitter.has_room()
+        {
+            let (mac, address) = (self.net.mac, address.octets());
+            self.net.transmitter.send(ARP_FRAME, |frame| {
+                frame.fill(0);
+                frame[..6].fill(0xff);
+                frame[6..12].copy_from_slice(&mac);
+                frame[12..22].copy_from_slice(&ARP_REQUEST);
+                frame[22..28].copy_from_slice(&mac);
+                frame[28..32].copy_from_slice(&address);
+                frame[38..42].copy_from_slice(&address);
+            });
+            self.net.flush();
+        }
+        self.net.acknowledge();
     }
 
     /// The TSC at which the stack wants its turn even if nothing comes in.
@@ -102,7 +129,7 @@ impl Stack {
         if let Some(address) = self.interface.ipv4_addr() {
             let _ = write!(out, " ip={address}");
         }
-        let _ = write!(out, " taken={}", self.taken);
+        let _ = write!(out, " taken={} announced={}", self.taken, self.net.announced);
     }
 
     fn serve(&mut self) -> bool {

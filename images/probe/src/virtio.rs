@@ -147,6 +147,16 @@ impl PciTransport {
         self.first_vector + queue as u8
     }
 
+    /// Has the device interrupt when its configuration changes; the vector, if there can be one. No queue has it.
+    pub fn listen_to_config(&mut self) -> Option<u8> {
+        let entry = MAX_QUEUES as u16 - 1;
+        let msix = self.msix.as_ref().filter(|msix| entry < msix.entries)?;
+        let vector = self.first_vector + entry as u8;
+        msix.route(entry, 0, vector);
+        self.common.write16(CONFIG_MSIX_VECTOR, entry);
+        Some(vector)
+    }
+
     pub fn reset(&mut self) {
         self.set_status(DeviceStatus::empty());
         let mut patience = 10_000;

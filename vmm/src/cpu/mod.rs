@@ -13,6 +13,7 @@ mod run;
 mod set;
 mod signal;
 mod state;
+mod throttle;
 
 pub use cpuid::shape;
 pub use host::{Lacks, check, offered};

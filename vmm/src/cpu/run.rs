@@ -12,6 +12,7 @@ use super::gate::Gate;
 use super::set::Command;
 use super::signal::Armed;
 use super::state::{VcpuError, VcpuState, is_started, refused};
+use super::throttle::{Share, Throttle};
 use crate::bus::Bus;
 use crate::machine::Registers;
 use crate::request::{Request, RequestSender, VcpuReport};
@@ -42,6 +43,7 @@ pub struct Vcpu {
     /// Set by who wants it parked, before the signal; cleared by who sets it going.
     pub kicked: Arc<AtomicBool>,
     pub saved_msrs: Arc<[u32]>,
+    throttle: Throttle,
     /// As it was before it ever ran.
     power_on: VcpuState,
     has_run: bool,
@@ -67,6 +69,8 @@ pub struct VcpuParts {
     pub gate: Arc<Gate>,
     pub kicked: Arc<AtomicBool>,
     pub saved_msrs: Arc<[u32]>,
+    /// Of the time, in which it is kept out of the guest.
+    pub share: Share,
     /// The machine's vCPUs come and go: that the guest starts this one is told.
     pub can_leave: bool,
 }
@@ -84,8 +88,11 @@ impl Vcpu {
             gate,
             kicked,
             saved_msrs,
+            share,
             can_leave,
         } = parts;
+        let throttle = Throttle::new(share);
+        let throttle = throttle.map_err(|source| VcpuError::Signal { index, source })?;
         Ok(Vcpu {
             _armed: armed,
             fd,
@@ -94,6 +101,7 @@ impl Vcpu {
             gate,
             kicked,
             saved_msrs,
+            throttle,
             power_on,
             has_run: false,
             counted: false,
@@ -113,7 +121,9 @@ impl Vcpu {
                 },
                 State::Running if self.called_off() => State::Settling,
                 State::Running => {
-                    self.step();
+                    if self.may_enter() {
+                        self.step();
+                    }
                     State::Running
                 }
                 State::Settling => self.settle(),
@@ -199,6 +209,7 @@ impl Vcpu {
 
     fn begin(&mut self) -> State {
         self.counted = true;
+        self.throttle.begin();
         // A call that came before this is in `kicked`, which is looked at after.
         self.fd.set_kvm_immediate_exit(0);
         if self.has_run {
@@ -210,7 +221,13 @@ impl Vcpu {
     }
 
     fn called_off(&self) -> bool {
-        self.kicked.load(Ordering::Acquire) || self.surroundings.requests.halting()
+        is_called_off(&self.kicked, &self.surroundings.requests)
+    }
+
+    /// Waits while it is to be kept out; false if it is called off meanwhile.
+    fn may_enter(&mut self) -> bool {
+        let (kicked, requests) = (&self.kicked, &self.surroundings.requests);
+        self.throttle.lets_in(|| is_called_off(kicked, requests))
     }
 
     /// One stay in the guest and what it led to. True when it was interrupted.
@@ -310,6 +327,10 @@ impl Vcpu {
             efer: sregs.efer,
         }
     }
+}
+
+fn is_called_off(kicked: &AtomicBool, requests: &RequestSender) -> bool {
+    kicked.load(Ordering::Acquire) || requests.halting()
 }
 
 impl Drop for Vcpu {

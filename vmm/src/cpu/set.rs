@@ -15,6 +15,7 @@ use super::gate::Gate;
 use super::host::{Lacks, Offered};
 use super::run::{Surroundings, Vcpu, VcpuParts};
 use super::state::{TSC, VcpuError, VcpuState, refused};
+use super::throttle::Share;
 use super::{BootRegisters, cpuid, signal};
 use crate::config::CpuConfig;
 use crate::kvm::{Hypervisor, KvmError, Vm};
@@ -45,6 +46,7 @@ struct Handle {
 pub struct VcpuSet {
     vcpus: Vec<Handle>,
     gate: Arc<Gate>,
+    share: Share,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +93,7 @@ impl VcpuSet {
         let mut set = VcpuSet {
             vcpus: Vec::new(),
             gate: Arc::clone(&gate),
+            share: Share::default(),
         };
         for (index, fd) in (0..).zip(made) {
             let kicked = Arc::new(AtomicBool::new(false));
@@ -101,6 +104,7 @@ impl VcpuSet {
                 gate: Arc::clone(&gate),
                 kicked: Arc::clone(&kicked),
                 saved_msrs: Arc::clone(&saved_msrs),
+                share: set.share.clone(),
                 can_leave: config.max.is_some(),
             };
             let cpuid = cpuid::shape(
@@ -238,6 +242,20 @@ impl VcpuSet {
         }
     }
 
+    /// From now on each is kept out of the guest for so many percent of the time, 99 at most; 0: none is.
+    pub fn throttle(&self, percent: u8) {
+        if self.share.set(percent) {
+            for vcpu in &self.vcpus {
+                vcpu.call();
+            }
+        }
+    }
+
+    /// Percent of the time that each is kept out.
+    pub fn throttled(&self) -> u8 {
+        self.share.get()
+    }
+
     /// Asks every vCPU, then collects the answers in order.
     fn ask_all<T>(
         &self,
@@ -260,9 +278,16 @@ impl VcpuSet {
 impl Handle {
     fn kick(&self) {
         self.kicked.store(true, Ordering::Release);
+        self.call();
+    }
+
+    /// Has it look what is wanted of it.
+    fn call(&self) {
         if let Some(thread) = &self.thread {
             // A thread that has ended has nothing to be called from.
             let _ = thread.kill(signal::number());
+            // It may be waiting outside.
+            thread.thread().unpark();
         }
     }
 }

@@ -5,11 +5,13 @@
 //! next one ends.
 
 use std::cell::Cell;
+use std::io;
 use std::ptr;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use kvm_bindings::kvm_run;
-use libc::{c_int, c_void, siginfo_t};
+use libc::{c_int, c_void, itimerspec, siginfo_t, timespec};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 thread_local! {
@@ -60,5 +62,58 @@ impl Armed {
 impl Drop for Armed {
     fn drop(&mut self) {
         IMMEDIATE_EXIT.set(ptr::null_mut());
+    }
+}
+
+/// Sends that signal to the thread that made it, after a time.
+pub struct Alarm {
+    timer: libc::timer_t,
+}
+
+impl Alarm {
+    /// Of the calling thread.
+    pub fn new() -> io::Result<Alarm> {
+        let mut timer = ptr::null_mut();
+        // SAFETY: a sigevent of zeros is one; the kernel reads it and writes the timer's number.
+        let made = unsafe {
+            let mut event: libc::sigevent = std::mem::zeroed();
+            event.sigev_notify = libc::SIGEV_THREAD_ID;
+            event.sigev_signo = number();
+            event.sigev_notify_thread_id = libc::gettid();
+            libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer)
+        };
+        match made {
+            0 => Ok(Alarm { timer }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Once, in so long; one that was set before is set anew. It may be in none: then it is stopped.
+    pub fn set(&self, after: Duration) {
+        let none = timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let value = itimerspec {
+            it_interval: none,
+            it_value: timespec {
+                tv_sec: after.as_secs() as i64,
+                tv_nsec: i64::from(after.subsec_nanos()),
+            },
+        };
+        // SAFETY: the timer is ours, and the kernel reads the value. It fails for what is no time only.
+        unsafe { libc::timer_settime(self.timer, 0, &raw const value, ptr::null_mut()) };
+    }
+
+    /// A signal that is on its way comes nonetheless.
+    pub fn stop(&self) {
+        self.set(Duration::ZERO);
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        // SAFETY: the timer is ours, and nobody uses it any more.
+        unsafe { libc::timer_delete(self.timer) };
     }
 }

@@ -169,6 +169,7 @@ fn config(kind: Devices) -> MachineConfig {
             queues: 2,
             mtu: Some(1500),
             limit: None,
+            addresses: Vec::new(),
         }];
         config.vsock = Some(VsockConfig { cid: CID });
         return config;

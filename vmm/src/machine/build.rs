@@ -289,6 +289,7 @@ impl Chassis {
             kernel,
             told_running: false,
             loaded: false,
+            is_new_here: false,
             memory: board.memory.clone(),
             layout: board.layout,
             _spawner: spawner,

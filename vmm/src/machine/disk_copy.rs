@@ -232,7 +232,8 @@ impl DiskCopying {
             return self.end(Duration::ZERO);
         }
         match self.after_round() {
-            Decision::Again => return Ok(None),
+            // No copy of a disk slows its guest down: that is not in its policy.
+            Decision::Again | Decision::Throttle { .. } => return Ok(None),
             Decision::GiveUp => return Err(DiskCopyError::Late { longest }),
             // Nothing of a disk can follow.
             Decision::Stop | Decision::PostCopy => {}
@@ -278,6 +279,7 @@ impl DiskCopying {
             left,
             rate: u64::try_from(rate).unwrap_or(u64::MAX),
             stalled: self.stalled,
+            throttled: 0,
         };
         or_give_up(&self.policy.converge, &standing)
     }
@@ -300,6 +302,7 @@ mod tests {
         longest: Duration::from_secs(1),
         limit: Duration::from_secs(1800),
         at_limit: AtLimit::GiveUp,
+        throttle: None,
     };
 
     #[test]
@@ -316,6 +319,7 @@ mod tests {
             left: 1 << 30,
             rate: 100 << 20,
             stalled: 0,
+            throttled: 0,
         };
         assert_eq!(or_give_up(&POLICY, &standing), Decision::Again);
         standing.stalled = STALLED;

@@ -98,6 +98,8 @@ pub struct Machine {
     told_running: bool,
     /// Memory holds what the first vCPU begins with.
     loaded: bool,
+    /// Nobody outside knows yet that its guest is here: told when it runs.
+    is_new_here: bool,
     memory: GuestMemory,
     layout: Layout,
     _spawner: Option<Spawner>,
@@ -228,6 +230,11 @@ impl Machine {
 
     pub fn config(&self) -> &MachineConfig {
         &self.config
+    }
+
+    /// Percent of the time that vCPUs are kept out of the guest, which is being sent and was not caught up with.
+    pub fn throttled(&self) -> u8 {
+        self.vcpus.throttled()
     }
 
     pub fn memory(&self) -> &GuestMemory {
@@ -426,6 +433,11 @@ impl Machine {
         }
         self.vcpus.run(&self.vcpus_there())?;
         self.state = RunState::Running;
+        if std::mem::take(&mut self.is_new_here) {
+            for device in &self.devices {
+                device.announce();
+            }
+        }
         Ok(())
     }
 

@@ -242,6 +242,7 @@ fn take<S: Read + AsFd>(
             feeding.say_refused(&reason(error));
         }
     })?;
+    machine.is_new_here = true;
     if let Some(feeding) = feeding {
         machine.is_fed_by(feeding);
     }

@@ -243,6 +243,9 @@ impl<S: Read + Write> Sender<S> {
     /// Goes by another policy from now on.
     pub fn set_policy(&mut self, policy: Policy) {
         self.policy = policy;
+        let most = policy.throttle.map_or(0, |throttle| throttle.most);
+        let now = self.machine.vcpus.throttled();
+        self.machine.vcpus.throttle(now.min(most));
     }
 
     /// Has something else go with it than what it began with.
@@ -256,6 +259,7 @@ impl<S: Read + Write> Sender<S> {
             memory_left: memory_left * PAGE as u64,
             disk_left: disk_left * PAGE as u64,
             elapsed: self.began.elapsed(),
+            throttled: self.machine.vcpus.throttled(),
             report: &self.report,
         }
     }
@@ -267,6 +271,7 @@ impl<S: Read + Write> Sender<S> {
 
     /// The machine is not to be sent after all; the other side finds its stream cut short.
     pub fn give_up(self) -> Machine {
+        self.machine.vcpus.throttle(0);
         self.machine
     }
 
@@ -276,7 +281,12 @@ impl<S: Read + Write> Sender<S> {
     /// The guest has ended, the policy gives up, the connection is broken or the other side refuses: the machine is as
     /// it was.
     pub fn advance(mut self) -> Result<Progress<S>, Unsent> {
-        match self.step() {
+        let outcome = self.step();
+        if !matches!(outcome, Ok(None)) {
+            // Wherever it goes on, it does so as fast as ever.
+            self.machine.vcpus.throttle(0);
+        }
+        match outcome {
             Ok(None) => Ok(Progress::Copying(self)),
             Ok(Some(ran)) => Ok(Progress::Offered(Offered {
                 ran,
@@ -328,7 +338,7 @@ impl<S: Read + Write> Sender<S> {
         }
         let written = self.journal.take()?;
         match self.after_round(&written)? {
-            Decision::Again => {
+            Decision::Again | Decision::Throttle { .. } => {
                 self.next_round(written);
                 Ok(None)
             }
@@ -361,6 +371,7 @@ impl<S: Read + Write> Sender<S> {
             left: pages * PAGE as u64,
             rate: self.rate(),
             stalled: 0,
+            throttled: 0,
         };
         let wants = standing.takes() > self.policy.downtime && self.more_rounds > 0;
         self.more_rounds -= u32::from(wants);
@@ -405,6 +416,7 @@ impl<S: Read + Write> Sender<S> {
             Some(least) if left >= least - least / 8 => self.round.stalled + 1,
             _ => 0,
         };
+        let throttled = self.machine.vcpus.throttled();
         let decision = decide(
             &self.policy,
             &Standing {
@@ -412,8 +424,13 @@ impl<S: Read + Write> Sender<S> {
                 left,
                 rate,
                 stalled: self.round.stalled,
+                throttled,
             },
         );
+        if let Decision::Throttle { percent } = decision {
+            self.machine.vcpus.throttle(percent);
+            self.round.stalled = 0;
+        }
         if self.report.rounds.len() >= ROUNDS_MAX {
             self.report.rounds.remove(ROUNDS_MAX / 2);
         }
@@ -422,6 +439,7 @@ impl<S: Read + Write> Sender<S> {
             disk_pages: self.round.disk_pages,
             took,
             left,
+            throttled,
             decision,
         });
         let least = self.round.least.map_or(left, |least| least.min(left));

@@ -281,7 +281,9 @@ impl Machine {
         hook: Option<ThreadHook>,
     ) -> Result<Machine, SnapshotError> {
         let (state, memory) = loaded(chain, here, loading)?;
-        Ok(build::restore(state, memory, files, hook)?)
+        let mut machine = build::restore(state, memory, files, hook)?;
+        machine.is_new_here = true;
+        Ok(machine)
     }
 
     /// Names of the disks, in the order of the configuration, as [`Machine::detach`] takes them. One that was made

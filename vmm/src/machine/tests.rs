@@ -172,6 +172,7 @@ const POLICY: converge::Policy = converge::Policy {
     longest: Duration::from_secs(30),
     limit: Duration::from_secs(30),
     at_limit: converge::AtLimit::Stop,
+    throttle: None,
 };
 
 /// KVM gives it to nobody.

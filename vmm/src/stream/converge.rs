@@ -9,6 +9,11 @@ use serde::{Deserialize, Serialize};
 /// Rounds in a row that left no less than the best before them: more of them bring nothing.
 const STALLED: u32 = 3;
 
+/// Percent of the time that vCPUs are kept out of the guest at first, and more each time that it does not suffice: those
+/// of QEMU (cpu-throttle-initial, -increment).
+const FIRST_SHARE: u8 = 20;
+const MORE_SHARE: u8 = 10;
+
 /// What whoever asks for a migration wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
@@ -19,6 +24,31 @@ pub struct Policy {
     /// Copying may take so long, from the beginning.
     pub limit: Duration,
     pub at_limit: AtLimit,
+    /// A guest that is not caught up with may be slowed down; `None`: it runs as fast as ever.
+    #[serde(default)]
+    pub throttle: Option<Throttle>,
+}
+
+/// How far a guest may be slowed down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Throttle {
+    /// Percent of the time that its vCPUs are kept out of it at most; more than 99 count as 99.
+    pub most: u8,
+}
+
+impl Throttle {
+    /// All that keeps it alive.
+    pub const MOST: u8 = 99;
+
+    /// The next greater share; `None`: there is none.
+    fn beyond(self, now: u8) -> Option<u8> {
+        let next = match now {
+            0 => FIRST_SHARE,
+            now => now.saturating_add(MORE_SHARE),
+        };
+        let next = next.min(self.most).min(Self::MOST);
+        (next > now).then_some(next)
+    }
 }
 
 /// What becomes of a guest that writes faster than it is copied.
@@ -44,12 +74,17 @@ pub struct Standing {
     pub rate: u64,
     /// Rounds in a row that left no less, or hardly less, than the best before them.
     pub stalled: u32,
+    /// Percent of the time that vCPUs are kept out of the guest.
+    pub throttled: u8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Decision {
     /// What was written is copied while the guest runs on.
     Again,
+    /// The same, and its vCPUs are kept out of it for so much of the time; rounds that stalled until then do not count
+    /// any more.
+    Throttle { percent: u8 },
     /// The guest is stopped for what is left.
     Stop,
     /// The guest runs on, and nothing more is copied.
@@ -64,6 +99,14 @@ pub fn decide(policy: &Policy, standing: &Standing) -> Decision {
         return Decision::Stop;
     }
     let late = standing.elapsed >= policy.limit;
+    // A guest that is slower is a lesser evil than one that stands still, and at the limit it is too late for it.
+    if standing.stalled > 0
+        && !late
+        && let Some(throttle) = policy.throttle
+        && let Some(percent) = throttle.beyond(standing.throttled)
+    {
+        return Decision::Throttle { percent };
+    }
     match policy.at_limit {
         // It would be stopped with as much left in the end: sooner is as good.
         AtLimit::Stop if late || standing.stalled >= STALLED => Decision::Stop,
@@ -101,31 +144,44 @@ mod tests {
             longest: 1000 * MS,
             limit: 1000 * MS,
             at_limit,
+            throttle: None,
         }
     }
 
     /// A guest that dirties `writes` bytes a second of at most `of` bytes, over a link of `rate`: what was decided, when,
-    /// and what was left.
+    /// and what was left. One that is slowed down dirties less.
     fn migrate(policy: &Policy, of: u64, writes: u64, rate: u64) -> (Decision, Duration, u64) {
         let (mut elapsed, mut left, mut stalled) = (Duration::ZERO, of, 0);
+        let (mut least, mut throttled) = (u64::MAX, 0);
         loop {
             let took = Duration::from_micros(left * 1_000_000 / rate + 1);
             elapsed += took;
-            let dirtied = (writes as u128 * took.as_micros() / 1_000_000) as u64;
-            stalled = if dirtied.min(of) >= left {
+            let share = u128::from(100 - throttled);
+            let dirtied = (u128::from(writes) * took.as_micros() * share / 100_000_000) as u64;
+            left = dirtied.min(of);
+            // As who sends counts them.
+            stalled = if left >= least - least / 8 {
                 stalled + 1
             } else {
                 0
             };
-            left = dirtied.min(of);
+            least = least.min(left);
             let standing = Standing {
                 elapsed,
                 left,
                 rate,
                 stalled,
+                throttled,
             };
             match decide(policy, &standing) {
                 Decision::Again => {}
+                Decision::Throttle { percent } => {
+                    assert!(
+                        percent > throttled && percent <= 99,
+                        "{throttled} {percent}"
+                    );
+                    (throttled, stalled) = (percent, 0);
+                }
                 decision => return (decision, elapsed, left),
             }
         }
@@ -158,11 +214,51 @@ mod tests {
         assert!((1000 * MS..1100 * MS).contains(&elapsed), "{elapsed:?}");
     }
 
+    #[test]
+    fn a_guest_that_is_caught_up_with_is_not_slowed_down_and_one_that_is_not_by_steps() {
+        let policy = Policy {
+            throttle: Some(Throttle { most: 45 }),
+            ..policy(AtLimit::Stop)
+        };
+        let mut standing = Standing {
+            elapsed: 100 * MS,
+            left: 1 << 30,
+            rate: 1 << 30,
+            stalled: 0,
+            throttled: 0,
+        };
+        assert_eq!(decide(&policy, &standing), Decision::Again);
+        standing.stalled = 1;
+        for percent in [20, 30, 40, 45] {
+            assert_eq!(decide(&policy, &standing), Decision::Throttle { percent });
+            standing.throttled = percent;
+        }
+        assert_eq!(
+            decide(&policy, &standing),
+            Decision::Again,
+            "as slow as it may be"
+        );
+        standing.stalled = STALLED;
+        assert_eq!(decide(&policy, &standing), Decision::Stop);
+        (standing.stalled, standing.throttled) = (1, 0);
+        standing.elapsed = policy.limit;
+        assert_eq!(decide(&policy, &standing), Decision::Stop);
+        standing.elapsed = Duration::ZERO;
+        standing.left = 0;
+        assert_eq!(decide(&policy, &standing), Decision::Stop);
+    }
+
     proptest! {
         #[test]
-        fn every_migration_comes_to_an_end(of in 1u64..1 << 34, writes in 0u64..1 << 36, rate in 1u64 << 20..1 << 34) {
+        fn every_migration_comes_to_an_end(
+            of in 1u64..1 << 34,
+            writes in 0u64..1 << 36,
+            rate in 1u64 << 20..1 << 34,
+            most in prop::option::of(any::<u8>()),
+        ) {
             for at_limit in [AtLimit::Stop, AtLimit::GiveUp, AtLimit::PostCopy] {
-                let policy = policy(at_limit);
+                let throttle = most.map(|most| Throttle { most });
+                let policy = Policy { throttle, ..policy(at_limit) };
                 let (decision, elapsed, left) = migrate(&policy, of, writes, rate);
                 // The last round begins before the limit, and takes no longer than all of memory does.
                 prop_assert!(elapsed <= policy.limit + Duration::from_micros(of * 1_000_000 / rate + 1));
@@ -174,6 +270,28 @@ mod tests {
                 };
                 prop_assert!(fits || decision == at_the_limit);
             }
+        }
+
+        /// It writes up to thirty times as fast as it is copied, and there is time for as many copies of all as there are
+        /// steps, and some more.
+        #[test]
+        fn a_guest_that_is_slowed_down_is_caught_up_with_where_another_is_not(
+            of in 1u64 << 24..1 << 34,
+            rate in 1u64 << 20..1 << 28,
+            faster in 1u64..30,
+        ) {
+            let all = Duration::from_micros(of * 1_000_000 / rate + 1);
+            let plain = Policy { limit: all * 40, ..policy(AtLimit::GiveUp) };
+            let throttled = Policy { throttle: Some(Throttle { most: 99 }), ..plain };
+            let writes = rate * faster + rate / 100;
+            prop_assert_eq!(migrate(&plain, of, writes, rate).0, Decision::GiveUp);
+            prop_assert_eq!(migrate(&throttled, of, writes, rate).0, Decision::Stop);
+            // One that would be stopped sooner or later is stopped for less.
+            let stops = |policy| migrate(&Policy { at_limit: AtLimit::Stop, ..policy }, of, writes, rate);
+            prop_assert_eq!(stops(plain).2, of);
+            let (decision, _, left) = stops(throttled);
+            prop_assert_eq!(decision, Decision::Stop);
+            prop_assert!(u128::from(left) * 1000 <= u128::from(rate) * 10 + 999);
         }
     }
 }

@@ -60,6 +60,9 @@ pub trait VirtioDevice: Send {
         false
     }
 
+    /// As [`crate::device::Device::announce`].
+    fn announce(&self) {}
+
     /// As [`crate::device::Device::settle`].
     fn settle(&self) -> Result<(), DeviceError> {
         Ok(())

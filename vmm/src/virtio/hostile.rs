@@ -306,7 +306,7 @@ proptest! {
 
     #[test]
     fn against_a_network(acts in acts(), queues in 1u16..3) {
-        let config = NetConfig { mac: [2, 0, 0, 0, 0, 1], queues, mtu: Some(1500), limit: None };
+        let config = NetConfig { mac: [2, 0, 0, 0, 0, 1], queues, mtu: Some(1500), limit: None, addresses: Vec::new() };
         let wires = super::net::testing::wires(queues);
         let files = NetFiles { taps: wires.files, vhost: Vec::new() };
         // Packets wait for whatever buffers the driver posts.

@@ -8,11 +8,13 @@
     reason = "a fault fails the test, and not every program uses all of it"
 )]
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TAP: u16 = 0x0002 | 0x1000 | 0x4000;
@@ -74,6 +76,61 @@ pub fn tap(name: &str, queues: u16) -> Vec<File> {
     }
     set_up(name);
     files
+}
+
+/// What passes the tap `name`, as a port of a switch there sees it; from now on.
+pub struct Watch(File);
+
+impl Watch {
+    pub fn new(name: &str) -> Watch {
+        let all = (libc::ETH_P_ALL as u16).to_be();
+        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+        let name = CString::new(name).unwrap();
+        // SAFETY: a new descriptor, owned by nobody else; the address is as long as is said and lives on.
+        unsafe {
+            let fd = libc::socket(libc::AF_PACKET, kind, all.into());
+            assert!(fd >= 0, "socket: {}", io::Error::last_os_error());
+            let socket = File::from_raw_fd(fd);
+            let mut address: libc::sockaddr_ll = std::mem::zeroed();
+            address.sll_family = libc::AF_PACKET as u16;
+            address.sll_protocol = all;
+            address.sll_ifindex = libc::if_nametoindex(name.as_ptr()) as i32;
+            let length = size_of::<libc::sockaddr_ll>() as u32;
+            let bound = libc::bind(fd, (&raw const address).cast(), length);
+            assert_eq!(bound, 0, "bind: {}", io::Error::last_os_error());
+            Watch(socket)
+        }
+    }
+
+    /// The next frame, if one has come.
+    pub fn seen(&self) -> Option<Vec<u8>> {
+        let mut frame = vec![0; 70_000];
+        let length = (&self.0).read(&mut frame).ok()?;
+        frame.truncate(length);
+        Some(frame)
+    }
+
+    /// Waits for a frame that is as wanted; those before it are dropped.
+    pub fn expect(&self, patience: Duration, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.seen() {
+                Some(frame) if wanted(&frame) => return frame,
+                Some(_) => {}
+                None => {
+                    let left = deadline.checked_duration_since(Instant::now());
+                    let left = left.expect("no such frame in time").as_millis();
+                    let mut fds = libc::pollfd {
+                        fd: self.0.as_raw_fd(),
+                        events: libc::POLLIN,
+                        revents: 0,
+                    };
+                    // SAFETY: one struct pollfd, as is said.
+                    unsafe { libc::poll(&raw mut fds, 1, left as i32 + 1) };
+                }
+            }
+        }
+    }
 }
 
 fn set_up(name: &str) {

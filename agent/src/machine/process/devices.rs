@@ -156,5 +156,6 @@ pub(super) fn net_config(nic: &Nic) -> NetConfig {
             packets_per_second: limit.packets_per_second,
             burst_ms: limit.burst_ms,
         }),
+        addresses: Vec::new(),
     }
 }

@@ -67,6 +67,7 @@ fn sent() -> Vec<ToMachine> {
                 queues: 2,
                 mtu: Some(1400),
                 limit: None,
+                addresses: Vec::new(),
             },
         },
         ToMachine::Suspend {
@@ -102,6 +103,21 @@ fn sent() -> Vec<ToMachine> {
     ]
 }
 
+/// A process of before does not know them, and does without.
+#[test]
+fn a_networks_addresses_are_told_where_there_are_any() {
+    let before = r#"{"mac":[2,0,0,0,0,1],"queues":1,"mtu":null,"limit":null}"#;
+    let mut net: NetConfig = serde_json::from_str(before).unwrap();
+    assert_eq!(serde_json::to_string(&net).unwrap(), before);
+    net.addresses = vec!["10.0.0.1".parse().unwrap(), "fe80::1".parse().unwrap()];
+    let text = serde_json::to_string(&net).unwrap();
+    assert!(
+        text.ends_with(r#","addresses":["10.0.0.1","fe80::1"]}"#),
+        "{text}"
+    );
+    assert_eq!(serde_json::from_str::<NetConfig>(&text).unwrap(), net);
+}
+
 fn moving() -> Moving {
     Moving {
         migration: MigrationId(DEVICE.0),
@@ -114,6 +130,7 @@ fn moving() -> Moving {
             disk_sent: 1 << 21,
             disk_left: 1 << 22,
             elapsed_us: 17,
+            throttled: 0,
             rounds: vec![migration::Round {
                 memory_bytes: 4096,
                 disk_bytes: 8192,

@@ -62,6 +62,7 @@ fn sent(machine: Machine, owner: Vec<u8>) -> Vec<u8> {
         longest: Duration::from_secs(60),
         limit: Duration::from_secs(60),
         at_limit: AtLimit::Stop,
+        throttle: None,
     };
     let luggage = Luggage { owner, disks: true };
     let mut sender = Sender::begin(machine, recorder, policy, luggage).unwrap();

@@ -38,6 +38,8 @@ pub struct SentRound {
     pub took: Duration,
     /// Bytes that had been written to meanwhile.
     pub left: u64,
+    /// Percent of that time that vCPUs were kept out of the guest.
+    pub throttled: u8,
     pub decision: Decision,
 }
 
@@ -61,5 +63,7 @@ pub struct Sending<'a> {
     pub memory_left: u64,
     pub disk_left: u64,
     pub elapsed: Duration,
+    /// Percent of the time that vCPUs are kept out of the guest.
+    pub throttled: u8,
     pub report: &'a SendReport,
 }

@@ -39,6 +39,11 @@ pub trait NetBackend: Send {
         frame.write_to(self.as_fd()).map(drop)
     }
 
+    /// Sends a packet of the host's own, header first; `AGAIN` likewise.
+    fn send_bytes(&mut self, packet: &[u8]) -> Result<(), Errno> {
+        rustix::io::write(self.as_fd(), packet).map(drop)
+    }
+
     /// For the whole device: asked of the first pair only.
     fn set_offloads(&mut self, offloads: Offloads) -> Result<(), Errno>;
 

@@ -25,6 +25,7 @@ pub const F_STATUS: u64 = 1 << 16;
 pub const F_CTRL_VQ: u64 = 1 << 17;
 pub const F_CTRL_RX: u64 = 1 << 18;
 pub const F_CTRL_RX_EXTRA: u64 = 1 << 20;
+pub const F_GUEST_ANNOUNCE: u64 = 1 << 21;
 pub const F_MQ: u64 = 1 << 22;
 pub const F_CTRL_MAC_ADDR: u64 = 1 << 23;
 
@@ -74,6 +75,8 @@ pub enum Change {
     Filter,
     Pairs,
     Offloads,
+    /// The driver has said where its addresses are.
+    Announced,
 }
 
 /// The command is not one, was not negotiated, or asks for what cannot be (VIRTIO_NET_ERR).
@@ -142,6 +145,10 @@ impl Control {
                 self.mac = mac;
                 Ok(Change::Filter)
             }
+            (3, 0) if has(F_GUEST_ANNOUNCE) => match data {
+                [] => Ok(Change::Announced),
+                _ => Err(Refused),
+            },
             (4, 0) if has(F_MQ) => {
                 let pairs = u16::from_le_bytes(data.try_into().map_err(|_| Refused)?);
                 if !(1..=most).contains(&pairs) {
@@ -272,6 +279,28 @@ mod tests {
             assert_eq!(control.command(&command, features, 4).is_ok(), good);
         }
         assert_eq!(control.pairs, 4);
+    }
+
+    #[test]
+    fn only_an_acknowledgement_that_was_agreed_on_is_one() {
+        let mut control = Control::new(OWN);
+        let before = control.clone();
+        for (command, good) in [
+            (&[3, 0][..], true),
+            (&[3, 0, 0], false),
+            (&[3, 1], false),
+            (&[3], false),
+        ] {
+            let answer = control.command(command, F_GUEST_ANNOUNCE, 1);
+            let wanted = if good {
+                Ok(Change::Announced)
+            } else {
+                Err(Refused)
+            };
+            assert_eq!(answer, wanted, "{command:?}");
+        }
+        assert_eq!(control.command(&[3, 0], !F_GUEST_ANNOUNCE, 1), Err(Refused));
+        assert_eq!(control, before, "nothing that is saved");
     }
 
     proptest! {

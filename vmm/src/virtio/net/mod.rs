@@ -3,10 +3,12 @@
 //! Owns the device's configuration and a thread for each pair of queues ([`worker`]): packets go
 //! straight between guest memory and the tap ([`receive`], [`transmit`], [`frame`]), or the host's kernel
 //! moves them without us ([`vhost`]); what the driver wants to receive it says on the control queue
-//! ([`control`]), which the kernel does not heed: a filter is a wish (§5.1.6.5.1). The kernel does checksums
+//! ([`control`]), which the kernel does not heed: a filter is a wish (§5.1.6.5.1). When the guest has come here from
+//! another host it is said where its address is ([`announce`]). The kernel does checksums
 //! and segmentation for both sides, as far as was negotiated. Who may send what from which address is not
 //! decided here, but by whoever made the tap.
 
+mod announce;
 pub mod backend;
 mod control;
 mod frame;
@@ -27,10 +29,11 @@ pub use backend::{NetBackend, Offloads, Wire};
 pub use frame::Frame;
 pub use tap::Tap;
 
+use self::announce::Announcement;
 use self::control::{
     Control, F_CSUM, F_CTRL_GUEST_OFFLOADS, F_CTRL_MAC_ADDR, F_CTRL_RX, F_CTRL_RX_EXTRA, F_CTRL_VQ,
-    F_HOST_ECN, F_HOST_TSO4, F_HOST_TSO6, F_MAC, F_MQ, F_MRG_RXBUF, F_MTU, F_STATUS,
-    RECEIVE_OFFLOADS,
+    F_GUEST_ANNOUNCE, F_HOST_ECN, F_HOST_TSO4, F_HOST_TSO6, F_MAC, F_MQ, F_MRG_RXBUF, F_MTU,
+    F_STATUS, RECEIVE_OFFLOADS,
 };
 use self::limit::Limiter;
 use self::vhost::{Vhost, VhostError};
@@ -46,7 +49,9 @@ use crate::work::{Running, Work};
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 const STATE_VERSION: u32 = 1;
+/// Bits of the status in the configuration (§5.1.4).
 const LINK_UP: u16 = 1;
+const ANNOUNCE: u16 = 2;
 /// Bytes of struct virtio_net_config as far as our features go (§5.1.4).
 const CONFIG_LENGTH: usize = 12;
 
@@ -177,7 +182,8 @@ impl Net {
     fn config_space(&self) -> [u8; CONFIG_LENGTH] {
         let mut space = [0; CONFIG_LENGTH];
         space[..6].copy_from_slice(&self.shared.control().mac);
-        space[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
+        let asked = if self.shared.asks() { ANNOUNCE } else { 0 };
+        space[6..8].copy_from_slice(&(LINK_UP | asked).to_le_bytes());
         space[8..10].copy_from_slice(&self.config.queues.to_le_bytes());
         space[10..].copy_from_slice(&self.config.mtu.unwrap_or(0).to_le_bytes());
         space
@@ -212,7 +218,7 @@ impl VirtioDevice for Net {
         let filter = F_CTRL_VQ | F_CTRL_RX | F_CTRL_RX_EXTRA | F_CTRL_MAC_ADDR;
         let mtu = self.config.mtu.map_or(0, |_| F_MTU);
         let several = if self.config.queues > 1 { F_MQ } else { 0 };
-        F_MAC | F_STATUS | sending | receiving | filter | mtu | several
+        F_MAC | F_STATUS | F_GUEST_ANNOUNCE | sending | receiving | filter | mtu | several
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
@@ -276,8 +282,17 @@ impl VirtioDevice for Net {
         Ok(queues)
     }
 
+    fn announce(&self) {
+        let NetConfig { addresses, mtu, .. } = &self.config;
+        let announcement = Announcement::new(addresses, *mtu, Instant::now());
+        if let Err(error) = self.send(0, Command::Announce(announcement)) {
+            tracing::warn!(device = self.id, %error, "nobody is told where it is");
+        }
+    }
+
     fn reset(&mut self) {
         self.shared.set_control(Control::new(self.config.mac));
+        self.shared.ask(false);
     }
 
     fn save(&self) -> Result<SavedDevice, DeviceError> {

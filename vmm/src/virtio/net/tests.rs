@@ -8,7 +8,8 @@ use rstest::rstest;
 use rustix::io::Errno;
 
 use super::control::{
-    F_CTRL_RX, F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_MQ, F_MRG_RXBUF, HEADER,
+    F_CTRL_RX, F_GUEST_ANNOUNCE, F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_MQ, F_MRG_RXBUF,
+    HEADER,
 };
 use super::testing::{Far, wires};
 use super::*;
@@ -16,7 +17,7 @@ use crate::config::NetLimit;
 use crate::device::Device;
 use crate::virtio::VirtioPciDevice;
 use crate::virtio::feature;
-use crate::virtio::testing::{Driver, Rig, read_part, think, write_part};
+use crate::virtio::testing::{DEADLINE, Driver, Rig, read_part, think, write_part};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -30,6 +31,7 @@ fn config(queues: u16) -> NetConfig {
         queues,
         mtu: Some(9000),
         limit: None,
+        addresses: Vec::new(),
     }
 }
 
@@ -74,6 +76,10 @@ impl NetBackend for Sink {
 
     fn send(&mut self, _: &Frame) -> Result<(), Errno> {
         self.answers.pop().map_or(Ok(()), Err)
+    }
+
+    fn send_bytes(&mut self, _: &[u8]) -> Result<(), Errno> {
+        Ok(())
     }
 
     fn set_offloads(&mut self, _: Offloads) -> Result<(), Errno> {
@@ -133,15 +139,33 @@ impl Bench {
     fn control(&mut self, queue: usize, command: &[u8]) -> u8 {
         self.driver.put(0x1000, command);
         self.driver.put(0x2000, &[0xee]);
-        let parts = [
-            read_part(0x1000, 2),
-            read_part(0x1002, command.len() as u32 - 2),
-            write_part(0x2000, 1),
-        ];
+        let mut parts = vec![read_part(0x1000, 2)];
+        // Not every command has data.
+        if command.len() > 2 {
+            parts.push(read_part(0x1002, command.len() as u32 - 2));
+        }
+        parts.push(write_part(0x2000, 1));
         assert_eq!(self.driver.request(queue, &parts), 1);
         self.driver.take(0x2000, 1)[0]
     }
+
+    /// Waits for a whole announcement: each of its frames, without the header. None is said afterwards.
+    fn announced(&mut self, control: usize) -> Vec<Vec<u8>> {
+        let frames = (0..5)
+            .map(|_| self.far[0].take().split_off(HEADER))
+            .collect();
+        // By the same thread, after all that belongs to the last time.
+        assert_eq!(self.control(control, &[0, 0, 1]), 0);
+        frames
+    }
+
+    fn status(&self) -> Vec<u8> {
+        self.driver.config(6, 2)
+    }
 }
+
+/// Where RARP has the sender's address.
+const SENDER: std::ops::Range<usize> = 22..28;
 
 #[test]
 fn configuration_says_address_link_pairs_and_mtu() {
@@ -461,4 +485,116 @@ fn a_driver_that_turns_offloads_on_and_off_does_not_keep_the_hosts_networks_busy
     // 64 at once, less the one before, the rest at 100 a second.
     let took = begin.elapsed();
     assert!(took >= Duration::from_millis(300), "{took:?}");
+}
+
+#[rstest]
+#[case(1)]
+#[case(2)]
+fn a_device_that_has_come_here_says_so_by_its_first_pair_and_has_its_driver_do_likewise(
+    #[case] pairs: u16,
+) {
+    let control = 2 * usize::from(pairs);
+    let mut bench = start(pairs);
+    bench.driver.device.announce();
+    assert!(bench.driver.recorder.wait(0, DEADLINE), "an interrupt");
+    for frame in bench.announced(control) {
+        assert_eq!(frame[12..14], [0x80, 0x35]);
+        assert_eq!(frame[SENDER], MAC);
+    }
+    assert_eq!(bench.status(), [3, 0], "it is asked until it answers");
+    assert_eq!(bench.control(control, &[3, 0, 0]), 1, "that is no answer");
+    assert_eq!(bench.control(control, &[3, 1]), 1);
+    assert_eq!(bench.status(), [3, 0]);
+    assert_eq!(bench.control(control, &[3, 0]), 0);
+    assert_eq!(bench.status(), [1, 0]);
+    assert!(bench.far.iter().all(|far| far.try_take().is_none()));
+}
+
+#[test]
+fn a_driver_that_did_not_agree_to_announce_is_not_asked() {
+    let mut bench = start_with(&config(1), !F_GUEST_ANNOUNCE);
+    bench.driver.device.announce();
+    bench.announced(2);
+    assert_eq!(bench.status(), [1, 0]);
+    assert_eq!(bench.control(2, &[3, 0]), 1);
+}
+
+#[test]
+fn a_drivers_reset_takes_the_question_with_it() {
+    let mut bench = start(1);
+    bench.driver.device.announce();
+    bench.announced(2);
+    assert_eq!(bench.status(), [3, 0]);
+    bench.driver.initialise(u64::MAX);
+    assert_eq!(bench.status(), [1, 0]);
+}
+
+#[test]
+fn what_is_announced_is_the_address_that_the_driver_has_set_and_those_that_are_known() {
+    let mut named = config(1);
+    named.addresses = vec!["10.0.0.1".parse().unwrap(), "fe80::1".parse().unwrap()];
+    let mut bench = start_with(&named, u64::MAX);
+    let set = [&[1, 1][..], &OTHER].concat();
+    assert_eq!(bench.control(2, &set), 0);
+    bench.driver.device.announce();
+    for (number, kind) in [[0x80, 0x35], [0x08, 0x06], [0x86, 0xdd]]
+        .iter()
+        .enumerate()
+    {
+        let frame = bench.far[0].take().split_off(HEADER);
+        assert_eq!(frame[6..12], OTHER, "frame {number}");
+        assert_eq!(&frame[12..14], kind, "frame {number}");
+    }
+}
+
+/// Its guest may be going on elsewhere.
+#[test]
+fn nothing_is_announced_of_a_device_at_rest_until_it_goes_on() {
+    let mut bench = start(1);
+    bench.driver.device.announce();
+    bench.far[0].take();
+    bench.driver.device.pause().unwrap();
+    while bench.far[0].try_take().is_some() {}
+    // sleeps because that nothing comes is seen in no event: three more times are due by then
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(bench.far[0].try_take().is_none());
+    bench.driver.device.resume().unwrap();
+    bench.far[0].take();
+    assert_eq!(bench.control(2, &[0, 0, 1]), 0);
+}
+
+/// A machine of a build from before has a driver that never heard of it, and a record like any.
+#[test]
+fn a_question_is_in_no_record_and_a_restored_device_asks_anew() {
+    for (features, asked) in [(u64::MAX, [3, 0]), (!F_GUEST_ANNOUNCE, [1, 0])] {
+        let mut bench = start_with(&config(1), features);
+        bench.driver.device.pause().unwrap();
+        let before = bench.driver.device.save().unwrap();
+        bench.driver.device.resume().unwrap();
+        bench.driver.device.announce();
+        bench.announced(2);
+        assert_eq!(bench.status(), asked);
+        bench.driver.device.pause().unwrap();
+        let saved = bench.driver.device.save().unwrap();
+        assert_eq!((&saved.id, saved.version), (&before.id, before.version));
+        assert_eq!(saved.state.len(), before.state.len());
+        let (board, recorder) = bench.rig.with_recorder();
+        let wires = wires(1);
+        let files = NetFiles {
+            taps: wires.files,
+            vhost: Vec::new(),
+        };
+        let restored = VirtioPciDevice::restore(&saved, &board, |saved| {
+            let net = Net::open("net0", &config(1), &files, &board.threads)?;
+            Ok(Box::new(Net::restore(saved, net)?))
+        })
+        .unwrap();
+        drop(std::mem::replace(&mut bench.driver.device, restored));
+        (bench.driver.recorder, bench.far) = (recorder, wires.far);
+        bench.driver.device.resume().unwrap();
+        assert_eq!(bench.status(), [1, 0], "nobody has asked yet");
+        bench.driver.device.announce();
+        bench.announced(2);
+        assert_eq!(bench.status(), asked);
+    }
 }

@@ -5,6 +5,7 @@
 
 use std::error::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver as Commands, Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,8 +14,9 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 
+use super::announce::Announcement;
 use super::backend::NetBackend;
-use super::control::{COMMAND_MAX, Change, Control, F_MRG_RXBUF};
+use super::control::{COMMAND_MAX, Change, Control, F_GUEST_ANNOUNCE, F_MRG_RXBUF};
 use super::frame::Frame;
 use super::limit::Limiter;
 use super::receive::{Receiver, Turn};
@@ -56,6 +58,8 @@ pub(super) enum Command {
     Enable(bool, SyncSender<()>),
     /// What the driver can receive has changed.
     Offloads,
+    /// The first pair's only: it is to be said where the device is.
+    Announce(Announcement),
     GiveBack(SyncSender<Vec<Virtqueue>>),
     Stop,
 }
@@ -80,6 +84,8 @@ pub(super) struct Shared {
     control: Mutex<Arc<Control>>,
     pub(super) incoming: Limiter,
     pub(super) outgoing: Limiter,
+    /// The driver is asked to say where its addresses are, and has not answered (VIRTIO_NET_S_ANNOUNCE).
+    asks: AtomicBool,
 }
 
 impl Shared {
@@ -88,7 +94,16 @@ impl Shared {
             control: Mutex::new(Arc::new(control)),
             incoming,
             outgoing,
+            asks: AtomicBool::new(false),
         }
+    }
+
+    pub(super) fn asks(&self) -> bool {
+        self.asks.load(Ordering::Acquire)
+    }
+
+    pub(super) fn ask(&self, asks: bool) {
+        self.asks.store(asks, Ordering::Release);
     }
 
     pub(super) fn control(&self) -> Arc<Control> {
@@ -122,6 +137,10 @@ pub(super) struct Worker {
     receiver: Option<Receiver>,
     transmitter: Option<Transmitter>,
     control: Option<Virtqueue>,
+    /// It has what a driver gave it: the machine is not at rest.
+    active: bool,
+    /// Under way, of the first pair; while the machine is at rest its guest may go on elsewhere, and nothing is said.
+    announcement: Option<Announcement>,
     /// There may be a command in it.
     kicked: bool,
     /// How often the driver may change what the kernel has to be told.
@@ -175,6 +194,8 @@ impl Worker {
             receiver: None,
             transmitter: None,
             control: None,
+            active: false,
+            announcement: None,
             kicked: false,
             settings: TokenBucket::new(SETTINGS_A_SECOND, SETTINGS_BURST, Instant::now()),
             limited: Limited::default(),
@@ -218,6 +239,7 @@ impl Worker {
                 features,
             } => {
                 self.features = features;
+                self.active = true;
                 self.failed = false;
                 self.kicked = true;
                 if let Some(control) = &control {
@@ -234,6 +256,7 @@ impl Worker {
                 let _ = done.send(());
             }
             Command::Offloads => self.apply_offloads(),
+            Command::Announce(announcement) => self.announcement = Some(announcement),
             Command::GiveBack(reply) => {
                 let _ = reply.send(self.give_back());
             }
@@ -346,6 +369,7 @@ impl Worker {
     }
 
     fn give_back(&mut self) -> Vec<Virtqueue> {
+        self.active = false;
         let receive = self.receiver.take().map(Receiver::give_back);
         let transmit = self.transmitter.take().map(Transmitter::give_back);
         let mut queues: Vec<_> = [receive, transmit, self.control.take()]
@@ -359,8 +383,40 @@ impl Worker {
         queues
     }
 
+    /// How long until it is to be said where the device is.
+    fn announces_in(&self) -> Option<Duration> {
+        let announcement = self.announcement.as_ref().filter(|_| self.active)?;
+        Some(announcement.wait(Instant::now()))
+    }
+
+    /// Says where the device is, and asks its driver to, if it is time. By the first pair's tap, whoever moves its
+    /// packets: to the host's kernel what is written there comes from the guest.
+    fn announce(&mut self) {
+        if self.announces_in() != Some(Duration::ZERO) {
+            return;
+        }
+        let mac = self.shared.control().mac;
+        if let Some(announcement) = &mut self.announcement {
+            for frame in announcement.frames(mac) {
+                if let Err(error) = self.backend.send_bytes(&frame) {
+                    tracing::debug!(%error, "it was not said where a network device is");
+                }
+            }
+            if !announcement.was_made(Instant::now()) {
+                self.announcement = None;
+            }
+        }
+        if let Some(control) = &self.control
+            && self.features & F_GUEST_ANNOUNCE != 0
+        {
+            self.shared.ask(true);
+            control.config_changed();
+        }
+    }
+
     /// Does what there is to do, a bounded part of it; true if there may be more.
     fn turn(&mut self) -> bool {
+        self.announce();
         self.limited = Limited::default();
         if self.failed {
             return false;
@@ -470,6 +526,10 @@ impl Worker {
         };
         let unchanged = match change {
             Change::Filter => true,
+            Change::Announced => {
+                self.shared.ask(false);
+                true
+            }
             Change::Offloads => control.offloads(self.features) == before.offloads(self.features),
             Change::Pairs => control.pairs == before.pairs,
         };
@@ -489,7 +549,7 @@ impl Worker {
 
     fn carry_out(&mut self, change: Change) {
         match change {
-            Change::Filter => {}
+            Change::Filter | Change::Announced => {}
             Change::Offloads => {
                 self.apply_offloads();
                 for other in &self.others {
@@ -553,6 +613,7 @@ impl Worker {
             .filter(|(limited, _)| *limited && !self.failed)
             .map(|(_, limiter)| limiter.wait())
             .chain(settings)
+            .chain(self.announces_in())
             .chain(more.then_some(Duration::ZERO))
             .min()
             .map(timespec);

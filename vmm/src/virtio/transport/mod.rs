@@ -190,6 +190,10 @@ impl Device for VirtioPciDevice {
         self.lock().device.lends_interrupts()
     }
 
+    fn announce(&self) {
+        self.lock().device.announce();
+    }
+
     fn settle(&self) -> Result<(), DeviceError> {
         self.lock().device.settle()
     }

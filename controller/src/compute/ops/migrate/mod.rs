@@ -65,6 +65,7 @@ const AT_ONCE: Policy = Policy {
     longest_ms: 3_600_000,
     limit_ms: 0,
     at_limit: AtLimit::Stop,
+    throttle: None,
 };
 
 /// Of a guest that was on two hosts in part, one of which has lost it.

@@ -141,6 +141,7 @@ fn config(queues: u16) -> NetConfig {
         queues,
         mtu: None,
         limit: None,
+        addresses: Vec::new(),
     }
 }
 
@@ -428,4 +429,19 @@ fn a_kernel_without_what_drivers_may_use_is_refused() {
             missing: F_MRG_RXBUF
         }
     ));
+}
+
+#[test]
+fn where_it_is_is_said_by_the_tap_while_the_kernel_moves_its_packets() {
+    let bench = start(Fake::default());
+    bench.kernel.wait_for_running(true);
+    bench.driver.device.announce();
+    let frame = bench.far[0].take();
+    assert_eq!(frame[12 + 6..12 + 12], MAC);
+    assert_eq!(frame[12 + 12..12 + 14], [0x80, 0x35]);
+    assert!(
+        bench.driver.recorder.wait(0, DEADLINE),
+        "the driver is asked"
+    );
+    bench.kernel.wait_for_running(true);
 }
