@@ -14,10 +14,10 @@ mod typed;
 mod wait;
 
 pub use client::{Answer, Client};
-pub use cloud::{Cloud, Options};
+pub use cloud::{Cloud, Options, Ways};
 pub use guardian::Guardian;
 pub use machines::{MachineProcess, processes as machine_processes};
 pub use openstack::OpenStack;
 pub use process::{Process, program};
-pub use typed::{asks, types};
+pub use typed::{Typed, asks};
 pub use wait::until;

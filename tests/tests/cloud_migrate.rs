@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, types, until};
+use fractus_tests::harness::{Client, Cloud, OpenStack, Options, Typed, asks, until};
 use serde_json::{Value, json};
 
 async fn two_hosts() -> Cloud {
@@ -197,14 +197,17 @@ async fn cloud_memory_follows_a_guest_whose_flavor_allows_it() {
     let live = json!({"os-migrateLive": {"host": null, "block_migration": "auto"}});
     let by = Instant::now() + Duration::from_secs(120);
     loop {
-        types(&admin, &id, "loudly weave 60", &["begun weave"]).await;
+        let mut typed = Typed::open(&admin, &id).await.unwrap();
+        let begun = typed.until("loudly weave 60", &["begun weave"]).await;
+        begun.unwrap();
         let answer = admin.act(&id, live.clone()).await.unwrap();
         answer.expect_status(202).unwrap();
         complete_by_force(&admin, &id).await;
         let migration = migration(&admin, &id, "completed").await;
         admin.until_status(&id, "ACTIVE").await.unwrap();
         // It looks at all that it has written.
-        types(&admin, &id, "", &["ok weave"]).await;
+        let mut typed = Typed::open(&admin, &id).await.unwrap();
+        typed.until("", &["ok weave"]).await.unwrap();
         let path = format!(
             "/fractus/v1/migrations/{}",
             migration["uuid"].as_str().unwrap()

@@ -147,6 +147,25 @@ async fn an_answer_that_was_lost_is_settled_by_the_targets_word() {
 }
 
 #[tokio::test]
+async fn a_guest_whose_source_is_killed_when_its_target_has_all_of_it_goes_on_there() {
+    for event in [Event::End, Event::AnswerLost] {
+        let (mut world, source, target) = sending().await;
+        let before = source.soul(server_one()).unwrap();
+        stream(&world, event);
+        // Before anybody has heard of the offer.
+        let detail = "killed".to_owned();
+        assert!(source.end_process(server_one(), StopReason::VmmFault { detail }));
+        quietly(&mut world).await;
+        world.heal().await;
+        world.check_rest().await;
+        let after = target.soul(server_one()).unwrap();
+        assert_eq!(after.born, before.born, "{event:?}");
+        assert_eq!(only_migration(&world).await.status, "completed");
+        assert_eq!(state(&world, ONE).await, ServerState::Active);
+    }
+}
+
+#[tokio::test]
 async fn an_offer_whose_target_cannot_be_asked_waits_for_it_or_for_an_operators_word() {
     for declared in [false, true] {
         let (mut world, source, target) = sending().await;

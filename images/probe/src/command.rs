@@ -214,6 +214,7 @@ impl Probe {
             "random" => self.random(words, out),
             "touch" => self.touch(words, out),
             "zeros" => self.zeros(words, out),
+            "fill" | "filled" => self.pattern(name, words, out),
             "dirty" => self.dirty(words, out),
             "weave" => self.weave(words, out),
             "churn" => self.churn(words),
@@ -465,6 +466,28 @@ impl Probe {
             left -= count;
         }
         let _ = write!(out, " pages={zeros}");
+        Ok(())
+    }
+
+    /// Each page's first and last word, by its place and a seed: `fill` writes them, `filled` looks for them.
+    fn pattern(&self, name: &str, words: &mut Words, out: &mut Line) -> Outcome {
+        let given = words.number().zip(words.number());
+        let (mib, seed) = given.ok_or(Refusal::Usage("MIB SEED"))?;
+        let start = self.in_a_row(mib)?.start;
+        for page in 0..mib * PAGES_PER_MIB {
+            let at = start + page * PAGE;
+            let word = (at ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            if name == "fill" {
+                memory::write_u64(at, word);
+                memory::write_u64(at + PAGE - 8, !word);
+            } else if (memory::read_u64(at), memory::read_u64(at + PAGE - 8)) != (word, !word) {
+                return Err(Refusal::At(at));
+            }
+            if page % 64 == 0 {
+                clock::pulse(nonce());
+            }
+        }
+        let _ = write!(out, " mib={mib}");
         Ok(())
     }
 

@@ -36,6 +36,8 @@
 //! | `blk-bench DEV read\|write seq\|random DEPTH COUNT [SIZE [poll]]` | `ok blk-bench ops= us= interrupts= kicks=`: so many requests (of 4096 bytes), DEPTH in flight |
 //! | `random N` | `ok random HEX…` from virtio-rng |
 //! | `touch MIB` | `ok touch mib= us=`: a write into every page of that much memory |
+//! | `fill MIB SEED` | `ok fill mib=`: a pattern in every page of that much memory |
+//! | `filled MIB SEED` | `ok filled mib=`, or `err filled at=`: whether it is there |
 //! | `zeros MIB` | `ok zeros pages=`: how many pages of that much memory begin with zeros |
 //! | `balloon free MIB` | `ok balloon mib= us=`: reports that much of free memory, from its start, as free
 //! | | (what was `touch`ed is there again as zeros) |

@@ -28,6 +28,8 @@ pub struct Options {
     pub database: Option<String>,
     /// The agents' program; `None`: the one that was built with this test.
     pub agent_program: Option<PathBuf>,
+    /// Controller and agents know each other by [`Ways`] where nobody listens: the test does, and carries what they say.
+    pub apart: bool,
 }
 
 impl Default for Options {
@@ -36,8 +38,18 @@ impl Default for Options {
             agents: 1,
             database: None,
             agent_program: None,
+            apart: false,
         }
     }
+}
+
+/// How one of a cloud's listeners is reached.
+#[derive(Debug, Clone, Copy)]
+pub struct Ways {
+    /// Where it listens.
+    pub listens: SocketAddr,
+    /// Where others go to: the same, unless they are apart.
+    pub known: SocketAddr,
 }
 
 /// A running cloud. Dropping it ends it, with everything that it made.
@@ -59,7 +71,7 @@ pub struct Cloud {
 #[derive(Debug)]
 struct Agent {
     name: String,
-    listen: SocketAddr,
+    ways: Ways,
     users: Range<u32>,
     process: Option<Process>,
     /// A file with the id of its host's boot, if that is another than this machine's.
@@ -71,12 +83,14 @@ struct Agent {
 #[derive(Debug, Clone, Copy)]
 struct Addresses {
     ip: Ipv4Addr,
+    /// Where controller and agents are known to each other.
+    known: Ipv4Addr,
     first_port: u16,
 }
 
 impl Addresses {
     /// For this process's one cloud.
-    fn own() -> Result<Self> {
+    fn own(apart: bool) -> Result<Self> {
         static TAKEN: AtomicBool = AtomicBool::new(false);
         if TAKEN.swap(true, Ordering::Relaxed) {
             bail!(
@@ -85,8 +99,13 @@ impl Addresses {
         }
         // A pid has 22 bits, and is nobody else's while we live.
         let [_, high, middle, low] = std::process::id().to_be_bytes();
+        let ip = Ipv4Addr::new(127, 64 + high, middle, low);
         Ok(Self {
-            ip: Ipv4Addr::new(127, 64 + high, middle, low),
+            ip,
+            known: match apart {
+                true => Ipv4Addr::new(127, 128 + high, middle, low),
+                false => ip,
+            },
             first_port: 27_100,
         })
     }
@@ -95,17 +114,24 @@ impl Addresses {
         (self.ip, self.first_port).into()
     }
 
-    fn agents(&self) -> SocketAddr {
-        (self.ip, self.first_port + 1).into()
+    fn ways(&self, port: u16) -> Ways {
+        Ways {
+            listens: (self.ip, port).into(),
+            known: (self.known, port).into(),
+        }
+    }
+
+    fn agents(&self) -> Ways {
+        self.ways(self.first_port + 1)
     }
 
     fn metrics(&self) -> SocketAddr {
         (self.ip, self.first_port + 2).into()
     }
 
-    fn agent(&self, index: usize) -> Result<SocketAddr> {
+    fn agent(&self, index: usize) -> Result<Ways> {
         let port = self.first_port + 10 + u16::try_from(index)?;
-        Ok((self.ip, port).into())
+        Ok(self.ways(port))
     }
 }
 
@@ -115,6 +141,13 @@ const USERS_EACH: u32 = 1000;
 impl Cloud {
     /// Starts everything and waits until every agent has been heard.
     pub async fn start(options: Options) -> Result<Self> {
+        let mut cloud = Self::without_agents(options).await?;
+        cloud.start_agents().await?;
+        Ok(cloud)
+    }
+
+    /// Starts the controller alone.
+    pub async fn without_agents(options: Options) -> Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("fractus-test-")
             .tempdir()?
@@ -124,7 +157,7 @@ impl Cloud {
         let first = 100_000_000 + std::process::id() % 100_000 * 10_000;
         let users = first..first + count.max(1) * USERS_EACH;
         let guardian = Guardian::start(&users, &folder)?;
-        let addresses = Addresses::own()?;
+        let addresses = Addresses::own(options.apart)?;
         let mut cloud = Self {
             url: format!("http://{}", addresses.public()),
             password: String::new(),
@@ -137,12 +170,16 @@ impl Cloud {
             _guardian: guardian,
         };
         cloud.start_controller().await?;
-        for index in 0..cloud.options.agents {
-            cloud.join(index).await?;
-            cloud.start_agent(index)?;
-        }
-        cloud.until_hosts_up().await?;
         Ok(cloud)
+    }
+
+    /// Has the agents join that are wanted, and waits until each has been heard.
+    pub async fn start_agents(&mut self) -> Result<()> {
+        for index in self.agents.len()..self.options.agents {
+            self.join(index).await?;
+            self.start_agent(index)?;
+        }
+        self.until_hosts_up().await
     }
 
     /// Starts `fractus serve`, also again after it was killed.
@@ -156,7 +193,9 @@ impl Cloud {
             "--listen".to_owned(),
             self.addresses.public().to_string(),
             "--agents-listen".to_owned(),
-            self.addresses.agents().to_string(),
+            self.addresses.agents().listens.to_string(),
+            "--agents-url".to_owned(),
+            format!("https://{}", self.addresses.agents().known),
             "--metrics-listen".to_owned(),
             self.addresses.metrics().to_string(),
         ];
@@ -195,11 +234,11 @@ impl Cloud {
 
     async fn join(&mut self, index: usize) -> Result<()> {
         let name = format!("agent-{index}");
-        let listen = self.addresses.agent(index)?;
+        let ways = self.addresses.agent(index)?;
         let first = self.users.start + u32::try_from(index)? * USERS_EACH;
         let agent = Agent {
             name,
-            listen,
+            ways,
             users: first..first + USERS_EACH,
             process: None,
             boot: None,
@@ -207,8 +246,9 @@ impl Cloud {
         let token = self.join_token().await?;
         let mut arguments = vec!["join".to_owned()];
         arguments.extend(self.folders(&agent));
-        let controller = format!("https://{}", self.addresses.agents());
-        let endpoint = format!("https://{listen}");
+        // What it is told of controllers then is how they are known.
+        let controller = format!("https://{}", self.addresses.agents().listens);
+        let endpoint = format!("https://{}", ways.known);
         for (flag, value) in [
             ("--controller", controller),
             ("--token", token),
@@ -263,7 +303,7 @@ impl Cloud {
         arguments.push("run".to_owned());
         arguments.extend(self.folders(agent));
         for (flag, value) in [
-            ("--listen", agent.listen.to_string()),
+            ("--listen", agent.ways.listens.to_string()),
             ("--first-user", agent.users.start.to_string()),
             ("--users", USERS_EACH.to_string()),
             ("--shutdown-seconds", "5".to_owned()),
@@ -437,6 +477,26 @@ impl Cloud {
 
     pub fn controller(&mut self) -> Option<&mut Process> {
         self.controller.as_mut()
+    }
+
+    /// How agents reach the controller.
+    pub fn controller_ways(&self) -> Ways {
+        self.addresses.agents()
+    }
+
+    /// How the controller reaches an agent, which may not have joined yet, and other agents the ports of its host.
+    pub fn agent_ways(&self, index: usize) -> Result<Ways> {
+        self.addresses.agent(index)
+    }
+
+    /// State folder of an agent, which may not have joined yet.
+    pub fn agent_state(&self, index: usize) -> PathBuf {
+        self.folder.join(format!("agent-{index}")).join("state")
+    }
+
+    /// The processes of one agent's machines.
+    pub fn machine_processes_of(&self, index: usize) -> Vec<MachineProcess> {
+        machines::processes(&self.agents[index].users)
     }
 
     /// The processes of machines, of all agents.

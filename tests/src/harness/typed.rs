@@ -4,55 +4,87 @@
 
 use std::time::Duration;
 
+use anyhow::{Result, bail};
 use futures::{SinkExt, StreamExt};
 use serde_json::json;
+use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
 use super::Client;
+
+/// Longest wait for an answer, of a guest on a busy host.
+const ANSWERS: Duration = Duration::from_secs(60);
 
 /// The probe does a command that it is typed.
 ///
 /// # Panics
 /// When it says that it cannot, or nothing.
 pub async fn asks(admin: &Client, server: &str, command: &str) {
-    let word = command.split(' ').next().unwrap();
-    let (ok, err) = (format!("ok {word}"), format!("err {word}"));
-    let answer = types(admin, server, command, &[&ok, &err]).await;
-    assert!(answer.contains(&ok), "{command}: {answer}");
+    let mut typed = Typed::open(admin, server).await.unwrap();
+    typed.answer(command).await.unwrap();
 }
 
-/// The line in which the guest says one of these, once it was typed that.
-///
-/// # Panics
-/// When it says nothing of the kind.
-pub async fn types(admin: &Client, server: &str, typed: &str, answers: &[&str]) -> String {
-    let body = json!({"remote_console": {"protocol": "serial", "type": "serial"}});
-    let path = format!("/compute/v2.1/servers/{server}/remote-consoles");
-    let console = admin.post(&path, body).await.unwrap();
-    let url = console
-        .expect_status(200)
-        .unwrap()
-        .text("/remote_console/url");
-    let mut request = url.as_str().into_client_request().unwrap();
-    let binary = "binary".parse().unwrap();
-    request
-        .headers_mut()
-        .insert("sec-websocket-protocol", binary);
-    let (mut socket, _) = tokio_tungstenite::connect_async(request).await.unwrap();
-    let line = Message::binary(format!("{typed}\n"));
-    socket.send(line).await.unwrap();
-    let answered = tokio::time::timeout(Duration::from_secs(60), async {
-        let mut said = String::new();
-        while let Some(Ok(message)) = socket.next().await {
-            said.push_str(&String::from_utf8_lossy(&message.into_data()));
-            let (whole, _) = said.rsplit_once('\n').unwrap_or_default();
-            let is_answer = |line: &&str| answers.iter().any(|answer| line.contains(answer));
-            if let Some(answer) = whole.lines().find(is_answer) {
-                return answer.to_owned();
-            }
+/// A server's serial console, with the probe at its other end.
+pub struct Typed {
+    socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
+    said: String,
+}
+
+impl Typed {
+    pub async fn open(admin: &Client, server: &str) -> Result<Self> {
+        let body = json!({"remote_console": {"protocol": "serial", "type": "serial"}});
+        let path = format!("/compute/v2.1/servers/{server}/remote-consoles");
+        let console = admin.post(&path, body).await?;
+        let url = console.expect_status(200)?.text("/remote_console/url");
+        let mut request = url.as_str().into_client_request()?;
+        let headers = request.headers_mut();
+        headers.insert("sec-websocket-protocol", "binary".parse()?);
+        let (socket, _) = tokio_tungstenite::connect_async(request).await?;
+        let said = String::new();
+        Ok(Self { socket, said })
+    }
+
+    /// What the probe answers to a command.
+    ///
+    /// # Errors
+    /// It says that it cannot, or nothing.
+    pub async fn answer(&mut self, command: &str) -> Result<String> {
+        let word = command.split(' ').next().unwrap_or_default();
+        let (ok, err) = (format!("ok {word}"), format!("err {word}"));
+        let answer = self.until(command, &[&ok, &err]).await?;
+        match answer.contains(&ok) {
+            true => Ok(answer),
+            false => bail!("{command}: {answer}"),
         }
-        panic!("{typed:?}: {said}");
-    });
-    answered.await.unwrap()
+    }
+
+    /// The line in which it says one of these, once it was typed that.
+    ///
+    /// # Errors
+    /// It says nothing of the kind.
+    pub async fn until(&mut self, typed: &str, answers: &[&str]) -> Result<String> {
+        let line = Message::binary(format!("{typed}\n"));
+        self.socket.send(line).await?;
+        let answered = tokio::time::timeout(ANSWERS, async {
+            loop {
+                let (whole, rest) = self.said.rsplit_once('\n').unwrap_or(("", &self.said));
+                let is_answer = |line: &&str| answers.iter().any(|answer| line.contains(answer));
+                if let Some(answer) = whole.lines().find(is_answer).map(str::to_owned) {
+                    self.said = rest.to_owned();
+                    return Some(answer);
+                }
+                let Some(Ok(message)) = self.socket.next().await else {
+                    return None;
+                };
+                self.said
+                    .push_str(&String::from_utf8_lossy(&message.into_data()));
+            }
+        });
+        match answered.await.ok().flatten() {
+            Some(answer) => Ok(answer),
+            None => bail!("{typed:?}: {:?}", self.said),
+        }
+    }
 }

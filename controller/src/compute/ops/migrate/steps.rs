@@ -443,6 +443,11 @@ impl Step for Send {
             Some(Stream::Offered { doubt, .. }) => {
                 return self.has_arrived(&state, &known, doubt.as_ref()).await;
             }
+            // Its process is gone, and begins no other under this intent: the target may have had all of the guest by
+            // then, and is the only one who has it.
+            Some(Stream::Failed { reason }) if is_gone(&said) => {
+                return self.has_arrived(&state, &known, Some(reason)).await;
+            }
             Some(Stream::Failed { reason }) => return Err(StepError::fail(reason.clone())),
             _ => {}
         }
@@ -507,6 +512,15 @@ impl Step for Send {
     ) -> Result<(), StepError> {
         take_back(&self.0, operation, tx).await
     }
+}
+
+/// Nothing is left of the guest where it was sent from: no process either, whose shape would be said.
+fn is_gone(said: &MachineReport) -> bool {
+    let over = matches!(
+        said.observed,
+        Observed::Stopped { .. } | Observed::Failed { .. }
+    );
+    over && said.shape.is_none()
 }
 
 impl Send {
