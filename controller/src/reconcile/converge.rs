@@ -44,6 +44,7 @@ pub struct Machines {
     master: Option<MasterKey>,
     cpu_mode: CpuMode,
     post_copy: bool,
+    auto_converge: bool,
 }
 
 /// Why no host was found.
@@ -99,6 +100,7 @@ impl Machines {
             master: None,
             cpu_mode: CpuMode::default(),
             post_copy: false,
+            auto_converge: false,
         }
     }
 
@@ -120,6 +122,19 @@ impl Machines {
 
     pub fn post_copy(&self) -> bool {
         self.post_copy
+    }
+
+    /// Guests whose flavors say nothing of it may be slowed down while they are sent.
+    #[must_use]
+    pub fn with_auto_converge(self, auto_converge: bool) -> Self {
+        Self {
+            auto_converge,
+            ..self
+        }
+    }
+
+    pub fn auto_converge(&self) -> bool {
+        self.auto_converge
     }
 
     /// With the key that seals what is secret in a machine's intent.

@@ -198,6 +198,7 @@ pub async fn migrate(
         from: row.state(),
         host,
         follows,
+        slows: false,
     };
     match migrate::request(app, origin(), &id, wish).await {
         Ok(()) => Ok(true),

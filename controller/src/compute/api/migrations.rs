@@ -22,6 +22,7 @@ use super::servers::schema::Aged;
 use super::servers::{admit, find};
 use super::{actions, origin};
 use crate::agents::host;
+use crate::compute::model::flavor::AUTO_CONVERGE;
 use crate::compute::model::state::Action;
 use crate::compute::model::time;
 use crate::compute::ops::migrate::{self, CANCELLED, Wish};
@@ -132,11 +133,13 @@ pub async fn migrate_live(call: &Call, id: &str, body: &Value) -> Result<Respons
     {
         find_room(call, &row, &source.host_id, host).await?;
     }
-    let flavor = row.flavor()?;
+    let (flavor, machines) = (row.flavor()?, &call.app.compute().machines);
+    let slows = flavor.allows(AUTO_CONVERGE);
     let wish = Wish {
         from: row.state(),
         host,
-        follows: migrate::follow::is_allowed(&call.app.compute().machines, &flavor),
+        follows: migrate::follow::is_allowed(machines, &flavor),
+        slows: slows.unwrap_or_else(|| machines.auto_converge()),
     };
     migrate::request(&call.app, origin(call), &row.id, wish).await?;
     Ok(StatusCode::ACCEPTED.into_response())

@@ -30,12 +30,24 @@ pub struct FlavorSnapshot {
 /// Whether its servers may go on at another host before all of their memory is there, in a live migration.
 pub const POST_COPY: &str = "hw:live_migration_post_copy";
 
+/// Whether its servers' guests may be slowed down in a live migration, so that it catches up with them.
+pub const AUTO_CONVERGE: &str = "hw:live_migration_auto_converge";
+
+impl FlavorSnapshot {
+    /// What it says by an extra spec of `true` or `false`; none: nothing. What is no clear yes, as one that was given before
+    /// values were checked may be, is a no.
+    pub fn allows(&self, spec: &str) -> Option<bool> {
+        let word = self.extra_specs.get(spec)?;
+        Some(word.eq_ignore_ascii_case("true"))
+    }
+}
+
 /// Whether an extra spec's value is one that the compute API knows (checked from 2.86); keys outside
 /// the known name spaces are the operator's own.
 pub fn validate_extra_spec(key: &str, value: &str) -> Result<(), String> {
     let allowed: &[&str] = match key {
         EXTRA_SPEC => &CpuMode::NAMES,
-        POST_COPY => &["true", "false"],
+        POST_COPY | AUTO_CONVERGE => &["true", "false"],
         "hw:cpu_policy" => &["dedicated", "shared", "mixed"],
         "hw:cpu_thread_policy" => &["prefer", "isolate", "require"],
         "hw:emulator_threads_policy" => &["isolate", "share"],

@@ -26,11 +26,8 @@ use crate::reconcile::{ASK_AGAIN, Machines, machine, migration, state_of};
 
 /// As its flavor says, or else as the cloud does.
 pub fn is_allowed(machines: &Machines, flavor: &FlavorSnapshot) -> bool {
-    match flavor.extra_specs.get(EXTRA_SPEC) {
-        // It may cost a guest: what is no clear yes, as one of before 2.86 may be, is a no.
-        Some(word) => word.eq_ignore_ascii_case("true"),
-        None => machines.post_copy(),
-    }
+    let said = flavor.allows(EXTRA_SPEC);
+    said.unwrap_or_else(|| machines.post_copy())
 }
 
 /// What becomes of a guest that writes faster than it is copied, if it is for its hosts to say.

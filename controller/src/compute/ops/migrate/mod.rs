@@ -72,6 +72,9 @@ const AT_ONCE: Policy = Policy {
 const GONE: &str = "The guest was lost on its way to another host, while its memory was still coming; its disks are \
                     whole, reboot the server hard";
 
+/// Percent of the time that a guest is kept from running at most, where it may be slowed down: QEMU's own most.
+const MOST_THROTTLE: u8 = 99;
+
 /// What the operation knows.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct State {
@@ -142,6 +145,8 @@ pub struct Wish {
     pub host: Option<HostId>,
     /// Its memory may follow it.
     pub follows: bool,
+    /// It may be slowed down.
+    pub slows: bool,
 }
 
 /// Writes that the guest is to go, and the operation that brings it about.
@@ -157,7 +162,10 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
     let state = State {
         migration,
         key: compute.machines.seal_stream_key(&key),
-        policy: Policy::default(),
+        policy: Policy {
+            throttle: wish.slows.then_some(MOST_THROTTLE),
+            ..Policy::default()
+        },
         host: wish.host,
         source,
         target: None,
