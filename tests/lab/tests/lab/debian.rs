@@ -13,7 +13,7 @@ use crate::hotplug;
 use crate::terminal::Terminal;
 
 /// Shows what the machine is to the guest, and leaves a shell on the serial line for what comes later.
-const USER_DATA: &str = r#"#!/bin/bash
+pub const USER_DATA: &str = r#"#!/bin/bash
 mkdir -p /var/lib/lab /etc/systemd/system/serial-getty@ttyS0.service.d
 cat >/etc/systemd/system/serial-getty@ttyS0.service.d/lab.conf <<'END'
 [Service]

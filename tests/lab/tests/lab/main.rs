@@ -9,6 +9,7 @@ mod dmesg;
 mod host;
 mod hotplug;
 mod migrate;
+mod questions;
 mod scenario;
 mod soak;
 mod suspend;
