@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use fractus_agent_api::host::HostId;
-use fractus_agent_api::machine::{MachineReport, Observed, Revision};
+use fractus_agent_api::machine::{MachineReport, Observed, Revision, ServerId};
 use fractus_agent_api::migration::{Arrival, Departure, State as Stream};
 use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
@@ -378,6 +378,24 @@ impl Send {
         }
     }
 
+    /// Both hosts have said that the guest stands still between them, in the generation in which its target was chosen.
+    /// Whether it is to go all the same is then the commit's to see: nothing is read for that beforehand.
+    fn both_have_said(&self, state: &State, server: ServerId) -> bool {
+        let (fleet, id) = (self.0.machines.fleet(), state.migration);
+        let (Some(begun), Some(target)) = (state.begun, state.target) else {
+            return false;
+        };
+        let Some(source) = fleet.machine(state.source, server) else {
+            return false;
+        };
+        let Some(Stream::Offered { doubt, .. }) = state_of(&source, id) else {
+            return false;
+        };
+        let there = fleet.machine(target, server);
+        let arrived = there.is_some_and(|there| state_of(&there, id) == Some(&Stream::Arrived));
+        arrived && doubt.is_none() && source.generation == begun.generation
+    }
+
     /// The guest is offered: whether the target has it. With a doubt only a fresh word of the target's counts.
     async fn has_arrived(
         &self,
@@ -414,6 +432,9 @@ impl Step for Send {
 
     async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
         let state: State = operation.state()?;
+        if self.both_have_said(&state, machine_id(&operation.subject)?) {
+            return Ok(Progress::Done);
+        }
         let (known, _) = undisturbed(&self.0, operation, &state).await?;
         let (machines, id) = (&self.0.machines, state.migration);
         let target = target(&state)?;
@@ -461,6 +482,9 @@ impl Step for Send {
         let (target, id) = (target(&state)?, state.migration);
         if known.wanted.departs.as_ref().map(|departure| departure.id) != Some(id) {
             return Err(StepError::fail("the guest is not to be sent any more"));
+        }
+        if let Some(off) = self.0.machines.is_off(tx, target).await? {
+            return Err(StepError::fail(off));
         }
         let mut wanted = known.wanted.clone();
         (wanted.arrives, wanted.departs) = (None, None);
@@ -541,7 +565,8 @@ impl Step for Resume {
         let server = machine_id(&operation.subject)?;
         let (machines, id) = (&self.0.machines, state.migration);
         let target = target(&state)?;
-        let Some(known) = machine::find(machines.reader(), server).await? else {
+        let whose = machines.whose(target, server).await?;
+        let Some(known) = whose.machine.clone() else {
             return Ok(Progress::Done);
         };
         // Deleted meanwhile, or moved on by somebody else: it is theirs to carry on.
@@ -554,10 +579,10 @@ impl Step for Resume {
         if heard.is_some_and(|said| said.settled && goes_on(&said, id)) {
             return Ok(Progress::Done);
         }
-        if let Some(off) = machines.is_off(machines.reader(), target).await? {
+        if let Some(off) = whose.is_off() {
             return Err(StepError::fail(off));
         }
-        let said = match machines.converge(server).await? {
+        let said = match machines.converge_known(&known, Some(&whose)).await? {
             Converged::Settled(said) | Converged::Pending(Some(said)) => said,
             Converged::Lost(lost) => {
                 return Err(StepError::fail(format!(
