@@ -88,6 +88,7 @@ const FIELDS: &[(&str, &str)] = &[
     ("disk_left", "/progress/disk_left"),
     ("elapsed_us", "/progress/elapsed_us"),
     ("pause", "/progress/pause"),
+    ("handover", "/handover"),
     ("rounds", "/progress/rounds"),
 ];
 

@@ -15,6 +15,7 @@
 //! An offer whose answer was lost counts for nothing: the target is asked, and its word alone decides.
 
 mod back;
+mod handover;
 mod steps;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr};
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::handover::Handovers;
 use self::steps::{Place, Prepare, Resume, Send};
 use super::{RequestError, Tools, change, machine_id, observe, to_error, to_state, turn};
 use crate::agents::host;

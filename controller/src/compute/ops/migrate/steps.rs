@@ -391,6 +391,9 @@ impl Send {
         let Some(Stream::Offered { doubt, .. }) = state_of(&source, id) else {
             return false;
         };
+        let heard = fleet.said_at_us(state.source, server);
+        let heard = heard.unwrap_or_else(|| self.0.clock.now_us());
+        self.0.handovers.offered(id, heard);
         let there = fleet.machine(target, server);
         let arrived = there.is_some_and(|there| state_of(&there, id) == Some(&Stream::Arrived));
         arrived && doubt.is_none() && source.generation == begun.generation
@@ -565,6 +568,7 @@ impl Step for Resume {
         let server = machine_id(&operation.subject)?;
         let (machines, id) = (&self.0.machines, state.migration);
         let target = target(&state)?;
+        self.0.handovers.moved(id, self.0.clock.now_us());
         let whose = machines.whose(target, server).await?;
         let Some(known) = whose.machine.clone() else {
             return Ok(Progress::Done);
@@ -577,6 +581,9 @@ impl Step for Resume {
         let heard = machines.fleet().machine(target, server);
         let heard = heard.filter(|said| (said.generation, said.revision) == known.age());
         if heard.is_some_and(|said| said.settled && goes_on(&said, id)) {
+            let since = machines.fleet().said_at_us(target, server);
+            let since = since.unwrap_or_else(|| self.0.clock.now_us());
+            self.0.handovers.runs(id, since);
             return Ok(Progress::Done);
         }
         if let Some(off) = whose.is_off() {
@@ -595,6 +602,7 @@ impl Step for Resume {
         if (said.generation, said.revision) != known.age() {
             return Ok(Progress::Wait(ASK_AGAIN));
         }
+        self.0.handovers.told(id, self.0.clock.now_us());
         if never_ran(&said, id) {
             let reason = match state_of(&said, id) {
                 Some(Stream::Failed { reason }) => reason.clone(),
@@ -604,6 +612,7 @@ impl Step for Resume {
         }
         let continued = state_of(&said, id) == Some(&Stream::Continued);
         Ok(if continued || said.settled {
+            self.0.handovers.runs(id, self.0.clock.now_us());
             Progress::Done
         } else {
             Progress::Wait(ASK_AGAIN)
@@ -636,6 +645,7 @@ impl Step for Resume {
             }
             state.observed = Some(said.observed);
         }
+        self.0.handovers.keep(tx, state.migration).await?;
         operation.set_state(&state)
     }
 }
