@@ -4,6 +4,12 @@
 //! |---|---|
 //! | `GET /v1/migrations/{uuid}` | `{"migration": {status, reason, progress: {memory_total, …, rounds, pause}, …}}` |
 //!
+//! `handover`, of a live migration that is over: for how long the guest stood still for the move of its owner, after what
+//! `pause` tells of, in microseconds by the controller's clock. `decide_us`: from when the source's offer was heard until
+//! the owner's row was on the disk; `tell_us`: until the target had said that what it was told is on its own;
+//! `run_us`: until it had said that the guest goes on, which it does before that is heard. null where the controller was
+//! restarted meanwhile, or another one has taken over. How long these words were on their way is in none of them.
+//!
 //! Administrators only. While it is under way the progress is what its source last said. `starving` says why memory that
 //! follows a guest does not come to it at the moment.
 
@@ -48,6 +54,7 @@ async fn show(State(app): State<App>, Path(id): Path<String>) -> Result<Json<Val
         "ended_at": found.ended_at_us.map(time::micros),
         "progress": progress(&app, &found),
         "starving": starving(&app, &found),
+        "handover": found.handover(),
     }})))
 }
 

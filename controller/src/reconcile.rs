@@ -20,6 +20,6 @@ mod reconciler;
 mod transit;
 mod turns;
 
-pub use converge::{ASK_AGAIN, Converged, Lost, Machines, NoHost, runs};
+pub use converge::{ASK_AGAIN, Converged, Lost, Machines, NoHost, Whose, runs};
 pub use reconciler::{Life, Observer, Reconciler};
 pub use transit::{Dropped, state_of};

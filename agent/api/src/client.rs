@@ -110,6 +110,9 @@ impl Transport {
             .http2_prior_knowledge()
             .http2_keep_alive_interval(Duration::from_secs(10))
             .http2_keep_alive_timeout(Duration::from_secs(10))
+            // A guest may stand still for the next call: the connection is kept, and one that is dead is noticed before.
+            .http2_keep_alive_while_idle(true)
+            .pool_idle_timeout(None)
             .tcp_nodelay(true)
             .build()
             .map_err(|e| ClientError::Http { detail: chain(&e) })?;

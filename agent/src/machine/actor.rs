@@ -272,8 +272,9 @@ impl<L: Launcher> Actor<L> {
                 self.late = !recorded.ran;
                 tracing::info!(machine = %self.record.id, pid = recorded.pid, "found its process");
                 self.travel.unheard = self.record.done.departed.is_some();
-                if recorded.ran && self.record.line.is_some() {
+                if self.record.awaits_memory() {
                     self.travel.follow = Follow::found();
+                    self.start_by = None;
                 }
                 if self.awaits_guest() {
                     // It ends by itself: nobody but the agent that started it can have its guest go on.
@@ -393,7 +394,7 @@ impl<L: Launcher> Actor<L> {
             // What could not be removed is tried again with the next intent or agent.
             return Step::Settled;
         }
-        decision::next(wanted, &self.record.done, &seen)
+        decision::next(wanted, self.done(), &seen)
     }
 
     /// A process was started for a guest that has not been told to go on.
@@ -538,6 +539,7 @@ impl<L: Launcher> Actor<L> {
             // A guest that is to go on stands still until then.
             let hurries =
                 self.record.intent.wanted.continues.is_some() && self.has_a_guest_that_waits();
+            let counted = self.count_ahead();
             let path = self.paths.record();
             let written = blocking(|| match hurries {
                 true => self.record.write_fast(&path),
@@ -551,6 +553,7 @@ impl<L: Launcher> Actor<L> {
                     detail: error.to_string(),
                 });
             }
+            self.is_counted(counted);
             tracing::info!(
                 machine = %self.record.id,
                 request_id = self.record.request_id.as_deref().unwrap_or("-"),
@@ -670,6 +673,7 @@ impl<L: Launcher> Actor<L> {
         let (ran, boot) = recorded.map_or((false, None), |p| (p.ran, Some(p.boot_id)));
         self.phase = Phase::None;
         self.lose_copy();
+        self.discount();
         self.travel.end();
         self.forget_arrival();
         self.start_by = None;
@@ -744,6 +748,8 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
 mod copy_tests;
 #[cfg(test)]
 mod devices_tests;
+#[cfg(test)]
+mod migrate_tests;
 #[cfg(test)]
 mod size_tests;
 #[cfg(test)]

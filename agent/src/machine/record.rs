@@ -130,6 +130,12 @@ pub enum RecordError {
 }
 
 impl Record {
+    /// Its guest has been told to go on, or is about to be, and some of its memory may be still to come.
+    pub fn awaits_memory(&self) -> bool {
+        let line = self.line.as_ref();
+        line.is_some_and(|line| self.done.continued == Some(line.migration))
+    }
+
     pub fn is_tombstone(&self) -> bool {
         self.intent.wanted.power == Power::Absent && self.gone_at_us.is_some()
     }
@@ -247,10 +253,8 @@ impl Record {
     fn versioned(&self) -> serde_json::Result<Vec<u8>> {
         let mut value = serde_json::to_value(self)?;
         let suspends = self.kept.is_some() || self.intent.wanted.power == Power::Suspended;
-        // While it has not run its process ends with its agent.
-        let comes = self.line.is_some() && self.process.is_some_and(|process| process.ran);
         let version = match (self.intent.wanted.migrates(), suspends) {
-            _ if comes => VERSION,
+            _ if self.awaits_memory() => VERSION,
             _ if self.intent.wanted.restores.is_some() => WITHOUT_LINE,
             _ if self.intent.wanted.parks.is_some() => WITHOUT_LINE,
             (true, _) => WITHOUT_RESTORE,
@@ -514,11 +518,9 @@ mod tests {
         let mut whole = record.clone();
         whole.line = None;
         assert_eq!(version(&whole), 1);
+        // A process that waits for its guest ends with its agent.
         let mut arriving = record;
-        arriving.process = arriving.process.map(|process| ProcessRecord {
-            ran: false,
-            ..process
-        });
+        arriving.done.continued = None;
         assert_eq!(version(&arriving), 1);
     }
 

@@ -34,6 +34,8 @@ struct Live {
     heard_at_us: Option<i64>,
     pushes: Option<Pushes>,
     machines: BTreeMap<ServerId, MachineReport>,
+    /// When we first heard what it says now of each of them, by our clock.
+    since: BTreeMap<ServerId, i64>,
 }
 
 /// Where in an agent's pushes we are.
@@ -95,6 +97,7 @@ impl Fleet {
         for live in self.hosts().values_mut() {
             live.pushes = None;
             live.machines.clear();
+            live.since.clear();
         }
     }
 
@@ -104,6 +107,7 @@ impl Fleet {
         if let Some(live) = self.hosts().get_mut(&host) {
             live.pushes = None;
             live.machines.clear();
+            live.since.clear();
         }
     }
 
@@ -160,7 +164,7 @@ impl Fleet {
         }
         pushes.sequence = changes.sequence;
         for report in &changes.machines {
-            live.take(report, Order::Sequenced);
+            live.take(report, Order::Sequenced, now_us);
         }
         Ok(())
     }
@@ -184,11 +188,18 @@ impl Fleet {
         }
         live.pushes = Some(pushes);
         let before: BTreeSet<ServerId> = live.machines.keys().copied().collect();
+        for report in &full.machines {
+            live.hear(report, now_us);
+        }
         live.machines = full
             .machines
             .iter()
             .map(|report| (report.id, report.clone()))
             .collect();
+        let Live {
+            machines, since, ..
+        } = live;
+        since.retain(|id, _| machines.contains_key(id));
         before
             .into_iter()
             .filter(|id| !live.machines.contains_key(id))
@@ -202,12 +213,17 @@ impl Fleet {
             return;
         };
         live.heard_at_us = Some(now_us);
-        live.take(report, Order::Unknown);
+        live.take(report, Order::Unknown, now_us);
     }
 
     /// What `host` last said of `server`.
     pub fn machine(&self, host: HostId, server: ServerId) -> Option<MachineReport> {
         self.hosts().get(&host)?.machines.get(&server).cloned()
+    }
+
+    /// When we first heard of `host` what it last said of `server`, by the clock of who told us.
+    pub fn said_at_us(&self, host: HostId, server: ServerId) -> Option<i64> {
+        self.hosts().get(&host)?.since.get(&server).copied()
     }
 
     /// Every host that speaks of `server`.
@@ -275,7 +291,13 @@ enum Order {
 }
 
 impl Live {
-    fn take(&mut self, report: &MachineReport, order: Order) {
+    fn hear(&mut self, report: &MachineReport, now_us: i64) {
+        if self.machines.get(&report.id) != Some(report) {
+            self.since.insert(report.id, now_us);
+        }
+    }
+
+    fn take(&mut self, report: &MachineReport, order: Order, now_us: i64) {
         if let Some(known) = self.machines.get(&report.id) {
             let age = |report: &MachineReport| (report.generation, report.revision);
             let stale = match order {
@@ -291,6 +313,7 @@ impl Live {
                 return;
             }
         }
+        self.hear(report, now_us);
         self.machines.insert(report.id, report.clone());
     }
 }
@@ -386,6 +409,25 @@ mod tests {
         fleet.answered(HOST, &report(2, false, 4), 1);
         let known = fleet.machine(HOST, SERVER).unwrap();
         assert_eq!((known.revision, known.settled), (Revision(2), true));
+    }
+
+    #[test]
+    fn what_is_said_again_was_said_when_it_was_said_first() {
+        let fleet = Fleet::default();
+        let said_at = || fleet.said_at_us(HOST, SERVER);
+        fleet.full_report(HOST, &full(7, 0, vec![report(1, false, 1)]), 10);
+        assert_eq!(said_at(), Some(10));
+        let (again, other) = (report(1, false, 1), report(1, true, 2));
+        fleet.changes(HOST, &changes(7, 1, again), 20).unwrap();
+        assert_eq!(said_at(), Some(10));
+        fleet
+            .changes(HOST, &changes(7, 2, other.clone()), 30)
+            .unwrap();
+        fleet.answered(HOST, &other, 40);
+        fleet.full_report(HOST, &full(7, 2, vec![other]), 50);
+        assert_eq!(said_at(), Some(30));
+        fleet.full_report(HOST, &full(7, 3, vec![]), 60);
+        assert_eq!(said_at(), None);
     }
 
     fn row(host: HostId, endpoint: &str, heard_at_us: i64) -> super::super::host::row::Model {

@@ -51,11 +51,12 @@ impl HttpAgents {
 
 impl Agents for HttpAgents {
     fn agent(&self, host: HostId) -> Result<Arc<dyn Agent>, AgentError> {
-        let endpoint = self
-            .fleet
-            .endpoint(host)
-            .ok_or(AgentError::NoHost { host })?;
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(endpoint) = self.fleet.endpoint(host) else {
+            // Its connection goes with it.
+            inner.clients.remove(&host);
+            return Err(AgentError::NoHost { host });
+        };
         if let Some(client) = inner.clients.get(&host)
             && client.endpoint == endpoint
         {

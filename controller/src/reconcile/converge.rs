@@ -76,6 +76,50 @@ pub struct Lost {
     pub host: HostId,
 }
 
+/// A machine's row and its owner's host, read in the order that counts.
+#[derive(Debug, Clone)]
+pub struct Whose {
+    owner: HostId,
+    /// The boot of the host that it spoke of last, before the rest was read.
+    heard: Option<Uuid>,
+    /// None: it was removed from the cloud.
+    host: Option<host::row::Model>,
+    pub machine: Option<Machine>,
+}
+
+impl Whose {
+    /// The boot of the owner's host in which the machine is wanted there, for the agent to start it after a reboot; nil:
+    /// it is not to be started by this.
+    fn word(&self, machine: &Machine) -> Uuid {
+        let host = self.host.as_ref().filter(|row| !row.forced_down);
+        let Some(row) = host else {
+            return Uuid::nil();
+        };
+        let is_theirs = self.machine.as_ref().is_some_and(|present| {
+            present.host == Some(self.owner) && present.age() == machine.age() && present.confirmed
+        });
+        let boot = self.heard;
+        let boot = boot.or_else(|| row.inventory().map(|said| said.boot_id));
+        boot.filter(|_| is_theirs).unwrap_or_default()
+    }
+
+    /// Why the host is known to run nothing of this cloud: an operator's word.
+    pub fn is_off(&self) -> Option<String> {
+        off(self.owner, self.host.as_ref())
+    }
+}
+
+/// Why a host is known to run nothing of this cloud, by its row.
+pub(super) fn off(id: HostId, row: Option<&host::row::Model>) -> Option<String> {
+    match row {
+        None => Some(format!("host {id} was removed from the cloud")),
+        Some(row) if row.forced_down => {
+            Some(format!("host {} was declared to be down", row.hostname))
+        }
+        Some(_) => None,
+    }
+}
+
 impl Converged {
     /// What a step says while it waits; `None` when it is over.
     pub fn pending(&self) -> Option<Progress> {
@@ -280,40 +324,48 @@ impl Machines {
         let Some(machine) = machine::find(self.database.reader(), server).await? else {
             return Ok(Converged::NoOwner);
         };
+        self.converge_known(&machine, None).await
+    }
+
+    /// The same of a row that has just been read, with its owner's host if that was, too ([`Self::whose`]): while a guest
+    /// stands still for it, nothing is read twice.
+    pub async fn converge_known(
+        &self,
+        machine: &Machine,
+        whose: Option<&Whose>,
+    ) -> Result<Converged, StepError> {
         let Some(owner) = machine.host else {
             return Ok(Converged::NoOwner);
         };
-        if let Some(report) = self.fleet.machine(owner, server)
+        if let Some(report) = self.fleet.machine(owner, machine.server)
             && (report.generation, report.revision) == machine.age()
             && report.settled
         {
             return Ok(Converged::Settled(report));
         }
-        if self.has_vanished(owner, &machine) {
+        if self.has_vanished(owner, machine) {
             return Err(StepError::fail(vanished(owner)));
         }
-        self.may_tell(&machine).await?;
-        self.tell(owner, &machine).await
+        self.may_tell(machine).await?;
+        let whose = whose.filter(|whose| whose.owner == owner);
+        self.tell_by(owner, machine, whose).await
     }
 
-    /// The boot of the owner's host in which the machine is wanted there, for the agent to start it after a reboot; nil:
-    /// it is not to be started by this.
+    /// Reads what [`Whose::word`] is said by.
     ///
     /// First the boot, then whether an operator has declared the host to be off, then whose the machine is: if it is
     /// moved away later, then because the host was declared to be off later, and this boot of it is over by then.
-    async fn word(&self, owner: HostId, machine: &Machine) -> Result<Uuid, DbErr> {
+    pub async fn whose(&self, owner: HostId, server: ServerId) -> Result<Whose, DbErr> {
         let heard = self.fleet.host_report(owner).map(|said| said.boot_id);
         let reader = self.database.reader();
-        let row = host::find(reader, owner).await?;
-        let Some(row) = row.filter(|row| !row.forced_down) else {
-            return Ok(Uuid::nil());
-        };
-        let boot = heard.or_else(|| row.inventory().map(|said| said.boot_id));
-        let present = machine::find(reader, machine.server).await?;
-        let is_theirs = present.is_some_and(|present| {
-            present.host == Some(owner) && present.age() == machine.age() && present.confirmed
-        });
-        Ok(boot.filter(|_| is_theirs).unwrap_or_default())
+        let host = host::find(reader, owner).await?;
+        let machine = machine::find(reader, server).await?;
+        Ok(Whose {
+            owner,
+            heard,
+            host,
+            machine,
+        })
     }
 
     /// Sends the intent to the owner.
@@ -322,9 +374,21 @@ impl Machines {
         owner: HostId,
         machine: &Machine,
     ) -> Result<Converged, StepError> {
+        self.tell_by(owner, machine, None).await
+    }
+
+    async fn tell_by(
+        &self,
+        owner: HostId,
+        machine: &Machine,
+        whose: Option<&Whose>,
+    ) -> Result<Converged, StepError> {
         let mut put = self.open(machine)?;
         if !machine.is_tombstone() {
-            put.boot_id = Some(self.word(owner, machine).await?);
+            put.boot_id = Some(match whose {
+                Some(whose) => whose.word(machine),
+                None => self.whose(owner, machine.server).await?.word(machine),
+            });
         }
         let told = match self.agents.agent(owner) {
             Ok(agent) => agent.put(machine.server, &put).await,

@@ -58,6 +58,9 @@ pub mod row {
 
 pub use row::{ActiveModel, Model};
 
+/// In a row's progress, beside what the source has said: what its owner's move took.
+pub const HANDOVER: &str = "handover";
+
 /// What is done, in nova's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Purpose {
@@ -186,6 +189,12 @@ impl Model {
     /// What was last kept of its progress.
     pub fn progress(&self) -> Option<Progress> {
         serde_json::from_str(self.progress.as_deref()?).ok()
+    }
+
+    /// What its owner's move took, of a live one that this controller has carried out.
+    pub fn handover(&self) -> Option<serde_json::Value> {
+        let kept: serde_json::Value = serde_json::from_str(self.progress.as_deref()?).ok()?;
+        kept.get(HANDOVER).cloned()
     }
 
     /// Source, and target if one was chosen.

@@ -15,7 +15,7 @@ use sea_orm::ConnectionTrait;
 use sea_orm::DbErr;
 use sea_orm::prelude::Uuid;
 
-use super::converge::{Machines, SOON};
+use super::converge::{Machines, SOON, off};
 use super::machine::{self, Machine};
 use crate::agents::{AgentError, host};
 use crate::operation::StepError;
@@ -217,13 +217,7 @@ impl Machines {
         connection: &impl ConnectionTrait,
         id: HostId,
     ) -> Result<Option<String>, DbErr> {
-        Ok(match host::find(connection, id).await? {
-            None => Some(format!("host {id} was removed from the cloud")),
-            Some(row) if row.forced_down => {
-                Some(format!("host {} was declared to be down", row.hostname))
-            }
-            Some(_) => None,
-        })
+        Ok(off(id, host::find(connection, id).await?.as_ref()))
     }
 }
 

@@ -2,10 +2,13 @@
 //! started is ended.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::{Child, ExitStatus};
 use std::sync::OnceLock;
 
 use anyhow::{Context, anyhow};
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -46,6 +49,26 @@ pub fn listen() -> anyhow::Result<()> {
         });
     })?;
     Ok(())
+}
+
+/// Waits for a process that ends by the same signals, and passes them on: it has its own way out.
+pub fn end_of(child: &mut Child) -> anyhow::Result<ExitStatus> {
+    let pid = Pid::from_child(child);
+    let ends = pidfd_open(pid, PidfdFlags::empty())?;
+    let bell = bell().context("signals are not listened to")?;
+    let mut fds = [
+        PollFd::new(&ends, PollFlags::IN),
+        PollFd::from_borrowed_fd(bell, PollFlags::IN),
+    ];
+    while let Err(errno) = poll(&mut fds, None) {
+        if errno != Errno::INTR {
+            return Err(errno.into());
+        }
+    }
+    if fds[0].revents().is_empty() {
+        kill_process(pid, Signal::TERM)?;
+    }
+    Ok(child.wait()?)
 }
 
 /// What to poll beside what is waited for.

@@ -12,18 +12,25 @@ mod interrupt;
 mod lab;
 mod migrate;
 mod net;
+mod pair;
 mod process;
 mod snapshot;
 mod upgrade;
 mod vmm;
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
+
+use rustix::process::{Signal, set_parent_process_death_signal};
 
 use figure::Figure;
 
 const ROUNDS: usize = 25;
+/// Of a process that runs one benchmark for another.
+const ALONE: &str = "--alone";
+/// Of one that has a machine for one ([`pair`]).
+const LEG: &str = "--leg";
 
 /// A benchmark: its name, what it says, and how it is run for a number of rounds.
 struct Bench {
@@ -79,6 +86,11 @@ const BENCHES: &[Bench] = &[
         run: migrate::migrations,
     },
     Bench {
+        name: "pair",
+        about: "a guest of 1 GiB to another process, without a controller: idle, and with its memory after it, beside QEMU",
+        run: pair::parted,
+    },
+    Bench {
         name: "upgrade",
         about: "a guest of 1 GiB that goes on in another process of its host, which has its memory by descriptor",
         run: upgrade::handed_over,
@@ -102,6 +114,8 @@ const BENCHES: &[Bench] = &[
 
 struct Arguments {
     json: bool,
+    /// One benchmark, by who runs several: its rows alone.
+    alone: bool,
     rounds: usize,
     benches: Vec<&'static Bench>,
 }
@@ -109,6 +123,7 @@ struct Arguments {
 fn arguments() -> anyhow::Result<Option<Arguments>> {
     let mut found = Arguments {
         json: false,
+        alone: false,
         rounds: ROUNDS,
         benches: Vec::new(),
     };
@@ -116,6 +131,7 @@ fn arguments() -> anyhow::Result<Option<Arguments>> {
     while let Some(word) = words.next() {
         match word.as_str() {
             "--json" => found.json = true,
+            ALONE => found.alone = true,
             "--rounds" => {
                 let count = words.next().context("--rounds wants a number")?;
                 found.rounds = count.parse().context("--rounds wants a number")?;
@@ -141,12 +157,25 @@ fn run() -> anyhow::Result<bool> {
         return Ok(true);
     };
     interrupt::listen()?;
+    if arguments.alone {
+        // Whoever runs it may be killed, and listens to nobody then.
+        set_parent_process_death_signal(Some(Signal::TERM))?;
+        return measure(&arguments);
+    }
     let _set = host::HugePages::advised();
     let mut within = true;
     if !arguments.json {
         println!("{}", Figure::header());
     }
-    for bench in arguments.benches {
+    for bench in &arguments.benches {
+        within &= in_a_child(bench, &arguments)?;
+    }
+    Ok(within)
+}
+
+fn measure(arguments: &Arguments) -> anyhow::Result<bool> {
+    let mut within = true;
+    for bench in &arguments.benches {
         let figures = (bench.run)(arguments.rounds).with_context(|| bench.name.to_owned())?;
         for figure in figures {
             within &= figure.within_limits();
@@ -163,9 +192,28 @@ fn run() -> anyhow::Result<bool> {
     Ok(within)
 }
 
+/// Runs one in a process of its own: whoever starts a cloud has addresses and users for one only, by its pid.
+fn in_a_child(bench: &Bench, arguments: &Arguments) -> anyhow::Result<bool> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args([ALONE, bench.name, "--rounds", &arguments.rounds.to_string()]);
+    command.args(arguments.json.then_some("--json"));
+    let mut child = command.spawn()?;
+    match interrupt::end_of(&mut child)?.code() {
+        Some(0) => Ok(true),
+        Some(2) => Ok(false),
+        // It has said why.
+        _ => bail!("{} was not measured", bench.name),
+    }
+}
+
 /// Exit status 0: measured and within the limits; 2: measured, but a limit is missed; 1: not measured.
 fn main() -> ExitCode {
-    match run() {
+    let mut words = std::env::args().skip(1);
+    let outcome = match words.next().as_deref() {
+        Some(LEG) => pair::leg(words).map(|()| true),
+        _ => run(),
+    };
+    match outcome {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(2),
         Err(error) => {

@@ -131,9 +131,10 @@ struct Felt {
     parts: [f64; PARTS.len()],
 }
 
-/// What the pause is for, as the report has it; what is missing of the gap is the owner's move, and the guest's first
-/// steps on its new host.
-const PARTS: [&str; 4] = ["stop", "state", "send", "answer"];
+/// What the pause is for, as the report has it: first by the source's clock, then the owner's move by the controller's.
+/// What is missing of the gap are the ways of the source's word and the intent, and the guest's first steps on its new host;
+/// it runs before its target's word that it does is heard, which ends `run`.
+const PARTS: [&str; 7] = ["stop", "state", "send", "answer", "decide", "tell", "run"];
 
 impl Felt {
     /// `before`: the last line before it; `after`: one that was begun when it had ended.
@@ -193,7 +194,11 @@ impl Ours<'_> {
         cloud.until(id, "PAUSED").await?;
         let felt = Felt::by(&before, &after, total / 1e3, whole)?;
         let progress = &report["progress"];
-        let part = |name: &str| progress["pause"][format!("{name}_us")].as_f64();
+        let part = |name: &str| {
+            let name = format!("{name}_us");
+            let by_source = progress["pause"][&name].as_f64();
+            by_source.or_else(|| report["handover"][&name].as_f64())
+        };
         Ok(Felt {
             rounds: progress["rounds"].as_array().map_or(0, Vec::len) as f64,
             parts: PARTS.map(|name| part(name).unwrap_or(f64::NAN) / 1e3),
@@ -275,9 +280,19 @@ impl Peer {
         }
     }
 
-    fn line_after(&mut self, second: u64) -> anyhow::Result<Line> {
+    pub fn line_after(&mut self, second: u64) -> anyhow::Result<Line> {
         let later = |said: &str| Line::last(said).filter(|line| line.second > second);
         self.guest.read_until(&mut self.said, later)
+    }
+
+    /// Of one whose guest is to come (`-incoming defer`): the port on which it waits from here on.
+    pub fn awaits(&mut self) -> anyhow::Result<String> {
+        self.tell("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"}))?;
+        let info = self.tell("query-migrate", json!({}))?;
+        let port = info["socket-address"][0]["port"].as_str();
+        Ok(port
+            .with_context(|| format!("no port in {info}"))?
+            .to_owned())
     }
 
     /// Has its guest go, and asks now and then whether it has; how it went.
@@ -299,10 +314,7 @@ impl Peer {
     /// Goes to another process, which is returned, standing still.
     fn measure(mut self, folder: &Path, case: &Case) -> anyhow::Result<(Felt, Self)> {
         let mut there = Self::start(folder, case, Some("defer"))?;
-        there.tell("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"}))?;
-        let info = there.tell("query-migrate", json!({}))?;
-        let port = info["socket-address"][0]["port"].as_str();
-        let port = port.with_context(|| format!("no port in {info}"))?;
+        let port = there.awaits()?;
         let address = format!("tcp:127.0.0.1:{port}");
         let most = json!({"downtime-limit": DOWNTIME_MS, "max-bandwidth": 1_u64 << 40});
         self.tell("migrate-set-parameters", most)?;

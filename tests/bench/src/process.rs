@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -43,6 +44,11 @@ impl Running {
     /// Starts a guest that [`Running::ask`] is to talk to.
     pub fn start_talking(command: &mut Command) -> anyhow::Result<Self> {
         Self::start_with(command, Stdio::piped(), Stdio::null(), LONG_PATIENCE)
+    }
+
+    /// Starts a process of ours with this as its standard input; what it says of itself is for who runs the bench.
+    pub fn start_on(command: &mut Command, input: OwnedFd) -> anyhow::Result<Self> {
+        Self::start_with(command, input.into(), Stdio::inherit(), LONG_PATIENCE)
     }
 
     fn start_with(

@@ -4,16 +4,19 @@ use std::fmt::Write as _;
 
 use super::spot::{End, Fault, Spot};
 
-/// Of each cell that was tried: where its server was in the end, and what was said; or what was wrong.
+/// Where a server was in the end, and what was said; or what was wrong.
+type Tried = Result<(End, String), String>;
+
+/// Of each cell that was tried.
 #[derive(Default)]
-pub struct Table(Vec<(Spot, Fault, Result<(End, String), String>)>);
+pub struct Table(Vec<(Spot, Fault, Tried)>);
 
 /// Characters of a column.
 const WIDTH: usize = 11;
 const TITLE: usize = 27;
 
 impl Table {
-    pub fn add(&mut self, spot: Spot, fault: Fault, tried: Result<(End, String), String>) {
+    pub fn add(&mut self, spot: Spot, fault: Fault, tried: Tried) {
         self.0.push((spot, fault, tried));
     }
 

@@ -141,7 +141,12 @@ pub(super) fn is_made_alike(one: &MachineConfig, other: &MachineConfig) -> bool 
 }
 
 /// Disks whose content comes, in the order of the configuration.
-struct Disks(Vec<DiskTarget>);
+#[derive(Default)]
+struct Disks {
+    targets: Vec<DiskTarget>,
+    /// Something has come that may not be durable.
+    unsettled: bool,
+}
 
 impl Disks {
     /// Empty, and as large as they are where they come from.
@@ -151,7 +156,7 @@ impl Disks {
         if sizes.len() != files.len() || sizes.len() != landing.most.len() {
             return Err(malformed("the content of more or fewer disks than it has").into());
         }
-        let mut disks = Vec::new();
+        let mut targets = Vec::new();
         let all = sizes.iter().zip(files).zip(&landing.most).enumerate();
         for (index, ((bytes, file), most)) in all {
             let failed = |source| MigrationError::Disk {
@@ -163,14 +168,18 @@ impl Disks {
                 return Err(malformed("a larger disk than was agreed").into());
             }
             let disk = DiskTarget::empty(file, *bytes);
-            disks.push(disk.map_err(|error| failed(io::Error::other(error)))?);
+            targets.push(disk.map_err(|error| failed(io::Error::other(error)))?);
         }
-        Ok(Disks(disks))
+        Ok(Disks {
+            unsettled: !targets.is_empty(),
+            targets,
+        })
     }
 
-    fn put(&self, payload: &[u8]) -> Result<Totals, MigrationError> {
+    fn put(&mut self, payload: &[u8]) -> Result<Totals, MigrationError> {
         let (index, payload) = live::of_disk(payload)?;
-        let disk = self.0.get(index as usize);
+        self.unsettled = true;
+        let disk = self.targets.get(index as usize);
         let disk = disk.ok_or_else(|| malformed("the content of a disk that does not come"))?;
         let length = disk.length().map_err(|source| MigrationError::Disk {
             action: "look at",
@@ -180,8 +189,12 @@ impl Disks {
         Ok(live::put(payload, disk, length)?)
     }
 
-    fn settle(&self) -> Result<(), MigrationError> {
-        for (index, disk) in self.0.iter().enumerate() {
+    /// A guest that has written nothing since does not stand still for it.
+    fn settle(&mut self) -> Result<(), MigrationError> {
+        if !std::mem::take(&mut self.unsettled) {
+            return Ok(());
+        }
+        for (index, disk) in self.targets.iter().enumerate() {
             disk.settle().map_err(|source| MigrationError::Disk {
                 action: "make durable",
                 index,
@@ -299,11 +312,13 @@ pub(super) fn gather<S: Read>(
     prepare(&config, &landing.files, &memory)?;
     let mut owed = PageSet::new(bytes);
     let (mut totals, mut disk_totals) = (Totals::default(), Totals::default());
-    let (mut disks, mut state) = (Disks(Vec::new()), Vec::new());
+    let (mut disks, mut state) = (Disks::default(), Vec::new());
     let ran = loop {
         match frames.next_frame()? {
             (Kind::Pages | Kind::State, []) => return Err(malformed("a frame of nothing").into()),
-            (Kind::Disks, payload) if disks.0.is_empty() => disks = Disks::make(payload, &landing)?,
+            (Kind::Disks, payload) if disks.targets.is_empty() => {
+                disks = Disks::make(payload, &landing)?
+            }
             (Kind::Blocks, payload) => {
                 let more = disks.put(payload)?;
                 disk_totals.pages += more.pages;
@@ -323,7 +338,7 @@ pub(super) fn gather<S: Read>(
             (Kind::State, payload) => state.extend_from_slice(payload),
             (Kind::End, payload) => {
                 let ending: live::Ending = unpacked(payload)?;
-                if disks.0.len() != landing.most.len() {
+                if disks.targets.len() != landing.most.len() {
                     return Err(malformed("no content of its disks").into());
                 }
                 if (ending.memory, ending.disks) != (totals, disk_totals) {

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use fractus_agent_api::decision::Step;
+use fractus_agent_api::decision::{Done, Step};
 use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::migration::{
     Lacks, MigrationId, MigrationReport, Progress, Shape, State, Transit,
@@ -43,6 +43,8 @@ pub(super) struct Travel {
     pub unheard: bool,
     /// Memory that comes after the guest.
     pub follow: Follow,
+    /// That its guest goes on here is in the record, and the process has not been told: what was done before that.
+    counted: Option<Done>,
 }
 
 impl Travel {
@@ -189,24 +191,55 @@ impl<L: Launcher> Actor<L> {
         }
     }
 
-    /// The guest is this host's: it runs, if it ran.
-    pub(super) async fn go_on(&mut self) -> Result<(), Over> {
+    /// What counts as done for decisions: that a guest goes on does once its process was told.
+    pub(super) fn done(&self) -> &Done {
+        self.travel.counted.as_ref().unwrap_or(&self.record.done)
+    }
+
+    /// An intent that has its guest go on at once: the record says both when it is written next, so that the guest stands
+    /// still for one write and not for two. What was done before, where that is so.
+    pub(super) fn count_ahead(&mut self) -> Option<Done> {
+        let counts = self.has_a_guest_that_waits()
+            && self.travel.counted.is_none()
+            && self.next() == Step::GoOn;
+        counts.then(|| self.count_going_on())
+    }
+
+    /// It was written.
+    pub(super) fn is_counted(&mut self, before: Option<Done>) {
+        self.travel.counted = self.travel.counted.or(before);
+    }
+
+    /// The process has ended, and was not told that its guest goes on.
+    pub(super) fn discount(&mut self) {
+        if let Some(before) = self.travel.counted.take() {
+            self.record.done = before;
+        }
+    }
+
+    /// What was done before.
+    fn count_going_on(&mut self) -> Done {
         let before = self.record.done;
         self.record.done.continued = self.record.intent.wanted.continues;
         self.record.done.starts += 1;
-        let lacks = self.travel.follow.lacks.is_some();
-        let line = self.record.line.take_if(|_| !lacks);
-        if let Some(process) = &mut self.record.process {
-            // Who waits for its memory says nothing of itself, and may run.
-            process.ran |= lacks;
-        }
+        before
+    }
+
+    /// The guest is this host's: it runs, if it ran.
+    pub(super) async fn go_on(&mut self) -> Result<(), Over> {
         let path = self.paths.record();
-        if let Err(error) = blocking(|| self.record.write_fast(&path)) {
-            self.record.done = before;
-            self.record.line = self.record.line.take().or(line);
-            tracing::error!(machine = %self.record.id, %error, "its guest cannot go on yet");
-            return self.wait(Some(Instant::now() + AGAIN)).await.map(drop);
-        }
+        let before = match self.travel.counted.take() {
+            Some(before) => before,
+            None => {
+                let before = self.count_going_on();
+                if let Err(error) = blocking(|| self.record.write_fast(&path)) {
+                    self.record.done = before;
+                    tracing::error!(machine = %self.record.id, %error, "its guest cannot go on yet");
+                    return self.wait(Some(Instant::now() + AGAIN)).await.map(drop);
+                }
+                before
+            }
+        };
         let Some(process) = &mut self.process else {
             return Ok(());
         };
@@ -217,10 +250,17 @@ impl<L: Launcher> Actor<L> {
             self.kill().await;
             return Ok(());
         }
-        match lacks {
+        let lacks = self.travel.follow.lacks.is_some();
+        if lacks {
             // Both ends of its line live on.
-            true => self.travel.transit = Transit::None,
-            false => self.travel.end(),
+            self.travel.transit = Transit::None;
+            if let Some(process) = &mut self.record.process {
+                // Who waits for its memory says nothing of itself, and may run.
+                process.ran = true;
+            }
+        } else {
+            self.travel.end();
+            self.record.line = None;
         }
         self.phase = Phase::Starting;
         // One that waits for its memory may wait for long.

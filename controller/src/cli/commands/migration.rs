@@ -91,6 +91,7 @@ const FIELDS: &[(&str, &str)] = &[
     ("followed", "/progress/followed"),
     ("broken", "/progress/broken"),
     ("starving", "/starving"),
+    ("handover", "/handover"),
     ("rounds", "/progress/rounds"),
 ];
 

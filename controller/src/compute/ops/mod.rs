@@ -52,6 +52,7 @@ struct Tools {
     images: Images,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
+    handovers: migrate::Handovers,
 }
 
 /// Adds compute's kinds of operations.
@@ -67,6 +68,7 @@ pub fn register(
         images: images.clone(),
         clock: Arc::clone(clock),
         random: Arc::clone(random),
+        handovers: migrate::Handovers::default(),
     };
     let fetch = image::Fetch::new(tools.clone());
     let create_image = image::CreateImage::new(tools.clone(), fetch.clone());

@@ -77,6 +77,9 @@ async fn a_server_goes_to_another_host_and_is_active_there() {
     let whole = cloud.get("admin", &path, "").await.json["migration"].clone();
     assert_eq!(whole["target"], "host-2");
     assert_eq!(whole["progress"]["rounds"][0]["memory_bytes"], 1 << 20);
+    for part in ["decide_us", "tell_us", "run_us"] {
+        assert!(whole["handover"][part].is_u64(), "{whole}");
+    }
     let path = format!("/v2.1/servers/{id}/os-instance-actions");
     let actions = cloud.get("one", &path, "2.96").await.json;
     assert_eq!(actions["instanceActions"][0]["action"], "live-migration");

@@ -22,6 +22,7 @@
 
 mod back;
 pub mod follow;
+mod handover;
 mod steps;
 
 use std::sync::Arc;
@@ -37,6 +38,7 @@ use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr};
 use serde::{Deserialize, Serialize};
 
 use self::follow::Follow;
+pub(super) use self::handover::Handovers;
 use self::steps::{Place, Prepare, Resume, Send};
 use super::{RequestError, Tools, change, machine_id, observe, to_error, to_state, turn};
 use crate::agents::host;

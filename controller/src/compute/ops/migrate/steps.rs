@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use fractus_agent_api::host::HostId;
-use fractus_agent_api::machine::{MachineReport, Observed, Revision};
+use fractus_agent_api::machine::{MachineReport, Observed, Revision, ServerId, StopReason};
 use fractus_agent_api::migration::{Arrival, Departure, Policy, State as Stream};
 use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
@@ -388,6 +388,27 @@ impl Send {
         }
     }
 
+    /// Both hosts have said that the guest stands still between them, in the generation in which its target was chosen.
+    /// Whether it is to go all the same is then the commit's to see: nothing is read for that beforehand.
+    fn both_have_said(&self, state: &State, server: ServerId) -> bool {
+        let (fleet, id) = (self.0.machines.fleet(), state.migration);
+        let (Some(begun), Some(target)) = (state.begun, state.target) else {
+            return false;
+        };
+        let Some(source) = fleet.machine(state.source, server) else {
+            return false;
+        };
+        let Some(Stream::Offered { doubt, .. }) = state_of(&source, id) else {
+            return false;
+        };
+        let heard = fleet.said_at_us(state.source, server);
+        let heard = heard.unwrap_or_else(|| self.0.clock.now_us());
+        self.0.handovers.offered(id, heard);
+        let there = fleet.machine(target, server);
+        let arrived = there.is_some_and(|there| state_of(&there, id) == Some(&Stream::Arrived));
+        arrived && doubt.is_none() && source.generation == begun.generation
+    }
+
     /// The guest is offered: whether the target has it. With a doubt only a fresh word of the target's counts.
     async fn has_arrived(
         &self,
@@ -424,6 +445,9 @@ impl Step for Send {
 
     async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
         let state: State = operation.state()?;
+        if self.both_have_said(&state, machine_id(&operation.subject)?) {
+            return Ok(Progress::Done);
+        }
         let (known, _) = undisturbed(&self.0, operation, &state).await?;
         let (machines, id) = (&self.0.machines, state.migration);
         let target = target(&state)?;
@@ -477,6 +501,9 @@ impl Step for Send {
         if known.wanted.departs.as_ref().map(|departure| departure.id) != Some(id) {
             return Err(StepError::fail("the guest is not to be sent any more"));
         }
+        if let Some(off) = self.0.machines.is_off(tx, target).await? {
+            return Err(StepError::fail(off));
+        }
         let mut wanted = known.wanted.clone();
         (wanted.arrives, wanted.departs) = (None, None);
         wanted.continues = Some(id);
@@ -514,11 +541,15 @@ impl Step for Send {
     }
 }
 
-/// Nothing is left of the guest where it was sent from: no process either, whose shape would be said.
+/// Nothing is left of the guest where it was sent from: no process either, whose shape would be said. One that has ended
+/// by itself ran there until then, so the target has not all of it, and need not be asked.
 fn is_gone(said: &MachineReport) -> bool {
     let over = matches!(
         said.observed,
-        Observed::Stopped { .. } | Observed::Failed { .. }
+        Observed::Failed { .. }
+            | Observed::Stopped {
+                reason: StopReason::VmmFault { .. } | StopReason::HostReboot
+            }
     );
     over && said.shape.is_none()
 }
@@ -565,7 +596,9 @@ impl Step for Resume {
         let server = machine_id(&operation.subject)?;
         let (machines, id) = (&self.0.machines, state.migration);
         let target = target(&state)?;
-        let Some(known) = machine::find(machines.reader(), server).await? else {
+        self.0.handovers.moved(id, self.0.clock.now_us());
+        let whose = machines.whose(target, server).await?;
+        let Some(known) = whose.machine.clone() else {
             return Ok(Progress::Done);
         };
         // Deleted meanwhile, or moved on by somebody else: it is theirs to carry on.
@@ -576,12 +609,15 @@ impl Step for Resume {
         let heard = machines.fleet().machine(target, server);
         let heard = heard.filter(|said| (said.generation, said.revision) == known.age());
         if heard.is_some_and(|said| said.settled && goes_on(&said, id)) {
+            let since = machines.fleet().said_at_us(target, server);
+            let since = since.unwrap_or_else(|| self.0.clock.now_us());
+            self.0.handovers.runs(id, since);
             return Ok(Progress::Done);
         }
-        if let Some(off) = machines.is_off(machines.reader(), target).await? {
+        if let Some(off) = whose.is_off() {
             return Err(StepError::fail(off));
         }
-        let said = match machines.converge(server).await? {
+        let said = match machines.converge_known(&known, Some(&whose)).await? {
             Converged::Settled(said) | Converged::Pending(Some(said)) => said,
             Converged::Lost(lost) => {
                 return Err(StepError::fail(format!(
@@ -594,6 +630,7 @@ impl Step for Resume {
         if (said.generation, said.revision) != known.age() {
             return Ok(Progress::Wait(ASK_AGAIN));
         }
+        self.0.handovers.told(id, self.0.clock.now_us());
         if never_ran(&said, id) {
             let reason = match state_of(&said, id) {
                 Some(Stream::Failed { reason }) => reason.clone(),
@@ -603,6 +640,7 @@ impl Step for Resume {
         }
         let continued = state_of(&said, id) == Some(&Stream::Continued);
         Ok(if continued || said.settled {
+            self.0.handovers.runs(id, self.0.clock.now_us());
             Progress::Done
         } else {
             Progress::Wait(ASK_AGAIN)
@@ -636,6 +674,7 @@ impl Step for Resume {
             }
             state.observed = Some(said.observed);
         }
+        self.0.handovers.keep(tx, state.migration).await?;
         operation.set_state(&state)
     }
 }
