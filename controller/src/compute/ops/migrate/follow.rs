@@ -238,6 +238,7 @@ impl Step for Follow {
                 ..Default::default()
             };
             migration::update(tx, state.migration, change).await?;
+            self.tools.handovers.keep(tx, state.migration).await?;
         }
         let Some(known) = known.filter(|known| Self::is_its_own(known, &state)) else {
             return operation.set_state(&state);
