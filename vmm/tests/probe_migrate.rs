@@ -700,7 +700,9 @@ fn a_guest_is_as_fast_as_ever_however_a_migration_ends_that_slowed_it_down() {
     let mut guest = Setup::new().boot();
     guest.send("loudly weave 8");
     guest.line("begun weave");
-    for ends in ["broken", "stopped"] {
+    let by = Instant::now() + PATIENCE * 4;
+    let mut left = vec!["stopped", "broken"];
+    while let Some(ends) = left.last().copied() {
         let (near, far) = slow_wire();
         let cut = near.end.try_clone().unwrap();
         let mut reached = false;
@@ -713,7 +715,11 @@ fn a_guest_is_as_fast_as_ever_however_a_migration_ends_that_slowed_it_down() {
                 }
             }
         });
-        assert!(reached, "{ends}");
+        if reached {
+            left.pop();
+        }
+        // On a busy host it may get no processor for a whole round, and have written nothing.
+        assert!(Instant::now() < by, "{ends}: it is never slowed down");
         guest = match sent.offer {
             Ok(offer) => (sent.here)(offer.take_back().unwrap()),
             Err(unsent) => (sent.here)(*unsent.machine),

@@ -450,6 +450,7 @@ impl<L: Launcher> Actor<L> {
             }
             coming = follow::next(&mut self.travel.follow.others) => {
                 self.travel.follow.happened(coming);
+                self.hang_up();
                 self.publish();
                 Ok(Woken::Heard)
             }

@@ -23,6 +23,9 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 const CONNECT: Duration = Duration::from_secs(10);
 /// A peer of whose host nothing has been heard for so long is gone. How long its process may be busy is not asked here.
 const SILENCE: Duration = Duration::from_secs(30);
+/// A peer that takes nothing for so long is gone, too: there are no keepalives then. Longer than a process may be busy with
+/// its disks ([`crate::vm`]'s `paced`), but for memory that follows, which goes to none.
+const STUCK: Duration = Duration::from_secs(150);
 /// Strangers who are shaking hands at once.
 const STRANGERS: usize = 16;
 /// After this time what could not be accepted is tried again.
@@ -93,6 +96,7 @@ fn await_source(
     let tls = stream::server(key).map_err(io::Error::other)?;
     let acceptor = TlsAcceptor::from(Arc::new(tls));
     let (sender, others) = mpsc::unbounded_channel();
+    let stuck = if first.is_some() { STUCK } else { SILENCE };
     let line = tokio::spawn(async move {
         let (mut greeting, mut carrying) = (JoinSet::new(), JoinSet::new());
         loop {
@@ -101,7 +105,7 @@ fn await_source(
                     Ok((tcp, from)) => {
                         let acceptor = acceptor.clone();
                         greeting.spawn(async move {
-                            be_careful(&tcp)?;
+                            be_careful(&tcp, stuck)?;
                             let shaken = tokio::time::timeout(CONNECT, acceptor.accept(tcp)).await;
                             let stream = shaken.map_err(io::Error::from).flatten();
                             stream.inspect_err(|error| tracing::debug!(%from, %error, "a migration's port"))
@@ -140,11 +144,20 @@ fn another(sender: &mpsc::UnboundedSender<Coming>) -> Option<UnixStream> {
 
 /// Goes to the target, `ADDRESS:PORT`; with the process's end.
 pub async fn connect(to: &str, key: &StreamKey) -> io::Result<(OwnedFd, Line)> {
+    connect_within(STUCK, to, key).await
+}
+
+/// The same once more, for memory that follows.
+pub async fn connect_again(to: &str, key: &StreamKey) -> io::Result<(OwnedFd, Line)> {
+    connect_within(SILENCE, to, key).await
+}
+
+async fn connect_within(stuck: Duration, to: &str, key: &StreamKey) -> io::Result<(OwnedFd, Line)> {
     let tls = stream::client(key).map_err(io::Error::other)?;
     let name = stream::name().map_err(io::Error::other)?;
     let connecting = async {
         let tcp = TcpStream::connect(to).await?;
-        be_careful(&tcp)?;
+        be_careful(&tcp, stuck)?;
         TlsConnector::from(Arc::new(tls)).connect(name, tcp).await
     };
     let connected = tokio::time::timeout(CONNECT, connecting).await;
@@ -164,14 +177,13 @@ fn ends() -> io::Result<(UnixStream, OwnedFd)> {
 }
 
 /// Answers are small and awaited, and a host that lost its power says nothing.
-fn be_careful(tcp: &TcpStream) -> io::Result<()> {
+fn be_careful(tcp: &TcpStream, stuck: Duration) -> io::Result<()> {
     tcp.set_nodelay(true)?;
     sockopt::set_socket_keepalive(tcp, true)?;
     sockopt::set_tcp_keepidle(tcp, SILENCE / 3)?;
     sockopt::set_tcp_keepintvl(tcp, SILENCE / 3)?;
     sockopt::set_tcp_keepcnt(tcp, 2)?;
-    // While something is unanswered there are no keepalives.
-    sockopt::set_tcp_user_timeout(tcp, SILENCE.as_millis() as u32)?;
+    sockopt::set_tcp_user_timeout(tcp, stuck.as_millis() as u32)?;
     Ok(())
 }
 

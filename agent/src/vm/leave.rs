@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use fractus_agent_api::machine::StopReason;
 
 /// For a guest to power off. systemd-shutdown kills what is there after 90 s.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Leave {
     /// A signalfd.

@@ -8,10 +8,13 @@ use fractus_agent_api::machine::StopReason;
 use fractus_agent_api::migration::{MigrationId, Policy, Progress, State as Journey};
 
 use super::guest::GuestError;
-use super::leave::Leave;
+use super::leave::{Leave, PATIENCE};
 use super::log;
 use super::protocol::{FromMachine, Moving, PAUSE};
 use super::supervise::Supervisor;
+
+/// A line that is broken when the host goes down has this time to be mended.
+const MENDED: Duration = Duration::from_secs(10);
 
 /// The last guest that was sent, or the one that is.
 #[derive(Debug, Default)]
@@ -128,18 +131,25 @@ impl Supervisor {
     /// The host goes down, and another one's guest needs what is here: that goes first, as long as it goes and there is
     /// time for it.
     pub(super) fn has_time_to_pay(&self) -> bool {
-        let time = self.leave.as_ref().and_then(Leave::busy);
-        let goes = self.guest.owes() && !self.is_broken();
-        goes && time.is_some_and(|time| !time.is_zero())
+        self.time_to_pay().is_some_and(|time| !time.is_zero())
+    }
+
+    fn time_to_pay(&self) -> Option<Duration> {
+        let time = self.leave.as_ref().and_then(Leave::busy)?;
+        let time = match self.is_broken() {
+            true => time.saturating_sub(PATIENCE - MENDED),
+            false => time,
+        };
+        self.guest.owes().then_some(time)
     }
 
     /// How long the loop may wait before the host ends this machine.
     pub(super) fn to_leave(&self) -> Option<Duration> {
         let leave = self.leave.as_ref()?;
-        if self.has_time_to_pay() {
-            return leave.busy();
+        match self.time_to_pay() {
+            Some(time) if !time.is_zero() => Some(time),
+            _ => leave.left(),
         }
-        leave.left()
     }
 
     fn is_broken(&self) -> bool {

@@ -84,13 +84,16 @@ impl Machine {
     pub fn has_its_own(&self) -> bool {
         self.settled
             && self.report.as_ref().is_some_and(|said| {
-                !matches!(
-                    said.observed,
-                    Observed::Failed { .. }
-                        | Observed::Stopped {
-                            reason: StopReason::VmmFault { .. }
-                        }
-                )
+                let migration = said.migration.as_ref();
+                let lacks = migration.is_some_and(|migration| migration.lacks.is_some());
+                !lacks
+                    && !matches!(
+                        said.observed,
+                        Observed::Failed { .. }
+                            | Observed::Stopped {
+                                reason: StopReason::VmmFault { .. }
+                            }
+                    )
             })
     }
 

@@ -56,6 +56,8 @@ struct Line {
     out: Option<Outbox>,
     /// The next one.
     next: Option<File>,
+    /// Which is being begun with.
+    begins: bool,
     /// Blocks that are waited for, and have not come.
     wanted: BTreeSet<u64>,
     /// All has come.
@@ -129,6 +131,7 @@ impl Feeding {
             line: Mutex::new(Line {
                 out: Some(Outbox::new(writes)),
                 next: None,
+                begins: false,
                 wanted: BTreeSet::new(),
                 whole: false,
             }),
@@ -172,7 +175,7 @@ impl Feeder {
     /// Whether there is a connection by which it comes, as far as is known, or nothing is to come.
     pub fn is_fed(&self) -> bool {
         let line = self.0.line();
-        line.whole || line.out.is_some() || line.next.is_some()
+        line.whole || line.out.is_some() || line.next.is_some() || line.begins
     }
 
     /// Has what of memory has not come come by this connection, to the machine that it comes from, of which
@@ -231,6 +234,7 @@ impl Drop for Feeding {
         *self.shared.line() = Line {
             out: None,
             next: None,
+            begins: false,
             wanted: BTreeSet::new(),
             whole: true,
         };
@@ -332,7 +336,9 @@ impl Shared {
     }
 
     fn starve(&self, error: &MigrationError) {
-        self.line().out = None;
+        let mut line = self.line();
+        (line.out, line.begins) = (None, false);
+        drop(line);
         let reason = in_full(error);
         self.requests.send(Request::Starving { reason });
     }
@@ -399,9 +405,12 @@ impl Shared {
     /// The next connection.
     fn another(&self) -> Result<File, Interrupted> {
         loop {
-            if let Some(next) = self.line().next.take() {
+            let mut line = self.line();
+            if let Some(next) = line.next.take() {
+                line.begins = true;
                 return Ok(next);
             }
+            drop(line);
             let ready = ready([
                 (self.news.as_fd(), PollFlags::IN),
                 (self.stop.as_fd(), PollFlags::IN),
@@ -433,7 +442,7 @@ impl Shared {
         for number in &line.wanted {
             out.say(Kind::Wanted, &number.to_le_bytes())?;
         }
-        line.out = Some(out);
+        (line.out, line.begins) = (Some(out), false);
         Ok(FrameReader::new(connection))
     }
 

@@ -380,7 +380,9 @@ fn take<S: Read + Write + AsFd>(
     if !is_made_alike(state.config(), &config) {
         return Err(malformed("a state of another machine than came").into());
     }
-    let machine = restore_on(chassis, state, files)?;
+    let mut machine = restore_on(chassis, state, files)?;
+    // One that has not run on this host yet is announced once it does.
+    machine.is_new_here = !ending.ran;
     Ok(Inheritance {
         machine,
         ran: ending.ran,

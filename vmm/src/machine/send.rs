@@ -417,8 +417,13 @@ impl<S: Read + Write> Sender<S> {
             _ => 0,
         };
         let throttled = self.machine.vcpus.throttled();
+        let mut policy = self.policy;
+        if !self.journal.logs_memory() {
+            // However slow it is, all of its memory is left.
+            policy.throttle = None;
+        }
         let decision = decide(
-            &self.policy,
+            &policy,
             &Standing {
                 elapsed: self.began.elapsed(),
                 left,
@@ -429,7 +434,8 @@ impl<S: Read + Write> Sender<S> {
         );
         if let Decision::Throttle { percent } = decision {
             self.machine.vcpus.throttle(percent);
-            self.round.stalled = 0;
+            // Whether that helps is seen by what is left from here on.
+            (self.round.stalled, self.round.least) = (0, Some(left));
         }
         if self.report.rounds.len() >= ROUNDS_MAX {
             self.report.rounds.remove(ROUNDS_MAX / 2);

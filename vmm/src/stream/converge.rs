@@ -99,9 +99,11 @@ pub fn decide(policy: &Policy, standing: &Standing) -> Decision {
         return Decision::Stop;
     }
     let late = standing.elapsed >= policy.limit;
-    // A guest that is slower is a lesser evil than one that stands still, and at the limit it is too late for it.
+    // A guest that is slower is a lesser evil than one that stands still, and a greater one than one whose memory follows;
+    // at the limit it is too late for it.
     if standing.stalled > 0
         && !late
+        && policy.at_limit != AtLimit::PostCopy
         && let Some(throttle) = policy.throttle
         && let Some(percent) = throttle.beyond(standing.throttled)
     {
@@ -180,7 +182,7 @@ mod tests {
                         percent > throttled && percent <= 99,
                         "{throttled} {percent}"
                     );
-                    (throttled, stalled) = (percent, 0);
+                    (throttled, stalled, least) = (percent, 0, left);
                 }
                 decision => return (decision, elapsed, left),
             }

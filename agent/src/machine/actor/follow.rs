@@ -91,7 +91,6 @@ impl Follow {
     pub fn happened(&mut self, coming: Coming) {
         match coming {
             Coming::Again(end) => self.other = Some(end),
-            Coming::Ended if self.lacks.is_none() => self.others = None,
             Coming::Ended => self.cut = Some((Instant::now(), "the line to its source has ended")),
         }
     }
@@ -115,11 +114,20 @@ impl<L: Launcher> Actor<L> {
     pub(super) fn lacks(&mut self, lacks: Option<Lacks>) {
         if let (Some(_), None) = (&self.travel.follow.lacks, &lacks) {
             tracing::info!(machine = %self.record.id, "its guest's memory is whole");
-            // The line has the last words to carry, and ends by itself.
-            (self.travel.follow.lacks, self.travel.follow.cut) = (None, None);
+            self.travel.follow.lacks = None;
             self.forget_line();
+            // If it has not ended yet, the line has the last words to carry.
+            self.hang_up();
         } else {
             self.travel.follow.lacks = lacks;
+        }
+    }
+
+    /// Of the target: once its line has ended nobody listens any more for a guest that has everything.
+    pub(super) fn hang_up(&mut self) {
+        let over = self.travel.follow.lacks.is_none() && self.record.line.is_none();
+        if over && self.travel.follow.cut.is_some() {
+            (self.travel.line, self.travel.follow) = (None, Follow::default());
         }
     }
 
@@ -184,7 +192,7 @@ impl<L: Launcher> Actor<L> {
         };
         self.travel.line = None;
         let (to, key) = (departure.to.clone(), departure.key.clone());
-        let connecting = async move { line::connect(&to, &key).await };
+        let connecting = async move { line::connect_again(&to, &key).await };
         let connected = self.meanwhile(connecting, Self::is_to_come_again).await?;
         // Also where it stands now, but breaks at once.
         self.travel.follow.again.has_failed();
@@ -222,6 +230,8 @@ impl<L: Launcher> Actor<L> {
         let Some(LineRecord { port, key, .. }) = &self.record.line else {
             return;
         };
+        // One whose words nobody hears has the port.
+        self.travel.line = None;
         let listened = line::listen_again(self.surroundings.listen, *port, key).await;
         match listened {
             Ok((line, others)) => {

@@ -573,7 +573,9 @@ impl<L: Launcher> Actor<L> {
             let reason = reason.to_owned();
             return Some(of(departure.id, State::Failed { reason }));
         }
-        let id = wanted.continues?;
+        // Whatever is wanted of it since, a guest that lacks something says so.
+        let line = self.record.line.as_ref();
+        let id = wanted.continues.or(line.map(|line| line.migration))?;
         let here = self.record.done.continued == Some(id);
         let runs = matches!(self.phase, Phase::Running | Phase::Paused);
         // It goes on as far as it can without what has not come.

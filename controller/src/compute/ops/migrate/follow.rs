@@ -61,7 +61,11 @@ pub(super) fn at_once(policy: &Policy) -> Policy {
             longest_ms: AT_ONCE.longest_ms,
             ..*policy
         },
-        AtLimit::Stop | AtLimit::GiveUp => AT_ONCE,
+        // One that was slowed down stays so until then, or more would be left.
+        AtLimit::Stop | AtLimit::GiveUp => Policy {
+            throttle: policy.throttle,
+            ..AT_ONCE
+        },
     }
 }
 
@@ -91,6 +95,8 @@ async fn is_gone(
         return Ok(has_none.then(|| "the source has no record of it".to_owned()));
     };
     Ok(match (state_of(&said, state.migration), &said.observed) {
+        // It is there, whatever else it says.
+        (Some(Stream::Offered { .. }), _) => None,
         (Some(Stream::Failed { reason }), _) => Some(reason.clone()),
         (_, Observed::Absent | Observed::Stopped { .. } | Observed::Failed { .. }) => {
             let observed = &said.observed;
@@ -168,6 +174,11 @@ impl Follow {
             let what = "the guest was lost with its new host, before all of its memory was there";
             return Ok(Following::Lost(format!("{what}: {off}")));
         }
+        if heard.is_none() {
+            // Something else was asked of it since, and nobody else tells it while this is under way.
+            machines.converge(server).await?;
+            return Ok(Following::Coming);
+        }
         let Some(gone) = is_gone(machines, reader, &state, server).await? else {
             return Ok(Following::Coming);
         };
@@ -175,11 +186,9 @@ impl Follow {
         Ok(judge(said.as_ref(), &state, Some(&gone)))
     }
 
-    /// The row, while it is as this operation has left it.
+    /// The server is still where this operation has brought it.
     fn is_its_own(known: &Machine, state: &State) -> bool {
-        !known.is_tombstone()
-            && known.host == state.target
-            && known.wanted.continues == Some(state.migration)
+        !known.is_tombstone() && known.host == state.target
     }
 }
 
@@ -223,7 +232,7 @@ impl Step for Follow {
     ) -> Result<(), StepError> {
         let mut state: State = operation.state()?;
         let (machines, now) = (&self.tools.machines, self.tools.clock.now_us());
-        let verdict = self.verdicts().remove(&operation.id);
+        let verdict = self.verdicts().get(&operation.id).cloned();
         let server = machine_id(&operation.subject)?;
         let known = machine::find(tx, server).await?;
         if known.as_ref().and_then(|known| known.host) != Some(state.source) {
