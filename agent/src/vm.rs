@@ -216,6 +216,16 @@ impl Files {
         })
     }
 
+    /// Before the jail, where a guest is to come.
+    fn prepare_for_memory(&mut self, roles: &[FileRole]) {
+        if roles.contains(&FileRole::Lines) {
+            match Faults::open() {
+                Ok(faults) => self.faults = Some(faults),
+                Err(error) => log::line(format_args!("no memory can follow its guest: {error}")),
+            }
+        }
+    }
+
     fn take(&mut self, role: FileRole) -> Option<OwnedFd> {
         self.by_role
             .iter_mut()
@@ -242,12 +252,7 @@ fn assemble(launch: Launch, files: Vec<OwnedFd>) -> Result<Supervisor, VmError> 
         launch.id,
         env!("CARGO_PKG_VERSION")
     ));
-    if launch.files.contains(&FileRole::Lines) {
-        match Faults::open() {
-            Ok(faults) => files.faults = Some(faults),
-            Err(error) => log::line(format_args!("no memory can follow its guest: {error}")),
-        }
-    }
+    files.prepare_for_memory(&launch.files);
     if let Some(config) = launch.jail {
         let mut namespace = |role| files.take(role).ok_or(VmError::Missing(role));
         let namespaces = Namespaces {
