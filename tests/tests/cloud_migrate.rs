@@ -218,10 +218,9 @@ async fn cloud_memory_follows_a_guest_whose_flavor_allows_it() {
         one_process(&cloud).await;
         let followed = progress["followed"]["bytes"].as_u64();
         if followed.is_some_and(|bytes| bytes > 0) {
-            assert_eq!(
-                progress["rounds"].as_array().unwrap().last().unwrap()["decision"],
-                "post_copy"
-            );
+            // None where it was forced before the first was over.
+            let last = progress["rounds"].as_array().unwrap().last();
+            assert!(last.is_none_or(|last| last["decision"] == "post_copy"));
             assert!(progress["followed"]["took_us"].as_u64().unwrap() > 0);
             break;
         }

@@ -6,8 +6,8 @@
 use virtio_drivers::transport::Transport;
 use virtio_drivers::{Error, Result};
 
-use crate::{cpu, memory};
 use crate::virtio::{PciTransport, Queue};
+use crate::{cpu, memory};
 
 const FEATURE_CSUM: u64 = 1 << 0;
 const FEATURE_GUEST_CSUM: u64 = 1 << 1;
@@ -184,7 +184,8 @@ impl Net {
         let (command, answer) = control.buffer.split_at_mut(ANNOUNCE_ACK.len());
         command.copy_from_slice(&ANNOUNCE_ACK);
         answer[0] = NO_ANSWER;
-        let done = (control.queue).request(&mut self.transport, &[&*command], &mut [&mut answer[..1]]);
+        let done =
+            (control.queue).request(&mut self.transport, &[&*command], &mut [&mut answer[..1]]);
         if done.is_ok() && answer[0] == 0 {
             self.announced += 1;
         }

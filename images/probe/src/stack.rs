@@ -129,7 +129,11 @@ impl Stack {
         if let Some(address) = self.interface.ipv4_addr() {
             let _ = write!(out, " ip={address}");
         }
-        let _ = write!(out, " taken={} announced={}", self.taken, self.net.announced);
+        let _ = write!(
+            out,
+            " taken={} announced={}",
+            self.taken, self.net.announced
+        );
     }
 
     fn serve(&mut self) -> bool {
