@@ -24,7 +24,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// A peer of whose host nothing has been heard for so long is gone. How long its process may be busy is not asked here.
 const SILENCE: Duration = Duration::from_secs(30);
 /// A peer that takes nothing for so long is gone, too: there are no keepalives then. Longer than a process may be busy with
-/// its disks ([`crate::vm`]'s `paced`), but for memory that follows, which goes to none.
+/// its disks ([`crate::vm`]'s `paced`). A line that stands in for another brings memory only, which waits for no disk: there
+/// [`SILENCE`] is enough.
 const STUCK: Duration = Duration::from_secs(150);
 /// Strangers who are shaking hands at once.
 const STRANGERS: usize = 16;
