@@ -401,12 +401,17 @@ impl Send {
         let Some(Stream::Offered { doubt, .. }) = state_of(&source, id) else {
             return false;
         };
-        let heard = fleet.said_at_us(state.source, server);
-        let heard = heard.unwrap_or_else(|| self.0.clock.now_us());
-        self.0.handovers.offered(id, heard);
+        self.offer_is_heard(state, server);
         let there = fleet.machine(target, server);
         let arrived = there.is_some_and(|there| state_of(&there, id) == Some(&Stream::Arrived));
         arrived && doubt.is_none() && source.generation == begun.generation
+    }
+
+    /// From then on the guest stands still for its owner's move.
+    fn offer_is_heard(&self, state: &State, server: ServerId) {
+        let heard = self.0.machines.fleet().said_at_us(state.source, server);
+        let heard = heard.unwrap_or_else(|| self.0.clock.now_us());
+        self.0.handovers.offered(state.migration, heard);
     }
 
     /// The guest is offered: whether the target has it. With a doubt only a fresh word of the target's counts.
@@ -465,6 +470,7 @@ impl Step for Send {
         };
         match state_of(&said, id) {
             Some(Stream::Offered { doubt, .. }) => {
+                self.offer_is_heard(&state, known.server);
                 return self.has_arrived(&state, &known, doubt.as_ref()).await;
             }
             // Its process is gone, and begins no other under this intent: the target may have had all of the guest by
