@@ -232,12 +232,8 @@ impl Vm {
     }
 
     pub fn set_clock(&self, clock: &kvm_clock_data) -> Result<(), KvmError> {
-        let clock = kvm_clock_data {
-            clock: clock.clock,
-            ..Default::default()
-        };
         self.fd
-            .set_clock(&clock)
+            .set_clock(clock)
             .map_err(refused("set the guest's clock (KVM_SET_CLOCK)"))
     }
 

@@ -49,6 +49,11 @@ impl Offered {
         })
     }
 
+    /// None: KVM does not say.
+    pub fn tsc_khz(&self) -> Option<u32> {
+        self.tsc_khz
+    }
+
     fn cpu(&self) -> Cpu {
         Cpu::of(&self.leaves, self.tsc_khz, self.tsc_scales)
     }

@@ -47,6 +47,8 @@ pub struct VcpuSet {
     vcpus: Vec<Handle>,
     gate: Arc<Gate>,
     share: Share,
+    /// Of the guest's time stamp counters; none: KVM does not say.
+    tsc_khz: Option<u32>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +96,7 @@ impl VcpuSet {
             vcpus: Vec::new(),
             gate: Arc::clone(&gate),
             share: Share::default(),
+            tsc_khz: tsc_khz.or(offered.tsc_khz()),
         };
         for (index, fd) in (0..).zip(made) {
             let kicked = Arc::new(AtomicBool::new(false));
@@ -165,6 +168,11 @@ impl VcpuSet {
         Ok(())
     }
 
+    #[cfg(test)]
+    pub fn tsc_khz(&self) -> Option<u32> {
+        self.tsc_khz
+    }
+
     pub fn save(&self) -> Result<Vec<VcpuState>, VcpuError> {
         Ok(self
             .ask_all(|_, reply| Command::Save(reply))?
@@ -173,9 +181,13 @@ impl VcpuSet {
             .collect())
     }
 
-    /// Loads saved states, one for each vCPU in order.
-    pub fn load(&self, states: Vec<VcpuState>) -> Result<(), VcpuError> {
-        let mut states = states.into_iter().map(Box::new);
+    /// Loads saved states, one for each vCPU in order, as they are where `missed` has passed since.
+    pub fn load(&self, states: Vec<VcpuState>, missed: Duration) -> Result<(), VcpuError> {
+        let ticks = ticks(missed, self.tsc_khz);
+        let mut states = states.into_iter().map(|mut state| {
+            state.go_on(ticks);
+            Box::new(state)
+        });
         self.ask_all(|_, reply| match states.next() {
             Some(state) => Command::Load(state, reply),
             None => Command::End,
@@ -321,6 +333,12 @@ fn pin(index: u8, host_cpu: Option<u32>) -> Result<(), VcpuError> {
     }
     cpus.set(host_cpu as usize);
     sched_setaffinity(None, &cpus).map_err(|error| refused(error.into()))
+}
+
+/// Ticks of a time stamp counter; none where its frequency is not known.
+fn ticks(passed: Duration, khz: Option<u32>) -> u64 {
+    let ticks = passed.as_nanos() * u128::from(khz.unwrap_or(0)) / 1_000_000;
+    u64::try_from(ticks).unwrap_or(u64::MAX)
 }
 
 /// LVT entries of the local APIC page (Intel SDM vol. 3, table 11-1), and delivery by ExtINT and NMI.

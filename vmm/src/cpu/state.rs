@@ -108,6 +108,20 @@ impl VcpuState {
         &self.regs
     }
 
+    /// Its time stamp counter has gone on for so many ticks.
+    pub fn go_on(&mut self, ticks: u64) {
+        for msr in self.msrs.iter_mut().filter(|msr| msr.index == TSC) {
+            msr.data = msr.data.wrapping_add(ticks);
+        }
+    }
+
+    /// Its time stamp counter.
+    #[cfg(test)]
+    pub(crate) fn tsc(&self) -> u64 {
+        let found = self.msrs.iter().find(|msr| msr.index == TSC);
+        found.map_or(0, |msr| msr.data)
+    }
+
     /// As it is but for what depends on the host's CPU and kernel, which is as in `here`: MSRs and extended state.
     #[cfg(test)]
     pub(crate) fn on_cpu_of(self, here: &VcpuState) -> VcpuState {

@@ -2,13 +2,14 @@
 //! vCPUs' threads, which prepare themselves while the board is made and the kernel loaded.
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use fractus_loader::FindError;
 
 use super::feeding::AtEnd;
 use super::state::{MachineState, STATE_VERSION};
 use super::vcpus::UsedVcpus;
-use super::{Kernel, Machine, MachineError, RunState, handover};
+use super::{Kernel, Machine, MachineError, RunState, clocks, handover};
 use crate::board::{self, FixedDevices, IoApic, acpi, generation, smbios};
 use crate::boot::disk::BootDisk;
 use crate::boot::{self, Boot, BootError, Fallback, Source};
@@ -89,14 +90,15 @@ pub(super) fn restore(
 ) -> Result<Machine, BuildError> {
     check(&saved)?;
     let chassis = Chassis::new(&saved.config, &files, memory, hook)?;
-    restore_on(chassis, saved, files)
+    restore_on(chassis, saved, files, || Duration::ZERO)
 }
 
-/// The same, on what was made for it.
+/// The same, on what was made for it; a guest that is on its way has been nowhere for as long as `missed` says.
 pub(super) fn restore_on(
     chassis: Chassis,
     saved: MachineState,
     files: MachineFiles,
+    missed: impl Fn() -> Duration,
 ) -> Result<Machine, BuildError> {
     check(&saved)?;
     let MachineState {
@@ -114,8 +116,11 @@ pub(super) fn restore_on(
     let mut machine = chassis.complete(config, files, saved)?;
     machine.vcpus.ready().map_err(VcpuSetError::from)?;
     machine.used = UsedVcpus::of(&vcpus);
-    machine.vcpus.load(vcpus).map_err(VcpuSetError::from)?;
-    machine.vm.set_clock(&clock)?;
+    machine
+        .vcpus
+        .load(vcpus, missed())
+        .map_err(VcpuSetError::from)?;
+    machine.vm.set_clock(&clocks::later(&clock, missed()))?;
     machine.state = RunState::Paused;
     Ok(machine)
 }

@@ -30,7 +30,7 @@ use super::receive::{config_in, is_made_alike, reason};
 use super::send::{MigrationError, Unsent, answer};
 use super::snapshot::unpacked as unpacked_state;
 use super::state::{MachineState, STATE_VERSION};
-use super::{Machine, MachineError, Pause, RunState, SnapshotError};
+use super::{Machine, MachineError, Pause, RunState, SnapshotError, clocks};
 use crate::config::{MachineConfig, NetConfig, NetFiles};
 use crate::memory::GuestMemory;
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
@@ -380,7 +380,9 @@ fn take<S: Read + Write + AsFd>(
     if !is_made_alike(state.config(), &config) {
         return Err(malformed("a state of another machine than came").into());
     }
-    let mut machine = restore_on(chassis, state, files)?;
+    let clock = state.clock;
+    let missed = || clocks::missed(&clock, at);
+    let mut machine = restore_on(chassis, state, files, missed)?;
     // One that has not run on this host yet is announced once it does.
     machine.is_new_here = !ending.ran;
     Ok(Inheritance {

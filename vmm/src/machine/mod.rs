@@ -9,6 +9,7 @@
 //! keeps of the files: a reset does not attach again but calls `Device::reset`.
 
 mod build;
+mod clocks;
 mod disk_copy;
 mod event;
 mod feeding;
@@ -218,7 +219,7 @@ impl Machine {
             version: state::STATE_VERSION,
             config: self.config.clone(),
             placement: self.places.placement().clone(),
-            clock: self.vm.clock()?,
+            clock: clocks::dated(self.vm.clock()?),
             vcpus: self.vcpus.save()?,
             devices: devices?,
         })

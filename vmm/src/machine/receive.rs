@@ -11,7 +11,7 @@ use super::feeding::Feeding;
 use super::send::MigrationError;
 use super::snapshot::unpacked as unpacked_state;
 use super::state::{MachineState, STATE_VERSION};
-use super::{BuildError, Machine, SnapshotError, in_full};
+use super::{BuildError, Machine, SnapshotError, clocks, in_full};
 use crate::config::{MachineConfig, MachineFiles};
 use crate::memory::{Faults, GuestMemory, PageSet};
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
@@ -249,7 +249,9 @@ fn take<S: Read + AsFd>(
         )?;
         feeding = Some(begun);
     }
-    let restored = restore_on(chassis, gathered.state, gathered.files);
+    let (clock, at) = (gathered.state.clock, gathered.at);
+    let missed = || clocks::missed(&clock, at);
+    let restored = restore_on(chassis, gathered.state, gathered.files, missed);
     let mut machine = restored.inspect_err(|error| {
         if let Some(feeding) = &feeding {
             feeding.say_refused(&reason(error));

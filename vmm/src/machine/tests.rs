@@ -74,6 +74,38 @@ fn a_guest_whose_pause_fails_runs_on_and_can_be_paused_later() {
     answers(&mut rig, "and on");
 }
 
+/// A machine that goes on where `rig`'s was saved, after so long on its way.
+fn arrives(rig: &Rig, missed: Duration) -> (Machine, UnixStream) {
+    let state = rig.machine.save().unwrap();
+    let (files, serial) = common::files(common::kernel_file(&echo().elf()));
+    let memory = rig.machine.memory.clone();
+    let chassis = build::Chassis::new(&state.config, &files, memory, None).unwrap();
+    let machine = build::restore_on(chassis, state, files, || missed).unwrap();
+    (machine, serial)
+}
+
+#[test]
+fn a_guests_clocks_go_on_while_it_is_on_its_way() {
+    const MISSED: Duration = Duration::from_secs(1000);
+    let mut rig = Rig::build(common::config(), &echo());
+    rig.machine.start().unwrap();
+    rig.machine.pause().unwrap();
+    let clocks = |machine: &Machine| {
+        let state = machine.saved().unwrap();
+        (state.clock.clock, state.vcpus[0].tsc())
+    };
+    let before = clocks(&rig.machine);
+    let (machine, _serial) = arrives(&rig, MISSED);
+    let (clock, tsc) = clocks(&machine);
+    let khz = u128::from(machine.vcpus.tsc_khz().unwrap());
+    let passed = u64::try_from(MISSED.as_nanos()).unwrap();
+    assert!(clock >= before.0 + passed, "{clock} after {before:?}");
+    assert!(clock < before.0 + 2 * passed, "{clock} after {before:?}");
+    let ticks = u64::try_from(MISSED.as_millis() * khz).unwrap();
+    assert!(tsc >= before.1 + ticks, "{tsc} after {before:?}");
+    assert!(tsc < before.1 + 2 * ticks, "{tsc} after {before:?}");
+}
+
 /// As the host's kernel does, which moves a network's packets.
 struct Unseen;
 
