@@ -15,7 +15,7 @@ use crate::work::Later;
 pub enum ThreadKind {
     /// KVM_RUN and the devices' registers.
     Vcpu,
-    /// Disk I/O.
+    /// Disk I/O, and a half of what is copied to a file.
     Block,
     /// Packets, one thread a pair of queues.
     Net,
@@ -25,7 +25,7 @@ pub enum ThreadKind {
     Console,
     /// What of the guest's memory comes after it.
     Pages,
-    /// Makes threads of kinds `Block` and `Net` for devices that come later, and does nothing else.
+    /// Makes threads of kinds `Block` and `Net` for what comes later, and does nothing else.
     Spawner,
     /// The one that owns the machine. The embedder's own: never started here.
     Main,

@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use crate::thread::{ThreadKind, Threads};
 
+const WORKS: usize = 3;
+
 type Job = Box<dyn FnOnce() + Send>;
 
 /// What is to be done later, and how much of it at a time.
@@ -29,8 +31,8 @@ pub struct Later {
 struct State {
     orders: VecDeque<Order>,
     /// How much more of each kind there may be, and how much at most.
-    room: [usize; 2],
-    most: [usize; 2],
+    room: [usize; WORKS],
+    most: [usize; WORKS],
     sealed: bool,
     closed: bool,
 }
@@ -104,12 +106,14 @@ pub enum Work {
     Block,
     /// Packets.
     Net,
+    /// A half of what the machine's owner copies to a file.
+    Copy,
 }
 
 impl Work {
     fn kind(self) -> ThreadKind {
         match self {
-            Work::Block => ThreadKind::Block,
+            Work::Block | Work::Copy => ThreadKind::Block,
             Work::Net => ThreadKind::Net,
         }
     }
@@ -141,7 +145,7 @@ impl Threads {
     /// Starts the spawner, for at most so much work of each kind at a time. An embedder whose hook
     /// forbids to open files must first tell the C library how many heaps it may have (`M_ARENA_MAX`):
     /// it would else read that from a file when it makes one for a new thread.
-    pub fn prepare(&self, room: [(Work, usize); 2]) -> io::Result<Option<Spawner>> {
+    pub fn prepare(&self, room: [(Work, usize); WORKS]) -> io::Result<Option<Spawner>> {
         let later = self.later();
         let mut total = 0;
         for (work, count) in room {
@@ -265,10 +269,11 @@ impl Later {
 
 impl State {
     fn room_of(&mut self, work: Work) -> &mut usize {
-        let [block, net] = &mut self.room;
+        let [block, net, copy] = &mut self.room;
         match work {
             Work::Block => block,
             Work::Net => net,
+            Work::Copy => copy,
         }
     }
 }
@@ -294,7 +299,7 @@ mod tests {
     use crate::request::{Request, channel};
     use crate::thread::ThreadHook;
 
-    const ROOM: [(Work, usize); 2] = [(Work::Block, 1), (Work::Net, 1)];
+    const ROOM: [(Work, usize); WORKS] = [(Work::Block, 1), (Work::Net, 1), (Work::Copy, 1)];
 
     #[test]
     fn sealed_work_gets_a_thread_behind_its_hook_as_long_as_there_is_room() {
@@ -372,7 +377,7 @@ mod tests {
                 false => drop(spawner),
             }
             assert_eq!(ordered.join().unwrap().kind(), io::ErrorKind::BrokenPipe);
-            assert_eq!(lock(&threads.later().state).room, [1, 1]);
+            assert_eq!(lock(&threads.later().state).room, [1, 1, 1]);
         }
     }
 
@@ -382,7 +387,7 @@ mod tests {
         let threads = Threads::new(None, requests);
         assert!(
             threads
-                .prepare([(Work::Block, 0), (Work::Net, 0)])
+                .prepare([(Work::Block, 0), (Work::Net, 0), (Work::Copy, 0)])
                 .unwrap()
                 .is_none()
         );

@@ -326,11 +326,12 @@ fn hypervisor(files: &MachineFiles) -> Result<Hypervisor, BuildError> {
     Ok(Hypervisor::open(kvm)?)
 }
 
-/// What makes the threads of devices that may come.
+/// What makes the threads of devices that may come, and the second one of a copy.
 fn spawner(config: &MachineConfig, threads: &Threads) -> std::io::Result<Option<Spawner>> {
     threads.prepare([
         (Work::Block, usize::from(config.hot_disks) * THREADS),
         (Work::Net, usize::from(config.hot_nets)),
+        (Work::Copy, 1),
     ])
 }
 

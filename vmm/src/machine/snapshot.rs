@@ -10,6 +10,7 @@
 //! A machine is made from the file in two ways ([`Loading`]): memory is read first, or mapped and read when it is
 //! touched.
 
+mod copy;
 mod log;
 
 use std::fs::File;
@@ -23,10 +24,11 @@ use super::{BuildError, Machine, MachineError, MachineState, RunState, build};
 use crate::config::{MachineConfig, MachineFiles, MemoryConfig, PageSize};
 use crate::kvm::KvmError;
 use crate::memory::{GuestMemory, MemoryError, PageSet};
-use crate::stream::snapshot::{self, Snapshot, SnapshotWriter};
+use crate::stream::snapshot::{self, Snapshot};
 use crate::stream::{BLOCK, Mask, Opening, PAGE, StreamError, Totals, malformed};
 use crate::thread::ThreadHook;
 
+use copy::Copy;
 pub(super) use log::{Ledger, WriteLog};
 
 /// With so few pages left the guest is stopped for them: 4 MiB, a millisecond's copy.
@@ -239,7 +241,12 @@ impl Machine {
             pause: Duration::ZERO,
             whole: Duration::ZERO,
         };
-        let mut copy = Copy::begin(self.memory.clone(), file, opening)?;
+        let mut copy = Copy::begin(
+            self.memory.clone(),
+            self.board.threads.clone(),
+            file,
+            opening,
+        )?;
         let state = match self.state {
             RunState::Paused => {
                 // First, since disks are written to the end for it: what is copied may go to theirs.
@@ -249,7 +256,7 @@ impl Machine {
             }
             _ => self.copy_running(&mut copy, &mut report, ledger)?,
         };
-        report.totals = copy.writer.finish(&state, owner)?;
+        report.totals = copy.finish(&state, owner)?;
         Ok(report)
     }
 
@@ -375,7 +382,7 @@ impl Machine {
             return Ok((state, kept));
         }
         for (number, mask) in written.blocks() {
-            let pages = read_pages(&copy.memory, number, mask)?;
+            let pages = read_pages(&self.memory, number, mask)?;
             kept.blocks.push((number, mask, pages));
         }
         Ok((state, kept))
@@ -493,67 +500,6 @@ struct Kept {
     pages: u64,
     /// Number, which pages, and they.
     blocks: Vec<(u64, Mask, Vec<u8>)>,
-}
-
-/// Copies memory to a snapshot.
-struct Copy {
-    memory: GuestMemory,
-    /// Not laid over another.
-    is_whole: bool,
-    writer: SnapshotWriter,
-}
-
-impl Copy {
-    fn begin(memory: GuestMemory, file: File, opening: Opening) -> Result<Self, StreamError> {
-        let is_whole = opening.base.is_none();
-        let mut writer = SnapshotWriter::new(file, opening)?;
-        if memory.is_unchecked() {
-            writer.mark_unchecked();
-        }
-        Ok(Copy {
-            memory,
-            is_whole,
-            writer,
-        })
-    }
-
-    /// All that is to be in it; how many pages that may be. From then on the ledger tells what is to be copied again.
-    fn first(&mut self, ledger: Option<&mut Ledger>) -> Result<u64, SnapshotError> {
-        let since = ledger.map(Ledger::take_all).transpose()?;
-        let pages = match since.filter(|_| !self.is_whole) {
-            Some(since) => since,
-            None => self.memory.present()?,
-        };
-        self.again(&pages)
-    }
-
-    /// What has been written to; how many pages.
-    fn again(&mut self, written: &PageSet) -> Result<u64, SnapshotError> {
-        for (number, mask) in written.blocks() {
-            match self.is_whole {
-                true => self.block(number)?,
-                false => {
-                    let pages = read_pages(&self.memory, number, mask)?;
-                    self.amend(number, mask, &pages)?;
-                }
-            }
-        }
-        Ok(written.count())
-    }
-
-    /// Pages of a block, each whole, which are all that has changed since it was copied.
-    fn amend(&mut self, number: u64, mask: Mask, pages: &[u8]) -> Result<(), SnapshotError> {
-        Ok(self.writer.amend(number, mask, pages)?)
-    }
-
-    fn block(&mut self, number: u64) -> Result<(), SnapshotError> {
-        let mut content = [0; BLOCK];
-        let at = number * BLOCK as u64;
-        let read = self.memory.read_at(&mut content, at);
-        let read = read.map_err(SnapshotError::Read)?;
-        let content = content.get(..read).unwrap_or_default();
-        Ok(self.writer.put(number, content)?)
-    }
 }
 
 /// Some pages of a block, each whole.

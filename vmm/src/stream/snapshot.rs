@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Take, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, fallocate};
 
@@ -53,7 +54,7 @@ pub fn most_bytes(memory: u64) -> u64 {
 
 /// What is known of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Entry {
+pub struct Entry {
     placed: Mask,
     zero: Mask,
     checksum: u32,
@@ -61,7 +62,7 @@ struct Entry {
 
 /// Writes a snapshot. Dropped before `finish` it leaves a file that nobody takes for one.
 pub struct SnapshotWriter {
-    file: File,
+    sink: Sink,
     opening: Opening,
     flags: u32,
     /// By number.
@@ -82,8 +83,13 @@ impl SnapshotWriter {
             .and_then(|()| file.set_len(MEMORY + opening.memory));
         made.map_err(io("make room for"))?;
         let blocks = opening.memory.div_ceil(BLOCK as u64) as usize;
+        let sink = Sink {
+            file: Arc::new(file),
+            memory: opening.memory,
+            is_over: opening.base.is_some(),
+        };
         Ok(SnapshotWriter {
-            file,
+            sink,
             opening,
             flags: 0,
             blocks: vec![Entry::default(); blocks],
@@ -97,53 +103,25 @@ impl SnapshotWriter {
 
     /// The content of block `number`, whole; it may come again, and the last time counts.
     pub fn put(&mut self, number: u64, content: &[u8]) -> Result<(), StreamError> {
-        self.put_known(number, content, Mask(u16::MAX), Mask(u16::MAX))
+        let before = self.entry(number)?;
+        self.note(number, self.sink.put(number, before, content)?)
     }
 
-    /// The same where only the pages of `known` are spoken of, and of these no more than those of `new` are not in the
-    /// file yet.
-    fn put_known(
-        &mut self,
-        number: u64,
-        content: &[u8],
-        known: Mask,
-        new: Mask,
-    ) -> Result<(), StreamError> {
-        let start = number.saturating_mul(BLOCK as u64);
-        let size = self.opening.memory.saturating_sub(start).min(BLOCK as u64);
-        let block = usize::try_from(number)
-            .ok()
-            .and_then(|at| self.blocks.get_mut(at));
-        let Some(block) = block.filter(|_| content.len() as u64 == size) else {
-            return Err(malformed("a block that the machine does not have"));
-        };
-        let there = Mask::with_content(content);
-        let before = std::mem::take(block);
-        let part = |run: Range<usize>| {
-            let bytes = content.get(run.start..run.end.min(content.len()));
-            (bytes.unwrap_or_default(), MEMORY + start + run.start as u64)
-        };
-        let mut hasher = crc32fast::Hasher::new();
-        for run in there.runs() {
-            hasher.update(part(run).0);
-        }
-        for run in there.and(new).runs() {
-            let (bytes, at) = part(run);
-            self.file.write_all_at(bytes, at).map_err(io("write"))?;
-        }
-        let whole = Mask(u16::MAX >> (16 - content.len().div_ceil(PAGE)));
-        *block = Entry {
-            placed: there,
-            zero: match self.opening.base {
-                Some(_) => whole.and(known).without(there),
-                None => Mask::default(),
-            },
-            checksum: hasher.finalize(),
-        };
-        for run in before.placed.without(there).runs() {
-            let (bytes, at) = part(run);
-            make_zero(&self.file, at, bytes.len() as u64).map_err(io("make a hole in"))?;
-        }
+    /// By which several threads put blocks at once, each its own; what comes of it is to be [noted](Self::note).
+    pub fn sink(&self) -> Sink {
+        self.sink.clone()
+    }
+
+    /// What is known of block `number`.
+    pub fn entry(&self, number: u64) -> Result<Entry, StreamError> {
+        let at = usize::try_from(number).unwrap_or(usize::MAX);
+        self.blocks.get(at).copied().ok_or_else(no_block)
+    }
+
+    pub fn note(&mut self, number: u64, entry: Entry) -> Result<(), StreamError> {
+        let at = usize::try_from(number).unwrap_or(usize::MAX);
+        let block = self.blocks.get_mut(at).ok_or_else(no_block)?;
+        *block = entry;
         Ok(())
     }
 
@@ -152,16 +130,15 @@ impl SnapshotWriter {
     pub fn amend(&mut self, number: u64, mask: Mask, content: &[u8]) -> Result<(), StreamError> {
         let start = number.saturating_mul(BLOCK as u64);
         let size = self.opening.memory.saturating_sub(start).min(BLOCK as u64) as usize;
-        let index = usize::try_from(number).unwrap_or(usize::MAX);
-        let before = self.blocks.get(index).copied();
-        let before = before.ok_or_else(|| malformed("a block that the machine does not have"))?;
+        let before = self.entry(number)?;
         // Pages that are not spoken of stay as they are: those that the base has are zero here and not looked at.
         let mut block = [0; BLOCK];
         let at = MEMORY.saturating_add(start);
         for run in before.placed.without(mask).runs() {
             let bytes = block.get_mut(run.start..run.end.min(size));
             let at = at + run.start as u64;
-            (self.file.read_exact_at(bytes.unwrap_or_default(), at)).map_err(io("read back"))?;
+            (self.sink.file.read_exact_at(bytes.unwrap_or_default(), at))
+                .map_err(io("read back"))?;
         }
         let mut rest = content;
         for run in mask.runs() {
@@ -178,7 +155,9 @@ impl SnapshotWriter {
             Some(_) => Mask(before.placed.0 | before.zero.0 | mask.0),
             None => Mask(u16::MAX),
         };
-        self.put_known(number, block.get(..size).unwrap_or_default(), known, mask)
+        let content = block.get(..size).unwrap_or_default();
+        let entry = self.sink.put_known(number, before, content, known, mask)?;
+        self.note(number, entry)
     }
 
     /// Writes what is to be known of all that, then the head; the file is on its disk when this returns.
@@ -192,7 +171,7 @@ impl SnapshotWriter {
         }
         let begin = MEMORY + self.opening.memory.next_multiple_of(PAGE as u64);
         let tail = Tail {
-            file: &self.file,
+            file: &self.sink.file,
             at: begin,
         };
         let mut frames = FrameWriter::new(BufWriter::with_capacity(1 << 16, tail));
@@ -228,13 +207,78 @@ impl SnapshotWriter {
             (frames.finish().into_inner()).map_err(|error| io("write")(error.into_error()))?;
         let length = tail.at - begin;
         // All of it, before the head says that it is there.
-        self.file.sync_data().map_err(io("sync"))?;
+        self.sink.file.sync_data().map_err(io("sync"))?;
         let head = head(self.flags, self.opening.memory, begin, length);
-        let written = self.file.write_all_at(&head, 0);
+        let written = self.sink.file.write_all_at(&head, 0);
         written
-            .and_then(|()| self.file.sync_all())
+            .and_then(|()| self.sink.file.sync_all())
             .map_err(io("write"))?;
         Ok(totals)
+    }
+}
+
+fn no_block() -> StreamError {
+    malformed("a block that the machine does not have")
+}
+
+/// Where blocks go. Cheap to clone.
+#[derive(Clone)]
+pub struct Sink {
+    file: Arc<File>,
+    /// Bytes.
+    memory: u64,
+    /// It is laid over another.
+    is_over: bool,
+}
+
+impl Sink {
+    /// Puts block `number`, of which so much is known; what is then.
+    pub fn put(&self, number: u64, before: Entry, content: &[u8]) -> Result<Entry, StreamError> {
+        self.put_known(number, before, content, Mask(u16::MAX), Mask(u16::MAX))
+    }
+
+    /// The same where only the pages of `known` are spoken of, and of these no more than those of `new` are not in the
+    /// file yet.
+    fn put_known(
+        &self,
+        number: u64,
+        before: Entry,
+        content: &[u8],
+        known: Mask,
+        new: Mask,
+    ) -> Result<Entry, StreamError> {
+        let start = number.saturating_mul(BLOCK as u64);
+        let size = self.memory.saturating_sub(start).min(BLOCK as u64);
+        if content.is_empty() || content.len() as u64 != size {
+            return Err(no_block());
+        }
+        let there = Mask::with_content(content);
+        let part = |run: Range<usize>| {
+            let bytes = content.get(run.start..run.end.min(content.len()));
+            (bytes.unwrap_or_default(), MEMORY + start + run.start as u64)
+        };
+        let mut hasher = crc32fast::Hasher::new();
+        for run in there.runs() {
+            hasher.update(part(run).0);
+        }
+        for run in there.and(new).runs() {
+            let (bytes, at) = part(run);
+            self.file.write_all_at(bytes, at).map_err(io("write"))?;
+        }
+        let whole = Mask(u16::MAX >> (16 - content.len().div_ceil(PAGE)));
+        let entry = Entry {
+            placed: there,
+            zero: match self.is_over {
+                true => whole.and(known).without(there),
+                false => Mask::default(),
+            },
+            checksum: hasher.finalize(),
+        };
+        for run in before.placed.without(there).runs() {
+            let (bytes, at) = part(run);
+            make_zero(&self.file, at, bytes.len() as u64).map_err(io("make a hole in"))?;
+        }
+        Ok(entry)
     }
 }
 

@@ -2,14 +2,19 @@
 
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::fuzz::read_only;
 use super::*;
 use crate::config::{HOT_BLOCK, HotMemoryConfig};
 use crate::memory::Blocks;
+use crate::request::channel;
+use crate::thread::{ThreadKind, Threads};
+use crate::work::Work;
 
 /// Pages of what is always there, more than a block and not whole ones, and of a block of hot memory.
 const PAGES: u64 = 2 * 16 + 5;
@@ -156,13 +161,14 @@ impl Modelled {
             memory: self.memory.file_bytes().unwrap(),
             made_by: "a test".to_owned(),
         };
-        let copy = Copy::begin(self.memory.clone(), file.try_clone().unwrap(), opening);
+        let to = file.try_clone().unwrap();
+        let copy = Copy::begin(self.memory.clone(), threads(), to, opening);
         let mut copy = copy.unwrap();
         match over {
             None => copy.first(None).unwrap(),
             Some((_, pages)) => copy.again(pages).unwrap(),
         };
-        copy.writer.finish(b"", b"").unwrap();
+        copy.finish(b"", b"").unwrap();
         let snapshot = Snapshot::open(read_only(&file).unwrap()).unwrap();
         snapshot.check().unwrap();
         snapshot
@@ -352,6 +358,70 @@ fn a_snapshot_says_that_its_bytes_came_from_a_file_that_nobody_checked() {
 }
 
 /// More than are mapped: pages far from each other. What is read for that is checked.
+/// Of a machine whose threads are not locked down.
+fn threads() -> Threads {
+    let (requests, _receiver) = channel().unwrap();
+    Threads::new(None, requests)
+}
+
+#[test]
+fn what_two_threads_copy_is_all_of_it_or_an_error() {
+    const BLOCKS: u64 = 1024;
+    let config = MachineConfig::minimal(BLOCKS * BLOCK as u64).memory;
+    let memory = GuestMemory::create(&config).unwrap();
+    let word = |block: u64| block | 1 << 40;
+    for block in 0..BLOCKS {
+        let at = GuestAddress(block * BLOCK as u64);
+        memory.write_obj(word(block), at).unwrap();
+    }
+    let copy = |threads: &Threads, file: &File| {
+        let opening = Opening {
+            id: Uuid::new_v4(),
+            base: None,
+            memory: memory.file_bytes().unwrap(),
+            made_by: "a test".to_owned(),
+        };
+        let to = file.try_clone().unwrap();
+        Copy::begin(memory.clone(), threads.clone(), to, opening).unwrap()
+    };
+    let (requests, _receiver) = channel().unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    let hook: ThreadHook = Arc::new(move |kind| tell.send(kind).unwrap());
+    let threads = Threads::new(Some(hook), requests);
+    let room = [(Work::Block, 0), (Work::Net, 0), (Work::Copy, 1)];
+    let spawner = threads.prepare(room).unwrap();
+    threads.seal();
+    let whole = |file: File, mut copy: Copy| {
+        assert_eq!(copy.first(None).unwrap(), BLOCKS);
+        let totals = copy.finish(b"", b"").unwrap();
+        assert_eq!(totals.pages, BLOCKS);
+        let snapshot = Snapshot::open(read_only(&file).unwrap()).unwrap();
+        let other = GuestMemory::create(&config).unwrap();
+        snapshot.load(&other).unwrap();
+        for block in 0..BLOCKS {
+            let at = GuestAddress(block * BLOCK as u64);
+            assert_eq!(other.read_obj::<u64>(at).unwrap(), word(block));
+        }
+    };
+    let file = tempfile::tempfile().unwrap();
+    whole(file.try_clone().unwrap(), copy(&threads, &file));
+    let kinds: Vec<_> = told.try_iter().collect();
+    assert_eq!(kinds, [ThreadKind::Spawner, ThreadKind::Block]);
+
+    // What cannot be written by either.
+    let flags = MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC;
+    let full = File::from(memfd_create("full", flags).unwrap());
+    let mut fails = copy(&threads, &full);
+    fcntl_add_seals(&full, SealFlags::WRITE).unwrap();
+    let error = fails.first(None).unwrap_err();
+    let found = matches!(error, SnapshotError::Stream(StreamError::Io { .. }));
+    assert!(found, "{error:?}");
+
+    // Where there can be no second one, there is one.
+    drop(spawner);
+    whole(file.try_clone().unwrap(), copy(&threads, &file));
+}
+
 #[test]
 fn a_snapshot_in_too_many_pieces_is_mapped_and_read() {
     const PIECES: u64 = 1100;
@@ -369,9 +439,10 @@ fn a_snapshot_in_too_many_pieces_is_mapped_and_read() {
         made_by: "a test".to_owned(),
     };
     let file = tempfile::tempfile().unwrap();
-    let mut copy = Copy::begin(one, file.try_clone().unwrap(), opening).unwrap();
+    let to = file.try_clone().unwrap();
+    let mut copy = Copy::begin(one, threads(), to, opening).unwrap();
     assert_eq!(copy.first(None).unwrap(), PIECES);
-    copy.writer.finish(b"", b"").unwrap();
+    copy.finish(b"", b"").unwrap();
     let snapshot = Snapshot::open(read_only(&file).unwrap()).unwrap();
     let filled = || {
         let other = GuestMemory::create(&config).unwrap();
