@@ -144,7 +144,7 @@ impl Machines {
             master: None,
             cpu_mode: CpuMode::default(),
             post_copy: false,
-            auto_converge: false,
+            auto_converge: true,
         }
     }
 

@@ -79,11 +79,11 @@ pub struct Options {
     #[arg(long, env = "FRACTUS_POST_COPY")]
     #[serde(default)]
     pub post_copy: bool,
-    /// A guest that writes faster than it is copied to another host is slowed down, more and more, until it can be caught
-    /// up with. A flavor's `hw:live_migration_auto_converge` (true, false) says so for its servers.
-    #[arg(long, env = "FRACTUS_AUTO_CONVERGE")]
-    #[serde(default)]
-    pub auto_converge: bool,
+    /// A guest that writes faster than it is copied to another host is slowed down, as far as it takes to catch up with it;
+    /// otherwise it stands still for as long as the rest takes [default: true]. A flavor's
+    /// `hw:live_migration_auto_converge` (true, false) says so for its servers.
+    #[arg(long, env = "FRACTUS_AUTO_CONVERGE", num_args = 0..=1, default_missing_value = "true")]
+    pub auto_converge: Option<bool>,
     /// The database was restored from a backup: say it at the first start after that, and only then.
     /// What hosts were told since the backup is then known to be older than what they are told now, and
     /// no server is started before its host has said that it still has it; one that is gone is ERROR. Which
@@ -244,7 +244,7 @@ impl Config {
                 .map(|seconds| Duration::from_secs(seconds.into())),
             cpu_mode: options.cpu_profile.unwrap_or_default(),
             post_copy: options.post_copy,
-            auto_converge: options.auto_converge,
+            auto_converge: options.auto_converge.unwrap_or(true),
             restored: options.restored,
         })
     }
@@ -293,7 +293,7 @@ impl Options {
             name: self.name.or(file.name),
             cpu_profile: self.cpu_profile.or(file.cpu_profile),
             post_copy: self.post_copy || file.post_copy,
-            auto_converge: self.auto_converge || file.auto_converge,
+            auto_converge: self.auto_converge.or(file.auto_converge),
             restored: self.restored,
         }
     }

@@ -277,6 +277,8 @@ impl DiskCopying {
         let standing = Standing {
             elapsed: seen_whole.elapsed(),
             left,
+            // Nobody is slowed down for it.
+            sent: 0,
             rate: u64::try_from(rate).unwrap_or(u64::MAX),
             stalled: self.stalled,
             throttled: 0,
@@ -317,6 +319,7 @@ mod tests {
         let mut standing = Standing {
             elapsed: Duration::ZERO,
             left: 1 << 30,
+            sent: 0,
             rate: 100 << 20,
             stalled: 0,
             throttled: 0,

@@ -369,6 +369,7 @@ impl<S: Read + Write> Sender<S> {
         let standing = Standing {
             elapsed: self.began.elapsed(),
             left: pages * PAGE as u64,
+            sent: 0,
             rate: self.rate(),
             stalled: 0,
             throttled: 0,
@@ -427,6 +428,7 @@ impl<S: Read + Write> Sender<S> {
             &Standing {
                 elapsed: self.began.elapsed(),
                 left,
+                sent: (self.round.pages + self.round.disk_pages) * PAGE as u64,
                 rate,
                 stalled: self.round.stalled,
                 throttled,

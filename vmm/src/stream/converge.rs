@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 /// Rounds in a row that left no less than the best before them: more of them bring nothing.
 const STALLED: u32 = 3;
 
-/// Percent of the time that vCPUs are kept out of the guest at first, and more each time that it does not suffice: those
-/// of QEMU (cpu-throttle-initial, -increment).
-const FIRST_SHARE: u8 = 20;
-const MORE_SHARE: u8 = 10;
+/// A round that leaves no more than one in so many of what it copied needs no help.
+const HELPED: u64 = 2;
+/// One that needs help is to leave one in so many.
+const WANTED: u64 = 4;
 
 /// What whoever asks for a migration wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,14 +40,18 @@ impl Throttle {
     /// All that keeps it alive.
     pub const MOST: u8 = 99;
 
-    /// The next greater share; `None`: there is none.
-    fn beyond(self, now: u8) -> Option<u8> {
-        let next = match now {
-            0 => FIRST_SHARE,
-            now => now.saturating_add(MORE_SHARE),
-        };
+    /// The share with which a round like the last one would leave a [`WANTED`] part; `None`: it needs none, or there is no
+    /// greater one. A guest that has written to all that was copied may write many times as fast: that shows next time.
+    fn beyond(self, standing: &Standing) -> Option<u8> {
+        let (left, sent) = (u128::from(standing.left), u128::from(standing.sent));
+        if left * u128::from(HELPED) <= sent {
+            return None;
+        }
+        let runs = u128::from(100 - standing.throttled.min(Self::MOST));
+        let suits = runs * sent / (left * u128::from(WANTED)).max(1);
+        let next = 100 - u8::try_from(suits).unwrap_or(100).min(100);
         let next = next.min(self.most).min(Self::MOST);
-        (next > now).then_some(next)
+        (next > standing.throttled).then_some(next)
     }
 }
 
@@ -70,6 +74,8 @@ pub struct Standing {
     pub elapsed: Duration,
     /// Bytes that the guest has written to since they were copied.
     pub left: u64,
+    /// Bytes that the round has gone through.
+    pub sent: u64,
     /// Bytes a second that go to the other side, as far as is known; 0: nothing has been sent.
     pub rate: u64,
     /// Rounds in a row that left no less, or hardly less, than the best before them.
@@ -101,11 +107,10 @@ pub fn decide(policy: &Policy, standing: &Standing) -> Decision {
     let late = standing.elapsed >= policy.limit;
     // A guest that is slower is a lesser evil than one that stands still, and a greater one than one whose memory follows;
     // at the limit it is too late for it.
-    if standing.stalled > 0
-        && !late
+    if !late
         && policy.at_limit != AtLimit::PostCopy
         && let Some(throttle) = policy.throttle
-        && let Some(percent) = throttle.beyond(standing.throttled)
+        && let Some(percent) = throttle.beyond(standing)
     {
         return Decision::Throttle { percent };
     }
@@ -156,7 +161,7 @@ mod tests {
         let (mut elapsed, mut left, mut stalled) = (Duration::ZERO, of, 0);
         let (mut least, mut throttled) = (u64::MAX, 0);
         loop {
-            let took = Duration::from_micros(left * 1_000_000 / rate + 1);
+            let (sent, took) = (left, Duration::from_micros(left * 1_000_000 / rate + 1));
             elapsed += took;
             let share = u128::from(100 - throttled);
             let dirtied = (u128::from(writes) * took.as_micros() * share / 100_000_000) as u64;
@@ -171,6 +176,7 @@ mod tests {
             let standing = Standing {
                 elapsed,
                 left,
+                sent,
                 rate,
                 stalled,
                 throttled,
@@ -217,21 +223,26 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_is_caught_up_with_is_not_slowed_down_and_one_that_is_not_by_steps() {
+    fn a_guest_that_is_caught_up_with_is_not_slowed_down_and_one_that_is_not_as_far_as_it_takes() {
         let policy = Policy {
-            throttle: Some(Throttle { most: 45 }),
+            throttle: Some(Throttle { most: 97 }),
             ..policy(AtLimit::Stop)
         };
         let mut standing = Standing {
             elapsed: 100 * MS,
-            left: 1 << 30,
+            left: 1 << 29,
+            sent: 1 << 30,
             rate: 1 << 30,
             stalled: 0,
             throttled: 0,
         };
-        assert_eq!(decide(&policy, &standing), Decision::Again);
-        standing.stalled = 1;
-        for percent in [20, 30, 40, 45] {
+        assert_eq!(decide(&policy, &standing), Decision::Again, "by half");
+        // A quarter is to be left: three in five of what it writes are too many.
+        standing.left = (1 << 30) / 5 * 3;
+        let percent = 59;
+        assert_eq!(decide(&policy, &standing), Decision::Throttle { percent });
+        standing.left = standing.sent;
+        for percent in [75, 94, 97] {
             assert_eq!(decide(&policy, &standing), Decision::Throttle { percent });
             standing.throttled = percent;
         }
