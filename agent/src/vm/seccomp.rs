@@ -6,6 +6,10 @@
 //! thread, the spawner, may make further threads (of this process, within its own filter) and add filters:
 //! whoever took it over could have the kernel compile filters of his, which take rights away only.
 
+mod search;
+#[cfg(test)]
+mod testing;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -287,22 +291,20 @@ const FIONBIO: u64 = 0x5421;
 
 fn program(kind: Kind) -> Result<BpfProgram, FilterError> {
     let failed = |detail: String| FilterError { kind, detail };
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls(kind)
-        .into_iter()
-        .map(|call| (call, Vec::new()))
-        .collect();
-    let mut conditional = conditional(kind).map_err(|e| failed(e.to_string()))?;
-    rules.append(&mut conditional);
+    let conditional = conditional(kind).map_err(|e| failed(e.to_string()))?;
+    let mut always = calls(kind);
+    always.retain(|call| !conditional.contains_key(call));
     let filter = SeccompFilter::new(
-        rules,
+        conditional,
         SeccompAction::KillProcess,
         SeccompAction::Allow,
         TargetArch::x86_64,
     )
     .map_err(|e| failed(e.to_string()))?;
-    filter
+    let rest = filter
         .try_into()
-        .map_err(|e: seccompiler::BackendError| failed(e.to_string()))
+        .map_err(|e: seccompiler::BackendError| failed(e.to_string()))?;
+    search::first(&always, rest).map_err(failed)
 }
 
 /// Calls that are allowed with any argument.
@@ -411,7 +413,51 @@ fn no_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
 
 #[cfg(test)]
 mod tests {
+    use super::testing::answer;
     use super::*;
+
+    const ARCHITECTURE: u32 = 0xc000_003e;
+
+    /// What it was made of says the same, number by number and argument by argument.
+    #[test]
+    fn a_program_allows_what_is_listed_and_ends_the_process_for_all_else() {
+        let filters = Filters::compile().unwrap();
+        for (kind, program) in &filters.0.by_kind {
+            let (always, some) = (calls(*kind), conditional(*kind).unwrap());
+            let says = |number, arguments| answer(program, ARCHITECTURE, number, arguments);
+            for number in 0..1000 {
+                let call = i64::from(number);
+                let expected = match always.contains(&call) && !some.contains_key(&call) {
+                    true => libc::SECCOMP_RET_ALLOW,
+                    false => libc::SECCOMP_RET_KILL_PROCESS,
+                };
+                // Arguments that no rule allows.
+                assert_eq!(says(number, [u64::MAX; 6]), expected, "{kind:?} {number}");
+                let x32 = number | 0x4000_0000;
+                assert_eq!(says(x32, [0; 6]), libc::SECCOMP_RET_KILL_PROCESS);
+                let other = answer(program, 0x4000_0003, number, [0; 6]);
+                assert_eq!(other, libc::SECCOMP_RET_KILL_PROCESS);
+            }
+            let requests = [KVM_RUNTIME, UFFD_RUNTIME, TUN_RUNTIME, TUN_ATTACH].concat();
+            for request in requests.into_iter().chain([FIONBIO, FICLONE, 0xae01]) {
+                let expected = match ioctls(*kind).contains(&request) {
+                    true => libc::SECCOMP_RET_ALLOW,
+                    false => libc::SECCOMP_RET_KILL_PROCESS,
+                };
+                let ioctl = libc::SYS_ioctl as u32;
+                assert_eq!(
+                    says(ioctl, [3, request, 0, 0, 0, 0]),
+                    expected,
+                    "{kind:?} {request:#x}"
+                );
+            }
+            let protect = libc::SYS_mprotect as u32;
+            let read = says(protect, [0, 0, libc::PROT_READ as u64, 0, 0, 0]);
+            let run = says(protect, [0, 0, libc::PROT_EXEC as u64, 0, 0, 0]);
+            assert_eq!(read, libc::SECCOMP_RET_ALLOW);
+            assert_eq!(run, libc::SECCOMP_RET_KILL_PROCESS);
+        }
+    }
 
     #[test]
     fn every_kind_of_thread_has_a_program_and_none_may_open_a_file() {
