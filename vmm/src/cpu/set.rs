@@ -168,11 +168,6 @@ impl VcpuSet {
         Ok(())
     }
 
-    #[cfg(test)]
-    pub fn tsc_khz(&self) -> Option<u32> {
-        self.tsc_khz
-    }
-
     pub fn save(&self) -> Result<Vec<VcpuState>, VcpuError> {
         Ok(self
             .ask_all(|_, reply| Command::Save(reply))?
@@ -391,5 +386,18 @@ fn msr(index: u32, data: u64) -> kvm_msr_entry {
         index,
         data,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_counted_at_the_guests_frequency() {
+        let passed = Duration::from_micros(1500);
+        assert_eq!(ticks(passed, Some(2_000_001)), 3_000_001);
+        assert_eq!(ticks(passed, None), 0);
+        assert_eq!(ticks(Duration::MAX, Some(u32::MAX)), u64::MAX);
     }
 }

@@ -110,16 +110,7 @@ impl VcpuState {
 
     /// Its time stamp counter has gone on for so many ticks.
     pub fn go_on(&mut self, ticks: u64) {
-        for msr in self.msrs.iter_mut().filter(|msr| msr.index == TSC) {
-            msr.data = msr.data.wrapping_add(ticks);
-        }
-    }
-
-    /// Its time stamp counter.
-    #[cfg(test)]
-    pub(crate) fn tsc(&self) -> u64 {
-        let found = self.msrs.iter().find(|msr| msr.index == TSC);
-        found.map_or(0, |msr| msr.data)
+        go_on(&mut self.msrs, ticks);
     }
 
     /// As it is but for what depends on the host's CPU and kernel, which is as in `here`: MSRs and extended state.
@@ -170,6 +161,12 @@ impl VcpuState {
         write_msrs(fd, index, msrs)?;
         fd.set_vcpu_events(&self.events)
             .map_err(refused(index, "set its pending events"))
+    }
+}
+
+fn go_on(msrs: &mut [kvm_msr_entry], ticks: u64) {
+    for msr in msrs.iter_mut().filter(|msr| msr.index == TSC) {
+        msr.data = msr.data.wrapping_add(ticks);
     }
 }
 
@@ -229,4 +226,21 @@ fn write_msrs(fd: &VcpuFd, index: u8, entries: &[kvm_msr_entry]) -> Result<(), V
 fn read_only(msr: u32) -> bool {
     // IA32_ARCH_CAPABILITIES, MSR_PLATFORM_INFO, IA32_UCODE_REV, IA32_PERF_CAPABILITIES.
     matches!(msr, 0x10a | 0xce | 0x8b | 0x345)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_time_stamp_counter_goes_on() {
+        let msr = |index, data| kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        };
+        let mut msrs = [msr(TSC, u64::MAX - 1), msr(TSC_DEADLINE, 9)];
+        go_on(&mut msrs, 3);
+        assert_eq!(msrs.map(|msr| msr.data), [1, 9]);
+    }
 }

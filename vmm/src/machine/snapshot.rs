@@ -23,7 +23,7 @@ use super::state::STATE_VERSION;
 use super::{BuildError, Machine, MachineError, MachineState, RunState, build};
 use crate::config::{MachineConfig, MachineFiles, MemoryConfig, PageSize};
 use crate::kvm::KvmError;
-use crate::memory::{GuestMemory, MemoryError, PageSet};
+use crate::memory::{GuestMemory, MemoryError};
 use crate::stream::snapshot::{self, Snapshot};
 use crate::stream::{BLOCK, Mask, Opening, PAGE, StreamError, Totals, malformed};
 use crate::thread::ThreadHook;

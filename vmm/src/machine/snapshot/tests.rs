@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::super::fuzz::read_only;
 use super::*;
 use crate::config::{HOT_BLOCK, HotMemoryConfig};
-use crate::memory::Blocks;
+use crate::memory::{Blocks, PageSet};
 use crate::request::channel;
 use crate::thread::{ThreadKind, Threads};
 use crate::work::Work;

@@ -121,7 +121,7 @@ proptest! {
     ) {
         let mut wanted = before.clone();
         let mut writer = SnapshotWriter::new(file(), opening(Some(uuid::Uuid::from_u128(6)))).unwrap();
-        let file = writer.file.try_clone().unwrap();
+        let file = writer.sink.file.try_clone().unwrap();
         let mut told = std::collections::BTreeSet::new();
         for round in &rounds {
             let mut masks = [Mask::default(); BYTES.div_ceil(BLOCK)];
