@@ -107,7 +107,7 @@ fn search(
         jump.jt = u8::try_from(way).map_err(|_| format!("a jump over {way} instructions"))?;
     }
     // Each bound that is passed turns it round.
-    let allowed = allowed ^ (half % 2 == 0);
+    let allowed = allowed ^ half.is_multiple_of(2);
     search(above, allowed, program, leave)
 }
 
