@@ -53,6 +53,9 @@ pub trait Device: Send + Sync {
         false
     }
 
+    /// Such a one is to leave that to this process, or may do it again. It is so when this returns.
+    fn write_here(&self, _here: bool) {}
+
     /// What is kept somewhere is durable: what a disk was told to write. It works on meanwhile.
     fn settle(&self) -> Result<(), DeviceError> {
         Ok(())

@@ -46,9 +46,14 @@ impl Controller {
 
     /// Starts it after [`Controller::kill`].
     pub async fn start_again(&mut self) -> Result<()> {
+        self.start_again_with(&[]).await
+    }
+
+    /// The same, with more options.
+    pub async fn start_again_with(&mut self, more: &[&str]) -> Result<()> {
         let state = self.folder.join("controller");
         let text = |text: &str| text.to_owned();
-        let arguments = [
+        let mut arguments = vec![
             text("serve"),
             text("--plain-http"),
             text("--state-dir"),
@@ -58,6 +63,7 @@ impl Controller {
             text("--agents-listen"),
             format!("{CONTROLLER}:{AGENTS_PORT}"),
         ];
+        arguments.extend(more.iter().copied().map(text));
         let log = self.folder.join("controller.log");
         let process = Process::start("controller", &self.program, &arguments, &[], &log)?;
         let client = reqwest::Client::builder()

@@ -456,6 +456,14 @@ impl Machine {
         self.end(StopReason::VmmFault { detail });
     }
 
+    /// Whoever else writes to memory in a device's place leaves that to this process, whose writes are logged; or may
+    /// do it again.
+    fn write_here(&self, here: bool) {
+        for device in &self.devices {
+            device.write_here(here);
+        }
+    }
+
     /// vCPUs first, then devices: nobody kicks a device that has come to rest.
     fn rest(&mut self) -> Result<(), MachineError> {
         self.park()?;

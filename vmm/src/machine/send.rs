@@ -206,6 +206,7 @@ impl<S: Read + Write> Sender<S> {
         }
         // Its log is this one's from here on, and there is one only.
         machine.stop_tracking();
+        machine.write_here(true);
         match prepare(&machine, &mut out, &luggage) {
             Ok((report, journal, pending)) => {
                 let now = Instant::now();
@@ -272,6 +273,7 @@ impl<S: Read + Write> Sender<S> {
     /// The machine is not to be sent after all; the other side finds its stream cut short.
     pub fn give_up(self) -> Machine {
         self.machine.vcpus.throttle(0);
+        self.machine.write_here(false);
         self.machine
     }
 
@@ -738,6 +740,7 @@ fn refused(reason: &[u8]) -> MigrationError {
 
 /// With the reason that the other side gave, if it closed the connection and left one.
 fn unsent<S: Read>(machine: Machine, error: MigrationError, mut answers: Answers<S>) -> Unsent {
+    machine.write_here(false);
     let broken = matches!(
         &error,
         MigrationError::Machine(SnapshotError::Stream(StreamError::Io { action: "write", source }))

@@ -1,6 +1,6 @@
 //! What a machine does when one of its own devices fails it, with a real guest.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -101,7 +101,10 @@ fn a_guests_clocks_go_on_while_it_is_on_its_way() {
 }
 
 /// As the host's kernel does, which moves a network's packets.
-struct Unseen;
+#[derive(Default)]
+struct Unseen {
+    here: AtomicBool,
+}
 
 impl Device for Unseen {
     fn id(&self) -> &str {
@@ -109,7 +112,11 @@ impl Device for Unseen {
     }
 
     fn writes_unseen(&self) -> bool {
-        true
+        !self.here.load(Ordering::SeqCst)
+    }
+
+    fn write_here(&self, here: bool) {
+        self.here.store(here, Ordering::SeqCst);
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
@@ -132,7 +139,7 @@ fn after_a_device_that_wrote_unseen_the_next_snapshot_is_to_be_a_whole_one() {
     write(&mut rig, Scope::Tracked).unwrap();
     write(&mut rig, Scope::Since).unwrap();
     // It comes and goes.
-    rig.machine.fill(9, Arc::new(Unseen));
+    rig.machine.fill(9, Arc::new(Unseen::default()));
     let unseen = |device: &Arc<dyn Device>| device.id() == "unseen0";
     let at = rig.machine.devices.iter().position(unseen).unwrap();
     let device = rig.machine.devices.remove(at);
@@ -146,6 +153,35 @@ fn after_a_device_that_wrote_unseen_the_next_snapshot_is_to_be_a_whole_one() {
     write(&mut rig, Scope::Whole).unwrap();
     rig.machine.devices.remove(at);
     assert!(untracked(write(&mut rig, Scope::Since)));
+    answers(&mut rig, "it runs on");
+}
+
+#[test]
+fn nobody_writes_unseen_while_a_machine_is_sent() {
+    let mut rig = Rig::build(common::config(), &echo());
+    rig.machine.start().unwrap();
+    let unseen = Arc::new(Unseen::default());
+    rig.machine.fill(9, Arc::clone(&unseen) as Arc<dyn Device>);
+    let (here, there) = UnixStream::pair().unwrap();
+    let hears = std::thread::spawn(move || io::copy(&mut &there, &mut io::sink()));
+    let sender = Sender::begin(rig.machine, here, POLICY, Luggage::default()).unwrap();
+    assert!(!unseen.writes_unseen());
+    rig.machine = sender.give_up();
+    assert!(unseen.writes_unseen());
+    hears.join().unwrap().unwrap();
+
+    let (here, there) = UnixStream::pair().unwrap();
+    drop(there);
+    let mut sender = Sender::begin(rig.machine, here, POLICY, Luggage::default());
+    let unsent = loop {
+        match sender.and_then(Sender::advance) {
+            Ok(Progress::Copying(sending)) => sender = Ok(sending),
+            Ok(Progress::Offered(_)) => panic!("nobody has it"),
+            Err(unsent) => break unsent,
+        }
+    };
+    assert!(unseen.writes_unseen(), "{unsent:?}");
+    rig.machine = *unsent.machine;
     answers(&mut rig, "it runs on");
 }
 

@@ -60,6 +60,14 @@ pub trait VirtioDevice: Send {
         false
     }
 
+    /// As [`crate::device::Device::writes_unseen`].
+    fn writes_unseen(&self) -> bool {
+        false
+    }
+
+    /// As [`crate::device::Device::write_here`].
+    fn write_here(&mut self, _here: bool) {}
+
     /// As [`crate::device::Device::announce`].
     fn announce(&self) {}
 

@@ -37,11 +37,21 @@ pub async fn upload_file(client: &Client, name: &str, path: &Path) -> String {
 
 /// An image that boots the tiny guest with this command line, its disk empty.
 pub async fn tiny_image(client: &Client, tiny: &TinyGuest, command_line: &str) -> String {
+    tiny_image_of(client, tiny, command_line, 1).await
+}
+
+/// The same, of a disk of so many MiB.
+pub async fn tiny_image_of(
+    client: &Client,
+    tiny: &TinyGuest,
+    command_line: &str,
+    mib: usize,
+) -> String {
     let kernel = upload_file(client, "tiny-kernel", &tiny.kernel).await;
     let ramdisk = upload_file(client, "tiny-ramdisk", &tiny.initrd).await;
     let image = json!({"name": "tiny", "disk_format": "raw", "container_format": "bare",
         "kernel_id": kernel, "ramdisk_id": ramdisk, "os_command_line": command_line});
-    upload(client, image, vec![0; 1 << 20]).await
+    upload(client, image, vec![0; mib << 20]).await
 }
 
 /// The disk image that images/debian builds, which may take a minute: before there is a lab that waits.

@@ -121,6 +121,7 @@ impl<S: Write> Offered<S> {
             ..
         } = self;
         drop(journal);
+        machine.write_here(false);
         if ran && let Err(error) = machine.run() {
             machine.run_on(&error);
             return Err(error);

@@ -64,6 +64,8 @@ pub struct Net {
     threads: Vec<Running>,
     /// The host's kernel moves the packets.
     in_kernel: bool,
+    /// It does not for now: this process does.
+    here: bool,
 }
 
 impl Net {
@@ -125,6 +127,7 @@ impl Net {
             links: Vec::new(),
             threads: Vec::new(),
             in_kernel: !kernels.is_empty(),
+            here: false,
         };
         let mut workers = Vec::new();
         let mut kernels = kernels.into_iter();
@@ -237,6 +240,24 @@ impl VirtioDevice for Net {
 
     fn lends_interrupts(&self) -> bool {
         self.in_kernel
+    }
+
+    fn writes_unseen(&self) -> bool {
+        self.in_kernel && !self.here
+    }
+
+    fn write_here(&mut self, here: bool) {
+        if !self.in_kernel || self.here == here {
+            return;
+        }
+        self.here = here;
+        for pair in 0..self.links.len() {
+            let (done, wait) = sync_channel(1);
+            // One that has ended writes nothing any more.
+            if self.send(pair, Command::Here(here, done)).is_ok() {
+                let _ = wait.recv();
+            }
+        }
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {

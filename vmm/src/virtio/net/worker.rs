@@ -56,6 +56,8 @@ pub(super) enum Command {
     },
     /// Whether the pair is in use, from now on; answered once it is so.
     Enable(bool, SyncSender<()>),
+    /// Whether the pair's rings are served here although the kernel would; answered once it is so.
+    Here(bool, SyncSender<()>),
     /// What the driver can receive has changed.
     Offloads,
     /// The first pair's only: it is to be said where the device is.
@@ -121,6 +123,8 @@ pub(super) struct Worker {
     backend: Box<dyn NetBackend>,
     /// Moves the packets in our place.
     kernel: Option<Vhost>,
+    /// Not for now: what it writes is in no log.
+    here: bool,
     /// How often it would not. A guest can bring that about as often as it likes: every power of two is
     /// logged.
     refusals: u32,
@@ -181,6 +185,7 @@ impl Worker {
             index,
             backend,
             kernel,
+            here: false,
             refusals: 0,
             shared,
             commands,
@@ -255,6 +260,10 @@ impl Worker {
                 self.enable(enabled);
                 let _ = done.send(());
             }
+            Command::Here(here, done) => {
+                self.serve_here(here);
+                let _ = done.send(());
+            }
             Command::Offloads => self.apply_offloads(),
             Command::Announce(announcement) => self.announcement = Some(announcement),
             Command::GiveBack(reply) => {
@@ -266,7 +275,8 @@ impl Worker {
 
     /// Gives the rings to the kernel, or serves them here.
     fn take_rings(&mut self, receive: Option<Virtqueue>, transmit: Option<Virtqueue>) {
-        match (&mut self.kernel, receive, transmit) {
+        let kernel = self.kernel.as_mut().filter(|_| !self.here);
+        match (kernel, receive, transmit) {
             (Some(kernel), Some(receive), Some(transmit)) => {
                 match kernel.start([receive, transmit], self.features) {
                     Ok(()) => {
@@ -303,6 +313,37 @@ impl Worker {
             tracing::error!(%error, "a network device cannot hear its tap");
         }
         Some(rings)
+    }
+
+    /// Serves the rings here although the kernel would, or has it go on where they are.
+    fn serve_here(&mut self, here: bool) {
+        self.here = here;
+        if !self.active || self.failed {
+            return;
+        }
+        if here {
+            if let Some(rings) = self.rings_of_kernel() {
+                self.serve_rings(rings.map(Some));
+            }
+        } else if self.kernel.is_some() {
+            let [receive, transmit] = self.own_rings();
+            self.take_rings(receive, transmit);
+            self.join(self.enabled);
+        }
+        // Of what came before nobody tells.
+        if let Some(receiver) = &mut self.receiver {
+            receiver.readable = true;
+        }
+    }
+
+    /// Takes the rings that are served here, of which no kick is heard any more.
+    fn own_rings(&mut self) -> [Option<Virtqueue>; 2] {
+        let receive = self.receiver.take().map(Receiver::give_back);
+        let transmit = self.transmitter.take().map(Transmitter::give_back);
+        for queue in [&receive, &transmit].into_iter().flatten() {
+            let _ = epoll::delete(&self.epoll, queue.kick());
+        }
+        [receive, transmit]
     }
 
     /// Has the kernel move packets, or no more. If it does not want to, this thread does.
@@ -370,14 +411,10 @@ impl Worker {
 
     fn give_back(&mut self) -> Vec<Virtqueue> {
         self.active = false;
-        let receive = self.receiver.take().map(Receiver::give_back);
-        let transmit = self.transmitter.take().map(Transmitter::give_back);
-        let mut queues: Vec<_> = [receive, transmit, self.control.take()]
-            .into_iter()
-            .flatten()
-            .collect();
-        for queue in &queues {
-            let _ = epoll::delete(&self.epoll, queue.kick());
+        let mut queues: Vec<_> = self.own_rings().into_iter().flatten().collect();
+        if let Some(control) = self.control.take() {
+            let _ = epoll::delete(&self.epoll, control.kick());
+            queues.push(control);
         }
         queues.extend(self.rings_of_kernel().into_iter().flatten());
         queues

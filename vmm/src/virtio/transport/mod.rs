@@ -187,7 +187,11 @@ impl Device for VirtioPciDevice {
     }
 
     fn writes_unseen(&self) -> bool {
-        self.lock().device.lends_interrupts()
+        self.lock().device.writes_unseen()
+    }
+
+    fn write_here(&self, here: bool) {
+        self.lock().device.write_here(here);
     }
 
     fn announce(&self) {

@@ -309,6 +309,60 @@ fn a_ring_that_the_kernel_finds_broken_takes_the_device_out_of_service() {
 }
 
 #[test]
+fn the_kernel_leaves_its_packets_to_this_process_and_goes_on_where_that_stopped() {
+    let mut bench = start(Fake::default());
+    bench.kernel.wait_for_running(true);
+    let by_kernel = |bench: &mut Bench| {
+        let head = bench.driver.submit(TRANSMIT, &[read_part(0x3000, 100)]);
+        bench.kernel.use_chain(&bench.driver, TRANSMIT, head, 0);
+        assert_eq!(bench.driver.used(TRANSMIT).0, head);
+    };
+    let sends = |bench: &mut Bench, byte: u8| {
+        bench.driver.put(0x3000, &[byte; 100]);
+        assert_eq!(bench.driver.request(TRANSMIT, &[read_part(0x3000, 100)]), 0);
+        assert_eq!(bench.far[0].take(), [byte; 100]);
+    };
+    by_kernel(&mut bench);
+    assert!(bench.driver.device.writes_unseen());
+    // Nobody has heard of it here when the kernel gives it back.
+    bench.far[0].send(&[9; 80]).unwrap();
+
+    bench.driver.device.write_here(true);
+    assert!(!bench.driver.device.writes_unseen());
+    bench.kernel.wait_for_running(false);
+    let head = bench.driver.submit(RECEIVE, &[write_part(0x5000, 2048)]);
+    bench.driver.kick(RECEIVE);
+    assert_eq!(bench.driver.used(RECEIVE), (head, 80));
+    sends(&mut bench, 7);
+    // A pause within is no reason.
+    bench.driver.device.pause().unwrap();
+    bench.driver.device.resume().unwrap();
+    sends(&mut bench, 8);
+    bench.kernel.wait_for_running(false);
+
+    bench.driver.device.write_here(false);
+    bench.kernel.wait_for_running(true);
+    let bases = bench.kernel.state().rings.each_ref().map(|ring| ring.base);
+    assert_eq!(bases, [1, 3]);
+    by_kernel(&mut bench);
+}
+
+#[test]
+fn a_device_at_rest_is_told_who_is_to_move_its_packets() {
+    let mut bench = start(Fake::default());
+    bench.kernel.wait_for_running(true);
+    bench.driver.device.write_here(true);
+    bench.driver.device.pause().unwrap();
+    bench.driver.device.write_here(false);
+    assert!(!bench.kernel.state().rings[TRANSMIT].running);
+    bench.driver.device.resume().unwrap();
+    bench.kernel.wait_for_running(true);
+    let head = bench.driver.submit(TRANSMIT, &[read_part(0x3000, 100)]);
+    bench.kernel.use_chain(&bench.driver, TRANSMIT, head, 0);
+    assert_eq!(bench.driver.used(TRANSMIT).0, head);
+}
+
+#[test]
 fn what_the_kernel_refuses_this_process_does() {
     let kernel = Fake::default();
     kernel.state().refuses = Some(|call| matches!(call, Call::SetMemory(_)));
