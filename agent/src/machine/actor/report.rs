@@ -24,6 +24,8 @@ impl<L: Launcher> Actor<L> {
             // What the record says is older than what is: repeated after a crash, which is harmless.
             tracing::error!(machine = %self.record.id, %error, "record");
         }
+        // Before anybody hears that it is one.
+        self.give_user_back();
         self.publish();
     }
 

@@ -319,7 +319,6 @@ impl<L: Launcher> Actor<L> {
                 self.count_reboots();
                 self.record.done.rebuilds = self.record.intent.wanted.rebuilds;
                 self.persist();
-                self.give_user_back();
             }
             Err(error) => self.fail(error),
         }
