@@ -357,7 +357,6 @@ fn a_snapshot_says_that_its_bytes_came_from_a_file_that_nobody_checked() {
     assert!(!one.restored(Loading::Eager).0.written(None).is_unchecked());
 }
 
-/// More than are mapped: pages far from each other. What is read for that is checked.
 /// Of a machine whose threads are not locked down.
 fn threads() -> Threads {
     let (requests, _receiver) = channel().unwrap();
@@ -422,6 +421,7 @@ fn what_two_threads_copy_is_all_of_it_or_an_error() {
     whole(file.try_clone().unwrap(), copy(&threads, &file));
 }
 
+/// More than are mapped: pages far from each other. What is read for that is checked.
 #[test]
 fn a_snapshot_in_too_many_pieces_is_mapped_and_read() {
     const PIECES: u64 = 1100;
