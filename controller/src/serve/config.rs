@@ -394,6 +394,17 @@ mod tests {
             ..Limits::default()
         };
         assert_eq!(limits, expected);
+        // Guests are slowed down unless somebody says otherwise.
+        let slows = |flag| {
+            let options = Options {
+                auto_converge: flag,
+                ..flags(None)
+            };
+            Config::resolve(options).unwrap().auto_converge
+        };
+        assert!(slows(None));
+        std::fs::write(&path, "auto-converge: false\n").unwrap();
+        assert_eq!((slows(None), slows(Some(true))), (false, true));
         // That a database was restored is true once: it has no place in a file.
         for unknown in ["lisen: x\n", "restored: true\n"] {
             std::fs::write(&path, unknown).unwrap();

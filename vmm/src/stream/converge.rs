@@ -44,7 +44,8 @@ impl Throttle {
     /// greater one. A guest that has written to all that was copied may write many times as fast: that shows next time.
     fn beyond(self, standing: &Standing) -> Option<u8> {
         let (left, sent) = (u128::from(standing.left), u128::from(standing.sent));
-        if left * u128::from(HELPED) <= sent {
+        // Of a round that went through nothing there is nothing to tell.
+        if sent == 0 || left * u128::from(HELPED) <= sent {
             return None;
         }
         let runs = u128::from(100 - standing.throttled.min(Self::MOST));
@@ -114,9 +115,14 @@ pub fn decide(policy: &Policy, standing: &Standing) -> Decision {
     {
         return Decision::Throttle { percent };
     }
+    // Of one that is as slow as it may be a second try brings nothing.
+    let slowest = policy
+        .throttle
+        .is_some_and(|throttle| standing.throttled >= throttle.most.min(Throttle::MOST));
+    let most = if slowest { 1 } else { STALLED };
     match policy.at_limit {
         // It would be stopped with as much left in the end: sooner is as good.
-        AtLimit::Stop if late || standing.stalled >= STALLED => Decision::Stop,
+        AtLimit::Stop if late || standing.stalled >= most => Decision::Stop,
         AtLimit::PostCopy if late || standing.stalled >= STALLED => Decision::PostCopy,
         AtLimit::GiveUp if late => Decision::GiveUp,
         _ => Decision::Again,
@@ -251,6 +257,11 @@ mod tests {
             Decision::Again,
             "as slow as it may be"
         );
+        standing.stalled = 1;
+        assert_eq!(decide(&policy, &standing), Decision::Stop, "for nothing");
+        (standing.stalled, standing.sent, standing.throttled) = (0, 0, 0);
+        assert_eq!(decide(&policy, &standing), Decision::Again, "nothing went");
+        (standing.sent, standing.throttled) = (1 << 30, 97);
         standing.stalled = STALLED;
         assert_eq!(decide(&policy, &standing), Decision::Stop);
         (standing.stalled, standing.throttled) = (1, 0);

@@ -104,7 +104,7 @@ pub struct Cloud {
     pub app: App,
     pub host: Arc<SimulatedHost>,
     pub agents: Arc<SimulatedAgents>,
-    fleet: Arc<Fleet>,
+    pub fleet: Arc<Fleet>,
     pub reconciler: Arc<Reconciler>,
     /// While true, the host takes intents and does nothing.
     pub frozen: watch::Sender<bool>,
