@@ -1,6 +1,7 @@
 //! A vCPU that is kept out of the guest for a share of the time, so that the guest writes less while it is sent.
 //!
-//! Time goes in periods of 10 ms: for its part of one the vCPU runs, then its own thread waits for the rest. An alarm of
+//! Time goes in periods of 10 ms, which all vCPUs of a machine have in common: one that holds a lock is not out while the
+//! others are in, and wait for it. For its part of a period a vCPU runs, then its own thread waits for the rest. An alarm of
 //! that thread calls it out of the guest ([`Alarm`]); whoever wants it for something else calls it out of the wait, too,
 //! and so does who changes the share. (QEMU runs a vCPU for 10 ms at least, so that at 99 % the guest stands still for
 //! a second at a time.)
@@ -16,20 +17,41 @@ use super::signal::Alarm;
 const PERIOD: Duration = Duration::from_millis(10);
 /// Percent of the time at most: the guest never stands still.
 const MOST: u8 = 99;
+/// A thread that wakes late has half of its part, or this, whichever is less: at 99 % it would often have none.
+const GRACE: Duration = Duration::from_micros(500);
 
 /// Percent of the time that vCPUs are kept out of the guest; all of a machine's have the same.
-#[derive(Debug, Clone, Default)]
-pub struct Share(Arc<AtomicU8>);
+#[derive(Debug, Clone)]
+pub struct Share {
+    percent: Arc<AtomicU8>,
+    /// When a period began.
+    since: Instant,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Share {
+            percent: Arc::default(),
+            since: Instant::now(),
+        }
+    }
+}
 
 impl Share {
     pub fn get(&self) -> u8 {
-        self.0.load(Ordering::Acquire)
+        self.percent.load(Ordering::Acquire)
     }
 
     /// True if it was another.
     pub fn set(&self, percent: u8) -> bool {
         let percent = percent.min(MOST);
-        self.0.swap(percent, Ordering::AcqRel) != percent
+        self.percent.swap(percent, Ordering::AcqRel) != percent
+    }
+
+    /// What has gone of the period.
+    fn gone(&self, now: Instant) -> Duration {
+        let all = now.saturating_duration_since(self.since).as_nanos() % PERIOD.as_nanos();
+        Duration::from_nanos(all as u64)
     }
 }
 
@@ -64,40 +86,54 @@ impl Throttle {
             }
             return true;
         }
-        let now = Instant::now();
-        match self.until {
-            Some(until) if now < until => return true,
-            Some(_) if !self.keep_out(now, called_off) => return false,
-            _ => {}
+        if self.until.is_some_and(|until| Instant::now() < until) {
+            return true;
         }
-        let out = self.share.get();
-        if out > 0 {
-            let part = PERIOD - part(out);
-            self.until = Some(Instant::now() + part);
-            self.alarm.set(part);
-        }
+        let Some(part) = self.wait(called_off) else {
+            return false;
+        };
+        self.until = Some(Instant::now() + part);
+        self.alarm.set(part);
         true
     }
 
-    /// False if it is called off.
-    fn keep_out(&self, since: Instant, called_off: impl Fn() -> bool) -> bool {
+    /// Until its part of a period: for how long it may run. None: it is called off.
+    fn wait(&self, called_off: impl Fn() -> bool) -> Option<Duration> {
+        let mut begins = None;
         loop {
+            let now = Instant::now();
+            let is_late = begins.is_some_and(|begins| now >= begins);
+            let waits = match turn(self.share.gone(now), self.share.get(), is_late) {
+                Turn::In(part) => return Some(part),
+                Turn::Out(waits) => waits,
+            };
             if called_off() {
-                return false;
+                return None;
             }
-            let end = since + part(self.share.get());
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return true;
-            }
-            thread::park_timeout(left);
+            begins.get_or_insert(now + waits);
+            thread::park_timeout(waits);
         }
     }
 }
 
-/// What so many percent are of a period.
-fn part(percent: u8) -> Duration {
-    PERIOD * u32::from(percent) / 100
+#[derive(Debug, PartialEq, Eq)]
+enum Turn {
+    In(Duration),
+    Out(Duration),
+}
+
+/// Where so much of a period has gone. Late is one that was to run from the beginning of one.
+fn turn(gone: Duration, percent: u8, is_late: bool) -> Turn {
+    let part = PERIOD * u32::from(100 - percent.min(MOST)) / 100;
+    let left = part.saturating_sub(gone);
+    let least = match is_late {
+        true => (part / 2).min(GRACE),
+        false => Duration::ZERO,
+    };
+    match left.max(least) {
+        Duration::ZERO => Turn::Out(PERIOD.saturating_sub(gone)),
+        left => Turn::In(left),
+    }
 }
 
 #[cfg(test)]
@@ -116,22 +152,61 @@ mod tests {
     }
 
     #[test]
-    fn one_that_has_its_part_is_kept_out_for_the_rest_of_each_period() {
+    fn a_vcpu_is_in_for_the_first_part_of_each_period() {
+        let us = Duration::from_micros;
+        for (gone, percent, is_late, expected) in [
+            (0, 75, false, Turn::In(us(2500))),
+            (2400, 75, false, Turn::In(us(100))),
+            (2500, 75, false, Turn::Out(us(7500))),
+            (9999, 75, false, Turn::Out(us(1))),
+            (0, 99, false, Turn::In(us(100))),
+            (100, 99, false, Turn::Out(us(9900))),
+            (0, 200, false, Turn::In(us(100))),
+            // Who wakes late has something of its part, though it is over.
+            (20, 99, true, Turn::In(us(80))),
+            (90, 99, true, Turn::In(us(50))),
+            (9000, 99, true, Turn::In(us(50))),
+            (5000, 20, true, Turn::In(us(3000))),
+            (8000, 20, true, Turn::In(us(500))),
+        ] {
+            assert_eq!(
+                turn(us(gone), percent, is_late),
+                expected,
+                "{gone} {percent}"
+            );
+        }
+    }
+
+    #[test]
+    fn one_is_let_in_for_its_part_of_the_time_and_no_longer() {
         for percent in [20, 50, 99] {
             let mut throttle = throttle(percent);
-            let (mut out, mut periods, mut until) = (Duration::ZERO, 0, None);
+            let (began, mut turns, mut until) = (Instant::now(), 0, None);
+            let mut granted = Duration::ZERO;
             // As often as it comes out, for a port or so.
-            while periods < 10 {
-                let before = Instant::now();
+            while turns < 10 {
                 assert!(throttle.lets_in(|| false));
-                out += before.elapsed();
                 if throttle.until != until {
-                    (periods, until) = (periods + 1, throttle.until);
+                    (turns, until) = (turns + 1, throttle.until);
+                    granted += until.unwrap().saturating_duration_since(Instant::now());
                 }
             }
-            // The first period begins with its part.
-            assert!(out >= part(percent) * 9, "{percent}: {out:?}");
+            let periods = began.elapsed().as_nanos().div_ceil(PERIOD.as_nanos()) as u32 + 1;
+            let part = PERIOD * u32::from(100 - percent) / 100;
+            let most = (part + GRACE.min(part)) * periods;
+            assert!(granted <= most, "{percent}: {granted:?} in {periods}");
+            assert!(periods > 2, "{percent}: it never waited");
         }
+    }
+
+    #[test]
+    fn vcpus_have_their_periods_in_common() {
+        let share = Share::default();
+        let (one, other) = (share.clone(), share.clone());
+        let now = Instant::now();
+        assert_eq!(one.gone(now), other.gone(now));
+        assert_eq!(one.gone(now + PERIOD * 3), one.gone(now));
+        assert_ne!(one.gone(now + PERIOD / 2), one.gone(now));
     }
 
     #[test]

@@ -1,44 +1,98 @@
 //! A guest's clocks, which go on while it is between two machines.
 //!
 //! kvm-clock and the time stamp counters stand in what is saved, and would go on from there: each move would cost a guest
-//! its blackout, and its wall clock with it. KVM tells what time it was on the host beside kvm-clock only where that follows
-//! the time stamp counter (KVM_CLOCK_REALTIME), so it is noted here. A guest that was suspended to a file is another matter:
-//! hours at once would be a surprise to all that it waits for, and its wall clock is its agent's to set.
+//! its blackout, and its wall clock with it. How long that was, no host can tell by its time of day, which may be another
+//! one's plus or minus anything. So who sends a guest says now and then what its own clock is, which nobody sets, and in
+//! the end what it was when the guest's were read: the word that took least to come tells how far that clock is ahead of
+//! the one here, and later words that they were on their way for longer. What is lost is what an empty line takes.
+//!
+//! A guest that was suspended to a file is another matter: hours at once would be a surprise to all that it waits for, and
+//! its wall clock is its agent's to set.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
+use kvm_bindings::kvm_clock_data;
+use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
 
-/// No blackout is that long: hosts are whose clocks do not agree.
-const LONGEST: Duration = Duration::from_secs(5);
+/// What a sender's clock was, in nanoseconds: a frame of its own, which older builds pass over.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct Mark {
+    /// When this was written.
+    at: u64,
+    /// When the guest's clocks were read, which follow.
+    read: Option<u64>,
+}
 
-/// Notes the host's time with a guest's clock, where KVM has not.
-pub(super) fn dated(clock: kvm_clock_data) -> kvm_clock_data {
-    if clock.flags & KVM_CLOCK_REALTIME != 0 {
-        return clock;
-    }
-    kvm_clock_data {
-        flags: clock.flags | KVM_CLOCK_REALTIME,
-        realtime: nanoseconds(now()),
-        ..clock
+impl Mark {
+    pub(super) fn now(read: Option<Duration>) -> Self {
+        Mark {
+            at: nanoseconds(now()),
+            read: read.map(nanoseconds),
+        }
     }
 }
 
-/// How long a guest has been nowhere whose state has come whole at `heard`.
-pub(super) fn missed(saved: &kvm_clock_data, heard: Instant) -> Duration {
-    between(saved, now(), heard.elapsed())
+/// What is known of a way by which a guest comes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Passage {
+    /// How far the clock here is ahead of the sender's, at most.
+    ahead: Option<i128>,
+    /// When the guest's clocks were read, by the sender's; by the one here, when their last byte came.
+    read: Option<u64>,
+    came: Duration,
 }
 
-/// By the hosts' time of day, and not less than it took here.
-fn between(clock: &kvm_clock_data, now: Duration, at_least: Duration) -> Duration {
-    if clock.flags & KVM_CLOCK_REALTIME == 0 {
-        return at_least;
+impl Passage {
+    /// From another host, or one that may be.
+    pub(super) fn begin() -> Self {
+        Passage {
+            ahead: None,
+            read: None,
+            came: now(),
+        }
     }
-    let saved = Duration::from_nanos(clock.realtime);
-    let passed = now.checked_sub(saved);
-    passed
-        .filter(|passed| (at_least..LONGEST).contains(passed))
-        .unwrap_or(at_least)
+
+    /// From another process of this host, whose clock is the same.
+    pub(super) fn within_host() -> Self {
+        Passage {
+            ahead: Some(0),
+            ..Passage::begin()
+        }
+    }
+
+    /// A mark has come.
+    pub(super) fn hear(&mut self, mark: Mark) {
+        self.hear_at(mark, now());
+    }
+
+    fn hear_at(&mut self, mark: Mark, here: Duration) {
+        let ahead = i128::from(nanoseconds(here)) - i128::from(mark.at);
+        self.ahead = Some(self.ahead.map_or(ahead, |least| least.min(ahead)));
+        self.read = mark.read;
+    }
+
+    /// All has come.
+    pub(super) fn end(&mut self) {
+        self.came = now();
+    }
+
+    /// How long the guest has been nowhere by now.
+    pub(super) fn missed(&self) -> Duration {
+        self.missed_at(now())
+    }
+
+    /// Not less than it took here: of a build that says nothing that is all that is known.
+    fn missed_at(&self, here: Duration) -> Duration {
+        let at_least = here.saturating_sub(self.came);
+        let (Some(ahead), Some(read)) = (self.ahead, self.read) else {
+            return at_least;
+        };
+        let passed = i128::from(nanoseconds(here)) - ahead - i128::from(read);
+        u64::try_from(passed).map_or(at_least, |passed| {
+            Duration::from_nanos(passed).max(at_least)
+        })
+    }
 }
 
 /// The clock as it is so much later.
@@ -49,10 +103,11 @@ pub(super) fn later(clock: &kvm_clock_data, passed: Duration) -> kvm_clock_data 
     }
 }
 
-fn now() -> Duration {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
+/// By a clock that nobody sets or slows down.
+pub(super) fn now() -> Duration {
+    let now = clock_gettime(ClockId::MonotonicRaw);
+    // It is never negative, and counts from the boot.
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
 }
 
 fn nanoseconds(time: Duration) -> u64 {
@@ -61,56 +116,82 @@ fn nanoseconds(time: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
-    const SAVED: Duration = Duration::from_secs(1_800_000_000);
-    const HEARD: Duration = Duration::from_millis(3);
+    const MS: u64 = 1_000_000;
 
-    fn saved() -> kvm_clock_data {
-        kvm_clock_data {
-            clock: 7_000,
-            flags: KVM_CLOCK_REALTIME,
-            realtime: nanoseconds(SAVED),
-            ..Default::default()
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    proptest! {
+        /// Whatever the hosts' clocks are, and however long lines were full: all is known but what the quickest word took.
+        #[test]
+        fn a_blackout_is_known_but_for_the_least_way(
+            here in 0..u64::MAX / 4,
+            there in 0..u64::MAX / 4,
+            ways in prop::collection::vec(0..2_000u64, 1..5),
+            blackout in 1..20_000u64,
+            restored in 0..100u64,
+        ) {
+            let mut passage = Passage { ahead: None, read: None, came: Duration::ZERO };
+            let mut passed = 0;
+            let mut hear = |passage: &mut Passage, way: u64, read: Option<u64>| {
+                let mark = Mark { at: there + passed * MS, read: read.map(|ms| there + ms * MS) };
+                let came = passed + way;
+                passage.hear_at(mark, Duration::from_nanos(here + came * MS));
+                passed += 500;
+                came
+            };
+            for way in &ways {
+                hear(&mut passage, *way, None);
+            }
+            let read = (ways.len() as u64 * 500).saturating_sub(blackout);
+            let came = hear(&mut passage, *ways.last().unwrap(), Some(read));
+            passage.came = Duration::from_nanos(here + came * MS);
+            let missed = passage.missed_at(Duration::from_nanos(here + (came + restored) * MS));
+            let truth = came + restored - read;
+            let least = *ways.iter().min().unwrap();
+            prop_assert_eq!(missed, ms(truth - least).max(ms(restored)));
         }
     }
 
-    fn after(passed: Duration) -> Duration {
-        between(&saved(), SAVED + passed, HEARD)
+    #[test]
+    fn of_a_sender_that_says_nothing_only_the_time_here_is_known() {
+        let mut passage = Passage::begin();
+        passage.came = ms(5_000);
+        assert_eq!(passage.missed_at(ms(5_003)), ms(3));
+        passage.hear_at(Mark { at: 7, read: None }, ms(1));
+        assert_eq!(passage.missed_at(ms(5_003)), ms(3));
+        // Nor of one that says what cannot be.
+        let (at, read) = (0, Some(u64::MAX));
+        passage.hear_at(Mark { at, read }, ms(1));
+        assert_eq!(passage.missed_at(ms(5_003)), ms(3));
+        let (at, read) = (u64::MAX, Some(0));
+        passage.hear_at(Mark { at, read }, ms(1));
+        passage.missed_at(ms(5_003));
     }
 
     #[test]
-    fn what_the_hosts_clocks_say_counts_if_it_can_be_true() {
-        let passed = Duration::from_millis(12);
-        assert_eq!(after(passed), passed);
-        assert_eq!(after(Duration::from_millis(1)), HEARD, "not before it came");
-        assert_eq!(after(LONGEST), HEARD, "no blackout is that long");
-        let behind = between(&saved(), SAVED - passed, HEARD);
-        assert_eq!(behind, HEARD, "the target's clock is behind");
-        let undated = kvm_clock_data {
-            flags: 0,
-            ..saved()
-        };
-        assert_eq!(between(&undated, SAVED + passed, HEARD), HEARD);
+    fn within_a_host_nothing_is_on_its_way() {
+        let mut passage = Passage::within_host();
+        let (at, read) = (30 * MS, Some(10 * MS));
+        passage.hear_at(Mark { at, read }, ms(900));
+        passage.came = ms(900);
+        assert_eq!(passage.missed_at(ms(1_000)), ms(990));
     }
 
     #[test]
-    fn a_clock_is_dated_once_and_goes_on_without_its_date() {
-        let dated_now = dated(kvm_clock_data {
+    fn a_clock_goes_on_without_what_kvm_noted_with_it() {
+        let saved = kvm_clock_data {
             clock: 7_000,
+            flags: kvm_bindings::KVM_CLOCK_REALTIME,
+            realtime: 5,
             ..Default::default()
-        });
-        let (flags, clock) = (dated_now.flags, dated_now.clock);
-        assert_eq!((flags, clock), (KVM_CLOCK_REALTIME, 7_000));
-        let noted = Duration::from_nanos(dated_now.realtime);
-        assert!(now() - noted < Duration::from_secs(60), "{noted:?}");
-        assert_eq!(
-            dated(saved()).realtime,
-            saved().realtime,
-            "KVM's own counts"
-        );
-
-        let later = later(&saved(), Duration::from_micros(5));
+        };
+        let later = later(&saved, Duration::from_micros(5));
         let (flags, clock) = (later.flags, later.clock);
         assert_eq!((flags, clock), (0, 12_000));
     }

@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use self::parcel::Parcel;
 use super::build::{Chassis, restore_on};
+use super::clocks::{Mark, Passage};
 use super::receive::{config_in, is_made_alike, reason};
 use super::send::{MigrationError, Unsent, answer};
 use super::snapshot::unpacked as unpacked_state;
@@ -223,7 +224,7 @@ impl<S: Read + Write + AsFd> Handing<S> {
         stopped: Duration,
         pause: &mut Pause,
     ) -> Result<(), MigrationError> {
-        let began = Instant::now();
+        let (began, read) = (Instant::now(), clocks::now());
         let state = self.machine.packed()?;
         pause.state = began.elapsed();
         let began = Instant::now();
@@ -233,6 +234,8 @@ impl<S: Read + Write + AsFd> Handing<S> {
         for piece in state.chunks(PIECE) {
             self.out.write(Kind::State, piece)?;
         }
+        let mark = packed(&Mark::now(Some(read)))?;
+        self.out.write(Kind::Mark, &mark)?;
         let stopped_ns = u64::try_from(stopped.as_nanos()).unwrap_or(u64::MAX);
         self.out
             .write(Kind::End, &packed(&Ending { ran, stopped_ns })?)?;
@@ -374,15 +377,14 @@ fn take<S: Read + Write + AsFd>(
         owner,
         state,
         ending,
+        passage,
     } = follow(frames, owner)?;
     let at = Instant::now();
     let state: MachineState = unpacked_state(&state)?;
     if !is_made_alike(state.config(), &config) {
         return Err(malformed("a state of another machine than came").into());
     }
-    let clock = state.clock;
-    let missed = || clocks::missed(&clock, at);
-    let mut machine = restore_on(chassis, state, files, missed)?;
+    let mut machine = restore_on(chassis, state, files, || passage.missed())?;
     // One that has not run on this host yet is announced once it does.
     machine.is_new_here = !ending.ran;
     Ok(Inheritance {
@@ -400,6 +402,7 @@ struct Followed {
     owner: Vec<u8>,
     state: Vec<u8>,
     ending: Ending,
+    passage: Passage,
 }
 
 fn follow<S: Read>(
@@ -407,9 +410,11 @@ fn follow<S: Read>(
     mut owner: Vec<u8>,
 ) -> Result<Followed, MigrationError> {
     let mut state = Vec::new();
+    let mut passage = Passage::within_host();
     loop {
         match frames.next_frame()? {
             (Kind::Owner, payload) => owner = payload.to_vec(),
+            (Kind::Mark, payload) => passage.hear(unpacked(payload)?),
             (Kind::State, []) => return Err(malformed("a frame of nothing").into()),
             (Kind::State, payload) if state.len() + payload.len() > MOST_STATE => {
                 return Err(malformed("more state than any machine has").into());
@@ -417,10 +422,12 @@ fn follow<S: Read>(
             (Kind::State, payload) => state.extend_from_slice(payload),
             (Kind::End, payload) => {
                 let ending = unpacked(payload)?;
+                passage.end();
                 return Ok(Followed {
                     owner,
                     state,
                     ending,
+                    passage,
                 });
             }
             _ => return Err(malformed("a frame where none of its kind should be").into()),

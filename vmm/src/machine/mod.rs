@@ -214,12 +214,14 @@ impl Machine {
     /// The same, with memory as it is.
     fn saved(&self) -> Result<MachineState, MachineError> {
         self.expect(RunState::Paused, "saved")?;
+        // First, since who sends it says when that was.
+        let clock = self.vm.clock()?;
         let devices: Result<_, _> = self.devices.iter().map(|device| device.save()).collect();
         Ok(MachineState {
             version: state::STATE_VERSION,
             config: self.config.clone(),
             placement: self.places.placement().clone(),
-            clock: clocks::dated(self.vm.clock()?),
+            clock,
             vcpus: self.vcpus.save()?,
             devices: devices?,
         })

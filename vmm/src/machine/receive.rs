@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::build::{Chassis, restore_on};
+use super::clocks::Passage;
 use super::feeding::Feeding;
 use super::send::MigrationError;
 use super::snapshot::unpacked as unpacked_state;
 use super::state::{MachineState, STATE_VERSION};
-use super::{BuildError, Machine, SnapshotError, clocks, in_full};
+use super::{BuildError, Machine, SnapshotError, in_full};
 use crate::config::{MachineConfig, MachineFiles};
 use crate::memory::{Faults, GuestMemory, PageSet};
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
@@ -220,6 +221,8 @@ pub(super) struct Gathered {
     faults: Option<Faults>,
     /// When its last byte had come.
     at: Instant,
+    /// What is known of the way by which it came.
+    passage: Passage,
 }
 
 fn take<S: Read + AsFd>(
@@ -249,8 +252,7 @@ fn take<S: Read + AsFd>(
         )?;
         feeding = Some(begun);
     }
-    let (clock, at) = (gathered.state.clock, gathered.at);
-    let missed = || clocks::missed(&clock, at);
+    let missed = || gathered.passage.missed();
     let restored = restore_on(chassis, gathered.state, gathered.files, missed);
     let mut machine = restored.inspect_err(|error| {
         if let Some(feeding) = &feeding {
@@ -315,6 +317,7 @@ pub(super) fn gather<S: Read>(
     let mut owed = PageSet::new(bytes);
     let (mut totals, mut disk_totals) = (Totals::default(), Totals::default());
     let (mut disks, mut state) = (Disks::default(), Vec::new());
+    let mut passage = Passage::begin();
     let ran = loop {
         match frames.next_frame()? {
             (Kind::Pages | Kind::State, []) => return Err(malformed("a frame of nothing").into()),
@@ -333,6 +336,7 @@ pub(super) fn gather<S: Read>(
                 totals.zeros += more.zeros;
             }
             (Kind::Owner, payload) => owner = payload.to_vec(),
+            (Kind::Mark, payload) => passage.hear(unpacked(payload)?),
             (Kind::Owed, payload) => live::add_owed(payload, &mut owed)?,
             (Kind::State, payload) if state.len() + payload.len() > MOST_STATE => {
                 return Err(malformed("more state than any machine has").into());
@@ -353,6 +357,7 @@ pub(super) fn gather<S: Read>(
     };
     disks.settle()?;
     drop(disks);
+    passage.end();
     let at = Instant::now();
     let mut state = unpacked_state(&state)?;
     state.take_place(here);
@@ -372,5 +377,6 @@ pub(super) fn gather<S: Read>(
         owed,
         faults: landing.faults,
         at,
+        passage,
     })
 }

@@ -28,9 +28,10 @@ pub use self::debt::{Paid, Paying};
 use self::journal::{Journal, Left, Part, Pending, Piece};
 pub use self::offered::Offered;
 pub use self::report::{Pause, SendReport, Sending, SentRound};
+use super::clocks::Mark;
 use super::snapshot::read_pages;
 use super::state::STATE_VERSION;
-use super::{BuildError, Machine, MachineError, RunState, SnapshotError};
+use super::{BuildError, Machine, MachineError, RunState, SnapshotError, clocks};
 use crate::config::ConfigError;
 use crate::stream::converge::{AtLimit, Decision, Policy, Standing, decide};
 use crate::stream::frame::{FrameWriter, Kind};
@@ -454,7 +455,14 @@ impl<S: Read + Write> Sender<S> {
         });
         let least = self.round.least.map_or(left, |least| least.min(left));
         self.round.least = Some(least);
+        self.mark(None)?;
         Ok(decision)
+    }
+
+    /// Says what time it is here.
+    fn mark(&mut self, read: Option<Duration>) -> Result<(), MigrationError> {
+        let mark = packed(&Mark::now(read))?;
+        Ok(self.out.write(Kind::Mark, &mark)?)
     }
 
     fn next_round(&mut self, written: Left) {
@@ -570,6 +578,7 @@ impl<S: Read + Write> Sender<S> {
         follows: bool,
     ) -> Result<(), MigrationError> {
         let began = Instant::now();
+        let read = clocks::now();
         // First: whatever a device still does for it is in what is taken next.
         let state = self.machine.packed()?;
         self.report.pause.state = began.elapsed();
@@ -611,6 +620,7 @@ impl<S: Read + Write> Sender<S> {
             disks: self.report.disks,
             ran,
         };
+        self.mark(Some(read))?;
         self.out.write(Kind::End, &packed(&ending)?)?;
         // From here on the other side may have all of it.
         let flushed = self.out.get_mut().flush();
@@ -688,6 +698,7 @@ fn prepare<S: Write>(
     if luggage.disks {
         out.write(Kind::Disks, &packed(&sizes)?)?;
     }
+    out.write(Kind::Mark, &packed(&Mark::now(None))?)?;
     let report = SendReport {
         id: opening.id,
         memory: opening.memory,

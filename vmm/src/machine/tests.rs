@@ -8,6 +8,7 @@ use super::*;
 use crate::config::CpuProfile;
 use crate::device::SavedDevice;
 use crate::stream::converge;
+use crate::stream::frame::HEAD;
 
 #[path = "../../tests/common/mod.rs"]
 pub(super) mod common;
@@ -98,6 +99,116 @@ fn a_guests_clocks_go_on_while_it_is_on_its_way() {
     let passed = u64::try_from(MISSED.as_nanos()).unwrap();
     assert!(after >= before + passed, "{after} after {before}");
     assert!(after < before + 2 * passed, "{after} after {before}");
+}
+
+/// By which some of a guest's state comes late.
+struct Held {
+    line: UnixStream,
+    held: bool,
+}
+
+/// How late.
+const HELD: Duration = Duration::from_millis(800);
+
+impl io::Read for Held {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.line.read(buffer)?;
+        // A frame's head is read by itself; its first word says that there is state in it.
+        let state = buffer.len() == HEAD && buffer.starts_with(&[3, 0]);
+        if state && !std::mem::replace(&mut self.held, true) {
+            // sleeps because lines may be slow.
+            std::thread::sleep(HELD);
+        }
+        Ok(read)
+    }
+}
+
+impl Write for Held {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.line.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.line.flush()
+    }
+}
+
+impl std::os::fd::AsFd for Held {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.line.as_fd()
+    }
+}
+
+/// Where a guest's clock would be had it run since the host booted, in milliseconds. Negative: it began later.
+fn at_boot(machine: &Machine) -> i64 {
+    let clock = Duration::from_nanos(machine.saved().unwrap().clock.clock);
+    clock.as_millis() as i64 - clocks::now().as_millis() as i64
+}
+
+/// It has lost less than a third of what was held, and gained nothing.
+fn went_on(before: i64, after: i64) {
+    let lost = before - after;
+    let most = HELD.as_millis() as i64 / 3;
+    assert!((-10..most).contains(&lost), "{lost} of {HELD:?} lost");
+}
+
+#[test]
+fn a_guest_that_is_sent_by_a_slow_line_does_not_lose_the_time() {
+    let mut rig = Rig::build(common::config(), &echo());
+    rig.machine.start().unwrap();
+    rig.machine.pause().unwrap();
+    let before = at_boot(&rig.machine);
+    rig.machine.resume().unwrap();
+    let here = rig.machine.config().clone();
+    let (near, line) = UnixStream::pair().unwrap();
+    let (files, _serial) = common::files(common::kernel_file(&echo().elf()));
+    let land = |_: &[u8]| {
+        Ok(Landing {
+            files,
+            most: Vec::new(),
+            faults: None,
+        })
+    };
+    let held = Held { line, held: false };
+    let arrival = std::thread::spawn(move || receive(held, &here, land, None).unwrap());
+    let mut sender = Sender::begin(rig.machine, near, POLICY, Luggage::default());
+    let _offered = loop {
+        match sender.and_then(Sender::advance).unwrap() {
+            Progress::Copying(sending) => sender = Ok(sending),
+            Progress::Offered(offered) => break offered,
+        }
+    };
+    let arrived = arrival.join().unwrap();
+    went_on(before, at_boot(&arrived.machine));
+}
+
+#[test]
+fn a_guest_that_is_handed_over_slowly_does_not_lose_the_time() {
+    let mut rig = Rig::build(common::config(), &echo());
+    rig.machine.start().unwrap();
+    rig.machine.pause().unwrap();
+    let before = at_boot(&rig.machine);
+    rig.machine.resume().unwrap();
+    let (near, line) = UnixStream::pair().unwrap();
+    let kvm = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    let host = HostFiles {
+        kvm: kvm.unwrap().into(),
+        vhost: Vec::new(),
+    };
+    let held = Held { line, held: false };
+    let taken = std::thread::spawn(move || take_over(held, host, None).unwrap());
+    let mut handing = Handing::begin(rig.machine, near, b"", &[]).unwrap();
+    let _handed = loop {
+        match handing.advance().unwrap() {
+            HandingStep::Waiting(waiting) => handing = waiting,
+            HandingStep::Over(handed) => break handed,
+        }
+    };
+    let taken = taken.join().unwrap();
+    went_on(before, at_boot(&taken.machine));
 }
 
 /// As the host's kernel does, which moves a network's packets.

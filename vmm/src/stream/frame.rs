@@ -49,6 +49,8 @@ pub enum Kind {
     Got,
     /// Nothing is owed any more: says who has it all, and then the other side, which has heard it.
     Whole,
+    /// What the sender's clock is (`machine::clocks`), in postcard.
+    Mark,
 }
 
 impl Kind {
@@ -70,6 +72,7 @@ impl Kind {
             Kind::Wanted => 14,
             Kind::Got => 15,
             Kind::Whole => 16,
+            Kind::Mark => OPTIONAL,
         }
     }
 
@@ -91,6 +94,7 @@ impl Kind {
             Kind::Wanted,
             Kind::Got,
             Kind::Whole,
+            Kind::Mark,
         ];
         all.into_iter().find(|kind| kind.number() == number)
     }
