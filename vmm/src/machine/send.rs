@@ -128,6 +128,8 @@ pub struct Sender<S> {
     report: SendReport,
     /// What the other side does not have when it runs.
     debt: Option<Debt>,
+    /// What the guest wrote while some of a round had not gone yet, if its memory is to follow it.
+    recent: Option<Left>,
     /// How often what cannot follow is sent once more.
     more_rounds: u32,
     /// Frames that it has sent.
@@ -224,6 +226,7 @@ impl<S: Read + Write> Sender<S> {
                     round: Round::first(now),
                     report,
                     debt: None,
+                    recent: None,
                     more_rounds: MORE_ROUNDS,
                     answers: 0,
                     doubt: None,
@@ -321,12 +324,14 @@ impl<S: Read + Write> Sender<S> {
         if running && self.is_to_follow_now() {
             self.sync()?;
             let mut left = self.pending.rest();
-            left.join(&self.journal.take()?);
+            let written = self.journal.take()?;
+            left.join(&written);
             if self.wants_a_round(&left) {
                 self.pending = Pending::new(left);
                 return Ok(None);
             }
             self.settle_disks()?;
+            self.recent = Some(written);
             return self.hand_over(left, true);
         }
         if !self.pending.is_empty() {
@@ -583,12 +588,16 @@ impl<S: Read + Write> Sender<S> {
         let state = self.machine.packed()?;
         self.report.pause.state = began.elapsed();
         let began = Instant::now();
-        written.join(&self.journal.take_last(&self.machine)?);
+        let last = self.journal.take_last(&self.machine)?;
+        written.join(&last);
+        let mut recent = self.recent.take().unwrap_or_else(|| self.journal.nothing());
+        recent.join(&last);
         let mut rest = written.clone();
         if follows {
             // Of what is hot there is another mapping, which comes only with its device.
             let end = self.machine.memory.bytes();
-            self.debt = Some(Debt::new(rest.take_memory_before(end)));
+            let recent = recent.take_memory_before(end);
+            self.debt = Some(Debt::new(rest.take_memory_before(end), recent));
         }
         self.pending = Pending::new(rest);
         self.journal.has_gone();

@@ -54,6 +54,14 @@ impl PageSet {
         taken
     }
 
+    /// Keeps those that are in the other set as well.
+    pub fn keep(&mut self, other: &PageSet) {
+        let others = other.words.iter().copied().chain(std::iter::repeat(0));
+        for (word, other) in self.words.iter_mut().zip(others) {
+            *word &= other;
+        }
+    }
+
     /// Adds the pages of another set.
     pub fn join(&mut self, other: &PageSet) {
         self.add(0, &other.words);

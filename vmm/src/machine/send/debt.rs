@@ -1,5 +1,5 @@
 //! Memory that the other side does not have yet, of a machine that stands still here: sent when it is asked for, and
-//! else one after the other.
+//! else one after the other, what was written last first: the guest is at work on it.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -48,6 +48,8 @@ pub enum Paying {
 
 pub(super) struct Debt {
     pages: PageSet,
+    /// Of these, what the guest wrote last.
+    recent: PageSet,
     /// The block that is sent next if none is asked for.
     next: u64,
     asked: VecDeque<u64>,
@@ -62,9 +64,12 @@ pub(super) struct Debt {
 }
 
 impl Debt {
-    pub fn new(pages: PageSet) -> Self {
+    /// Of `pages`, the guest wrote those of `recent` last.
+    pub fn new(pages: PageSet, mut recent: PageSet) -> Self {
+        recent.keep(&pages);
         Debt {
             pages,
+            recent,
             next: 0,
             asked: VecDeque::new(),
             sent: 0,
@@ -103,6 +108,7 @@ impl Debt {
         connection: &mut Answers<S>,
     ) -> Result<(), MigrationError> {
         self.pages.take_before(u64::MAX);
+        self.recent.take_before(u64::MAX);
         for _ in 0..=live::most_names(&self.pages) {
             match connection.next()? {
                 (Kind::Owed, payload) => live::add_owed(payload, &mut self.pages)?,
@@ -168,8 +174,7 @@ impl Debt {
             return Ok(Paying::Waits);
         }
         for _ in 0..AHEAD {
-            let found = self.pages.block_from(self.next);
-            let Some((number, _)) = found.or_else(|| self.pages.block_from(0)) else {
+            let Some(number) = self.next_block() else {
                 break;
             };
             self.add(&mut batch, number, memory)?;
@@ -179,6 +184,13 @@ impl Debt {
             return self.send(&batch, out);
         }
         Ok(Paying::Waits)
+    }
+
+    /// From where it is, and then from the beginning.
+    fn next_block(&self) -> Option<u64> {
+        let from = |set: &PageSet| set.block_from(self.next).or_else(|| set.block_from(0));
+        let (number, _) = from(&self.recent).or_else(|| from(&self.pages))?;
+        Some(number)
     }
 
     /// That it has heard that the other side has all.
@@ -201,6 +213,7 @@ impl Debt {
             let content = read_pages(memory, number, mask)?;
             batch.add(number as u32, mask, &content, false);
             self.pages.take(number, mask);
+            self.recent.take(number, mask);
         }
         Ok(())
     }
@@ -266,5 +279,73 @@ pub(super) fn is_readable(connection: &impl AsFd) -> Result<bool, MigrationError
             source: errno.into(),
         }
         .into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MemoryConfig;
+    use crate::stream::BLOCK;
+
+    const MEMORY: u64 = 4 << 20;
+    const BLOCKS: u64 = MEMORY / BLOCK as u64;
+
+    fn blocks(numbers: &[u64]) -> PageSet {
+        let mut set = PageSet::new(MEMORY);
+        for number in numbers {
+            let start = number * BLOCK as u64;
+            set.add_range(start, start + BLOCK as u64);
+        }
+        set
+    }
+
+    /// The numbers of the blocks in what was sent.
+    fn sent(debt: &mut Debt, memory: &GuestMemory) -> Vec<u64> {
+        let mut numbers = Vec::new();
+        loop {
+            let mut out = FrameWriter::new(Vec::new());
+            let paying = debt.pay(memory, &mut out).unwrap();
+            let bytes = out.finish();
+            if paying == Paying::Waits && bytes.is_empty() {
+                return numbers;
+            }
+            let mut frames = FrameReader::new(&*bytes);
+            let (_, mut payload) = frames.next_frame().unwrap();
+            // Of pages that are zero nothing follows.
+            while let Some((head, rest)) = payload.split_first_chunk::<8>() {
+                numbers.push(u64::from(u32::from_le_bytes([
+                    head[0], head[1], head[2], head[3],
+                ])));
+                payload = rest;
+            }
+            debt.hear(Kind::Got, b"").unwrap();
+        }
+    }
+
+    #[test]
+    fn what_was_written_last_goes_first_and_what_is_asked_for_before_it() {
+        let config = MemoryConfig {
+            bytes: MEMORY,
+            pages: crate::config::PageSize::default(),
+            host_nodes: Vec::new(),
+        };
+        let memory = GuestMemory::create_with(&config, None).unwrap();
+        let all: Vec<u64> = (0..BLOCKS).collect();
+        // One that is not owed is none of it.
+        let mut owed = blocks(&all);
+        owed.take(61, owed.of_block(61));
+        let mut debt = Debt::new(owed, blocks(&[7, 40, 50, 61]));
+        debt.hear(Kind::Wanted, &41u64.to_le_bytes()).unwrap();
+        let order = sent(&mut debt, &memory);
+        assert_eq!(order[..6], [41, 50, 7, 40, 42, 43]);
+        let mut every = order;
+        every.sort_unstable();
+        assert_eq!(
+            every,
+            all.into_iter()
+                .filter(|number| *number != 61)
+                .collect::<Vec<_>>()
+        );
     }
 }
