@@ -242,6 +242,8 @@ fn full(folder: &Path, rounds: usize, rows: &mut Rows) -> anyhow::Result<()> {
     let (path, other) = (folder.join("full"), folder.join("theirs"));
     let (mut times, mut their_times) = (Vec::new(), Vec::new());
     let (mut pauses, mut their_pauses) = (Vec::new(), Vec::new());
+    let memory = vec![1; (TOUCHED_MIB << 20) as usize];
+    let mut floors = Vec::new();
     for round in 0..=rounds {
         // A new file each time: what it takes to make room in it is part of it.
         let _ = std::fs::remove_file(&path);
@@ -253,16 +255,30 @@ fn full(folder: &Path, rounds: usize, rows: &mut Rows) -> anyhow::Result<()> {
             pauses.push(ms(report.pause));
             their_times.push(info.0);
             their_pauses.push(info.1);
+            floors.push(bare(&folder.join("bare"), &memory)?);
         }
     }
     rows.add("snapshot-full".to_owned(), "ms", times, Some(60.0));
     rows.beside(their_times);
     rows.add("snapshot-full-pause".to_owned(), "ms", pauses, None);
     rows.beside(their_pauses);
+    rows.add("snapshot-full-bare".to_owned(), "ms", floors, None);
     let file = vec![taken(&path)?];
     rows.add("snapshot-file".to_owned(), "MiB", file, Some(130.0));
     rows.beside(vec![taken(&other)?]);
     Ok(())
+}
+
+/// As many bytes to a new file there by nothing but `write`, in milliseconds: on some machines a new page is most of it.
+fn bare(path: &Path, memory: &[u8]) -> anyhow::Result<f64> {
+    let mut file = File::create_new(path)?;
+    let began = Instant::now();
+    for piece in memory.chunks(1 << 16) {
+        file.write_all(piece)?;
+    }
+    let took = began.elapsed();
+    std::fs::remove_file(path)?;
+    Ok(ms(took))
 }
 
 /// Of what has changed of a guest since its last one.
