@@ -24,6 +24,7 @@ mod paced;
 pub mod packet;
 pub mod protocol;
 mod said;
+pub mod seal;
 pub mod seccomp;
 mod stand_in;
 pub mod supervise;
@@ -54,6 +55,7 @@ use self::leave::Leave;
 use self::pace::Pace;
 use self::protocol::{FileRole, FromMachine, Launch, SERIAL_LOG, ToMachine, VERSION};
 use self::said::Said;
+use self::seal::{Leashed, Sealed};
 use self::supervise::{Supervisor, Terminal};
 use self::traveller::Traveller;
 use crate::console::ring::RingWriter;
@@ -462,10 +464,11 @@ fn build(
         None => (disks, nets),
     };
     let note = kept.as_ref().and_then(Kept::note).cloned();
-    let arrival = files.take(FileRole::Arrival).map(UnixStream::from);
+    let arrival = files.take(FileRole::Arrival);
     let Some(kvm) = kvm else {
         let hook = move || lock.down(seccomp::Kind::Console);
-        if let Some(stream) = arrival {
+        if let Some(end) = arrival {
+            let stream = comes_by(end)?;
             return stand_in::arrive(stream, launch, lines.serial, disks, nets, hook);
         }
         let guest = stand_in::StandIn::new(lines.serial, &launch.config, disks, nets, hook)
@@ -500,8 +503,8 @@ fn build(
         lines: line.map(|line| (line, lock.clone())),
     };
     let hook: ThreadHook = Arc::new(move |kind: ThreadKind| lock.down(kind.into()));
-    if let Some(stream) = arrival {
-        return arrive(stream, launch, machine, comes, hook);
+    if let Some(end) = arrival {
+        return arrive(end, launch, machine, comes, hook);
     }
     let machine = match kept {
         Some(Kept::Machine(snapshot, _)) => {
@@ -553,6 +556,15 @@ fn can_be_here(launch: &Launch, files: &MachineFiles) -> Result<(), VmError> {
     checked.map_err(|lacks| refused(&lacks))
 }
 
+/// The connection by which a guest comes, once somebody has come that sends it.
+fn comes_by(end: OwnedFd) -> Result<Sealed<Leashed>, VmError> {
+    let connected = seal::borrow(UnixStream::from(end)).and_then(seal::arrival);
+    connected.map_err(|source| VmError::System {
+        what: "the connection by which the guest comes",
+        source,
+    })
+}
+
 /// For memory that comes after its guest.
 struct Comes {
     faults: Option<Faults>,
@@ -561,14 +573,19 @@ struct Comes {
 
 /// A machine that another process sends, with the files that it needs here.
 fn arrive(
-    stream: UnixStream,
+    end: OwnedFd,
     launch: &Launch,
     mut files: MachineFiles,
     comes: Comes,
     hook: ThreadHook,
 ) -> Result<(Box<dyn Guest>, Option<Note>), VmError> {
     can_be_here(launch, &files)?;
+    let stream = comes_by(end)?;
     let Comes { mut faults, lines } = comes;
+    if stream.is_sealed() {
+        // By a connection of its own no memory follows a guest.
+        faults = None;
+    }
     let land = |owner: &[u8]| -> Result<Landing, VmError> {
         let note = Note::read(owner)?;
         let disks = std::mem::take(&mut files.disks);

@@ -53,6 +53,9 @@ pub struct Departure {
     pub key: StreamKey,
     /// May be another later on.
     pub policy: Policy,
+    /// The machine's process may speak with the other one itself: memory will not follow.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub direct: bool,
 }
 
 /// Part of the target's intent: a guest is to come.
@@ -62,6 +65,9 @@ pub struct Arrival {
     pub key: StreamKey,
     /// Of the process that has the guest now.
     pub shape: Shape,
+    /// As of the [`Departure`]; each side decides for itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub direct: bool,
 }
 
 /// A certificate that signs itself, and its key, made for one migration: each side shows it and believes no

@@ -1,23 +1,31 @@
 //! The line by which a guest goes from one host to another: TCP, TLS with a key for this migration alone, and an end for
 //! each of the two machines' processes.
 //!
-//! TLS is the agents' part: a locked-down process opens nothing, and whoever takes one over has no key. What it costs is
-//! two copies, and that a line ends with its agent. kTLS would spare both, where the kernel has it.
+//! TLS is the agents' part: a locked-down process opens nothing, and whoever takes one over has no key that is good for
+//! another connection. Where memory follows a guest they carry what is said, which costs two copies, and a line ends with its
+//! agent; else they shake hands only, and lend their processes the connection ([`crate::vm::seal`]). Each side does as it
+//! likes: the wire is the same.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use fractus_agent_api::migration::StreamKey;
 use fractus_agent_api::tls::stream;
 use rustix::net::sockopt;
-use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
+use rustls::{ClientConnection, Connection, ServerConnection};
+use tokio::io::{
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional_with_sizes,
+};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
+use tokio_rustls::server::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use crate::vm::seal::{self, Keys};
 
 /// Until a connection stands and both sides know each other.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -34,13 +42,36 @@ const AGAIN: Duration = Duration::from_millis(50);
 /// Bytes that are copied at a time.
 const PIECE: usize = 256 << 10;
 
-/// Carries what the process's end says and hears. Ends when it is dropped.
+/// Carries what the process's end says and hears, and ends when it is dropped. One that was lent to a process that sends goes
+/// on without it; one that was lent to a process that waits does not.
 #[derive(Debug)]
-pub struct Line(JoinHandle<()>);
+pub struct Line {
+    carries: Option<JoinHandle<()>>,
+    lent: Option<std::net::TcpStream>,
+}
+
+impl Line {
+    fn carried(by: JoinHandle<()>) -> Self {
+        Line {
+            carries: Some(by),
+            lent: None,
+        }
+    }
+
+    /// Nothing more is said by it, whoever has it: a process that waits for the other one is free.
+    pub fn cut(self) {
+        if let Some(tcp) = &self.lent {
+            // One that is over is cut already.
+            let _ = tcp.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
 
 impl Drop for Line {
     fn drop(&mut self) {
-        self.0.abort();
+        if let Some(carries) = &self.carries {
+            carries.abort();
+        }
     }
 }
 
@@ -65,12 +96,30 @@ pub enum Coming {
 
 pub type Others = mpsc::UnboundedReceiver<Coming>;
 
-/// Waits for the source on this address, on a port that is told.
-pub async fn listen(address: IpAddr, key: &StreamKey) -> io::Result<Awaited> {
+/// What is done with a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// What is said is carried.
+    Carried,
+    /// It is the process's.
+    Lent,
+}
+
+impl Way {
+    pub fn of(direct: bool) -> Self {
+        match direct {
+            true => Way::Lent,
+            false => Way::Carried,
+        }
+    }
+}
+
+/// Waits for the source on this address, on a port that is told. The process learns by its end which way it is.
+pub async fn listen(address: IpAddr, key: &StreamKey, way: Way) -> io::Result<Awaited> {
     let listener = TcpListener::bind(SocketAddr::new(address, 0)).await?;
     let port = listener.local_addr()?.port();
     let (ours, end) = ends()?;
-    let (line, others) = await_source(listener, key, Some(ours))?;
+    let (line, others) = await_source(listener, key, Some(ours), way)?;
     Ok(Awaited {
         port,
         end,
@@ -86,28 +135,30 @@ pub async fn listen_again(
     key: &StreamKey,
 ) -> io::Result<(Line, Others)> {
     let listener = TcpListener::bind(SocketAddr::new(address, port)).await?;
-    await_source(listener, key, None)
+    await_source(listener, key, None, Way::Carried)
 }
 
 fn await_source(
     listener: TcpListener,
     key: &StreamKey,
     mut first: Option<UnixStream>,
+    way: Way,
 ) -> io::Result<(Line, Others)> {
-    let tls = stream::server(key).map_err(io::Error::other)?;
-    let acceptor = TlsAcceptor::from(Arc::new(tls));
+    let tls = Arc::new(stream::server(key).map_err(io::Error::other)?);
     let (sender, others) = mpsc::unbounded_channel();
     let stuck = if first.is_some() { STUCK } else { SILENCE };
     let line = tokio::spawn(async move {
         let (mut greeting, mut carrying) = (JoinSet::new(), JoinSet::new());
+        // By this the process knows that somebody here awaits its guest.
+        let mut _leash = None;
         loop {
             tokio::select! {
                 accepted = listener.accept(), if greeting.len() < STRANGERS => match accepted {
                     Ok((tcp, from)) => {
-                        let acceptor = acceptor.clone();
+                        let tls = Arc::clone(&tls);
                         greeting.spawn(async move {
                             be_careful(&tcp, stuck)?;
-                            let shaken = tokio::time::timeout(CONNECT, acceptor.accept(tcp)).await;
+                            let shaken = tokio::time::timeout(CONNECT, greet(tcp, tls, way)).await;
                             let stream = shaken.map_err(io::Error::from).flatten();
                             stream.inspect_err(|error| tracing::debug!(%from, %error, "a migration's port"))
                         });
@@ -116,16 +167,28 @@ fn await_source(
                     Err(_) => tokio::time::sleep(AGAIN).await,
                 },
                 // Whoever has the key is who is waited for.
-                Some(greeted) = greeting.join_next() => if let Ok(Ok(stream)) = greeted {
-                    let ours = match first.take() {
-                        Some(ours) => ours,
-                        None => match another(&sender) {
-                            Some(ours) => ours,
+                Some(greeted) = greeting.join_next() => {
+                    let Ok(Ok(greeted)) = greeted else { continue };
+                    let ours = first.take().map(|ours| begin(ours, &greeted));
+                    let (ours, stream) = match (ours, greeted) {
+                        (Some(Err(error)), _) => {
+                            tracing::warn!(%error, "lending a process its line");
+                            continue;
+                        }
+                        (Some(Ok(ours)), Greeted::Carried(stream)) => (ours, stream),
+                        (None, Greeted::Carried(stream)) => match another(&sender) {
+                            Some(ours) => (ours, stream),
                             None => continue,
                         },
+                        (Some(Ok(ours)), Greeted::Lent(..)) => {
+                            _leash = Some(ours);
+                            continue;
+                        }
+                        // It comes too late.
+                        (None, Greeted::Lent(..)) => continue,
                     };
                     carrying.shutdown().await;
-                    carrying.spawn(carry(stream, ours));
+                    carrying.spawn(carry(*stream, ours));
                 },
                 Some(_) = carrying.join_next() => {
                     let _ = sender.send(Coming::Ended);
@@ -133,7 +196,85 @@ fn await_source(
             }
         }
     });
-    Ok((Line(line), others))
+    Ok((Line::carried(line), others))
+}
+
+/// Whoever has the key.
+enum Greeted {
+    Carried(Box<TlsStream<TcpStream>>),
+    Lent(std::net::TcpStream, Keys),
+}
+
+async fn greet(tcp: TcpStream, tls: Arc<rustls::ServerConfig>, way: Way) -> io::Result<Greeted> {
+    if way == Way::Carried {
+        let stream = TlsAcceptor::from(tls).accept(tcp).await?;
+        return Ok(Greeted::Carried(Box::new(stream)));
+    }
+    let connection = ServerConnection::new(tls).map_err(io::Error::other)?;
+    let (tcp, keys) = shake(tcp, connection.into()).await?;
+    // Processes wait for what comes to them.
+    tcp.set_nonblocking(false)?;
+    Ok(Greeted::Lent(tcp, keys))
+}
+
+/// The process hears how its guest comes.
+fn begin(ours: UnixStream, greeted: &Greeted) -> io::Result<UnixStream> {
+    let lent = match greeted {
+        Greeted::Carried(_) => None,
+        Greeted::Lent(tcp, keys) => Some((tcp.as_fd(), keys)),
+    };
+    seal::lend(&ours, lent)?;
+    Ok(ours)
+}
+
+/// Bytes before what a record of TLS holds, and of that at most.
+const HEAD: usize = 5;
+const RECORD: usize = (1 << 14) + 256;
+
+/// Shakes hands and reads nothing that comes behind.
+async fn shake(
+    mut tcp: TcpStream,
+    mut connection: Connection,
+) -> io::Result<(std::net::TcpStream, Keys)> {
+    loop {
+        let mut out = Vec::new();
+        while connection.wants_write() {
+            connection.write_tls(&mut out)?;
+        }
+        tcp.write_all(&out).await?;
+        if !connection.is_handshaking() {
+            break;
+        }
+        let mut record = vec![0; HEAD];
+        tcp.read_exact(&mut record).await?;
+        let length = record
+            .iter()
+            .skip(3)
+            .fold(0, |sum, byte| sum << 8 | usize::from(*byte));
+        if length > RECORD {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        record.resize(HEAD + length, 0);
+        if let Some(content) = record.get_mut(HEAD..) {
+            tcp.read_exact(content).await?;
+        }
+        let mut rest = &record[..];
+        while !rest.is_empty() {
+            connection.read_tls(&mut rest)?;
+        }
+        if let Err(error) = connection.process_new_packets() {
+            // Why, if it is to be told.
+            let mut out = Vec::new();
+            connection.write_tls(&mut out)?;
+            let _ = tcp.write_all(&out).await;
+            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+    }
+    let secrets = connection
+        .dangerous_extract_secrets()
+        .map_err(io::Error::other)?;
+    let keys = Keys::of(secrets).ok_or(io::ErrorKind::Unsupported)?;
+    Ok((tcp.into_std()?, keys))
 }
 
 /// Our end of another line, if somebody takes the other one.
@@ -143,18 +284,45 @@ fn another(sender: &mpsc::UnboundedSender<Coming>) -> Option<UnixStream> {
     Some(ours)
 }
 
-/// Goes to the target, `ADDRESS:PORT`; with the process's end.
-pub async fn connect(to: &str, key: &StreamKey) -> io::Result<(OwnedFd, Line)> {
-    connect_within(STUCK, to, key).await
+/// Goes to the target, `ADDRESS:PORT`; with the process's end. Where `much` goes, more than one key of AES covers, that is
+/// agreed upon first.
+pub async fn connect(to: &str, key: &StreamKey, much: bool) -> io::Result<(OwnedFd, Line)> {
+    connect_within(STUCK, to, key, much).await
+}
+
+/// The same, for a process that speaks with the other one itself.
+pub async fn connect_lent(to: &str, key: &StreamKey, much: bool) -> io::Result<(OwnedFd, Line)> {
+    let tls = Arc::new(stream::client(key, much).map_err(io::Error::other)?);
+    let name = stream::name().map_err(io::Error::other)?;
+    let connecting = async {
+        let tcp = TcpStream::connect(to).await?;
+        be_careful(&tcp, STUCK)?;
+        let connection = ClientConnection::new(tls, name).map_err(io::Error::other)?;
+        shake(tcp, connection.into()).await
+    };
+    let connected = tokio::time::timeout(CONNECT, connecting).await;
+    let (tcp, keys) = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    let (ours, theirs) = ends()?;
+    seal::lend(&ours, Some((tcp.as_fd(), &keys)))?;
+    let line = Line {
+        carries: None,
+        lent: Some(tcp),
+    };
+    Ok((theirs, line))
 }
 
 /// The same once more, for memory that follows.
 pub async fn connect_again(to: &str, key: &StreamKey) -> io::Result<(OwnedFd, Line)> {
-    connect_within(SILENCE, to, key).await
+    connect_within(SILENCE, to, key, false).await
 }
 
-async fn connect_within(stuck: Duration, to: &str, key: &StreamKey) -> io::Result<(OwnedFd, Line)> {
-    let tls = stream::client(key).map_err(io::Error::other)?;
+async fn connect_within(
+    stuck: Duration,
+    to: &str,
+    key: &StreamKey,
+    much: bool,
+) -> io::Result<(OwnedFd, Line)> {
+    let tls = stream::client(key, much).map_err(io::Error::other)?;
     let name = stream::name().map_err(io::Error::other)?;
     let connecting = async {
         let tcp = TcpStream::connect(to).await?;
@@ -167,7 +335,7 @@ async fn connect_within(stuck: Duration, to: &str, key: &StreamKey) -> io::Resul
     // It has a guest to serve, and waits with care.
     rustix::io::ioctl_fionbio(&theirs, true)?;
     let line = tokio::spawn(carry(stream, ours));
-    Ok((theirs, Line(line)))
+    Ok((theirs, Line::carried(line)))
 }
 
 /// Ours, and the process's.
@@ -217,14 +385,14 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn what_one_process_says_the_other_hears_and_nobody_else_gets_in() {
         let (right, wrong) = (key(), key());
-        let awaited = listen(HERE, &right).await.unwrap();
+        let awaited = listen(HERE, &right, Way::Carried).await.unwrap();
         let (port, there, mut others) = (awaited.port, awaited.end, awaited.others);
         let to = format!("127.0.0.1:{port}");
         // A stranger, and somebody with the key of another migration.
         let stranger = TcpStream::connect(&to).await.unwrap();
         let silent = TcpStream::connect(&to).await.unwrap();
         drop(stranger);
-        match connect(&to, &wrong).await {
+        match connect(&to, &wrong, false).await {
             Err(_) => {}
             // In TLS 1.3 the client is through before its certificate is looked at.
             Ok((end, _line)) => {
@@ -234,11 +402,12 @@ mod tests {
                 assert!(matches!(heard.await.unwrap(), Ok(0) | Err(_)));
             }
         }
-        let (here, line) = connect(&to, &right).await.unwrap();
+        let (here, line) = connect(&to, &right, false).await.unwrap();
         let talk = tokio::task::spawn_blocking(move || {
             let mut here = std::os::unix::net::UnixStream::from(here);
             here.set_nonblocking(false).unwrap();
-            let mut there = std::os::unix::net::UnixStream::from(there);
+            let there = std::os::unix::net::UnixStream::from(there);
+            let mut there = seal::borrow(there).unwrap().socket;
             let said: Vec<u8> = (0..3 << 20).map(|at: u32| (at / 7) as u8).collect();
             let writes = {
                 let (mut here, said) = (here.try_clone().unwrap(), said.clone());
@@ -257,7 +426,7 @@ mod tests {
         let (_here, mut there) = talk.await.unwrap();
         drop(silent);
         // Whoever comes again has a line of his own, and the one before is over, although nobody has closed it.
-        let (here, again) = connect(&to, &right).await.unwrap();
+        let (here, again) = connect(&to, &right, false).await.unwrap();
         let Some(Coming::Again(other)) = others.recv().await else {
             panic!("another line is to come");
         };
@@ -289,7 +458,62 @@ mod tests {
             }
             tokio::task::yield_now().await;
         };
-        let (_here, _again) = connect(&to, &right).await.unwrap();
+        let (_here, _again) = connect(&to, &right, false).await.unwrap();
         assert!(matches!(others.recv().await, Some(Coming::Again(_))));
+    }
+
+    /// As a process has it that was told which way it is.
+    fn connection(end: OwnedFd, way: Way) -> seal::Sealed<std::os::unix::net::UnixStream> {
+        let end = std::os::unix::net::UnixStream::from(end);
+        end.set_nonblocking(false).unwrap();
+        let connection = match way {
+            Way::Lent => seal::borrow(end).unwrap(),
+            Way::Carried => seal::Connection::plain(end),
+        };
+        connection.socket.set_nonblocking(false).unwrap();
+        seal::Sealed::new(connection.socket, connection.keys.as_ref()).unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn whichever_way_each_side_has_it_they_understand_each_other() {
+        for (there, here) in [Way::Lent, Way::Carried]
+            .into_iter()
+            .flat_map(|there| [Way::Lent, Way::Carried].map(|here| (there, here)))
+        {
+            let (key, other) = (key(), key());
+            let awaited = listen(HERE, &key, there).await.unwrap();
+            let to = format!("127.0.0.1:{}", awaited.port);
+            // Who has another key does not take the place of who is waited for.
+            drop(connect_lent(&to, &other, false).await);
+            let much = there == here;
+            let (end, _line) = match here {
+                Way::Lent => connect_lent(&to, &key, much).await.unwrap(),
+                Way::Carried => connect(&to, &key, much).await.unwrap(),
+            };
+            let talk = tokio::task::spawn_blocking(move || {
+                let said: Vec<u8> = (0..3 << 20).map(|at: u32| (at / 7) as u8).collect();
+                let sends = said.clone();
+                let source = std::thread::spawn(move || {
+                    let mut source = connection(end, here);
+                    source.write_all(&sends).unwrap();
+                    source.flush().unwrap();
+                    let mut answer = String::new();
+                    source.read_to_string(&mut answer).unwrap();
+                    answer
+                });
+                // A target is told in any case.
+                let mut target = connection(awaited.end, Way::Lent);
+                let _awaits = awaited.line;
+                assert_eq!(target.is_sealed(), there == Way::Lent);
+                let mut heard = vec![0; said.len()];
+                target.read_exact(&mut heard).unwrap();
+                assert!(said == heard, "{there:?} {here:?}");
+                target.write_all(b"it is here").unwrap();
+                target.flush().unwrap();
+                drop(target);
+                source.join().unwrap()
+            });
+            assert_eq!(talk.await.unwrap(), "it is here", "{there:?} {here:?}");
+        }
     }
 }

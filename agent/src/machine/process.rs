@@ -33,6 +33,7 @@ use super::guest_agent::GuestAgent;
 use super::make::OpenDevice;
 use super::record::ProcessRecord;
 use crate::clock::now_us;
+use crate::machine::line::Way;
 use crate::vm::protocol::{
     FromMachine, GuestSaid, Has, LastWords, MachineEvent, Moving, Role, State, ToMachine, VERSION,
 };
@@ -250,13 +251,18 @@ pub trait Process: Send + 'static {
     /// Has it copy nothing any more.
     async fn no_copy(&mut self, request_id: Option<&str>) -> Result<(), ProcessError>;
 
+    /// Whether it can speak with another process itself, by a connection that is lent to it.
+    fn seals(&self) -> bool {
+        true
+    }
+
     /// Has it send its guest by `line`, or, without one, by another policy; or have the memory go by `line` that follows a
     /// guest which was offered. What it says of this migration answers, but for a policy.
     async fn send(
         &mut self,
         migration: MigrationId,
         policy: Policy,
-        line: Option<OwnedFd>,
+        line: Option<(OwnedFd, Way)>,
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
 
@@ -312,6 +318,7 @@ pub struct HostProcess {
     hands: Option<bool>,
     /// Whether memory can follow the guest that it sends.
     follows: bool,
+    seals: bool,
 }
 
 /// A process that was adopted while it was busy is asked again after this time.
@@ -348,6 +355,7 @@ impl HostProcess {
                 copies,
                 hands,
                 follows,
+                seals,
                 moving,
                 lacks,
                 ..
@@ -355,7 +363,7 @@ impl HostProcess {
                 self.control = Some(control);
                 (self.suspends, self.sends) = (Some(suspends), Some(sends));
                 (self.copies, self.hands) = (Some(copies), Some(hands));
-                self.follows = follows;
+                (self.follows, self.seals) = (follows, seals);
                 let status = Status {
                     state,
                     guest,
@@ -585,11 +593,15 @@ impl Process for HostProcess {
         self.say(&ToMachine::NoCopy { request_id }, &[]).await
     }
 
+    fn seals(&self) -> bool {
+        self.seals
+    }
+
     async fn send(
         &mut self,
         migration: MigrationId,
         mut policy: Policy,
-        line: Option<OwnedFd>,
+        line: Option<(OwnedFd, Way)>,
         request_id: Option<&str>,
     ) -> Result<(), ProcessError> {
         if policy.at_limit == AtLimit::PostCopy && !self.follows {
@@ -605,8 +617,9 @@ impl Process for HostProcess {
             request_id: request_id.map(str::to_owned),
             migration,
             policy,
+            lent: line.as_ref().is_some_and(|(_, way)| *way == Way::Lent),
         };
-        let files: Vec<_> = line.iter().map(AsFd::as_fd).collect();
+        let files: Vec<_> = line.iter().map(|(line, _)| line.as_fd()).collect();
         self.say(&message, &files).await
     }
 

@@ -12,6 +12,7 @@ use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
 use fractus_vmm::machine;
 
 use super::protocol::{MachineEvent, State};
+use super::seal::Connection;
 
 /// Owned by value by the process's one loop; nobody else can reach it.
 pub trait Guest {
@@ -44,7 +45,7 @@ pub trait Guest {
     /// to get or lose devices meanwhile.
     fn send(
         &mut self,
-        connection: UnixStream,
+        connection: Connection,
         policy: Policy,
         note: Vec<u8>,
     ) -> Result<(), GuestError>;

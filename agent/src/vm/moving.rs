@@ -11,6 +11,7 @@ use super::guest::GuestError;
 use super::leave::{Leave, PATIENCE};
 use super::log;
 use super::protocol::{FromMachine, Moving, PAUSE};
+use super::seal::{self, Connection};
 use super::supervise::Supervisor;
 
 /// A line that is broken when the host goes down has this time to be mended.
@@ -35,6 +36,7 @@ impl Supervisor {
         &mut self,
         migration: MigrationId,
         policy: Policy,
+        lent: bool,
         files: Vec<OwnedFd>,
     ) -> Result<(), GuestError> {
         let Some(connection) = files.into_iter().next() else {
@@ -50,8 +52,7 @@ impl Supervisor {
             return Ok(());
         }
         self.lent.clear();
-        let note = self.note()?;
-        let state = match self.guest.send(UnixStream::from(connection), policy, note) {
+        let state = match self.begin_to_send(UnixStream::from(connection), lent, policy) {
             Ok(()) => Journey::Copying,
             Err(error) => Journey::Failed {
                 reason: error.to_string(),
@@ -59,6 +60,20 @@ impl Supervisor {
         };
         self.moves(migration, state, Progress::default());
         Ok(())
+    }
+
+    fn begin_to_send(
+        &mut self,
+        end: UnixStream,
+        lent: bool,
+        policy: Policy,
+    ) -> Result<(), GuestError> {
+        let note = self.note()?;
+        let connection = match lent {
+            true => seal::borrow(end)?,
+            false => Connection::plain(end),
+        };
+        self.guest.send(connection, policy, note)
     }
 
     /// Some more of it.

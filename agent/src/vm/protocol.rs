@@ -104,6 +104,10 @@ pub enum ToMachine {
         request_id: Option<String>,
         migration: MigrationId,
         policy: Policy,
+        /// The socket says by what connection the process speaks itself ([`super::seal::borrow`]); only to processes that
+        /// say that they do.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        lent: bool,
     },
     /// Hand the guest over to the process of this host to which the stream socket leads that comes with this packet: all
     /// that the machine has goes, and nothing is copied. What becomes of it is told as of `Send`. Only to processes that say
@@ -172,6 +176,9 @@ pub enum FromMachine {
         /// Whether memory can follow the guest that it sends.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         follows: bool,
+        /// Whether it speaks TLS itself by a connection that is lent to it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        seals: bool,
         /// What became of the last.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         moving: Option<Moving>,

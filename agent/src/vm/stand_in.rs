@@ -28,6 +28,7 @@ use super::VmError;
 use super::guest::{Guest, GuestError, GuestEvent};
 use super::kept::Note;
 use super::protocol::{Launch, MachineEvent, State};
+use super::seal::{Connection, Leashed, Sealed};
 
 pub struct StandIn {
     state: State,
@@ -44,7 +45,7 @@ pub struct StandIn {
     /// What became of copying its disk.
     copied: Option<io::Result<()>>,
     /// Where it is being sent, and what goes with it.
-    sent: Option<(UnixStream, Vec<u8>)>,
+    sent: Option<(Sealed<UnixStream>, Vec<u8>)>,
     /// It was offered, and ran before that.
     offered: Option<bool>,
     /// It arrived, and did not run where it comes from.
@@ -75,7 +76,7 @@ const ARRIVED: u8 = b'!';
 
 /// One that another process sends.
 pub(super) fn arrive(
-    stream: UnixStream,
+    mut stream: Sealed<Leashed>,
     launch: &Launch,
     serial: OwnedFd,
     disks: Vec<File>,
@@ -86,13 +87,14 @@ pub(super) fn arrive(
         what: "the stand-in that arrives",
         source,
     };
-    let mut kept = serde_json::Deserializer::from_reader(&stream);
+    let mut kept = serde_json::Deserializer::from_reader(&mut stream);
     let kept = Kept::deserialize(&mut kept).map_err(|error| failed(error.into()))?;
     let note = Note::read(&kept.note)?;
     let (disks, nets) = note.order(launch, disks, nets)?;
     let guest = StandIn::new(serial, &launch.config, disks, nets, hook).map_err(failed)?;
     let guest = guest.going_on(kept);
-    (&stream).write_all(&[ARRIVED]).map_err(failed)?;
+    let answered = stream.write_all(&[ARRIVED]).and_then(|()| stream.flush());
+    answered.map_err(failed)?;
     Ok((Box::new(guest), Some(note)))
 }
 
@@ -426,12 +428,12 @@ impl Guest for StandIn {
 
     fn send(
         &mut self,
-        connection: UnixStream,
+        Connection { socket, keys, .. }: Connection,
         _policy: Policy,
         note: Vec<u8>,
     ) -> Result<(), GuestError> {
-        connection.set_nonblocking(false)?;
-        self.sent = Some((connection, note));
+        socket.set_nonblocking(false)?;
+        self.sent = Some((Sealed::new(socket, keys.as_ref())?, note));
         Ok(())
     }
 
@@ -480,6 +482,7 @@ impl Guest for StandIn {
         let sent = self.packed(&note, ran).and_then(|bytes| {
             let mut answer = [0];
             connection.write_all(&bytes)?;
+            connection.flush()?;
             connection.read_exact(&mut answer)?;
             Ok(())
         });

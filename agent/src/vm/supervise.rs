@@ -502,10 +502,11 @@ impl Supervisor {
                 request_id,
                 migration,
                 policy,
+                lent,
             } => {
                 log::request(request_id);
                 self.copy_no_more("its guest is to be sent to another host");
-                self.send(migration, policy, files)
+                self.send(migration, policy, lent, files)
             }
             ToMachine::HandOver {
                 request_id,
@@ -574,6 +575,7 @@ impl Supervisor {
             copies: true,
             hands: true,
             follows: true,
+            seals: true,
             moving: self.sent.moving.clone(),
             lacks: self.guest.lacks(),
         }

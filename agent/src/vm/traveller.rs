@@ -24,6 +24,7 @@ use super::feeding::Lines;
 use super::guest::{Guest, GuestError, GuestEvent, event};
 use super::paced::Paced;
 use super::protocol::{MachineEvent, State};
+use super::seal::{Connection, Sealed};
 use crate::volume::room::Room;
 
 /// Rounds that are told of: as many of the first as of the last.
@@ -72,8 +73,8 @@ pub struct Traveller {
 )]
 enum Stage {
     Here(Machine),
-    Sent(Sender<Paced>),
-    Offered(Offered<Paced>),
+    Sent(Sender<Sealed<Paced>>),
+    Offered(Offered<Sealed<Paced>>),
     Handing(Handing<Paced>),
     Handed(Handed),
     /// Between two of them, and after what took it along failed.
@@ -140,14 +141,14 @@ impl Traveller {
     /// Some more of the memory that follows.
     fn pay(
         &mut self,
-        mut offered: Offered<Paced>,
+        mut offered: Offered<Sealed<Paced>>,
         tells: bool,
     ) -> Option<(Journey, Option<Progress>)> {
         if !offered.owes() || self.broken {
             self.stage = Stage::Offered(offered);
             return None;
         }
-        offered.connection().allow();
+        offered.connection().socket().allow();
         let paid = offered.pay();
         let how = match &paid {
             Ok(paying) => {
@@ -314,11 +315,13 @@ impl Guest for Traveller {
 
     fn send(
         &mut self,
-        connection: UnixStream,
+        Connection { socket, keys, .. }: Connection,
         policy: Policy,
         note: Vec<u8>,
     ) -> Result<(), GuestError> {
         self.at_home()?;
+        let connection = Sealed::new(Paced::new(socket), keys.as_ref())?;
+        let policy = by(policy, connection.is_sealed());
         let Stage::Here(machine) = std::mem::replace(&mut self.stage, Stage::Nowhere) else {
             return Err(travels("is gone"));
         };
@@ -326,7 +329,7 @@ impl Guest for Traveller {
             owner: note,
             disks: true,
         };
-        match Sender::begin(machine, Paced::new(connection), by(policy), luggage) {
+        match Sender::begin(machine, connection, policy, luggage) {
             Ok(sender) => {
                 self.stage = Stage::Sent(sender);
                 Ok(())
@@ -368,7 +371,8 @@ impl Guest for Traveller {
             return Err(GuestError::Machine("nothing is to follow it".to_owned()));
         };
         // It has its time to say what it lacks.
-        let gone_on = offered.go_on_by(Paced::with_answer_in(connection, LACKING));
+        let connection = Paced::with_answer_in(connection, LACKING);
+        let gone_on = offered.go_on_by(Sealed::plain(connection));
         (self.broken, self.paying) = (gone_on.is_err(), Paying::More);
         gone_on.map_err(|error| GuestError::Machine(super::chain(&error)))
     }
@@ -401,7 +405,8 @@ impl Guest for Traveller {
         }
         if let Stage::Sent(sender) = &mut self.stage {
             if let Some(policy) = policy {
-                sender.set_policy(by(policy));
+                let policy = by(policy, sender.connection().is_sealed());
+                sender.set_policy(policy);
             }
             if let Some(note) = note {
                 sender.set_owner(note);
@@ -419,7 +424,7 @@ impl Guest for Traveller {
                 return None;
             }
         };
-        sender.connection().allow();
+        sender.connection().socket().allow();
         match sender.advance() {
             Ok(machine::Progress::Copying(sender)) => {
                 let now = tells.then(|| sender.progress());
@@ -543,7 +548,7 @@ impl Traveller {
     }
 }
 
-fn journey(offered: &Offered<Paced>) -> Journey {
+fn journey(offered: &Offered<Sealed<Paced>>) -> Journey {
     Journey::Offered {
         ran: offered.ran(),
         doubt: offered.doubt().map(|doubt| super::chain(doubt)),
@@ -552,7 +557,7 @@ fn journey(offered: &Offered<Paced>) -> Journey {
 }
 
 /// How far one is that was offered, and what follows it.
-fn owed(offered: &Offered<Paced>) -> Progress {
+fn owed(offered: &Offered<Sealed<Paced>>) -> Progress {
     let (report, paid) = (offered.report(), offered.paid());
     let mut progress = progress(report, report.whole);
     progress.pause = Some(pause(report.pause));
@@ -569,8 +574,8 @@ fn owed(offered: &Offered<Paced>) -> Progress {
     progress
 }
 
-/// In the words of the stream.
-fn by(policy: Policy) -> converge::Policy {
+/// In the words of the stream. By a connection of its own no memory follows a guest.
+fn by(policy: Policy, is_sealed: bool) -> converge::Policy {
     converge::Policy {
         downtime: Duration::from_millis(policy.downtime_ms),
         longest: Duration::from_millis(policy.longest_ms),
@@ -578,6 +583,7 @@ fn by(policy: Policy) -> converge::Policy {
         at_limit: match policy.at_limit {
             migration::AtLimit::Stop => converge::AtLimit::Stop,
             migration::AtLimit::GiveUp => converge::AtLimit::GiveUp,
+            migration::AtLimit::PostCopy if is_sealed => converge::AtLimit::Stop,
             migration::AtLimit::PostCopy => converge::AtLimit::PostCopy,
         },
         throttle: policy.throttle.map(|most| converge::Throttle { most }),

@@ -5,6 +5,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod follow;
+mod lent;
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -37,6 +38,8 @@ struct Row {
     wanted: Wanted,
     migration: MigrationId,
     key: StreamKey,
+    /// Whether the process of the source, and of the target, speak themselves.
+    direct: [bool; 2],
 }
 
 impl Row {
@@ -48,6 +51,7 @@ impl Row {
             wanted: machine.wanted.clone(),
             migration: MigrationId(Uuid::new_v4()),
             key: key(),
+            direct: [true; 2],
         }
     }
 
@@ -76,7 +80,13 @@ impl Row {
         self.key = key();
         let shape = source.client.get(self.id).await?.shape.unwrap();
         let (id, key) = (self.migration, self.key.clone());
-        let arrival = Arrival { id, key, shape };
+        let direct = self.direct[1];
+        let arrival = Arrival {
+            id,
+            key,
+            shape,
+            direct,
+        };
         let arrives = |wanted: &mut Wanted| wanted.arrives = Some(arrival);
         // Above what it was told the last time that it was to have the guest, or not.
         let last = target.client.get(self.id).await;
@@ -103,6 +113,7 @@ impl Row {
             to: SocketAddr::from((common::own_ip(), port)).to_string(),
             key: self.key.clone(),
             policy,
+            direct: self.direct[0],
         };
         let departs = |wanted: &mut Wanted| wanted.departs = Some(departure);
         self.tell(source, self.revision, departs).await
@@ -243,7 +254,13 @@ fn a_guest_goes_to_another_host_and_back_with_all_that_it_has() -> Result {
         let booted = nonce(&machine).await?;
         let mut row = Row::of(&machine);
         drop(machine);
-        for (from, to) in [(one, two), (two, one)] {
+        for (from, to, direct) in [
+            (one, two, [true, true]),
+            (two, one, [true, false]),
+            (one, two, [false, true]),
+            (two, one, [false, false]),
+        ] {
+            row.direct = direct;
             let report = row.moved(from, to).await?;
             let progress = report.migration.unwrap().progress;
             println!("{progress:?}");
@@ -658,7 +675,14 @@ fn a_guest_keeps_its_cpu_and_a_host_that_lacks_something_of_it_says_what() -> Re
         *kept.words.entry(word).or_default() |= 1 << bit;
         let shape = one.client.get(row.id).await?.shape.unwrap();
         let (id, key) = (row.migration, row.key.clone());
-        let arrives = |wanted: &mut Wanted| wanted.arrives = Some(Arrival { id, key, shape });
+        let arrives = |wanted: &mut Wanted| {
+            wanted.arrives = Some(Arrival {
+                id,
+                key,
+                shape,
+                direct: true,
+            })
+        };
         row.tell(two, row.revision + 1, arrives).await?;
         let report = two.until(row.id, failed).await?;
         let Some(State::Failed { reason }) = state(&report) else {

@@ -1,6 +1,6 @@
 //! A guest that goes from one process to another without a controller: two processes of this program with a machine each,
-//! and the agents' own line between them, TCP on loopback with TLS, whose both ends are this process's. What is offered
-//! goes on at once. So this is what the machines cost by themselves, and what is left of a gap of `migrate` is the
+//! and the agents' own line between them, TCP on loopback with TLS: lent to them where no memory follows, else carried by this
+//! process. What is offered goes on at once. So this is what the machines cost by themselves, and what is left of a gap of `migrate` is the
 //! owner's part.
 //!
 //! Once the guest stands still for all that was left (`idle`); once it goes on before its memory, which follows it
@@ -17,7 +17,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use fractus_agent::machine::line;
+use fractus_agent::machine::line::{self, Way};
+use fractus_agent::vm::seal::{self, Connection, Sealed};
 use fractus_agent_api::migration::StreamKey;
 use fractus_vmm::config::{ConsoleFiles, MachineConfig, MachineFiles};
 use fractus_vmm::machine::{self, Landing, Luggage, Machine, Paying, Progress, Sender};
@@ -147,7 +148,11 @@ impl Leg {
 /// The longest gap of one that goes.
 fn ours(case: &Case, folder: &Path, runtime: &tokio::runtime::Runtime) -> anyhow::Result<f64> {
     let key = key()?;
-    let listening = line::listen(Ipv4Addr::LOCALHOST.into(), &key);
+    let way = match case.post_copy {
+        true => Way::Carried,
+        false => Way::Lent,
+    };
+    let listening = line::listen(Ipv4Addr::LOCALHOST.into(), &key, way);
     let line::Awaited {
         port,
         end,
@@ -156,7 +161,12 @@ fn ours(case: &Case, folder: &Path, runtime: &tokio::runtime::Runtime) -> anyhow
     } = runtime.block_on(listening)?;
     let mut there = Leg::start("target", case, folder, end)?;
     let to = format!("{}:{port}", Ipv4Addr::LOCALHOST);
-    let (end, _other) = runtime.block_on(line::connect(&to, &key))?;
+    let (end, _other) = runtime.block_on(async {
+        match way {
+            Way::Lent => line::connect_lent(&to, &key, false).await,
+            Way::Carried => line::connect(&to, &key, false).await,
+        }
+    })?;
     let mut here = Leg::start("source", case, folder, end)?;
     let now = here.line_after(0)?.second;
     let before = here.line_after(now + BEFORE)?;
@@ -219,14 +229,20 @@ fn theirs(case: &Case, folder: &Path) -> anyhow::Result<f64> {
 pub fn leg(mut words: impl Iterator<Item = String>) -> anyhow::Result<()> {
     let mut word = || words.next().context("a word is missing");
     let (role, post_copy, command_line, path) = (word()?, word()?, word()?, word()?);
-    let line = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-    line.set_nonblocking(false)?;
+    let end = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     let mut owner = UnixStream::connect(path)?;
+    let post_copy = post_copy == "true";
     match role.as_str() {
-        "source" => send(line, &mut owner, command_line, post_copy == "true"),
-        "target" => receive(line, &mut owner),
+        "source" if post_copy => send(by(Connection::plain(end))?, &mut owner, command_line, true),
+        "source" => send(by(seal::borrow(end)?)?, &mut owner, command_line, false),
+        "target" => receive(end, &mut owner),
         other => bail!("no role {other}"),
     }
+}
+
+fn by(connection: Connection) -> anyhow::Result<Sealed<UnixStream>> {
+    connection.socket.set_nonblocking(false)?;
+    Ok(Sealed::new(connection.socket, connection.keys.as_ref())?)
 }
 
 fn files() -> anyhow::Result<MachineFiles> {
@@ -264,7 +280,7 @@ fn serve(machine: &mut Machine, owner: &mut UnixStream) -> anyhow::Result<bool> 
 }
 
 fn send(
-    line: UnixStream,
+    line: Sealed<UnixStream>,
     owner: &mut UnixStream,
     command_line: String,
     post_copy: bool,
@@ -316,7 +332,9 @@ fn send(
     Ok(())
 }
 
-fn receive(line: UnixStream, owner: &mut UnixStream) -> anyhow::Result<()> {
+fn receive(end: UnixStream, owner: &mut UnixStream) -> anyhow::Result<()> {
+    end.set_nonblocking(false)?;
+    let line = seal::arrival(seal::borrow(end)?)?;
     let files = files()?;
     let land = |_: &[u8]| {
         Ok(Landing {

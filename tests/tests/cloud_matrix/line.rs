@@ -62,7 +62,7 @@ async fn carry(gate: &Gate, source: TcpStream, target: TcpStream, key: &StreamKe
     source.set_nodelay(true)?;
     target.set_nodelay(true)?;
     let server = TlsAcceptor::from(Arc::new(stream::server(key)?));
-    let client = TlsConnector::from(Arc::new(stream::client(key)?));
+    let client = TlsConnector::from(Arc::new(stream::client(key, false)?));
     let target = client.connect(stream::name()?, target).await?;
     let source = server.accept(source).await?;
     let (from_source, to_source) = tokio::io::split(TlsStream::from(source));

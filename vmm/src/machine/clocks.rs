@@ -4,7 +4,8 @@
 //! its blackout, and its wall clock with it. How long that was, no host can tell by its time of day, which may be another
 //! one's plus or minus anything. So who sends a guest says now and then what its own clock is, which nobody sets, and in
 //! the end what it was when the guest's were read: the word that took least to come tells how far that clock is ahead of
-//! the one here, and later words that they were on their way for longer. What is lost is what an empty line takes.
+//! the one here, and later words that they were on their way for longer. What is lost is what that word took. Only those of
+//! the last half minute count, since no two clocks are equally fast.
 //!
 //! A guest that was suspended to a file is another matter: hours at once would be a surprise to all that it waits for, and
 //! its wall clock is its agent's to set.
@@ -33,11 +34,16 @@ impl Mark {
     }
 }
 
+/// Marks older than twice this do not count: by 50 us a second at most, and more than any crystal's, clocks go apart.
+const WINDOW: Duration = Duration::from_secs(15);
+
 /// What is known of a way by which a guest comes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Passage {
-    /// How far the clock here is ahead of the sender's, at most.
+    /// How far the clock here is ahead of the sender's, at most: by what has come since `since`, and in the window before.
     ahead: Option<i128>,
+    before: Option<i128>,
+    since: Duration,
     /// When the guest's clocks were read, by the sender's; by the one here, when their last byte came.
     read: Option<u64>,
     came: Duration,
@@ -48,6 +54,8 @@ impl Passage {
     pub(super) fn begin() -> Self {
         Passage {
             ahead: None,
+            before: None,
+            since: now(),
             read: None,
             came: now(),
         }
@@ -57,6 +65,7 @@ impl Passage {
     pub(super) fn within_host() -> Self {
         Passage {
             ahead: Some(0),
+            since: Duration::MAX,
             ..Passage::begin()
         }
     }
@@ -68,6 +77,13 @@ impl Passage {
 
     fn hear_at(&mut self, mark: Mark, here: Duration) {
         let ahead = i128::from(nanoseconds(here)) - i128::from(mark.at);
+        let window = here.saturating_sub(self.since);
+        if window >= WINDOW {
+            // Of a long silence the last word is all there is.
+            let last = self.ahead.take();
+            self.before = last.filter(|_| window < 2 * WINDOW);
+            self.since = here;
+        }
         self.ahead = Some(self.ahead.map_or(ahead, |least| least.min(ahead)));
         self.read = mark.read;
     }
@@ -88,6 +104,7 @@ impl Passage {
         let (Some(ahead), Some(read)) = (self.ahead, self.read) else {
             return at_least;
         };
+        let ahead = self.before.map_or(ahead, |before| before.min(ahead));
         let passed = i128::from(nanoseconds(here)) - ahead - i128::from(read);
         u64::try_from(passed).map_or(at_least, |passed| {
             Duration::from_nanos(passed).max(at_least)
@@ -136,7 +153,7 @@ mod tests {
             blackout in 1..20_000u64,
             restored in 0..100u64,
         ) {
-            let mut passage = Passage { ahead: None, read: None, came: Duration::ZERO };
+            let mut passage = Passage { came: Duration::ZERO, since: Duration::MAX, ..Passage::begin() };
             let mut passed = 0;
             let mut hear = |passage: &mut Passage, way: u64, read: Option<u64>| {
                 let mark = Mark { at: there + passed * MS, read: read.map(|ms| there + ms * MS) };
@@ -172,6 +189,27 @@ mod tests {
         let (at, read) = (u64::MAX, Some(0));
         passage.hear_at(Mark { at, read }, ms(1));
         passage.missed_at(ms(5_003));
+    }
+
+    #[test]
+    fn clocks_that_go_apart_are_compared_anew() {
+        let mut passage = Passage {
+            since: Duration::ZERO,
+            ..Passage::begin()
+        };
+        // By a thousandth, for ten minutes: 600 ms. The last half minute's are 30.
+        let there = |here: u64| here - here / 1000;
+        let mark = |here: u64, read| Mark {
+            at: there(here) * MS,
+            read,
+        };
+        for second in 0..600 {
+            passage.hear_at(mark(second * 1000, None), ms(second * 1000 + 2));
+        }
+        passage.hear_at(mark(600_000, Some(there(600_000) * MS)), ms(600_002));
+        passage.came = ms(600_002);
+        let missed = passage.missed_at(ms(600_002));
+        assert!(missed <= ms(33), "{missed:?}");
     }
 
     #[test]

@@ -31,7 +31,7 @@ use super::receive::{config_in, is_made_alike, reason};
 use super::send::{MigrationError, Unsent, answer};
 use super::snapshot::unpacked as unpacked_state;
 use super::state::{MachineState, STATE_VERSION};
-use super::{Machine, MachineError, Pause, RunState, SnapshotError, clocks};
+use super::{Machine, MachineError, Pause, RunState, SnapshotError};
 use crate::config::{MachineConfig, NetConfig, NetFiles};
 use crate::memory::GuestMemory;
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
@@ -224,8 +224,8 @@ impl<S: Read + Write + AsFd> Handing<S> {
         stopped: Duration,
         pause: &mut Pause,
     ) -> Result<(), MigrationError> {
-        let (began, read) = (Instant::now(), clocks::now());
-        let state = self.machine.packed()?;
+        let began = Instant::now();
+        let (read, state) = self.machine.packed_at()?;
         pause.state = began.elapsed();
         let began = Instant::now();
         if let Some(owner) = self.owner.take() {

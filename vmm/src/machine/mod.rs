@@ -208,23 +208,24 @@ impl Machine {
         self.expect(RunState::Paused, "saved")?;
         self.expect_whole("saved")?;
         self.memory.settle()?;
-        self.saved()
+        Ok(self.saved()?.1)
     }
 
-    /// The same, with memory as it is.
-    fn saved(&self) -> Result<MachineState, MachineError> {
+    /// The same, with memory as it is; when the guest's clocks were read, by [`clocks::now`].
+    fn saved(&self) -> Result<(Duration, MachineState), MachineError> {
         self.expect(RunState::Paused, "saved")?;
-        // First, since who sends it says when that was.
-        let clock = self.vm.clock()?;
         let devices: Result<_, _> = self.devices.iter().map(|device| device.save()).collect();
-        Ok(MachineState {
+        let read = clocks::now();
+        let clock = self.vm.clock()?;
+        let state = MachineState {
             version: state::STATE_VERSION,
             config: self.config.clone(),
             placement: self.places.placement().clone(),
             clock,
             vcpus: self.vcpus.save()?,
             devices: devices?,
-        })
+        };
+        Ok((read, state))
     }
 
     pub fn state(&self) -> RunState {

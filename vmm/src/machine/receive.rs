@@ -88,6 +88,7 @@ pub fn receive<S: Read + Write + AsFd>(
         Err(error) => {
             // Who sent it may be gone.
             let _ = FrameWriter::new(frames.get_mut()).write(Kind::Refused, &reason(&error));
+            let _ = frames.get_mut().flush();
             Err(error)
         }
     }
@@ -225,6 +226,15 @@ pub(super) struct Gathered {
     passage: Passage,
 }
 
+/// What the last frame says, if it counts what has come.
+fn ran_there(payload: &[u8], came: (Totals, Totals)) -> Result<bool, StreamError> {
+    let ending: live::Ending = unpacked(payload)?;
+    match (ending.memory, ending.disks) == came {
+        true => Ok(ending.ran),
+        false => Err(malformed("its end counts other pages than it has")),
+    }
+}
+
 fn take<S: Read + AsFd>(
     frames: &mut FrameReader<S>,
     here: &MachineConfig,
@@ -342,16 +352,10 @@ pub(super) fn gather<S: Read>(
                 return Err(malformed("more state than any machine has").into());
             }
             (Kind::State, payload) => state.extend_from_slice(payload),
-            (Kind::End, payload) => {
-                let ending: live::Ending = unpacked(payload)?;
-                if disks.targets.len() != landing.most.len() {
-                    return Err(malformed("no content of its disks").into());
-                }
-                if (ending.memory, ending.disks) != (totals, disk_totals) {
-                    return Err(malformed("its end counts other pages than it has").into());
-                }
-                break ending.ran;
+            (Kind::End, _) if disks.targets.len() != landing.most.len() => {
+                return Err(malformed("no content of its disks").into());
             }
+            (Kind::End, payload) => break ran_there(payload, (totals, disk_totals))?,
             _ => return Err(malformed("a frame where none of its kind should be").into()),
         }
     };

@@ -31,7 +31,7 @@ pub use self::report::{Pause, SendReport, Sending, SentRound};
 use super::clocks::Mark;
 use super::snapshot::read_pages;
 use super::state::STATE_VERSION;
-use super::{BuildError, Machine, MachineError, RunState, SnapshotError, clocks};
+use super::{BuildError, Machine, MachineError, RunState, SnapshotError};
 use crate::config::ConfigError;
 use crate::stream::converge::{AtLimit, Decision, Policy, Standing, decide};
 use crate::stream::frame::{FrameWriter, Kind};
@@ -366,6 +366,8 @@ impl<S: Read + Write> Sender<S> {
     fn sync(&mut self) -> Result<(), MigrationError> {
         if self.round.disk_content > 0 {
             self.out.write(Kind::Sync, b"")?;
+            // What is little may wait at the connection for more.
+            self.out.get_mut().flush().map_err(unwritten)?;
             self.round.disk_content = 0;
         }
         Ok(())
@@ -583,9 +585,8 @@ impl<S: Read + Write> Sender<S> {
         follows: bool,
     ) -> Result<(), MigrationError> {
         let began = Instant::now();
-        let read = clocks::now();
         // First: whatever a device still does for it is in what is taken next.
-        let state = self.machine.packed()?;
+        let (read, state) = self.machine.packed_at()?;
         self.report.pause.state = began.elapsed();
         let began = Instant::now();
         let last = self.journal.take_last(&self.machine)?;
@@ -637,11 +638,7 @@ impl<S: Read + Write> Sender<S> {
         let began = Instant::now();
         let answered = match flushed {
             Ok(()) => self.await_answer(),
-            Err(source) => Err(StreamError::Io {
-                action: "write",
-                source,
-            }
-            .into()),
+            Err(source) => Err(unwritten(source).into()),
         };
         match answered {
             Ok(()) => {}
@@ -708,6 +705,8 @@ fn prepare<S: Write>(
         out.write(Kind::Disks, &packed(&sizes)?)?;
     }
     out.write(Kind::Mark, &packed(&Mark::now(None))?)?;
+    // The other side makes room for it meanwhile.
+    out.get_mut().flush().map_err(unwritten)?;
     let report = SendReport {
         id: opening.id,
         memory: opening.memory,
@@ -742,6 +741,11 @@ fn reason_in<S: Read>(answers: &mut Answers<S>) -> Option<MigrationError> {
             _ => return None,
         }
     }
+}
+
+fn unwritten(source: std::io::Error) -> StreamError {
+    let action = "write";
+    StreamError::Io { action, source }
 }
 
 fn no_answer() -> MigrationError {

@@ -305,17 +305,23 @@ impl Machine {
     }
 
     /// The form's version, then the state, for who knows no other form.
-    pub(super) fn packed(&self) -> Result<Vec<u8>, SnapshotError> {
+    fn packed(&self) -> Result<Vec<u8>, SnapshotError> {
+        Ok(self.packed_at()?.1)
+    }
+
+    /// The same, and when the guest's clocks were read.
+    pub(super) fn packed_at(&self) -> Result<(Duration, Vec<u8>), SnapshotError> {
         // What the guest has asked for and nobody has carried out is not in its state.
         if self.owes() {
             return Err(SnapshotError::Over);
         }
         let action = "packed";
         let mut bytes = STATE_VERSION.to_le_bytes().to_vec();
-        let state = postcard::to_stdvec(&self.saved()?)
+        let (read, state) = self.saved()?;
+        let state = postcard::to_stdvec(&state)
             .map_err(|source| SnapshotError::State { action, source })?;
         bytes.extend(state);
-        Ok(bytes)
+        Ok((read, bytes))
     }
 
     /// Returns the state that goes with what `copy` has. What nobody logs is copied when nobody writes any more.

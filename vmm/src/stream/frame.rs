@@ -351,7 +351,7 @@ mod tests {
     fn only_what_may_be_passed_over_is() {
         let mut writer = FrameWriter::new(Vec::new());
         writer
-            .write_numbered(OPTIONAL, b"of a later build")
+            .write_numbered(OPTIONAL + 1, b"of a later build")
             .unwrap();
         writer.write(Kind::End, b"").unwrap();
         assert_eq!(

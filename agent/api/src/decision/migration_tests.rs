@@ -166,6 +166,7 @@ impl Row {
                 to: String::new(),
                 key: key(),
                 policy: Policy::default(),
+                direct: false,
             });
             wanted.continues = self.continues;
         } else if let Some(id) = self.departs {
@@ -173,6 +174,7 @@ impl Row {
                 id,
                 key: key(),
                 shape: shape(),
+                direct: false,
             });
         } else {
             wanted.end();

@@ -11,8 +11,8 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, ServerConfig,
-    SignatureScheme, version,
+    CertificateError, CipherSuite, ClientConfig, DigitallySignedStruct, DistinguishedName, Error,
+    ServerConfig, SignatureScheme, SupportedCipherSuite, version,
 };
 
 use super::{Credentials, TlsError, pair, provider};
@@ -21,10 +21,18 @@ use crate::migration::StreamKey;
 /// The name that the client asks for, and nobody looks at.
 const NAME: &str = "migration.fractus";
 
-/// For the source.
-pub fn client(key: &StreamKey) -> Result<ClientConfig, TlsError> {
+/// For the source. Where `much` goes, by ChaCha20 alone: AES-GCM's keys cover 2^24 records, and who speaks by itself cannot
+/// change them.
+pub fn client(key: &StreamKey, much: bool) -> Result<ClientConfig, TlsError> {
     let (chain, private, only) = parts(key)?;
-    let mut config = ClientConfig::builder_with_provider(provider())
+    let mut suites = provider();
+    if much {
+        let chacha = |suite: &SupportedCipherSuite| {
+            suite.suite() == CipherSuite::TLS13_CHACHA20_POLY1305_SHA256
+        };
+        Arc::make_mut(&mut suites).cipher_suites.retain(chacha);
+    }
+    let mut config = ClientConfig::builder_with_provider(suites)
         .with_protocol_versions(&[&version::TLS13])
         .map_err(TlsError::Pair)?
         .dangerous()
@@ -32,6 +40,8 @@ pub fn client(key: &StreamKey) -> Result<ClientConfig, TlsError> {
         .with_client_auth_cert(chain, private)
         .map_err(TlsError::Pair)?;
     config.resumption = Resumption::disabled();
+    // For who speaks by itself once hands are shaken.
+    config.enable_secret_extraction = true;
     Ok(config)
 }
 
@@ -45,7 +55,9 @@ pub fn server(key: &StreamKey) -> Result<ServerConfig, TlsError> {
         .with_single_cert(chain, private)
         .map_err(TlsError::Pair)?;
     config.session_storage = Arc::new(NoServerSessionStorage {});
+    // Nothing comes of it behind the handshake.
     config.send_tls13_tickets = 0;
+    config.enable_secret_extraction = true;
     Ok(config)
 }
 

@@ -14,7 +14,7 @@ use fractus_agent_api::migration::{Lacks, State, Transit};
 use tokio::time::Instant;
 
 use super::{Actor, Over};
-use crate::machine::line::{self, Coming};
+use crate::machine::line::{self, Coming, Way};
 use crate::machine::process::{Command, Launcher, Process};
 use crate::machine::record::LineRecord;
 
@@ -205,7 +205,8 @@ impl<L: Launcher> Actor<L> {
                     return Ok(());
                 };
                 let (id, policy) = (departure.id, departure.policy);
-                let sent = process.send(id, policy, Some(end), request_id.as_deref());
+                let sent =
+                    process.send(id, policy, Some((end, Way::Carried)), request_id.as_deref());
                 let sent = sent.await;
                 self.travel.line = sent.is_ok().then_some(line);
                 sent.err().map(|error| error.to_string())

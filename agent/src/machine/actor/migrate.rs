@@ -8,7 +8,7 @@ use std::time::Duration;
 use fractus_agent_api::decision::{Done, Step};
 use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::migration::{
-    Lacks, MigrationId, MigrationReport, Progress, Shape, State, Transit,
+    Arrival, Lacks, MigrationId, MigrationReport, Progress, Shape, State, Transit,
 };
 use tokio::time::Instant;
 
@@ -18,12 +18,14 @@ use super::guest::Guest;
 use super::size::Sizes;
 use super::steps::START;
 use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
-use crate::machine::line;
+use crate::machine::line::{self, Way};
 use crate::machine::make::MakeError;
 use crate::machine::process::{Arriving, Command, Launcher, Plan, Process, ProcessError};
 use crate::machine::record::{LineRecord, Record};
 use crate::vm::protocol::Moving;
 
+/// Bytes of a guest that go sixteen times before a key of AES has covered what it may.
+const MUCH: u64 = 16 << 30;
 /// How long a process may take to have its guest stay.
 const ANSWER: Duration = Duration::from_secs(60);
 
@@ -65,6 +67,10 @@ impl Travel {
     }
 }
 
+async fn listens(address: std::net::IpAddr, arrival: &Arrival) -> std::io::Result<line::Awaited> {
+    line::listen(address, &arrival.key, Way::of(arrival.direct)).await
+}
+
 impl<L: Launcher> Actor<L> {
     /// Makes room for a guest, and a process that waits for it.
     pub(super) async fn arrive(&mut self) -> Result<(), Over> {
@@ -98,7 +104,7 @@ impl<L: Launcher> Actor<L> {
             }
         };
         self.remove_memory();
-        let listened = line::listen(self.surroundings.listen, &arrival.key).await;
+        let listened = listens(self.surroundings.listen, &arrival).await;
         let line::Awaited {
             port,
             end,
@@ -274,6 +280,14 @@ impl<L: Launcher> Actor<L> {
         Ok(())
     }
 
+    /// Sent as often as it may be, the guest may be more than one key covers. What other disks hold is not known here.
+    fn is_much(&self) -> bool {
+        let spec = &self.record.intent.wanted.spec;
+        let memory = spec.max_memory_mib.unwrap_or(spec.memory_mib) << 20;
+        let disk = spec.root_disk.as_ref().map_or(0, |root| root.size);
+        !spec.disks.is_empty() || memory.saturating_add(disk) > MUCH
+    }
+
     /// Begins to send the guest.
     pub(super) async fn depart(&mut self) -> Result<(), Over> {
         let Some(departure) = self.record.intent.wanted.departs.clone() else {
@@ -288,7 +302,16 @@ impl<L: Launcher> Actor<L> {
         }
         let (to, key) = (departure.to.clone(), departure.key.clone());
         let goes_on = |actor: &Self| actor.next() == Step::Depart;
-        let connecting = async move { line::connect(&to, &key).await };
+        // (One that has not said so yet can only have its line carried.)
+        let seals = self.process.as_ref().is_some_and(Process::seals);
+        let way = Way::of(departure.direct && seals);
+        let much = self.is_much();
+        let connecting = async move {
+            match way {
+                Way::Lent => line::connect_lent(&to, &key, much).await,
+                Way::Carried => line::connect(&to, &key, much).await,
+            }
+        };
         let (end, line) = match self.meanwhile(connecting, goes_on).await? {
             None => return Ok(()),
             Some(Ok(connected)) => connected,
@@ -307,7 +330,12 @@ impl<L: Launcher> Actor<L> {
         let Some(process) = &mut self.process else {
             return Ok(());
         };
-        let told = process.send(id, departure.policy, Some(end), request_id.as_deref());
+        let told = process.send(
+            id,
+            departure.policy,
+            Some((end, way)),
+            request_id.as_deref(),
+        );
         if let Err(error) = told.await {
             return self.does_not_depart(id, error.to_string());
         }
@@ -466,7 +494,9 @@ impl<L: Launcher> Actor<L> {
     pub(super) async fn stay(&mut self) -> Result<(), Over> {
         let request_id = self.record.request_id.clone();
         // A process that waits for room on it, or for an answer, is free to listen then.
-        self.travel.line = None;
+        if let Some(line) = self.travel.line.take() {
+            line.cut();
+        }
         let Some(process) = &mut self.process else {
             return Ok(());
         };

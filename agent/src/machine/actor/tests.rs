@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::*;
+use crate::machine::line::Way;
 use crate::machine::make::{CopyTurn, MakeError, OpenDevice, Progress};
 use crate::machine::process::{Plan, ProcessError, Status};
 use crate::machine::record::{ProcessRecord, VERSION};
@@ -201,7 +202,7 @@ impl Process for Double {
         &mut self,
         migration: MigrationId,
         policy: Policy,
-        line: Option<OwnedFd>,
+        line: Option<(OwnedFd, Way)>,
         _: Option<&str>,
     ) -> Result<(), ProcessError> {
         let told = Told::Send(migration, policy, line.is_some());

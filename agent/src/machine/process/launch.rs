@@ -469,6 +469,7 @@ impl Launcher for Arc<HostLauncher> {
             copies: Some(true),
             hands: Some(true),
             follows: true,
+            seals: true,
         })
     }
 
@@ -492,6 +493,7 @@ impl Launcher for Arc<HostLauncher> {
                 copies: None,
                 hands: None,
                 follows: false,
+                seals: false,
             };
             // One that does not answer is alive all the same; it is asked again when it is heard.
             process.greeting = process.connect().await.ok();

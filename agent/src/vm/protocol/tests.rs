@@ -81,6 +81,7 @@ fn sent() -> Vec<ToMachine> {
                 downtime_ms: 50,
                 ..Policy::default()
             },
+            lent: false,
         },
         ToMachine::Stay { request_id: None },
         ToMachine::Copy {
@@ -99,6 +100,13 @@ fn sent() -> Vec<ToMachine> {
                 at_limit: migration::AtLimit::PostCopy,
                 ..Policy::default()
             },
+            lent: false,
+        },
+        ToMachine::Send {
+            request_id: None,
+            migration: MigrationId(DEVICE.0),
+            policy: Policy::default(),
+            lent: true,
         },
     ]
 }
@@ -163,6 +171,7 @@ fn offered() -> FromMachine {
         copies: false,
         hands: false,
         follows: false,
+        seals: false,
         moving: Some(Moving {
             state: migration::State::Offered {
                 ran: true,
@@ -207,6 +216,7 @@ fn with_devices() -> FromMachine {
         copies: false,
         hands: false,
         follows: false,
+        seals: false,
         moving: None,
         lacks: None,
     }
@@ -235,6 +245,7 @@ fn heard() -> Vec<FromMachine> {
             copies: false,
             hands: false,
             follows: false,
+            seals: false,
             moving: None,
             lacks: None,
         },
@@ -254,6 +265,7 @@ fn heard() -> Vec<FromMachine> {
             copies: false,
             hands: false,
             follows: false,
+            seals: false,
             moving: None,
             lacks: None,
         },
@@ -287,6 +299,7 @@ fn heard() -> Vec<FromMachine> {
             copies: false,
             hands: false,
             follows: false,
+            seals: false,
             moving: None,
             lacks: None,
         },
@@ -318,6 +331,7 @@ fn heard_of_ways() -> Vec<FromMachine> {
             copies: true,
             hands: false,
             follows: false,
+            seals: false,
             moving: None,
             lacks: None,
         },
@@ -341,6 +355,7 @@ fn heard_of_ways() -> Vec<FromMachine> {
             copies: true,
             hands: true,
             follows: false,
+            seals: false,
             moving: None,
             lacks: None,
         },
@@ -367,6 +382,7 @@ fn heard_of_memory() -> Vec<FromMachine> {
             copies: true,
             hands: true,
             follows: true,
+            seals: false,
             moving: None,
             lacks: Some(Lacks {
                 starving: Some("reset".into()),
@@ -389,6 +405,23 @@ fn heard_of_memory() -> Vec<FromMachine> {
             },
             ..moving()
         }),
+        // And of processes that speak TLS themselves.
+        FromMachine::Status {
+            version: 1,
+            id: ID,
+            state: State::Paused,
+            guest: None,
+            devices: None,
+            size: None,
+            suspends: true,
+            sends: true,
+            copies: true,
+            hands: true,
+            follows: true,
+            seals: true,
+            moving: None,
+            lacks: None,
+        },
     ]
 }
 

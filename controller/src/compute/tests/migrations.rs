@@ -363,3 +363,23 @@ async fn migrations_are_listed_by_page_and_filter_as_their_version_has_it() {
         format!("Live migration 3 for server {id} is not in progress.")
     );
 }
+
+/// A guest is slowed down unless its flavor forbids it, and its process speaks for itself unless its memory may follow it.
+#[tokio::test(flavor = "multi_thread")]
+async fn how_a_guest_is_sent_is_its_flavors_to_say() {
+    for (spec, value, slows, direct) in [
+        ("hw:live_migration_auto_converge", "true", true, true),
+        ("hw:live_migration_auto_converge", "false", false, true),
+        ("hw:live_migration_post_copy", "true", true, false),
+    ] {
+        let cloud = Cloud::new().await;
+        let path = "/v2.1/flavors/1/os-extra_specs";
+        let specs = json!({"extra_specs": {spec: value}});
+        let made = cloud.call("admin", Method::POST, path, "", specs).await;
+        assert_eq!(status(&made), 200, "{}", made.json);
+        let (id, _) = sent(&cloud).await;
+        let departs = cloud.host.wanted(machine(&id)).unwrap().departs.unwrap();
+        assert_eq!(departs.policy.throttle.is_some(), slows, "{spec} {value}");
+        assert_eq!(departs.direct, direct, "{spec} {value}");
+    }
+}

@@ -239,6 +239,7 @@ impl Prepare {
                 .key
                 .clone()
                 .ok_or_else(|| StepError::fail("the stream has no key"))?,
+            direct: operation.kind != POST_COPY,
             shape,
         })
     }
@@ -313,6 +314,7 @@ impl Step for Prepare {
             _ => state.policy.at_limit,
         };
         let departure = Departure {
+            direct: operation.kind != POST_COPY,
             id: state.migration,
             to: address(&row.endpoint, port)?,
             key: state
