@@ -78,9 +78,21 @@ impl Drop for Tell {
     }
 }
 
-/// Ends the spawner when it is dropped.
+/// Ends the spawner when it is dropped, and waits until its thread is gone: that holds a descriptor of the
+/// machine's.
 pub struct Spawner {
-    _closes: Closes,
+    closes: Option<Closes>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Spawner {
+    fn drop(&mut self) {
+        drop(self.closes.take());
+        if let Some(thread) = self.thread.take() {
+            // That it panicked the machine has been told.
+            let _ = thread.join();
+        }
+    }
 }
 
 /// Nothing can be ordered any more once this is dropped, and nobody waits. The owner of the machine has one
@@ -161,9 +173,10 @@ impl Threads {
         let closes = Closes(later.clone());
         let threads = self.clone();
         let serve = move |()| threads.later().serve(&threads);
-        self.spawn_holding(ThreadKind::Spawner, "spawner", || (), serve, closes)?;
+        let thread = self.spawn_holding(ThreadKind::Spawner, "spawner", || (), serve, closes)?;
         Ok(Some(Spawner {
-            _closes: Closes(later.clone()),
+            closes: Some(Closes(later.clone())),
+            thread: Some(thread),
         }))
     }
 
@@ -372,11 +385,19 @@ mod tests {
             while lock(&threads.later().state).orders.is_empty() {
                 std::thread::yield_now();
             }
-            match panics {
-                true => drop(go),
-                false => drop(spawner),
-            }
+            let ending = if panics {
+                drop(go);
+                None
+            } else {
+                // It waits for the thread, which is held; who ordered must not.
+                Some((std::thread::spawn(move || drop(spawner)), go))
+            };
             assert_eq!(ordered.join().unwrap().kind(), io::ErrorKind::BrokenPipe);
+            if let Some((ending, go)) = ending {
+                assert!(!ending.is_finished());
+                drop(go);
+                ending.join().unwrap();
+            }
             assert_eq!(lock(&threads.later().state).room, [1, 1, 1]);
         }
     }
