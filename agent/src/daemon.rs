@@ -30,6 +30,7 @@ use crate::machine::process::identity;
 use crate::machine::process::launch::HostLauncher;
 use crate::machine::{unheard, upgrade};
 use crate::paths::Paths;
+use fractus_vmm::machine::Compression;
 
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -42,6 +43,8 @@ pub struct Config {
     pub image_cache: u64,
     /// How long a guest may take to power off.
     pub shutdown: Duration,
+    /// Of memory that is kept of guests that are suspended from now on.
+    pub suspend_compression: Compression,
     /// Of this host; machines' network devices are put on it. None: they are up, and connected to
     /// nothing.
     pub bridge: Option<String>,
@@ -199,6 +202,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             shutdown: config.shutdown,
             listen: config.listen.ip(),
             memory_takes,
+            suspend_compression: config.suspend_compression,
             changed: changed_sender,
         },
         config.users,

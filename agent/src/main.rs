@@ -19,6 +19,7 @@ use fractus_agent::paths::Paths;
 use fractus_agent_api::identity::{Fingerprint, JoinToken};
 use fractus_agent_api::machine::ServerId;
 use fractus_vmm::config::MIN_CID;
+use fractus_vmm::machine::Compression;
 
 #[derive(Parser)]
 #[command(
@@ -88,6 +89,15 @@ struct Run {
     /// Seconds that a guest may take to power off
     #[arg(long, env = "FRACTUS_SHUTDOWN_SECONDS", default_value_t = 60)]
     shutdown_seconds: u64,
+    /// How the memory of suspended guests is written: as it is, or compressed, which takes less of the disk and more of the
+    /// processors. Those that are suspended go on from either; agents of before read what is compressed not at all
+    #[arg(
+        long,
+        env = "FRACTUS_SUSPEND_COMPRESSION",
+        value_enum,
+        default_value = "none"
+    )]
+    suspend_compression: SuspendCompression,
     /// Bridge of this host that machines' network devices are put on; without one they are up, and
     /// connected to nothing
     #[arg(long, env = "FRACTUS_BRIDGE")]
@@ -99,6 +109,21 @@ struct Run {
     /// Run stand-ins instead of guests, where there is no KVM
     #[arg(long, env = "FRACTUS_STAND_INS", hide = true)]
     stand_ins: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum SuspendCompression {
+    None,
+    Zstd,
+}
+
+impl From<SuspendCompression> for Compression {
+    fn from(compression: SuspendCompression) -> Self {
+        match compression {
+            SuspendCompression::None => Self::None,
+            SuspendCompression::Zstd => Self::Zstd,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -301,6 +326,7 @@ fn config(run: Run) -> anyhow::Result<daemon::Config> {
         users: run.first_user..last,
         image_cache: run.image_cache_gib << 30,
         shutdown: Duration::from_secs(run.shutdown_seconds),
+        suspend_compression: run.suspend_compression.into(),
         bridge: run.bridge,
         leave_host_settings: run.leave_host_settings,
         stand_ins: run.stand_ins,

@@ -16,7 +16,7 @@ use std::sync::mpsc::{Receiver, channel};
 use anyhow::Context;
 use common::*;
 use fractus_vmm::config::{BalloonConfig, ConsoleFiles, MachineConfig, MachineFiles};
-use fractus_vmm::machine::Machine;
+use fractus_vmm::machine::{Compression, Machine, Scope, SnapshotOptions};
 
 fn config(memory: u64) -> MachineConfig {
     let mut config = MachineConfig::minimal(memory);
@@ -27,6 +27,15 @@ fn config(memory: u64) -> MachineConfig {
 
 /// Writes a guest that runs to `path`; what it calls itself, and how often it has ticked.
 fn write(kernel: &Path, config: MachineConfig, path: &Path) -> Result<(String, u64)> {
+    write_as(Compression::None, kernel, config, path)
+}
+
+fn write_as(
+    compression: Compression,
+    kernel: &Path,
+    config: MachineConfig,
+    path: &Path,
+) -> Result<(String, u64)> {
     let (serial, end) = UnixStream::pair()?;
     serial.set_read_timeout(Some(PATIENCE))?;
     let files = MachineFiles {
@@ -59,7 +68,11 @@ fn write(kernel: &Path, config: MachineConfig, path: &Path) -> Result<(String, u
         .write(true)
         .create_new(true)
         .open(path)?;
-    machine.snapshot(file, b"")?;
+    let options = SnapshotOptions {
+        scope: Scope::Whole,
+        compression,
+    };
+    machine.snapshot_of(options, file, b"")?;
     let nonce = nonce.context("it does not say that it booted")?;
     Ok((nonce, ticks))
 }
@@ -72,6 +85,13 @@ fn nonce_in(line: &str, start: &str) -> Option<String> {
     Some(nonce.trim_end().to_owned())
 }
 
+fn by_hand(config: &Path, how: &str, snapshot: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fractus-agent"));
+    command.args(["vm", "--config"]).arg(config);
+    command.arg(how).arg(snapshot);
+    command
+}
+
 /// A clone in a process of its own, and what it says.
 struct Clone {
     process: Child,
@@ -81,11 +101,7 @@ struct Clone {
 
 impl Clone {
     fn start(config: &Path, how: &str, snapshot: &Path) -> Result<Self> {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_fractus-agent"))
-            .args(["vm", "--config"])
-            .arg(config)
-            .arg(how)
-            .arg(snapshot)
+        let mut process = by_hand(config, how, snapshot)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
@@ -221,5 +237,29 @@ fn a_larger_guest_than_its_file_says_goes_on_in_a_jail() -> Result {
         );
         assert!(guest.ask("echo alive")?.contains("alive"), "{how}");
     }
+    Ok(())
+}
+
+/// As the one before, from a file that is much smaller than its memory; which is said where that was to be mapped.
+#[test]
+fn a_compressed_guest_goes_on_in_a_jail_and_is_not_cloned() -> Result {
+    let Some(folder) = Folder::new()? else {
+        return Ok(());
+    };
+    let (snapshot, large) = (folder.snapshot(), config(1100 << 20));
+    let (nonce, _) = write_as(Compression::Zstd, &folder.kernel(), large, &snapshot)?;
+    assert!(snapshot.metadata()?.len() < 4 << 20);
+    let mut guest = Clone::start(&folder.config(), "--resume", &snapshot)?;
+    let tick = guest.line("tick ")?;
+    assert_eq!(nonce_in(&tick, "tick "), Some(nonce), "{tick}");
+    // Of these 20 were in the file.
+    assert!(guest.ask("zeros 20")?.ends_with("pages=0"));
+    assert!(guest.ask("echo alive")?.contains("alive"));
+    let refused = by_hand(&folder.config(), "--clone", &snapshot)
+        .stdin(Stdio::null())
+        .output()?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success());
+    assert!(said.contains("is compressed"), "{said}");
     Ok(())
 }

@@ -11,6 +11,7 @@ use common::machine::{Machine, disk, disks, states};
 use common::*;
 use fractus_agent_api::device::{DeviceId, DeviceState};
 use fractus_agent_api::machine::{MachineReport, Observed, Power, ServerId};
+use rstest::rstest;
 use uuid::Uuid;
 
 async fn with_probes() -> Result<Option<(Cloud, Agent, fractus_agent_api::machine::ImageRef)>> {
@@ -23,6 +24,12 @@ async fn with_probes() -> Result<Option<(Cloud, Agent, fractus_agent_api::machin
 
 fn memory(agent: &Agent, id: ServerId) -> PathBuf {
     agent.machine_folder(id).join("memory")
+}
+
+/// Guests are kept so from here on.
+async fn compress(agent: &mut Agent, compression: &str) -> Result {
+    agent.options = vec!["--suspend-compression".to_owned(), compression.to_owned()];
+    agent.restart().await
 }
 
 fn is_suspended(report: &MachineReport) -> bool {
@@ -44,12 +51,17 @@ async fn nonce(machine: &Machine<'_>) -> Result<String> {
     Ok(nonce.unwrap().to_owned())
 }
 
-#[test]
-fn a_suspended_guest_costs_no_process_and_goes_on_with_all_that_it_had() -> Result {
+#[rstest]
+fn a_suspended_guest_costs_no_process_and_goes_on_with_all_that_it_had(
+    #[values("none", "zstd")] compression: &str,
+) -> Result {
     block_on(async {
         let Some((_cloud, mut agent, kernel)) = with_probes().await? else {
             return Ok(());
         };
+        if compression != "none" {
+            compress(&mut agent, compression).await?;
+        }
         let mut machine = Machine::start(&agent, &kernel).await?;
         agent.console_says(machine.id, "tick 1 ").await?;
         for count in [1, 2] {
@@ -57,6 +69,7 @@ fn a_suspended_guest_costs_no_process_and_goes_on_with_all_that_it_had() -> Resu
             machine.slot("up").await?;
         }
         machine.asks("touch 20").await?;
+        machine.asks("fill 8 7").await?;
         machine.asks("disk-write 1 0 65536 3").await?;
         machine.asks("disk-write 2 0 65536 5").await?;
         let booted = nonce(&machine).await?;
@@ -68,7 +81,11 @@ fn a_suspended_guest_costs_no_process_and_goes_on_with_all_that_it_had() -> Resu
         assert_eq!(file.mode() & 0o777, 0o600);
         // Twenty that it touched, and what it is itself.
         let bytes = file.blocks() * 512;
-        assert!((20 << 20..64 << 20).contains(&bytes), "{bytes}");
+        let expected = match compression {
+            "none" => 20 << 20..64 << 20,
+            _ => 10 << 10..4 << 20,
+        };
+        assert!(expected.contains(&bytes), "{bytes}");
 
         // An agent that comes later knows; and what is wanted of its disks waits for the guest.
         let (id, revision, wanted) = (machine.id, machine.revision, machine.wanted);
@@ -89,6 +106,7 @@ fn a_suspended_guest_costs_no_process_and_goes_on_with_all_that_it_had() -> Resu
         assert_eq!(report.starts, 2);
         assert!(!memory(agent, id).exists());
         assert_eq!(nonce(&machine).await?, booted);
+        machine.asks("filled 8 7").await?;
         machine.asks("disk-check 1 0 65536 3").await?;
         machine.asks("disk-check 2 0 65536 5").await?;
         machine
@@ -118,13 +136,60 @@ fn a_suspended_guest_costs_no_process_and_goes_on_with_all_that_it_had() -> Resu
     })
 }
 
-/// By its record, the guest has not run; and the file is damaged.
+/// The option holds from the next start of the agent on, for guests that run already, too; what was kept before is read.
 #[test]
-fn memory_that_is_damaged_is_refused_and_kept_until_the_server_is_rebooted() -> Result {
+fn guests_go_on_from_either_form_whatever_the_agent_writes_by_now() -> Result {
     block_on(async {
-        let Some((_cloud, agent, kernel)) = with_probes().await? else {
+        let Some((_cloud, mut agent, kernel)) = with_probes().await? else {
             return Ok(());
         };
+        let machine = Machine::start(&agent, &kernel).await?;
+        agent.console_says(machine.id, "tick 1 ").await?;
+        machine.asks("fill 16 7").await?;
+        let booted = nonce(&machine).await?;
+        let (id, mut revision, mut wanted) = (machine.id, machine.revision, machine.wanted);
+        for (kept, later) in [("none", "zstd"), ("zstd", "none")] {
+            compress(&mut agent, kept).await?;
+            let mut machine = Machine {
+                agent: &agent,
+                id,
+                wanted,
+                revision,
+            };
+            let report = machine.changed(|it| it.power = Power::Suspended).await?;
+            assert!(is_suspended(&report), "{report:?}");
+            (revision, wanted) = (machine.revision, machine.wanted);
+            let mut form = [0; 4];
+            std::fs::File::open(memory(&agent, id))?.read_exact_at(&mut form, 8)?;
+            let expected: u32 = if kept == "none" { 1 } else { 2 };
+            assert_eq!(u32::from_le_bytes(form), expected);
+            compress(&mut agent, later).await?;
+            let mut machine = Machine {
+                agent: &agent,
+                id,
+                wanted,
+                revision,
+            };
+            let report = machine.changed(|it| it.power = Power::Running).await?;
+            assert!(is_running(&report), "{report:?}");
+            machine.asks("filled 16 7").await?;
+            assert_eq!(nonce(&machine).await?, booted);
+            (revision, wanted) = (machine.revision, machine.wanted);
+        }
+        Ok(())
+    })
+}
+
+/// By its record, the guest has not run; and the file is damaged.
+#[rstest]
+fn memory_that_is_damaged_is_refused_and_kept_until_the_server_is_rebooted(
+    #[values("none", "zstd")] compression: &str,
+) -> Result {
+    block_on(async {
+        let Some((_cloud, mut agent, kernel)) = with_probes().await? else {
+            return Ok(());
+        };
+        compress(&mut agent, compression).await?;
         let mut machine = Machine::start(&agent, &kernel).await?;
         agent.console_says(machine.id, "tick 1 ").await?;
         machine.changed(|it| it.power = Power::Suspended).await?;
@@ -133,14 +198,17 @@ fn memory_that_is_damaged_is_refused_and_kept_until_the_server_is_rebooted() -> 
             .read(true)
             .write(true)
             .open(&path)?;
-        // A page of the guest's: the first that is there.
-        let at = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(2 << 20))?;
+        // A page of the guest's: the first that is there; or a block.
+        let at = match compression {
+            "none" => rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(2 << 20))?,
+            _ => 4096,
+        };
         let mut byte = [0];
         file.read_exact_at(&mut byte, at + 100)?;
         file.write_all_at(&[!byte[0]], at + 100)?;
         let report = machine.changed(|it| it.power = Power::Running).await?;
         let reason = failure(&report);
-        assert!(reason.contains("checksum"), "{reason}");
+        assert!(reason.contains("it was damaged"), "{reason}");
         agent.ended(machine.id).await?;
 
         // Mended, it goes on.

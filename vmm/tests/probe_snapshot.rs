@@ -9,20 +9,32 @@
 mod probe_guest;
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use fractus_vmm::machine::{RunState, SnapshotError};
-use fractus_vmm::stream::snapshot::Snapshot;
+use fractus_vmm::machine::{
+    Compression, Loading, Machine, RunState, Scope, SnapshotError, SnapshotOptions,
+};
+use fractus_vmm::stream::snapshot::{self, Snapshot};
 use probe_guest::{Setup, fields};
 use rstest::rstest;
+
+fn all_of_it(compression: Compression) -> SnapshotOptions {
+    SnapshotOptions {
+        scope: Scope::Whole,
+        compression,
+    }
+}
 
 /// It writes all over its memory meanwhile: a page that was lost, or is of another moment than the rest, is found
 /// by the guest itself, here and there.
 #[rstest]
-#[case(1)]
-#[case(40)]
-fn no_page_is_lost_while_the_guest_writes(#[case] mib: u64) {
+fn no_page_is_lost_while_the_guest_writes(
+    #[values(1, 40)] mib: u64,
+    #[values(Compression::None, Compression::Zstd)] compression: Compression,
+) {
     let mut guest = Setup::new().start();
     let nonce = guest.booted()["nonce"].clone();
     // More than is left for the pause, so that it is copied in rounds.
@@ -36,11 +48,12 @@ fn no_page_is_lost_while_the_guest_writes(#[case] mib: u64) {
         guest.send(&format!("loudly weave {mib}"));
         guest.line("begun weave");
         let file = tempfile::tempfile().unwrap();
-        let report = guest
-            .machine
-            .snapshot(file.try_clone().unwrap(), b"")
-            .unwrap();
+        let to = file.try_clone().unwrap();
+        let report = guest.machine.snapshot_of(all_of_it(compression), to, b"");
+        let report = report.unwrap();
         println!("{report:?}");
+        let memory = guest.machine.memory().file_bytes().unwrap();
+        assert!(file.metadata().unwrap().len() < snapshot::most_bytes_of(memory, compression));
         written += report.last;
         assert!(report.rounds.len() > 1);
         let mut other = guest.cloned_from(file, &[]);
@@ -52,8 +65,10 @@ fn no_page_is_lost_while_the_guest_writes(#[case] mib: u64) {
     }
 }
 
-#[test]
-fn a_paused_guest_stays_paused_and_goes_on_from_its_file_with_disk_and_vcpus() {
+#[rstest]
+fn a_paused_guest_stays_paused_and_goes_on_from_its_file_with_disk_and_vcpus(
+    #[values(Compression::None, Compression::Zstd)] compression: Compression,
+) {
     let disk: File = tempfile::tempfile().unwrap();
     disk.set_len(8 << 20).unwrap();
     let mut guest = Setup::new().cpus(2).disk(&disk, |_| {}).boot();
@@ -61,10 +76,9 @@ fn a_paused_guest_stays_paused_and_goes_on_from_its_file_with_disk_and_vcpus() {
     guest.ok("disk-write 0 0 1048576 11");
     guest.machine.pause().unwrap();
     let file = tempfile::tempfile().unwrap();
-    let report = guest
-        .machine
-        .snapshot(file.try_clone().unwrap(), b"")
-        .unwrap();
+    let to = file.try_clone().unwrap();
+    let report = guest.machine.snapshot_of(all_of_it(compression), to, b"");
+    let report = report.unwrap();
     assert_eq!(guest.machine.state(), RunState::Paused);
     assert_eq!(report.pause, Duration::ZERO);
     assert!(report.totals.pages >= 20 * 256, "{report:?}");
@@ -74,6 +88,79 @@ fn a_paused_guest_stays_paused_and_goes_on_from_its_file_with_disk_and_vcpus() {
     assert_eq!(other.ask("spin 1 1"), "ok spin");
     other.send("reboot");
     other.booted();
+}
+
+/// Each of a page's words says where it is, so a page that came from elsewhere is found.
+#[test]
+fn a_compressed_guest_takes_less_room_is_read_and_not_mapped() {
+    let mut guest = Setup::new().boot();
+    guest.ok("fill 30 7");
+    let mut sizes = Vec::new();
+    for compression in [Compression::None, Compression::Zstd] {
+        let file = tempfile::tempfile().unwrap();
+        let to = file.try_clone().unwrap();
+        let report = guest.machine.snapshot_of(all_of_it(compression), to, b"");
+        assert!(report.unwrap().totals.pages >= 30 << 8);
+        sizes.push(file.metadata().unwrap().blocks() * 512);
+        if compression == Compression::Zstd {
+            let file = read_only(&file);
+            let snapshot = Snapshot::open(file.try_clone().unwrap()).unwrap();
+            assert!(snapshot.placed_in().is_none());
+            let (files, _serial) = guest.files_again(&[]);
+            let here = guest.machine.config();
+            let mapped = Machine::from_snapshot(&snapshot, here, files, Loading::Lazy, None);
+            let error = mapped.err().unwrap();
+            assert!(matches!(error, SnapshotError::Compressed), "{error}");
+            guest.cloned_from(file, &[]).ok("filled 30 7");
+        }
+    }
+    assert!(sizes[1] < sizes[0] / 4, "{sizes:?}");
+}
+
+/// Whatever each of them is, and in the order in which they were written.
+#[rstest]
+fn snapshots_over_each_other_may_be_of_either_form(
+    #[values(Compression::None, Compression::Zstd)] first: Compression,
+) {
+    let (mut guest, mut files) = (Setup::new().boot(), Vec::new());
+    let other = match first {
+        Compression::None => Compression::Zstd,
+        Compression::Zstd => Compression::None,
+    };
+    for (number, compression) in [first, other, first].into_iter().enumerate() {
+        let scope = match number {
+            0 => Scope::Tracked,
+            _ => Scope::Since,
+        };
+        guest.ok(&format!("fill {} {number}", 12 - 4 * number));
+        let file = tempfile::tempfile().unwrap();
+        let options = SnapshotOptions { scope, compression };
+        let to = file.try_clone().unwrap();
+        let report = guest.machine.snapshot_of(options, to, b"").unwrap();
+        // What changed since, and little else.
+        let most = (14 - 4 * number as u64) << 8;
+        assert!(number == 0 || report.totals.pages < most, "{report:?}");
+        files.push(read_only(&file));
+    }
+    // The pages of each of them are there: those that the next one did not fill are found by their place.
+    let loadings = match first {
+        Compression::None => vec![Loading::Eager, Loading::Lazy],
+        Compression::Zstd => vec![Loading::Eager],
+    };
+    for loading in loadings {
+        let copies = files.iter().map(|file| file.try_clone().unwrap()).collect();
+        guest.cloned_of(loading, copies, &[]).ok("filled 4 2");
+        let copies = files[..2].iter().map(|file| file.try_clone().unwrap());
+        let mut second = guest.cloned_of(loading, copies.collect(), &[]);
+        second.ok("filled 8 1");
+        let first = vec![files[0].try_clone().unwrap()];
+        guest.cloned_of(loading, first, &[]).ok("filled 12 0");
+    }
+}
+
+/// Another descriptor of it, by which nobody can write.
+fn read_only(file: &File) -> File {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()
 }
 
 /// Pages that a device filled while the guest ran are in no log of KVM's.

@@ -33,6 +33,7 @@ use std::time::Duration;
 
 use fractus_agent_api::decision::{self, Intake, Intent, Process as Life, Seen, Step};
 use fractus_agent_api::machine::{MachineReport, Observed, Power, PutMachine, Refusal, StopReason};
+use fractus_vmm::machine::Compression;
 use futures::FutureExt;
 use tokio::runtime::RuntimeFlavor;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -86,6 +87,8 @@ pub struct Surroundings<L> {
     pub listen: IpAddr,
     /// How long memory of so many MiB may take to be written or read: [`memory_takes`].
     pub memory_takes: fn(u64) -> Duration,
+    /// Of memory that is kept of guests that are suspended.
+    pub suspend_compression: Compression,
     /// Ids of machines whose report changed.
     pub changed: mpsc::UnboundedSender<fractus_agent_api::machine::ServerId>,
 }

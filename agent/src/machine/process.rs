@@ -25,6 +25,7 @@ use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::machine::{MachineSpec, ServerId, StopReason};
 use fractus_agent_api::migration::{AtLimit, Lacks, MigrationId, Policy, Shape};
 use fractus_agent_api::size::Size;
+use fractus_vmm::machine::Compression;
 use tokio::io::unix::AsyncFd;
 use uuid::Uuid;
 
@@ -191,6 +192,15 @@ pub enum Heard {
     Ended(End),
 }
 
+/// Where a guest's memory is to be kept, and how.
+#[derive(Debug)]
+pub struct MemoryFile {
+    pub file: File,
+    /// Bytes that it may have then.
+    pub most: u64,
+    pub compression: Compression,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
     Go,
@@ -228,13 +238,11 @@ pub trait Process: Send + 'static {
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
 
-    /// Has it stop its guest and write it to `file`, which may have `most` bytes then; what it says of this
-    /// attempt answers.
+    /// Has it stop its guest and write it; what it says of this attempt answers.
     async fn suspend(
         &mut self,
         attempt: Uuid,
-        file: File,
-        most: u64,
+        to: MemoryFile,
         request_id: Option<&str>,
     ) -> Result<(), ProcessError>;
 
@@ -548,8 +556,7 @@ impl Process for HostProcess {
     async fn suspend(
         &mut self,
         attempt: Uuid,
-        file: File,
-        most: u64,
+        to: MemoryFile,
         request_id: Option<&str>,
     ) -> Result<(), ProcessError> {
         if !self.suspends.ok_or(ProcessError::Mute)? {
@@ -557,12 +564,13 @@ impl Process for HostProcess {
                         suspended once it has been stopped and started";
             return Err(ProcessError::NotNow(text.to_owned()));
         }
-        self.let_write(most)?;
+        self.let_write(to.most)?;
         let message = ToMachine::Suspend {
             request_id: request_id.map(str::to_owned),
             attempt,
+            compression: to.compression,
         };
-        self.say(&message, &[file.as_fd()]).await
+        self.say(&message, &[to.file.as_fd()]).await
     }
 
     async fn copy(

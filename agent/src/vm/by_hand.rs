@@ -19,8 +19,8 @@
 //! FILE. With `--stamp` the first line on standard error is CLOCK_MONOTONIC, in nanoseconds, of the moment
 //! before the machine's process is cloned. With `--resume` the guest goes on from a snapshot, which is read first; with
 //! `--clone` it is one of several that do, and what it does not write to is theirs together: the snapshot is mapped, and
-//! has to stay as it is. Of `machine` counts then which of the host's CPUs it may use. The exit status is 0 when the
-//! guest powered off or was stopped, else 1 with the reason on standard error.
+//! has to stay as it is; one that is compressed cannot be mapped. Of `machine` counts then which of the host's CPUs it
+//! may use. The exit status is 0 when the guest powered off or was stopped, else 1 with the reason on standard error.
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
@@ -31,6 +31,7 @@ use std::process::ExitCode;
 
 use fractus_agent_api::machine::{ServerId, StopReason};
 use fractus_vmm::config::{DiskConfig, MIN_CID, MachineConfig, NetConfig, VsockConfig};
+use fractus_vmm::stream::snapshot;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
@@ -169,8 +170,10 @@ fn open_snapshot(path: &Path, launch: &mut Launch) -> Result<OwnedFd, VmError> {
     let failed = |e: std::io::Error| named(path.display(), &e);
     let file = File::open(path).map_err(failed)?;
     let length = file.metadata().map_err(failed)?.len();
+    // One that is compressed may be smaller than the memory that it becomes.
+    let memory = snapshot::memory_in(&file).unwrap_or_default();
     if let Some(jail) = &mut launch.jail {
-        jail.file_size = jail.file_size.max(length);
+        jail.file_size = jail.file_size.max(length).max(memory);
     }
     Ok(file.into())
 }

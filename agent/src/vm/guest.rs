@@ -9,7 +9,7 @@ use fractus_agent_api::machine::StopReason;
 use fractus_agent_api::migration::{Lacks, Policy, Progress, State as Journey};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
-use fractus_vmm::machine;
+use fractus_vmm::machine::{self, Compression};
 
 use super::protocol::{MachineEvent, State};
 use super::seal::Connection;
@@ -34,7 +34,12 @@ pub trait Guest {
     /// Names of its disks, and of its networks, each in the order of its configuration.
     fn names(&self) -> (Vec<String>, Vec<String>);
     /// Writes all that a paused guest is to a file, which is on its disk then, and `note` with it.
-    fn write(&mut self, file: File, note: &[u8]) -> Result<(), GuestError>;
+    fn write(
+        &mut self,
+        file: File,
+        compression: Compression,
+        note: &[u8],
+    ) -> Result<(), GuestError>;
     /// Begins to copy its root disk, its first, to a file, whose content goes. Not while it is being sent.
     fn copy(&mut self, file: File) -> Result<(), GuestError>;
     /// Copies some more; once it is over, whether the copy is whole in the file and on its disk. None: there is more to

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 
 use fractus_agent_api::device::DeviceId;
 use fractus_vmm::config::NetFiles;
+use fractus_vmm::machine::Compression;
 use fractus_vmm::stream::snapshot::Snapshot;
 use serde::{Deserialize, Serialize};
 
@@ -168,12 +169,20 @@ fn order<T>(
     wanted.iter().map(&mut take).collect()
 }
 
+/// An attempt to keep the guest in a file.
+pub struct ToSuspend {
+    pub attempt: uuid::Uuid,
+    pub compression: Compression,
+    pub file: OwnedFd,
+}
+
 impl Supervisor {
     /// The guest is stopped and written; one that ran goes on if that fails. Its last output is to be carried
     /// before and after: nobody may be there to do so later.
-    pub(super) fn suspend(&mut self, attempt: uuid::Uuid, file: OwnedFd) {
+    pub(super) fn suspend(&mut self, to: ToSuspend) {
         let ran = self.guest.state() == State::Running;
-        let written = self.write(File::from(file));
+        let attempt = to.attempt;
+        let written = self.write(to);
         if let Err(error) = &written {
             log::line(format_args!("not suspended: {error}"));
             if ran
@@ -187,14 +196,14 @@ impl Supervisor {
         self.tell(&FromMachine::Suspended { attempt, error });
     }
 
-    fn write(&mut self, file: File) -> Result<(), GuestError> {
+    fn write(&mut self, to: ToSuspend) -> Result<(), GuestError> {
         match self.guest.state() {
             State::Running => self.guest.pause()?,
             State::Paused => {}
             state => return Err(GuestError::Machine(format!("is {state:?}"))),
         }
         let note = self.note()?;
-        self.guest.write(file, &note)
+        self.guest.write(to.file.into(), to.compression, &note)
     }
 
     /// For whoever goes on with the guest.

@@ -11,6 +11,7 @@ use fractus_agent_api::machine::{ServerId, StopReason};
 use fractus_agent_api::migration::{self, Lacks, MigrationId, Policy};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig};
+use fractus_vmm::machine::Compression;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -91,10 +92,12 @@ pub enum ToMachine {
     },
     /// Stop the guest where it is and write all that it is to the file that comes with this packet. Answered
     /// by `Suspended`; the guest stands still then, and may be told anything. Only to processes that say in
-    /// their `Status` that they can.
+    /// their `Status` that they can. One that knows nothing of compression writes as it ever did.
     Suspend {
         request_id: Option<String>,
         attempt: Uuid,
+        #[serde(default, skip_serializing_if = "Compression::is_none")]
+        compression: Compression,
     },
     /// Send the guest to where the stream socket leads that comes with this packet, disks and all; without one:
     /// go by another policy. Once more with one, of a guest that was offered and whose memory is to follow it: that goes

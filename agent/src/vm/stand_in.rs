@@ -20,6 +20,7 @@ use fractus_agent_api::machine::StopReason;
 use fractus_agent_api::migration::{Lacks, Policy, Progress, State as Journey};
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, MachineConfig, NetConfig, NetFiles};
+use fractus_vmm::machine::Compression;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
@@ -403,7 +404,7 @@ impl Guest for StandIn {
         names.partition(|name| name.starts_with("disk"))
     }
 
-    fn write(&mut self, mut file: File, note: &[u8]) -> Result<(), GuestError> {
+    fn write(&mut self, mut file: File, _: Compression, note: &[u8]) -> Result<(), GuestError> {
         // Whoever is suspended is to run when it goes on.
         file.write_all(&self.packed(note, true)?)?;
         Ok(file.sync_all()?)

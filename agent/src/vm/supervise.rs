@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use fractus_agent_api::machine::{ServerId, StopReason};
 use fractus_agent_api::migration::MigrationId;
+use fractus_vmm::machine::Compression;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
@@ -19,6 +20,7 @@ use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 use super::devices::Devices;
 use super::guest::{Guest, GuestError, GuestEvent};
 use super::handover::{End, Taken, Visitors};
+use super::kept::ToSuspend;
 use super::lean::Lean;
 use super::leave::Leave;
 use super::moving::Sent;
@@ -61,7 +63,7 @@ pub struct Supervisor {
     /// Of a guest that goes on here the agent does not know what it has: it is told once that runs.
     pub to_tell: bool,
     /// The guest is to be suspended, to this file.
-    pub suspend: Option<(uuid::Uuid, OwnedFd)>,
+    pub suspend: Option<ToSuspend>,
     /// Its root disk is being copied, in this attempt.
     pub copying: Option<uuid::Uuid>,
     /// What became of sending it to another host.
@@ -129,9 +131,9 @@ impl Supervisor {
             if ready.agent {
                 self.hear_agent();
             }
-            if let Some((attempt, file)) = self.suspend.take() {
+            if let Some(to) = self.suspend.take() {
                 self.carry_output(&mut others, usize::MAX);
-                self.suspend(attempt, file);
+                self.suspend(to);
                 // What the guest said last is kept nowhere else.
                 self.carry_output(&mut others, usize::MAX);
             }
@@ -492,11 +494,12 @@ impl Supervisor {
             ToMachine::Suspend {
                 request_id,
                 attempt,
+                compression,
             } => {
                 log::request(request_id);
                 // Its disks are made durable, and not what is copied of them.
                 self.copy_no_more("its guest is suspended");
-                self.is_to_suspend(attempt, files)
+                self.is_to_suspend(attempt, compression, files)
             }
             ToMachine::Send {
                 request_id,
@@ -544,9 +547,14 @@ impl Supervisor {
     fn is_to_suspend(
         &mut self,
         attempt: uuid::Uuid,
+        compression: Compression,
         files: Vec<OwnedFd>,
     ) -> Result<(), GuestError> {
-        self.suspend = files.into_iter().next().map(|file| (attempt, file));
+        self.suspend = files.into_iter().next().map(|file| ToSuspend {
+            attempt,
+            compression,
+            file,
+        });
         match self.suspend {
             Some(_) => Ok(()),
             None => Err(GuestError::Machine(

@@ -14,8 +14,8 @@ use fractus_agent_api::migration::{self, Followed, Lacks, Policy, Progress, Stat
 use fractus_agent_api::size::Size;
 use fractus_vmm::config::{DiskConfig, NetConfig, NetFiles};
 use fractus_vmm::machine::{
-    self, DiskCopyPolicy, DiskCopying, Handed, Handing, HandingStep, Luggage, Machine, Offered,
-    Paying, RunState, SendReport, Sender, Unsent,
+    self, Compression, DiskCopyPolicy, DiskCopying, Handed, Handing, HandingStep, Luggage, Machine,
+    Offered, Paying, RunState, Scope, SendReport, Sender, SnapshotOptions, Unsent,
 };
 use fractus_vmm::stream::converge;
 use rustix::event::{EventfdFlags, eventfd};
@@ -271,8 +271,17 @@ impl Guest for Traveller {
         self.machine().map(names).unwrap_or_default()
     }
 
-    fn write(&mut self, file: File, note: &[u8]) -> Result<(), GuestError> {
-        let written = self.at_home()?.snapshot(file, note);
+    fn write(
+        &mut self,
+        file: File,
+        compression: Compression,
+        note: &[u8],
+    ) -> Result<(), GuestError> {
+        let options = SnapshotOptions {
+            scope: Scope::Whole,
+            compression,
+        };
+        let written = self.at_home()?.snapshot_of(options, file, note);
         let report = written.map_err(|error| GuestError::Machine(super::chain(&error)))?;
         super::log::line(format_args!("{report:?}"));
         Ok(())

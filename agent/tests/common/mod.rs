@@ -65,6 +65,8 @@ pub struct Agent {
     child: Option<Child>,
     stand_ins: bool,
     first_user: u32,
+    /// Options for its program, from its next start on.
+    pub options: Vec<String>,
     /// What is done, by the shell that then becomes the agent, before it does.
     prelude: String,
     /// All that it keeps is on a file system of its own.
@@ -137,6 +139,7 @@ impl Agent {
             child: None,
             stand_ins,
             first_user,
+            options: Vec::new(),
             prelude: prelude.to_owned(),
             small,
             boots: 0,
@@ -182,6 +185,7 @@ impl Agent {
             .arg(self.folder.path().join("state"))
             .arg("--runtime-dir")
             .arg(self.folder.path().join("run"))
+            .args(&self.options)
             .env("FRACTUS_LEAVE_HOST_SETTINGS", "true")
             .env(
                 "FRACTUS_LOG",

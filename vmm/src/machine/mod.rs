@@ -54,6 +54,7 @@ use crate::work::Spawner;
 
 use vcpus::UsedVcpus;
 
+pub use crate::stream::snapshot::Compression;
 pub use build::BuildError;
 pub use disk_copy::{DiskCopyError, DiskCopyPolicy, DiskCopyReport, DiskCopying};
 pub use event::{Event, Registers, RunState, StopReason};
@@ -68,7 +69,7 @@ pub use send::{
     Luggage, MigrationError, Offered, Paid, Pause, Paying, Progress, SendReport, Sender, Sending,
     SentRound, Unsent,
 };
-pub use snapshot::{Loading, Round, Scope, SnapshotError, SnapshotReport};
+pub use snapshot::{Loading, Round, Scope, SnapshotError, SnapshotOptions, SnapshotReport};
 pub use state::MachineState;
 
 /// How long a guest stands still that has asked for something which needs that: few programs notice.

@@ -5,7 +5,8 @@
 //! when the guest runs again. So neither the size of memory nor a slow file is in the pause; but they are where the
 //! guest writes faster than is copied, and where vhost-net writes to its memory.
 //!
-//! A snapshot may have only what was written since another ([`Scope`]), which it is laid over when it is read.
+//! A snapshot may have only what was written since another ([`Scope`]), which it is laid over when it is read; and each may
+//! be compressed ([`Compression`]), whatever those are that it is laid over.
 //!
 //! A machine is made from the file in two ways ([`Loading`]): memory is read first, or mapped and read when it is
 //! touched.
@@ -24,7 +25,7 @@ use super::{BuildError, Machine, MachineError, MachineState, RunState, build};
 use crate::config::{MachineConfig, MachineFiles, MemoryConfig, PageSize};
 use crate::kvm::KvmError;
 use crate::memory::{GuestMemory, MemoryError};
-use crate::stream::snapshot::{self, Snapshot};
+use crate::stream::snapshot::{self, Compression, Snapshot, SnapshotWriter};
 use crate::stream::{BLOCK, Mask, Opening, PAGE, StreamError, Totals, malformed};
 use crate::thread::ThreadHook;
 
@@ -71,6 +72,10 @@ pub enum SnapshotError {
         "memory is not mapped from a file that could be written to: it has to be open for reading only"
     )]
     Writable,
+    #[error(
+        "the snapshot's memory is compressed: it can be read, all of it and first, and not be mapped"
+    )]
+    Compressed,
     #[error("some of the machine's memory is elsewhere still")]
     Arriving,
     #[error("read the guest's memory")]
@@ -97,7 +102,8 @@ pub enum Loading {
     /// who owns it: a file that was unlinked, or is nobody's but root's, and open for reading only
     /// ([`SnapshotError::Writable`]: a process that a guest has taken over could write to the memory of others else).
     /// Memory of huge pages (hugetlbfs) and hot memory are
-    /// read first all the same; pages that are copied are of 4 KiB, also in a machine of transparent ones.
+    /// read first all the same; pages that are copied are of 4 KiB, also in a machine of transparent ones. What is
+    /// compressed cannot be mapped ([`SnapshotError::Compressed`]).
     Lazy,
 }
 
@@ -114,6 +120,22 @@ pub enum Scope {
     /// What was written to since the last one that was tracked or was `Since`, over which it is to be laid: pages, not
     /// blocks. It is tracked itself.
     Since,
+}
+
+/// What is written, and how. Of a [`Scope`] alone: not compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SnapshotOptions {
+    pub scope: Scope,
+    pub compression: Compression,
+}
+
+impl From<Scope> for SnapshotOptions {
+    fn from(scope: Scope) -> Self {
+        SnapshotOptions {
+            scope,
+            compression: Compression::None,
+        }
+    }
 }
 
 /// What a snapshot took.
@@ -149,7 +171,7 @@ impl Machine {
         self.snapshot_of(Scope::Whole, file, owner)
     }
 
-    /// The same, of a part of memory.
+    /// The same, of a part of memory or compressed.
     ///
     /// # Errors
     /// Likewise; with [`Scope::Since`] there has to be one before it, in another file, and with it and
@@ -157,10 +179,11 @@ impl Machine {
     /// not lost by an error.
     pub fn snapshot_of(
         &mut self,
-        scope: Scope,
+        options: impl Into<SnapshotOptions>,
         file: File,
         owner: &[u8],
     ) -> Result<SnapshotReport, SnapshotError> {
+        let SnapshotOptions { scope, compression } = options.into();
         let began = Instant::now();
         if self.state != RunState::Paused {
             self.expect(RunState::Running, "written to a snapshot")?;
@@ -184,7 +207,7 @@ impl Machine {
             (Scope::Since, Some(ledger)) => ledger.base(),
             _ => None,
         };
-        let written = self.write(file, owner, base, ledger.as_mut());
+        let written = self.write(file, compression, owner, base, ledger.as_mut());
         if let (Ok(report), Some(ledger)) = (&written, &mut ledger)
             && scope != Scope::Whole
         {
@@ -223,6 +246,7 @@ impl Machine {
     fn write(
         &mut self,
         file: File,
+        compression: Compression,
         owner: &[u8],
         base: Option<Uuid>,
         mut ledger: Option<&mut Ledger>,
@@ -244,9 +268,8 @@ impl Machine {
         let mut copy = Copy::begin(
             self.memory.clone(),
             self.board.threads.clone(),
-            file,
-            opening,
-        )?;
+            SnapshotWriter::new(file, opening, compression)?,
+        );
         let state = match self.state {
             RunState::Paused => {
                 // First, since disks are written to the end for it: what is copied may go to theirs.
@@ -441,7 +464,7 @@ fn fill(
     if loading == Loading::Eager || huge {
         return Ok(snapshot.load(memory)?);
     }
-    let (file, at) = snapshot.placed_in();
+    let (file, at) = snapshot.placed_in().ok_or(SnapshotError::Compressed)?;
     let access =
         rustix::fs::fcntl_getfl(file).map_err(|errno| SnapshotError::Read(errno.into()))?;
     if access & OFlags::RWMODE != OFlags::RDONLY {

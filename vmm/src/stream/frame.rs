@@ -49,6 +49,8 @@ pub enum Kind {
     Got,
     /// Nothing is owed any more: says who has it all, and then the other side, which has heard it.
     Whole,
+    /// Which pages a packed block has, and where it lies in the file.
+    Packed,
     /// What the sender's clock is (`machine::clocks`), in postcard.
     Mark,
 }
@@ -72,6 +74,7 @@ impl Kind {
             Kind::Wanted => 14,
             Kind::Got => 15,
             Kind::Whole => 16,
+            Kind::Packed => 17,
             Kind::Mark => OPTIONAL,
         }
     }
@@ -94,6 +97,7 @@ impl Kind {
             Kind::Wanted,
             Kind::Got,
             Kind::Whole,
+            Kind::Packed,
             Kind::Mark,
         ];
         all.into_iter().find(|kind| kind.number() == number)

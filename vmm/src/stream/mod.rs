@@ -8,7 +8,8 @@
 //! A snapshot's file ([`snapshot`]) holds the same frames, but a page that it has lies at its own place, a fixed
 //! distance from the page's offset in memory, and the frames hold only which pages those are and what they sum up
 //! to. So a page that is copied again takes no further room, what is zero is a hole, and the whole of memory can be
-//! mapped at once without being read.
+//! mapped at once without being read. Another form of it has its blocks compressed, one behind the other, and has to be
+//! read.
 
 pub mod converge;
 pub mod frame;
@@ -23,8 +24,9 @@ use uuid::Uuid;
 
 pub use pages::{BLOCK, Mask, PAGE};
 
-/// The newest form of the stream; this build reads those from 1 on.
-pub const FORMAT: u32 = 1;
+/// The newest form of the stream; this build reads those from 1 on, and writes the oldest that has what is asked for: 1,
+/// or 2 for a snapshot whose blocks are compressed.
+pub const FORMAT: u32 = 2;
 
 /// Bytes of a machine's state at most: what a hostile stream can make us allocate.
 pub(crate) const MOST_STATE: usize = 64 << 20;
@@ -78,6 +80,8 @@ pub enum StreamError {
     Truncated { what: &'static str },
     #[error("{what} does not match its checksum: it was damaged")]
     Checksum { what: String },
+    #[error("{what} cannot be decompressed: it was damaged")]
+    Packed { what: String },
     #[error("frame {found} where {expected} should be: a part is missing or stands twice")]
     Order { expected: u32, found: u32 },
     #[error("a frame of a kind that this build does not know ({kind})")]

@@ -1,18 +1,36 @@
 //! A snapshot's file, written and read.
 //!
+//! Form 1, *placed*, which can be mapped:
+//!
 //! ```text
 //! 0            head: 4096 bytes, written last
 //! 2 MiB        memory: page n of the machine lies at 2 MiB + n * 4096, or is a hole
 //! behind it    frames: opening, placed pages, state, what the owner keeps with it, end
 //! ```
 //!
-//! The head, little-endian: magic (8), form (4), flags (4), where memory begins (8), its bytes (8), where the
+//! Form 2, *packed*, which has to be read ([`Compression::Zstd`]):
+//!
+//! ```text
+//! 0            head, likewise
+//! 4096         blocks: of each the pages that have content, compressed by themselves or as they are, where the frames say
+//! behind them  frames: opening, packed blocks, state, what the owner keeps with it, end
+//! ```
+//!
+//! The head, little-endian: magic (8), form (4), flags (4), where memory or blocks begin (8), bytes of memory (8), where the
 //! frames begin (8), their bytes (8), CRC-32 of all that (4). Memory begins on 2 MiB so that it can be mapped with
 //! huge pages. A file without its head is one that was not finished, whatever else is in it, and one with a flag that a
 //! build does not know is not read by it.
 //!
 //! Flag 1, *unchecked*: the machine's memory had come from a file whose checksums nobody had looked at. Those of this one
 //! say that a page is what it was when it was written, and nothing of before.
+//!
+//! A block's checksum is of its pages as the machine has them, in both forms: what was damaged in a packed one, or would
+//! not come out of it as it went in, is seen all the same.
+
+mod head;
+mod packing;
+mod sink;
+mod table;
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Take, Write};
@@ -20,53 +38,102 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, fallocate};
+use serde::{Deserialize, Serialize};
 
 use super::frame::{FrameReader, FrameWriter, Kind};
 use super::pages::{BLOCK, Mask, PAGE};
-use super::{
-    FORMAT, MOST_STATE, Opening, StreamError, Target, Totals, io, malformed, packed, unpacked,
-};
+use super::{MOST_STATE, Opening, StreamError, Target, Totals, io, malformed, packed, unpacked};
+use head::Head;
+use packing::Unpacker;
+use table::{ENTRY, Table};
 
-const MAGIC: [u8; 8] = *b"FRACTUSM";
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use head::seal;
+pub use sink::Sink;
+pub use table::Entry;
+
 const UNCHECKED: u32 = 1;
-/// Bytes of the head that mean something, with their checksum.
-const HEAD: usize = 52;
-/// Where memory begins.
+/// Where memory begins in the placed form.
 const MEMORY: u64 = 2 << 20;
-/// Bytes of an entry of a placed frame: number of the block (4), pages that lie in the file (2), pages that are zero
-/// and perhaps not in the base (2), CRC-32 of the former (4).
-const ENTRY: usize = 12;
-/// Bytes of entries in a frame, and of state.
-const PIECE: usize = ENTRY << 15;
+/// Where blocks begin in the packed form.
+const BLOCKS: u64 = PAGE as u64;
+/// Entries in a frame.
+const ENTRIES: usize = 1 << 15;
+/// Bytes of state in a frame.
+const PIECE: usize = ENTRY * ENTRIES;
 /// Bytes of memory at most: what 32 bits of blocks can number.
 const MOST_MEMORY: u64 = (BLOCK as u64) << 32;
 /// Bytes that an owner may keep with it, at most.
 pub const MOST_OWNER: usize = 64 << 10;
 
-/// The largest file that a machine with so many bytes of memory can become.
+/// How memory lies in a snapshot's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compression {
+    /// Each page at its place: the file can be mapped, and takes the room of all pages with content.
+    #[default]
+    None,
+    /// Each block compressed by itself, if that makes it smaller: the file can only be read. It costs the processors'
+    /// time, also where the guest stands still meanwhile: one that is paused, or whose packets vhost-net moves.
+    Zstd,
+}
+
+impl Compression {
+    pub fn is_none(&self) -> bool {
+        *self == Compression::None
+    }
+
+    fn form(self) -> u32 {
+        match self {
+            Compression::None => 1,
+            Compression::Zstd => 2,
+        }
+    }
+
+    /// The form that has this number.
+    fn of(form: u32) -> Option<Self> {
+        let all = [Compression::None, Compression::Zstd];
+        all.into_iter().find(|it| it.form() == form)
+    }
+
+    /// Where memory or blocks begin.
+    fn begin(self) -> u64 {
+        match self {
+            Compression::None => MEMORY,
+            Compression::Zstd => BLOCKS,
+        }
+    }
+}
+
+/// The largest file that a machine with so many bytes of memory can become, holes and all: of either form, if its guest
+/// stands still meanwhile, so that each block is put once.
 pub fn most_bytes(memory: u64) -> u64 {
     let entries = memory.div_ceil(BLOCK as u64) * ENTRY as u64;
     let most = MEMORY + MOST_STATE as u64 + (1 << 20);
-    // Each frame has a head, which is less than what it holds.
+    // Each frame has a head, which is less than what it holds; and packed entries are twice as long as placed ones.
     memory.saturating_add(2 * entries).saturating_add(most)
 }
 
-/// What is known of a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Entry {
-    placed: Mask,
-    zero: Mask,
-    checksum: u32,
+/// The same where the guest runs, or memory is put again otherwise. A packed block is given room twice at most: where it is
+/// put first, and where all that it can become has room.
+pub fn most_bytes_of(memory: u64, compression: Compression) -> u64 {
+    let most = most_bytes(memory);
+    match compression {
+        Compression::None => most,
+        Compression::Zstd => most.saturating_add(memory),
+    }
 }
 
 /// Writes a snapshot. Dropped before `finish` it leaves a file that nobody takes for one.
 pub struct SnapshotWriter {
     sink: Sink,
     opening: Opening,
+    compression: Compression,
     flags: u32,
     /// By number.
     blocks: Vec<Entry>,
+    /// Reads back what was packed.
+    unpacker: Unpacker,
 }
 
 impl SnapshotWriter {
@@ -74,26 +141,34 @@ impl SnapshotWriter {
     ///
     /// # Errors
     /// The file cannot be written to, or `opening` tells of more memory than there can be.
-    pub fn new(file: File, opening: Opening) -> Result<Self, StreamError> {
+    pub fn new(
+        file: File,
+        opening: Opening,
+        compression: Compression,
+    ) -> Result<Self, StreamError> {
         if opening.memory > MOST_MEMORY {
             return Err(malformed("more memory than any machine has"));
         }
-        let made = file
-            .set_len(0)
-            .and_then(|()| file.set_len(MEMORY + opening.memory));
+        let length = match compression {
+            Compression::None => MEMORY + opening.memory,
+            Compression::Zstd => BLOCKS,
+        };
+        let made = file.set_len(0).and_then(|()| file.set_len(length));
         made.map_err(io("make room for"))?;
         let blocks = opening.memory.div_ceil(BLOCK as u64) as usize;
-        let sink = Sink {
-            file: Arc::new(file),
-            memory: opening.memory,
-            is_over: opening.base.is_some(),
-        };
+        let (memory, is_over) = (opening.memory, opening.base.is_some());
         Ok(SnapshotWriter {
-            sink,
+            sink: Sink::new(Arc::new(file), memory, is_over, compression),
             opening,
+            compression,
             flags: 0,
             blocks: vec![Entry::default(); blocks],
+            unpacker: Unpacker::default(),
         })
+    }
+
+    pub fn opening(&self) -> &Opening {
+        &self.opening
     }
 
     /// What is put comes, or may come, from a file that nobody has checked.
@@ -104,12 +179,19 @@ impl SnapshotWriter {
     /// The content of block `number`, whole; it may come again, and the last time counts.
     pub fn put(&mut self, number: u64, content: &[u8]) -> Result<(), StreamError> {
         let before = self.entry(number)?;
-        self.note(number, self.sink.put(number, before, content)?)
+        let entry = self.sink.put(number, before, content)?;
+        self.note(number, entry)
     }
 
-    /// By which several threads put blocks at once, each its own; what comes of it is to be [noted](Self::note).
-    pub fn sink(&self) -> Sink {
-        self.sink.clone()
+    /// By which the thread that has this one puts blocks while others do, each its own; what comes of it is to be
+    /// [noted](Self::note).
+    pub fn sink(&mut self) -> &mut Sink {
+        &mut self.sink
+    }
+
+    /// The same for another thread.
+    pub fn another_sink(&self) -> Sink {
+        self.sink.another()
     }
 
     /// What is known of block `number`.
@@ -133,12 +215,22 @@ impl SnapshotWriter {
         let before = self.entry(number)?;
         // Pages that are not spoken of stay as they are: those that the base has are zero here and not looked at.
         let mut block = [0; BLOCK];
-        let at = MEMORY.saturating_add(start);
-        for run in before.placed.without(mask).runs() {
-            let bytes = block.get_mut(run.start..run.end.min(size));
-            let at = at + run.start as u64;
-            (self.sink.file.read_exact_at(bytes.unwrap_or_default(), at))
-                .map_err(io("read back"))?;
+        let left = before.placed.without(mask);
+        let file = &self.sink.file;
+        match self.compression {
+            Compression::None => {
+                let at = MEMORY.saturating_add(start);
+                for run in left.runs() {
+                    let bytes = block.get_mut(run.start..run.end.min(size));
+                    let at = at + run.start as u64;
+                    (file.read_exact_at(bytes.unwrap_or_default(), at)).map_err(io("read back"))?;
+                }
+            }
+            Compression::Zstd if left.is_empty() => {}
+            Compression::Zstd => {
+                let block = block.get_mut(..size).unwrap_or_default();
+                self.unpacker.read(file, start, &before, block)?;
+            }
         }
         let mut rest = content;
         for run in mask.runs() {
@@ -169,7 +261,7 @@ impl SnapshotWriter {
         if owner.len() > MOST_OWNER {
             return Err(malformed("more of its owner's than there can be"));
         }
-        let begin = MEMORY + self.opening.memory.next_multiple_of(PAGE as u64);
+        let begin = self.sink.end();
         let tail = Tail {
             file: &self.sink.file,
             at: begin,
@@ -184,17 +276,14 @@ impl SnapshotWriter {
             }
             totals.pages += entry.placed.count();
             totals.zeros += entry.zero.count();
-            entries.extend_from_slice(&number.to_le_bytes());
-            entries.extend_from_slice(&entry.placed.0.to_le_bytes());
-            entries.extend_from_slice(&entry.zero.0.to_le_bytes());
-            entries.extend_from_slice(&entry.checksum.to_le_bytes());
-            if entries.len() == PIECE {
-                frames.write(Kind::Placed, &entries)?;
+            entry.write(number, self.compression, &mut entries);
+            if entries.len() == ENTRIES * self.compression.entry() {
+                frames.write(self.compression.kind(), &entries)?;
                 entries.clear();
             }
         }
         if !entries.is_empty() {
-            frames.write(Kind::Placed, &entries)?;
+            frames.write(self.compression.kind(), &entries)?;
         }
         for piece in state.chunks(PIECE) {
             frames.write(Kind::State, piece)?;
@@ -205,11 +294,16 @@ impl SnapshotWriter {
         frames.write(Kind::End, &packed(&totals)?)?;
         let tail =
             (frames.finish().into_inner()).map_err(|error| io("write")(error.into_error()))?;
-        let length = tail.at - begin;
+        let head = Head {
+            compression: self.compression,
+            flags: self.flags,
+            memory: self.opening.memory,
+            frames: begin,
+            length: tail.at - begin,
+        };
         // All of it, before the head says that it is there.
         self.sink.file.sync_data().map_err(io("sync"))?;
-        let head = head(self.flags, self.opening.memory, begin, length);
-        let written = self.sink.file.write_all_at(&head, 0);
+        let written = self.sink.file.write_all_at(&head.bytes(), 0);
         written
             .and_then(|()| self.sink.file.sync_all())
             .map_err(io("write"))?;
@@ -219,89 +313,6 @@ impl SnapshotWriter {
 
 fn no_block() -> StreamError {
     malformed("a block that the machine does not have")
-}
-
-/// Where blocks go. Cheap to clone.
-#[derive(Clone)]
-pub struct Sink {
-    file: Arc<File>,
-    /// Bytes.
-    memory: u64,
-    /// It is laid over another.
-    is_over: bool,
-}
-
-impl Sink {
-    /// Puts block `number`, of which so much is known; what is then.
-    pub fn put(&self, number: u64, before: Entry, content: &[u8]) -> Result<Entry, StreamError> {
-        self.put_known(number, before, content, Mask(u16::MAX), Mask(u16::MAX))
-    }
-
-    /// The same where only the pages of `known` are spoken of, and of these no more than those of `new` are not in the
-    /// file yet.
-    fn put_known(
-        &self,
-        number: u64,
-        before: Entry,
-        content: &[u8],
-        known: Mask,
-        new: Mask,
-    ) -> Result<Entry, StreamError> {
-        let start = number.saturating_mul(BLOCK as u64);
-        let size = self.memory.saturating_sub(start).min(BLOCK as u64);
-        if content.is_empty() || content.len() as u64 != size {
-            return Err(no_block());
-        }
-        let there = Mask::with_content(content);
-        let part = |run: Range<usize>| {
-            let bytes = content.get(run.start..run.end.min(content.len()));
-            (bytes.unwrap_or_default(), MEMORY + start + run.start as u64)
-        };
-        let mut hasher = crc32fast::Hasher::new();
-        for run in there.runs() {
-            hasher.update(part(run).0);
-        }
-        for run in there.and(new).runs() {
-            let (bytes, at) = part(run);
-            self.file.write_all_at(bytes, at).map_err(io("write"))?;
-        }
-        let whole = Mask(u16::MAX >> (16 - content.len().div_ceil(PAGE)));
-        let entry = Entry {
-            placed: there,
-            zero: match self.is_over {
-                true => whole.and(known).without(there),
-                false => Mask::default(),
-            },
-            checksum: hasher.finalize(),
-        };
-        for run in before.placed.without(there).runs() {
-            let (bytes, at) = part(run);
-            make_zero(&self.file, at, bytes.len() as u64).map_err(io("make a hole in"))?;
-        }
-        Ok(entry)
-    }
-}
-
-/// A hole, where the file system has such.
-fn make_zero(file: &File, at: u64, bytes: u64) -> std::io::Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match fallocate(file, flags, at, bytes) {
-        Err(rustix::io::Errno::OPNOTSUPP) => file.write_all_at(&vec![0; bytes as usize], at),
-        other => Ok(other?),
-    }
-}
-
-fn head(flags: u32, memory: u64, frames: u64, length: u64) -> [u8; HEAD] {
-    let mut head = [0; HEAD];
-    head[..8].copy_from_slice(&MAGIC);
-    head[8..12].copy_from_slice(&FORMAT.to_le_bytes());
-    head[12..16].copy_from_slice(&flags.to_le_bytes());
-    for (at, number) in [(16, MEMORY), (24, memory), (32, frames), (40, length)] {
-        head[at..at + 8].copy_from_slice(&number.to_le_bytes());
-    }
-    let checksum = crc32fast::hash(&head[..HEAD - 4]);
-    head[HEAD - 4..].copy_from_slice(&checksum.to_le_bytes());
-    head
 }
 
 /// A part of a file, written and read in order.
@@ -334,9 +345,8 @@ impl Read for Tail<'_> {
 pub struct Snapshot {
     file: File,
     opening: Opening,
+    compression: Compression,
     flags: u32,
-    /// Where memory begins.
-    memory: u64,
     /// In ascending order.
     blocks: Vec<(u32, Entry)>,
     state: Vec<u8>,
@@ -348,18 +358,20 @@ impl Snapshot {
     /// # Errors
     /// The file is no snapshot, not finished, damaged, or of a form that this build does not know.
     pub fn open(file: File) -> Result<Self, StreamError> {
-        let head = read_head(&file)?;
+        let head = Head::read(&file)?;
         let mut frames = frames(&file, &head);
         let opening = read_opening(&mut frames)?;
-        if opening.memory != head.bytes {
+        if opening.memory != head.memory {
             return Err(malformed(
                 "its head and its opening tell of different memory",
             ));
         }
-        let (mut blocks, mut state, mut owner) = (Vec::new(), Vec::new(), Vec::new());
+        let compression = head.compression;
+        let mut table = Table::new(compression, head.memory, compression.begin()..head.frames);
+        let (mut state, mut owner) = (Vec::new(), Vec::new());
         let totals: Totals = loop {
             match frames.next_frame()? {
-                (Kind::Placed, payload) => read_entries(payload, &opening, &mut blocks)?,
+                (kind, payload) if kind == compression.kind() => table.read(payload)?,
                 (Kind::State, payload) if state.len() + payload.len() > MOST_STATE => {
                     return Err(malformed("more state than any machine has"));
                 }
@@ -370,12 +382,13 @@ impl Snapshot {
                 (Kind::Owner, payload) => owner.extend_from_slice(payload),
                 (Kind::End, payload) => break unpacked(payload)?,
                 (Kind::Opening, _) => return Err(malformed("a second opening")),
-                _ => return Err(malformed("a frame that no snapshot has")),
+                _ => return Err(malformed("a frame that no such snapshot has")),
             }
         };
         if !frames.is_at_end()? {
             return Err(malformed("something behind its end"));
         }
+        let blocks = table.blocks;
         let sum = |of: fn(&Entry) -> Mask| blocks.iter().map(|(_, entry)| of(entry).count()).sum();
         let found = Totals {
             pages: sum(|entry| entry.placed),
@@ -387,8 +400,8 @@ impl Snapshot {
         Ok(Snapshot {
             file,
             opening,
+            compression,
             flags: head.flags,
-            memory: head.memory,
             blocks,
             state,
             owner,
@@ -402,6 +415,10 @@ impl Snapshot {
 
     pub fn totals(&self) -> Totals {
         self.totals
+    }
+
+    pub fn compression(&self) -> Compression {
+        self.compression
     }
 
     /// Its pages may have been damaged before they were written to it: [`SnapshotWriter::mark_unchecked`].
@@ -441,13 +458,13 @@ impl Snapshot {
                 found: self.opening.memory,
             });
         }
-        let mut content = vec![0; BLOCK];
+        let (mut content, mut unpacker) = (vec![0; BLOCK], Unpacker::default());
         for (number, entry) in &self.blocks {
             let start = u64::from(*number) * BLOCK as u64;
             if within(parts, start..start + BLOCK as u64).next().is_none() {
                 continue;
             }
-            let size = self.read_block(*number, entry, &mut content)?;
+            let size = self.read_block(*number, entry, &mut content, &mut unpacker)?;
             let runs = |mask: Mask| {
                 let run = move |run: Range<usize>| {
                     within(
@@ -476,9 +493,9 @@ impl Snapshot {
     /// # Errors
     /// A page is not what it was.
     pub fn check(&self) -> Result<(), StreamError> {
-        let mut content = vec![0; BLOCK];
+        let (mut content, mut unpacker) = (vec![0; BLOCK], Unpacker::default());
         for (number, entry) in &self.blocks {
-            self.read_block(*number, entry, &mut content)?;
+            self.read_block(*number, entry, &mut content, &mut unpacker)?;
         }
         Ok(())
     }
@@ -489,14 +506,20 @@ impl Snapshot {
         number: u32,
         entry: &Entry,
         content: &mut [u8],
+        unpacker: &mut Unpacker,
     ) -> Result<usize, StreamError> {
         let start = u64::from(number) * BLOCK as u64;
         let size = (self.opening.memory - start).min(BLOCK as u64) as usize;
+        if self.compression == Compression::Zstd {
+            let content = content.get_mut(..size).unwrap_or_default();
+            unpacker.read(&self.file, start, entry, content)?;
+            return Ok(size);
+        }
         let mut hasher = crc32fast::Hasher::new();
         for run in entry.placed.runs() {
             let range = run.start..run.end.min(size);
             let bytes = content.get_mut(range).unwrap_or_default();
-            let at = self.memory + start + run.start as u64;
+            let at = MEMORY + start + run.start as u64;
             self.file.read_exact_at(bytes, at).map_err(io("read"))?;
             hasher.update(bytes);
         }
@@ -508,12 +531,12 @@ impl Snapshot {
         }
     }
 
-    /// The file, and where memory begins in it, for who maps it.
-    pub fn placed_in(&self) -> (&File, u64) {
-        (&self.file, self.memory)
+    /// The file, and where memory begins in it, for who maps it; none: it is packed, and can only be read.
+    pub fn placed_in(&self) -> Option<(&File, u64)> {
+        self.compression.is_none().then_some((&self.file, MEMORY))
     }
 
-    /// Where memory lies in the file and not in holes, below an offset in memory: whole pages, neighbours together, in
+    /// Where memory has content, below an offset in it, and so, in the placed form, the file no holes: whole pages, neighbours together, in
     /// ascending order.
     pub fn placed_below(&self, end: u64) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
@@ -540,65 +563,6 @@ fn within(parts: &[Range<u64>], range: Range<u64>) -> impl Iterator<Item = Range
     parts.take_while(|part| !part.is_empty())
 }
 
-/// What the head says, as far as it can be.
-struct Head {
-    flags: u32,
-    memory: u64,
-    bytes: u64,
-    frames: u64,
-    length: u64,
-}
-
-fn read_head(file: &File) -> Result<Head, StreamError> {
-    let size = file.metadata().map_err(io("look at"))?.len();
-    let mut head = [0; HEAD];
-    match file.read_exact_at(&mut head, 0) {
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-            return Err(StreamError::Magic);
-        }
-        other => other.map_err(io("read"))?,
-    }
-    let (magic, checksum) = (&head[..8], &head[HEAD - 4..]);
-    if head == [0; HEAD] {
-        return Err(StreamError::Unfinished);
-    }
-    if magic != MAGIC {
-        return Err(StreamError::Magic);
-    }
-    if checksum != crc32fast::hash(&head[..HEAD - 4]).to_le_bytes() {
-        return Err(StreamError::Checksum {
-            what: "its head".to_owned(),
-        });
-    }
-    let number = |at: usize| {
-        let bytes = head.get(at..).and_then(|bytes| bytes.first_chunk());
-        u64::from_le_bytes(bytes.copied().unwrap_or_default())
-    };
-    let form = number(8) as u32;
-    if !(1..=FORMAT).contains(&form) {
-        return Err(StreamError::Format { found: form });
-    }
-    let read = Head {
-        flags: (number(8) >> 32) as u32,
-        memory: number(16),
-        bytes: number(24),
-        frames: number(32),
-        length: number(40),
-    };
-    if read.memory != MEMORY || read.flags & !UNCHECKED != 0 {
-        return Err(malformed("a head that this build does not know"));
-    }
-    let memory_end = read.memory.checked_add(read.bytes);
-    let frames_end = read.frames.checked_add(read.length);
-    if read.bytes > MOST_MEMORY || memory_end.is_none_or(|end| end > read.frames) {
-        return Err(malformed("its memory and its frames overlap"));
-    }
-    if frames_end.is_none_or(|end| end > size) {
-        return Err(StreamError::Truncated { what: "its frames" });
-    }
-    Ok(read)
-}
-
 type Frames<'a> = FrameReader<BufReader<Take<Tail<'a>>>>;
 
 fn frames<'a>(file: &'a File, head: &Head) -> Frames<'a> {
@@ -615,63 +579,14 @@ fn read_opening(frames: &mut Frames<'_>) -> Result<Opening, StreamError> {
 
 /// Which snapshot the file has; none, if it is no snapshot, or what of one this build cannot read.
 pub fn id_in(file: &File) -> Option<uuid::Uuid> {
-    let head = read_head(file).ok()?;
+    let head = Head::read(file).ok()?;
     let opening = read_opening(&mut frames(file, &head)).ok()?;
     Some(opening.id)
 }
 
-fn read_entries(
-    payload: &[u8],
-    opening: &Opening,
-    blocks: &mut Vec<(u32, Entry)>,
-) -> Result<(), StreamError> {
-    let (entries, []) = payload.as_chunks::<ENTRY>() else {
-        return Err(malformed("a part of an entry"));
-    };
-    for entry in entries {
-        let [a, b, c, d, e, f, g, h, i, j, k, l] = *entry;
-        let number = u32::from_le_bytes([a, b, c, d]);
-        let entry = Entry {
-            placed: Mask(u16::from_le_bytes([e, f])),
-            zero: Mask(u16::from_le_bytes([g, h])),
-            checksum: u32::from_le_bytes([i, j, k, l]),
-        };
-        let start = u64::from(number) * BLOCK as u64;
-        let pages = opening
-            .memory
-            .saturating_sub(start)
-            .div_ceil(PAGE as u64)
-            .min(16) as u32;
-        let all = u16::MAX.checked_shr(16 - pages).unwrap_or(0);
-        let (either, both) = (entry.placed.0 | entry.zero.0, entry.placed.0 & entry.zero.0);
-        if either == 0 || either & !all != 0 || both != 0 {
-            return Err(malformed(
-                "no pages, twice, or pages that the machine does not have",
-            ));
-        }
-        if blocks.last().is_some_and(|(last, _)| *last >= number) {
-            return Err(malformed("its blocks are not in order"));
-        }
-        blocks.push((number, entry));
-    }
-    Ok(())
-}
-
-/// [`super::frame::seal`] of a file, its head as well.
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) fn seal(file: &File, numbered: bool) -> std::io::Result<()> {
-    let mut head = [0; HEAD];
-    file.read_exact_at(&mut head, 0)?;
-    let checksum = crc32fast::hash(&head[..HEAD - 4]);
-    head[HEAD - 4..].copy_from_slice(&checksum.to_le_bytes());
-    file.write_all_at(&head, 0)?;
-    let Ok(Head { frames, length, .. }) = read_head(file) else {
-        return Ok(());
-    };
-    let mut bytes = vec![0; length.min(MOST_STATE as u64) as usize];
-    file.read_exact_at(&mut bytes, frames)?;
-    super::frame::seal(&mut bytes, numbered);
-    file.write_all_at(&bytes, frames)
+/// Bytes of memory of the machine that the file has, by its head alone; none, likewise.
+pub fn memory_in(file: &File) -> Option<u64> {
+    Head::read(file).ok().map(|head| head.memory)
 }
 
 #[cfg(test)]

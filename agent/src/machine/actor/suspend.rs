@@ -18,7 +18,7 @@ use uuid::Uuid;
 use super::steps::START;
 use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
 use crate::machine::process::launch::most_kept;
-use crate::machine::process::{Command, Launcher, Process, ProcessError};
+use crate::machine::process::{Command, Launcher, MemoryFile, Process, ProcessError};
 use crate::machine::record::{Kept, Record};
 
 /// Memory is written and read at least as fast as this; a host that is slower than that is one that hangs.
@@ -76,8 +76,12 @@ impl<L: Launcher> Actor<L> {
         let Some(process) = &mut self.process else {
             return Ok(Attempt::Void);
         };
-        let most = most_kept(most_mib);
-        let told = process.suspend(attempt, file, most, request_id.as_deref());
+        let to = MemoryFile {
+            file,
+            most: most_kept(most_mib),
+            compression: self.surroundings.suspend_compression,
+        };
+        let told = process.suspend(attempt, to, request_id.as_deref());
         match told.await {
             Ok(()) => {}
             Err(error @ (ProcessError::Mute | ProcessError::Control(_))) => {

@@ -24,7 +24,7 @@ use uuid::Uuid;
 use super::*;
 use crate::machine::line::Way;
 use crate::machine::make::{CopyTurn, MakeError, OpenDevice, Progress};
-use crate::machine::process::{Plan, ProcessError, Status};
+use crate::machine::process::{MemoryFile, Plan, ProcessError, Status};
 use crate::machine::record::{ProcessRecord, VERSION};
 use crate::paths::Paths;
 use crate::vm::protocol::{GuestSaid, Moving};
@@ -170,8 +170,7 @@ impl Process for Double {
     async fn suspend(
         &mut self,
         attempt: Uuid,
-        _: File,
-        _: u64,
+        _: MemoryFile,
         _: Option<&str>,
     ) -> Result<(), ProcessError> {
         self.1.lock().unwrap().push(Told::Suspend(attempt));
@@ -493,6 +492,7 @@ impl Stage {
             shutdown: SHUTDOWN,
             listen: std::net::Ipv4Addr::LOCALHOST.into(),
             memory_takes,
+            suspend_compression: Compression::None,
             changed: sender,
         };
         let record = Record {

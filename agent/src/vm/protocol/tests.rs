@@ -73,6 +73,7 @@ fn sent() -> Vec<ToMachine> {
         ToMachine::Suspend {
             request_id: request_id.clone(),
             attempt: DEVICE.0,
+            compression: Compression::None,
         },
         ToMachine::Send {
             request_id,
@@ -107,6 +108,11 @@ fn sent() -> Vec<ToMachine> {
             migration: MigrationId(DEVICE.0),
             policy: Policy::default(),
             lent: true,
+        },
+        ToMachine::Suspend {
+            request_id: None,
+            attempt: DEVICE.0,
+            compression: Compression::Zstd,
         },
     ]
 }

@@ -22,7 +22,8 @@ use crate::machine::state::STATE_VERSION;
 use crate::machine::{Luggage, Machine, Progress, Sender};
 use crate::stream::converge::{AtLimit, Policy};
 use crate::stream::frame::{FrameWriter, HEAD, Kind};
-use crate::stream::packed;
+use crate::stream::snapshot::{Compression, Snapshot, SnapshotWriter};
+use crate::stream::{BLOCK, FORMAT, packed};
 
 /// Questions and random numbers before it is saved.
 pub const BEFORE: u8 = 3;
@@ -81,7 +82,43 @@ fn sent(machine: Machine, owner: Vec<u8>) -> Vec<u8> {
 #[test]
 #[ignore = "writes to the source tree: run it for a release, or when a version was raised"]
 fn streams() {
-    let golden = Golden::of_this_build();
+    let golden = Golden::of_this_build(1);
+    if !golden.folder.exists() {
+        placed(&golden);
+    }
+    compressed(&golden, &Golden::of_this_build(2));
+}
+
+/// The same snapshot in the other form; a live stream has none.
+fn compressed(golden: &Golden, to: &Golden) {
+    fs::create_dir(&to.folder).expect("one that is there stays as it is");
+    fs::copy(golden.folder.join("stream"), to.folder.join("stream")).unwrap();
+    let bytes = again(golden, Compression::Zstd);
+    fs::write(to.folder.join("snapshot"), squeezed(&bytes)).unwrap();
+}
+
+/// A golden snapshot's file, written again.
+pub(super) fn again(golden: &Golden, compression: Compression) -> Vec<u8> {
+    let snapshot = Snapshot::open(super::file(&golden.snapshot())).unwrap();
+    let opening = snapshot.opening().clone();
+    let memory = tempfile::tempfile().unwrap();
+    memory.set_len(opening.memory).unwrap();
+    snapshot.load(&memory).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let sink = file.try_clone().unwrap();
+    let mut writer = SnapshotWriter::new(sink, opening, compression).unwrap();
+    let mut content = vec![0; snapshot.opening().memory as usize];
+    memory.read_exact_at(&mut content, 0).unwrap();
+    for (number, block) in (0..).zip(content.chunks(BLOCK)) {
+        writer.put(number, block).unwrap();
+    }
+    writer.finish(snapshot.state(), snapshot.owner()).unwrap();
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+fn placed(golden: &Golden) {
     fs::create_dir_all(Golden::all()).unwrap();
     fs::create_dir(&golden.folder).expect("one that is there stays as it is");
     let (files, mut serial) = guest::files();
@@ -105,27 +142,33 @@ fn streams() {
     }
 }
 
+fn put(golden: &Golden, name: &str, mode: u8, bytes: &[u8]) {
+    let name = format!("{name}_{}", golden.name());
+    let input = [&[mode], squeezed(bytes).as_slice()].concat();
+    fs::write(super::seeds().join(name), input).unwrap();
+}
+
 /// Of the newest golden streams; those of which it says so are refused.
 #[test]
 #[ignore = "writes to the source tree: run it after `streams`"]
 fn seeds() {
-    let golden = Golden::of_this_build();
-    let folder = super::seeds();
-    fs::create_dir_all(&folder).unwrap();
-    let put = |name: &str, mode: u8, bytes: &[u8]| {
-        let name = format!("{name}_{}", golden.name());
-        let input = [&[mode], squeezed(bytes).as_slice()].concat();
-        fs::write(folder.join(name), input).unwrap();
-    };
-    let (stream, snapshot) = (golden.stream(), golden.snapshot());
-    put("stream", 0, &stream);
+    fs::create_dir_all(super::seeds()).unwrap();
     let all = SEALED | NUMBERED;
+    for form in 1..=FORMAT {
+        let golden = Golden::of_this_build(form);
+        let snapshot = golden.snapshot();
+        put(&golden, "snapshot", SNAPSHOT, &snapshot);
+        put(&golden, "snapshot_sealed", SNAPSHOT | all, &snapshot);
+        let cut = &snapshot[..snapshot.len() - 40];
+        put(&golden, "refused_snapshot_cut", SNAPSHOT, cut);
+    }
+    // A live stream has no form.
+    let golden = Golden::of_this_build(1);
+    let put = |name: &str, mode: u8, bytes: &[u8]| put(&golden, name, mode, bytes);
+    let stream = golden.stream();
+    put("stream", 0, &stream);
     put("stream_sealed", all, &stream);
-    put("snapshot", SNAPSHOT, &snapshot);
-    put("snapshot_sealed", SNAPSHOT | all, &snapshot);
     put("refused_cut", 0, &stream[..stream.len() / 2]);
-    let cut = &snapshot[..snapshot.len() - 40];
-    put("refused_snapshot_cut", SNAPSHOT, cut);
     let frames = super::frames(&stream);
     let mut swapped = frames.clone();
     swapped.swap(2, 3);

@@ -1,9 +1,8 @@
 //! Memory goes to a snapshot's file: by whoever owns the machine, and where there is much of it by a second thread.
 //!
 //! Most of it is the kernel's work, that of finding a page for each page of the file, which two processors do in half
-//! of the time.
+//! of the time; where memory is compressed it is zstd's.
 
-use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
@@ -11,7 +10,7 @@ use std::sync::mpsc::channel;
 use super::{Ledger, SnapshotError, read_pages};
 use crate::memory::{GuestMemory, PageSet};
 use crate::stream::snapshot::{Entry, Sink, SnapshotWriter};
-use crate::stream::{BLOCK, Mask, Opening, StreamError, Totals};
+use crate::stream::{BLOCK, Mask, StreamError, Totals};
 use crate::thread::Threads;
 use crate::work::Work;
 
@@ -30,23 +29,16 @@ pub struct Copy {
 }
 
 impl Copy {
-    pub fn begin(
-        memory: GuestMemory,
-        threads: Threads,
-        file: File,
-        opening: Opening,
-    ) -> Result<Self, StreamError> {
-        let is_whole = opening.base.is_none();
-        let mut writer = SnapshotWriter::new(file, opening)?;
+    pub fn begin(memory: GuestMemory, threads: Threads, mut writer: SnapshotWriter) -> Self {
         if memory.is_unchecked() {
             writer.mark_unchecked();
         }
-        Ok(Copy {
+        Copy {
             memory,
             threads,
-            is_whole,
+            is_whole: writer.opening().base.is_none(),
             writer,
-        })
+        }
     }
 
     /// All that is to be in it; how many pages that may be. From then on the ledger tells what is to be copied again.
@@ -88,22 +80,21 @@ impl Copy {
         let blocks: Result<Vec<_>, StreamError> = pages.blocks().map(of).collect();
         let job = Arc::new(Job {
             memory: self.memory.clone(),
-            sink: self.writer.sink(),
             blocks: blocks?,
             next: AtomicUsize::new(0),
         });
         let mut second = None;
         if job.blocks.len() >= FEW {
             let (say, said) = channel();
-            let job = Arc::clone(&job);
+            let (job, mut sink) = (Arc::clone(&job), self.writer.another_sink());
             let body = move |()| {
-                let _ = say.send(job.run());
+                let _ = say.send(job.run(&mut sink));
             };
             // Where there is none, there is one thread.
             let running = self.threads.work(Work::Copy, "copier", || (), body);
             second = running.ok().map(|running| (running, said));
         }
-        let own = job.run();
+        let own = job.run(self.writer.sink());
         let other = match second {
             // Without a word from it it has panicked, and ends the machine.
             Some((running, said)) => {
@@ -122,15 +113,14 @@ impl Copy {
 /// Blocks for several threads, each of which takes some that nobody has taken.
 struct Job {
     memory: GuestMemory,
-    sink: Sink,
     blocks: Vec<(u64, Entry)>,
     /// The first that nobody has taken.
     next: AtomicUsize,
 }
 
 impl Job {
-    /// What is known of those that this thread has put.
-    fn run(&self) -> Result<Vec<(u64, Entry)>, SnapshotError> {
+    /// What is known of those that this thread has put, by its own sink.
+    fn run(&self, sink: &mut Sink) -> Result<Vec<(u64, Entry)>, SnapshotError> {
         let mut put = Vec::new();
         let mut content = vec![0; BLOCK];
         loop {
@@ -140,7 +130,7 @@ impl Job {
                 return Ok(put);
             }
             for (number, before) in some.iter().take(SOME) {
-                let entry = self.put(*number, *before, &mut content);
+                let entry = self.put(sink, *number, *before, &mut content);
                 // Whatever the other one puts is for nothing.
                 let entry = entry.inspect_err(|_| {
                     self.next.store(self.blocks.len(), Ordering::Relaxed);
@@ -150,11 +140,17 @@ impl Job {
         }
     }
 
-    fn put(&self, number: u64, before: Entry, content: &mut [u8]) -> Result<Entry, SnapshotError> {
+    fn put(
+        &self,
+        sink: &mut Sink,
+        number: u64,
+        before: Entry,
+        content: &mut [u8],
+    ) -> Result<Entry, SnapshotError> {
         let at = number * BLOCK as u64;
         let read = self.memory.read_at(content, at);
         let read = read.map_err(SnapshotError::Read)?;
         let content = content.get(..read).unwrap_or_default();
-        Ok(self.sink.put(number, before, content)?)
+        Ok(sink.put(number, before, content)?)
     }
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use proptest::prelude::*;
+use rstest::rstest;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -36,16 +37,19 @@ enum Step {
     /// Handed over by descriptor.
     Settle,
     /// Written to a file, and made anew from that.
-    Restore(Loading),
+    Restore(Loading, Compression),
     /// Written to a file over which others are laid from then on.
-    Track,
+    Track(Compression),
     /// Written to a file that has only what was written to since the one before; another is made of all of them.
-    Since(Loading),
+    Since(Loading, Compression),
 }
 
 fn step() -> impl Strategy<Value = Step> {
     let page = 0..PAGES;
     let block = 0..HOT_BLOCKS;
+    let compression = prop::sample::select(vec![Compression::None, Compression::Zstd]);
+    let loading = prop::sample::select(vec![Loading::Eager, Loading::Lazy]);
+    let both = (loading, compression.clone());
     prop_oneof![
         8 => (page.clone(), any::<u8>()).prop_map(|(page, byte)| Step::Write { page, byte }),
         6 => (page, 1..6u64).prop_map(|(page, pages)| Step::GiveBack { page, pages }),
@@ -53,11 +57,9 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (block, any::<u8>()).prop_map(|(block, byte)| Step::WriteHot { block, byte }),
         1 => Just(Step::Clear),
         1 => Just(Step::Settle),
-        2 => Just(Step::Restore(Loading::Eager)),
-        4 => Just(Step::Restore(Loading::Lazy)),
-        2 => Just(Step::Track),
-        3 => Just(Step::Since(Loading::Eager)),
-        3 => Just(Step::Since(Loading::Lazy)),
+        8 => both.clone().prop_map(|(loading, it)| Step::Restore(loading, it)),
+        2 => compression.prop_map(Step::Track),
+        6 => both.prop_map(|(loading, it)| Step::Since(loading, it)),
     ]
 }
 
@@ -138,11 +140,11 @@ impl Modelled {
                 }
             }
             Step::Settle => memory.settle().unwrap(),
-            Step::Track => {
+            Step::Track(compression) => {
                 self.own_writes();
-                self.chain = vec![self.written(None)];
+                self.chain = vec![self.written_as(compression, None)];
             }
-            Step::Restore(_) | Step::Since(_) => {}
+            Step::Restore(..) | Step::Since(..) => {}
         }
     }
 
@@ -154,6 +156,10 @@ impl Modelled {
 
     /// All of it in a file, or these pages over another.
     fn written(&self, over: Option<(Uuid, &PageSet)>) -> Snapshot {
+        self.written_as(Compression::None, over)
+    }
+
+    fn written_as(&self, compression: Compression, over: Option<(Uuid, &PageSet)>) -> Snapshot {
         let file = tempfile::tempfile().unwrap();
         let opening = Opening {
             id: Uuid::new_v4(),
@@ -161,9 +167,8 @@ impl Modelled {
             memory: self.memory.file_bytes().unwrap(),
             made_by: "a test".to_owned(),
         };
-        let to = file.try_clone().unwrap();
-        let copy = Copy::begin(self.memory.clone(), threads(), to, opening);
-        let mut copy = copy.unwrap();
+        let to = SnapshotWriter::new(file.try_clone().unwrap(), opening, compression).unwrap();
+        let mut copy = Copy::begin(self.memory.clone(), threads(), to);
         match over {
             None => copy.first(None).unwrap(),
             Some((_, pages)) => copy.again(pages).unwrap(),
@@ -174,10 +179,20 @@ impl Modelled {
         snapshot
     }
 
-    /// Another, made of snapshots of this one.
+    /// Another, made of snapshots of this one. What is compressed is read first, however it is asked for.
     fn made_of(&self, chain: &[&Snapshot], loading: Loading) -> Self {
         let other = Modelled::new();
         let (first, over) = chain.split_first().unwrap();
+        let filled = fill(&other.memory, first, &config().0, Loading::Lazy);
+        let other = match (filled, first.compression()) {
+            (Err(SnapshotError::Compressed), Compression::Zstd) => other,
+            (Ok(()), Compression::None) => Modelled::new(),
+            (filled, _) => panic!("{filled:?}"),
+        };
+        let loading = match first.compression() {
+            Compression::None => loading,
+            Compression::Zstd => Loading::Eager,
+        };
         fill(&other.memory, first, &config().0, loading).unwrap();
         for snapshot in over {
             snapshot.load(&other.memory).unwrap();
@@ -193,10 +208,10 @@ impl Modelled {
     }
 
     /// Another, made of the snapshots that were laid over each other, and of one more.
-    fn since(&mut self, loading: Loading) -> Option<Self> {
+    fn since(&mut self, loading: Loading, compression: Compression) -> Option<Self> {
         let base = self.chain.last()?.opening().id;
         let pages = self.own_writes();
-        let next = self.written(Some((base, &pages)));
+        let next = self.written_as(compression, Some((base, &pages)));
         let totals = next.totals();
         assert_eq!(totals.pages + totals.zeros, pages.count());
         self.chain.push(next);
@@ -206,7 +221,11 @@ impl Modelled {
 
     /// Another that is made of what this one writes, and what it wrote.
     fn restored(&self, loading: Loading) -> (Self, Snapshot) {
-        let snapshot = self.written(None);
+        self.restored_as(loading, Compression::None)
+    }
+
+    fn restored_as(&self, loading: Loading, compression: Compression) -> (Self, Snapshot) {
+        let snapshot = self.written_as(compression, None);
         (self.made_of(&[&snapshot], loading), snapshot)
     }
 
@@ -263,14 +282,14 @@ proptest! {
         let (mut now, mut before) = (Modelled::new(), Vec::new());
         for step in &steps {
             now.take(step);
-            if let Step::Restore(loading) = step {
+            if let Step::Restore(loading, compression) = step {
                 // Both of one file, so that neither may be seen by the other.
-                let (next, snapshot) = now.restored(*loading);
+                let (next, snapshot) = now.restored_as(*loading, *compression);
                 let twin = now.made_of(&[&snapshot], Loading::Lazy);
                 before.extend([std::mem::replace(&mut now, next), twin]);
             }
-            if let Step::Since(loading) = step {
-                before.extend(now.since(*loading));
+            if let Step::Since(loading, compression) = step {
+                before.extend(now.since(*loading, *compression));
             }
             now.check_stream();
         }
@@ -293,7 +312,7 @@ fn memory_is_mapped_by_no_descriptor_that_could_be_written_to() {
     let mut one = Modelled::new();
     one.take(&Step::Write { page: 3, byte: 7 });
     let (_, snapshot) = one.restored(Loading::Lazy);
-    let file = writable(snapshot.placed_in().0);
+    let file = writable(snapshot.placed_in().unwrap().0);
     let snapshot = Snapshot::open(file).unwrap();
     let other = Modelled::new();
     let filled = |loading| fill(&other.memory, &snapshot, &config().0, loading);
@@ -310,7 +329,7 @@ fn a_page_that_is_not_what_it_was_is_found_by_a_check_and_by_an_eager_restore_on
         one.take(&Step::Write { page, byte: 7 });
     }
     let (_, snapshot) = one.restored(Loading::Lazy);
-    let (file, at) = snapshot.placed_in();
+    let (file, at) = snapshot.placed_in().unwrap();
     writable(file)
         .write_all_at(&[8], at + 20 * PAGE as u64)
         .unwrap();
@@ -335,7 +354,7 @@ fn a_page_that_is_not_what_it_was_is_found_by_a_check_and_by_an_eager_restore_on
 fn a_snapshot_says_that_its_bytes_came_from_a_file_that_nobody_checked() {
     let mut one = Modelled::new();
     one.take(&Step::Write { page: 3, byte: 7 });
-    one.take(&Step::Track);
+    one.take(&Step::Track(Compression::None));
     let (mut mapped, snapshot) = one.restored(Loading::Lazy);
     assert!(!snapshot.is_unchecked());
     let (read, second) = mapped.restored(Loading::Eager);
@@ -345,7 +364,7 @@ fn a_snapshot_says_that_its_bytes_came_from_a_file_that_nobody_checked() {
         mapped.written(None).is_unchecked(),
         "it was read, and not checked"
     );
-    mapped.take(&Step::Track);
+    mapped.take(&Step::Track(Compression::None));
     let over = mapped.own_writes();
     let over = mapped.written(Some((mapped.chain[0].opening().id, &over)));
     assert!(over.is_unchecked());
@@ -363,8 +382,10 @@ fn threads() -> Threads {
     Threads::new(None, requests)
 }
 
-#[test]
-fn what_two_threads_copy_is_all_of_it_or_an_error() {
+#[rstest]
+fn what_two_threads_copy_is_all_of_it_or_an_error(
+    #[values(Compression::None, Compression::Zstd)] compression: Compression,
+) {
     const BLOCKS: u64 = 1024;
     let config = MachineConfig::minimal(BLOCKS * BLOCK as u64).memory;
     let memory = GuestMemory::create(&config).unwrap();
@@ -380,8 +401,8 @@ fn what_two_threads_copy_is_all_of_it_or_an_error() {
             memory: memory.file_bytes().unwrap(),
             made_by: "a test".to_owned(),
         };
-        let to = file.try_clone().unwrap();
-        Copy::begin(memory.clone(), threads.clone(), to, opening).unwrap()
+        let to = SnapshotWriter::new(file.try_clone().unwrap(), opening, compression).unwrap();
+        Copy::begin(memory.clone(), threads.clone(), to)
     };
     let (requests, _receiver) = channel().unwrap();
     let (tell, told) = std::sync::mpsc::channel();
@@ -440,7 +461,8 @@ fn a_snapshot_in_too_many_pieces_is_mapped_and_read() {
     };
     let file = tempfile::tempfile().unwrap();
     let to = file.try_clone().unwrap();
-    let mut copy = Copy::begin(one, threads(), to, opening).unwrap();
+    let to = SnapshotWriter::new(to, opening, Compression::None).unwrap();
+    let mut copy = Copy::begin(one, threads(), to);
     assert_eq!(copy.first(None).unwrap(), PIECES);
     copy.finish(b"", b"").unwrap();
     let snapshot = Snapshot::open(read_only(&file).unwrap()).unwrap();
@@ -455,7 +477,7 @@ fn a_snapshot_in_too_many_pieces_is_mapped_and_read() {
         assert_eq!(found, word(piece), "piece {piece}");
     }
     // Of pieces that are as large as each other the last are read.
-    let (_, begins) = snapshot.placed_in();
+    let (_, begins) = snapshot.placed_in().unwrap();
     file.write_all_at(&[9], begins + at(0)).unwrap();
     filled().unwrap();
     file.write_all_at(&[9], begins + at(PIECES - 1)).unwrap();
