@@ -100,11 +100,21 @@ fn system(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> VmError {
 /// thread is made that needs one more, and open a file for it, which a locked-down thread may not.
 const HEAPS: i32 = 8;
 
+/// Bytes at the end of such a heap that have to be free before the allocator makes it smaller: never. It would first read
+/// from a file whether memory may be overcommitted. What is large it maps by itself, and gives back at once.
+const TRIM: i32 = i32::MAX;
+
+/// Has the allocator open no files.
+fn limit_allocator() -> bool {
+    [(libc::M_ARENA_MAX, HEAPS), (libc::M_TRIM_THRESHOLD, TRIM)]
+        .into_iter()
+        // SAFETY: sets a number of the allocator, before there is a second thread.
+        .all(|(what, number)| unsafe { libc::mallopt(what, number) } != 0)
+}
+
 /// `fractus-agent vm ID MARK`, started by the agent.
 pub fn main() -> ExitCode {
-    // SAFETY: sets a number of the allocator, before there is a second thread.
-    let said = unsafe { libc::mallopt(libc::M_ARENA_MAX, HEAPS) };
-    if said == 0 {
+    if !limit_allocator() {
         eprintln!("fractus-agent vm: the allocator's heaps cannot be limited");
         return ExitCode::FAILURE;
     }

@@ -251,6 +251,53 @@ fn a_guest_that_cannot_be_kept_for_want_of_room_runs_on() -> Result {
     })
 }
 
+/// Who compresses allocates and frees much in its thread, at which the allocator must not think of anything that a process
+/// that is locked down may not do.
+#[test]
+fn a_large_guest_that_there_was_no_room_for_is_compressed_the_next_time() -> Result {
+    block_on(async {
+        let Some(probe) = probe() else {
+            println!("no /dev/kvm: nothing was tested");
+            return Ok(());
+        };
+        let cloud = Cloud::start().await;
+        let kernel = image_of(&probe);
+        cloud.add_image(&kernel, &probe);
+        let mut agent = Agent::start_on_a_small_disk_with("64m", &cloud, false).await?;
+        compress(&mut agent, "zstd").await?;
+        let mut machine =
+            Machine::start_with(&agent, &kernel, |spec| spec.memory_mib = 640).await?;
+        agent.console_says(machine.id, "tick 1 ").await?;
+        machine.asks("fill 500 7").await?;
+        let booted = nonce(&machine).await?;
+        machine.changed(|it| it.power = Power::Suspended).await?;
+        let report = machine.changed(|it| it.power = Power::Running).await?;
+        assert!(is_running(&report), "{report:?}");
+
+        let filler = agent.machine_folder(machine.id).join("filler");
+        let room = rustix::fs::statvfs(filler.parent().unwrap())?;
+        let file = std::fs::File::create(&filler)?;
+        let most = (room.f_bavail * room.f_frsize).saturating_sub(1 << 20);
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, most)?;
+        let report = machine.changed(|it| it.power = Power::Suspended).await?;
+        assert!(failure(&report).contains("not suspended"), "{report:?}");
+        let report = machine.changed(|it| it.power = Power::Running).await?;
+        assert!(is_running(&report), "{report:?}");
+        drop(file);
+        std::fs::remove_file(&filler)?;
+
+        for _ in 0..2 {
+            let report = machine.changed(|it| it.power = Power::Suspended).await?;
+            assert!(is_suspended(&report), "{report:?}");
+            let report = machine.changed(|it| it.power = Power::Running).await?;
+            assert!(is_running(&report), "{report:?}");
+            machine.asks("filled 500 7").await?;
+        }
+        assert_eq!(nonce(&machine).await?, booted);
+        Ok(())
+    })
+}
+
 /// Without KVM, too: all that surrounds the memory.
 #[test]
 fn what_a_suspended_machine_had_must_be_there_when_it_goes_on() -> Result {

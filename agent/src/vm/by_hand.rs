@@ -30,7 +30,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use fractus_agent_api::machine::{ServerId, StopReason};
-use fractus_vmm::config::{DiskConfig, MIN_CID, MachineConfig, NetConfig, VsockConfig};
+use fractus_vmm::config::{DiskConfig, MAX_MEMORY, MIN_CID, MachineConfig, NetConfig, VsockConfig};
 use fractus_vmm::stream::snapshot;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::time::{ClockId, clock_gettime};
@@ -170,8 +170,9 @@ fn open_snapshot(path: &Path, launch: &mut Launch) -> Result<OwnedFd, VmError> {
     let failed = |e: std::io::Error| named(path.display(), &e);
     let file = File::open(path).map_err(failed)?;
     let length = file.metadata().map_err(failed)?.len();
-    // One that is compressed may be smaller than the memory that it becomes.
+    // One that is compressed may be smaller than the memory that it becomes; and what it says of that is not checked yet.
     let memory = snapshot::memory_in(&file).unwrap_or_default();
+    let memory = memory.min(MAX_MEMORY);
     if let Some(jail) = &mut launch.jail {
         jail.file_size = jail.file_size.max(length).max(memory);
     }

@@ -2,6 +2,7 @@
 
 use fractus_agent_api::client::agent::Console;
 use fractus_agent_api::device::{DeviceId, DeviceState, Disk, DiskSource, Presence};
+use fractus_agent_api::machine::MachineSpec;
 use futures::{SinkExt, StreamExt};
 use tokio_tungstenite::tungstenite::Message;
 
@@ -40,11 +41,23 @@ pub struct Machine<'a> {
 
 impl<'a> Machine<'a> {
     pub async fn start(agent: &'a Agent, kernel: &ImageRef) -> Result<Self> {
-        let id = running(agent, kernel).await?;
+        Self::start_with(agent, kernel, |_| ()).await
+    }
+
+    /// One that is not quite the usual one.
+    pub async fn start_with(
+        agent: &'a Agent,
+        kernel: &ImageRef,
+        change: impl FnOnce(&mut MachineSpec),
+    ) -> Result<Self> {
+        let (id, mut wanted) = (new_id(), wanted(kernel, Power::Running));
+        change(&mut wanted.spec);
+        agent.put(id, &put(1, wanted.clone())).await?;
+        agent.settled(id, 1, is_running).await?;
         Ok(Self {
             agent,
             id,
-            wanted: wanted(kernel, Power::Running),
+            wanted,
             revision: 1,
         })
     }

@@ -103,6 +103,10 @@ fn from_file(mode: u8, squeezed: &[u8]) -> Result<(MachineState, GuestMemory), B
     if mode & SEALED != 0 {
         snapshot::seal(&file, mode & NUMBERED != 0)?;
     }
+    // One that is compressed may say that it has more.
+    if snapshot::memory_in(&file) > Some(FILE_MAX) {
+        return Err("more memory than is to be made".into());
+    }
     let loading = match mode & LAZY {
         0 => Loading::Eager,
         _ => Loading::Lazy,

@@ -2,8 +2,9 @@
 //!
 //! Of zstd the calls are used that take a whole block at once, and write to room that is given to them: what a hostile
 //! file says of sizes and windows makes nobody allocate. All that it asks the system for is memory for its context, by
-//! `malloc`, so it works in a thread that is locked down. A context is made with the first block and serves all of its
-//! thread's: some 300 KB to pack, 100 KB to unpack.
+//! `malloc`, which a thread that is locked down may do as long as the allocator opens no files: glibc's does, unless it is
+//! told never to make a heap smaller (`M_TRIM_THRESHOLD`), once so much was freed at the end of a thread's. A context is
+//! made with the first block and serves all of its thread's: some 300 KB to pack, 100 KB to unpack.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
