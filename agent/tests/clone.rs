@@ -69,8 +69,8 @@ fn write_as(
         .create_new(true)
         .open(path)?;
     let options = SnapshotOptions {
-        scope: Scope::Whole,
         compression,
+        ..Scope::Whole.into()
     };
     machine.snapshot_of(options, file, b"")?;
     let nonce = nonce.context("it does not say that it booted")?;

@@ -23,8 +23,8 @@ use rstest::rstest;
 
 fn all_of_it(compression: Compression) -> SnapshotOptions {
     SnapshotOptions {
-        scope: Scope::Whole,
         compression,
+        ..Scope::Whole.into()
     }
 }
 
@@ -134,7 +134,10 @@ fn snapshots_over_each_other_may_be_of_either_form(
         };
         guest.ok(&format!("fill {} {number}", 12 - 4 * number));
         let file = tempfile::tempfile().unwrap();
-        let options = SnapshotOptions { scope, compression };
+        let options = SnapshotOptions {
+            compression,
+            ..scope.into()
+        };
         let to = file.try_clone().unwrap();
         let report = guest.machine.snapshot_of(options, to, b"").unwrap();
         // What changed since, and little else.
@@ -245,6 +248,31 @@ fn on_a_small_disk(size: &str) -> File {
     let file = tempfile::tempfile_in(folder.path());
     run("umount", &["--lazy"]);
     file.unwrap()
+}
+
+/// It is slowed down, or stands still for longer, as fast or slow as this host is: whichever it is, nothing is lost.
+#[test]
+fn no_page_is_lost_of_a_guest_that_writes_more_than_fits_the_pause() {
+    let mut guest = Setup::new().memory_mib(256).start();
+    let nonce = guest.booted()["nonce"].clone();
+    guest.ok("touch 120");
+    guest.send("loudly weave 120");
+    guest.line("begun weave");
+    let file = tempfile::tempfile().unwrap();
+    let options = SnapshotOptions {
+        long_pause: true,
+        ..all_of_it(Compression::Zstd)
+    };
+    let to = file.try_clone().unwrap();
+    let report = guest.machine.snapshot_of(options, to, b"").unwrap();
+    println!("{report:?}");
+    assert_eq!(guest.machine.throttled(), 0);
+    let mut other = guest.cloned_from(file, &[]);
+    for each in [&mut other, &mut guest] {
+        each.send("");
+        each.line("ok weave");
+        assert_eq!(fields(&each.ok("info"))["nonce"], nonce);
+    }
 }
 
 /// A file that takes nothing more: the guest runs on, and what is there is no snapshot.

@@ -278,8 +278,8 @@ impl Guest for Traveller {
         note: &[u8],
     ) -> Result<(), GuestError> {
         let options = SnapshotOptions {
-            scope: Scope::Whole,
             compression,
+            ..Scope::Whole.into()
         };
         let written = self.at_home()?.snapshot_of(options, file, note);
         let report = written.map_err(|error| GuestError::Machine(super::chain(&error)))?;

@@ -263,6 +263,11 @@ impl VcpuSet {
         self.share.get()
     }
 
+    #[cfg(test)]
+    pub fn share(&self) -> Share {
+        self.share.clone()
+    }
+
     /// Asks every vCPU, then collects the answers in order.
     fn ask_all<T>(
         &self,

@@ -191,6 +191,8 @@ fn sharing(is_shared: bool, took: Duration, policy: &Policy) -> Sharing {
 
 const NOTHING: Round = Round {
     pages: 0,
+    left: 0,
+    throttled: 0,
     took: Duration::ZERO,
 };
 
@@ -260,8 +262,11 @@ impl DiskCopying {
     }
 
     fn after_round(&mut self) -> Decision {
-        let round = std::mem::replace(&mut self.round, NOTHING);
-        let left = self.copier.next_round() * PAGE as u64;
+        let round = Round {
+            left: self.copier.next_round(),
+            ..std::mem::replace(&mut self.round, NOTHING)
+        };
+        let left = round.left * PAGE as u64;
         self.round_began = Instant::now();
         let rate =
             u128::from(round.pages) * PAGE as u128 * 1_000_000 / round.took.as_micros().max(1);

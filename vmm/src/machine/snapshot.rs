@@ -2,8 +2,9 @@
 //!
 //! Memory is copied under the log of writes; what was written meanwhile is copied again, until little is left. Then the
 //! guest stands still: its state is saved and the pages that are left are copied to a buffer, which goes to the file
-//! when the guest runs again. So neither the size of memory nor a slow file is in the pause; but they are where the
-//! guest writes faster than is copied, and where vhost-net writes to its memory.
+//! when the guest runs again. So neither the size of memory nor a slow file is in the pause; but they are where
+//! vhost-net writes to memory. A guest that writes faster than is copied is slowed down until what is left fits the buffer
+//! ([`pace`]), and no snapshot is made of one that does so all the same, but where a long pause is asked for.
 //!
 //! A snapshot may have only what was written since another ([`Scope`]), which it is laid over when it is read; and each may
 //! be compressed ([`Compression`]), whatever those are that it is laid over.
@@ -13,6 +14,7 @@
 
 mod copy;
 mod log;
+mod pace;
 
 use std::fs::File;
 use std::time::{Duration, Instant};
@@ -24,20 +26,14 @@ use super::state::STATE_VERSION;
 use super::{BuildError, Machine, MachineError, MachineState, RunState, build};
 use crate::config::{MachineConfig, MachineFiles, MemoryConfig, PageSize};
 use crate::kvm::KvmError;
-use crate::memory::{GuestMemory, MemoryError};
+use crate::memory::{GuestMemory, MemoryError, PageSet};
 use crate::stream::snapshot::{self, Compression, Snapshot, SnapshotWriter};
 use crate::stream::{BLOCK, Mask, Opening, PAGE, StreamError, Totals, malformed};
 use crate::thread::ThreadHook;
 
 use copy::Copy;
 pub(super) use log::{Ledger, WriteLog};
-
-/// With so few pages left the guest is stopped for them: 4 MiB, a millisecond's copy.
-const FEW: u64 = 1024;
-/// After so many rounds it is stopped, however many are left.
-const ROUNDS: usize = 4;
-/// So many pages are copied to a buffer at most; more go to the file while the guest stands still.
-const MOST_KEPT: u64 = (64 << 20) / PAGE as u64;
+use pace::{MOST_KEPT, Next};
 
 /// Why a machine could not be written, or made from what was. A guest that ran runs on.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +74,10 @@ pub enum SnapshotError {
     Compressed,
     #[error("some of the machine's memory is elsewhere still")]
     Arriving,
+    #[error(
+        "the guest writes to its memory faster than the file takes it, also when it is slowed down: a faster disk, a quieter hour or a long pause is needed"
+    )]
+    TooBusy,
     #[error("read the guest's memory")]
     Read(#[source] std::io::Error),
     #[error("the machine's state cannot be {action}")]
@@ -122,11 +122,14 @@ pub enum Scope {
     Since,
 }
 
-/// What is written, and how. Of a [`Scope`] alone: not compressed.
+/// What is written, and how. Of a [`Scope`] alone: not compressed, and without a long pause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SnapshotOptions {
     pub scope: Scope,
     pub compression: Compression,
+    /// A guest that writes faster than the file takes it, also when it is slowed down, stands still for as long as the rest
+    /// takes; else there is no snapshot of it ([`SnapshotError::TooBusy`]).
+    pub long_pause: bool,
 }
 
 impl From<Scope> for SnapshotOptions {
@@ -134,6 +137,7 @@ impl From<Scope> for SnapshotOptions {
         SnapshotOptions {
             scope,
             compression: Compression::None,
+            long_pause: false,
         }
     }
 }
@@ -152,10 +156,24 @@ pub struct SnapshotReport {
     pub whole: Duration,
 }
 
+impl SnapshotReport {
+    /// How long the guest was slowed down, and to what share of the time its vCPUs were kept out of it at most, in percent;
+    /// zero: it was not.
+    pub fn slowed(&self) -> (Duration, u8) {
+        let slow = self.rounds.iter().filter(|round| round.throttled > 0);
+        let took = slow.clone().map(|round| round.took).sum();
+        (took, slow.map(|round| round.throttled).max().unwrap_or(0))
+    }
+}
+
 /// One copy of what had been written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Round {
     pub pages: u64,
+    /// Pages that had been written to meanwhile.
+    pub left: u64,
+    /// Percent of that time that vCPUs were kept out of the guest.
+    pub throttled: u8,
     pub took: Duration,
 }
 
@@ -166,7 +184,8 @@ impl Machine {
     ///
     /// # Errors
     /// The machine neither runs nor is paused, or it runs while it is being sent; the guest ends or resets itself
-    /// meanwhile, or something cannot be read or written; what is in the file then is taken for a snapshot by nobody.
+    /// meanwhile, or writes too fast, or something cannot be read or written; what is in the file then is taken for a
+    /// snapshot by nobody, and the guest runs on, as fast as ever.
     pub fn snapshot(&mut self, file: File, owner: &[u8]) -> Result<SnapshotReport, SnapshotError> {
         self.snapshot_of(Scope::Whole, file, owner)
     }
@@ -183,7 +202,8 @@ impl Machine {
         file: File,
         owner: &[u8],
     ) -> Result<SnapshotReport, SnapshotError> {
-        let SnapshotOptions { scope, compression } = options.into();
+        let options = options.into();
+        let scope = options.scope;
         let began = Instant::now();
         if self.state != RunState::Paused {
             self.expect(RunState::Running, "written to a snapshot")?;
@@ -207,7 +227,7 @@ impl Machine {
             (Scope::Since, Some(ledger)) => ledger.base(),
             _ => None,
         };
-        let written = self.write(file, compression, owner, base, ledger.as_mut());
+        let written = self.write(file, options, owner, base, ledger.as_mut());
         if let (Ok(report), Some(ledger)) = (&written, &mut ledger)
             && scope != Scope::Whole
         {
@@ -246,10 +266,10 @@ impl Machine {
     fn write(
         &mut self,
         file: File,
-        compression: Compression,
+        options: SnapshotOptions,
         owner: &[u8],
         base: Option<Uuid>,
-        mut ledger: Option<&mut Ledger>,
+        ledger: Option<&mut Ledger>,
     ) -> Result<SnapshotReport, SnapshotError> {
         let opening = Opening {
             id: Uuid::new_v4(),
@@ -268,16 +288,27 @@ impl Machine {
         let mut copy = Copy::begin(
             self.memory.clone(),
             self.board.threads.clone(),
-            SnapshotWriter::new(file, opening, compression)?,
+            SnapshotWriter::new(file, opening, options.compression)?,
         );
-        let state = match self.state {
-            RunState::Paused => {
+        let state = match (self.state, ledger) {
+            (RunState::Paused, ledger) => {
                 // First, since disks are written to the end for it: what is copied may go to theirs.
                 let state = self.packed()?;
-                report.last = copy.first(ledger.as_deref_mut())?;
+                report.last = copy.first(ledger)?;
                 state
             }
-            _ => self.copy_running(&mut copy, &mut report, ledger)?,
+            (_, Some(ledger)) => {
+                let state = self.copy_running(&mut copy, &mut report, ledger, options.long_pause);
+                // Whatever came of it.
+                self.vcpus.throttle(0);
+                state?
+            }
+            // What nobody logs is copied when nobody writes any more.
+            (_, None) => self.at_rest(&mut report, |machine, report| {
+                let state = machine.packed()?;
+                report.last = copy.first(None)?;
+                Ok(state)
+            })?,
         };
         report.totals = copy.finish(&state, owner)?;
         Ok(report)
@@ -347,74 +378,116 @@ impl Machine {
         Ok((read, bytes))
     }
 
-    /// Returns the state that goes with what `copy` has. What nobody logs is copied when nobody writes any more.
+    /// Returns the state that goes with what `copy` has. Whoever calls it takes the vCPUs' share away.
     fn copy_running(
         &mut self,
         copy: &mut Copy,
         report: &mut SnapshotReport,
-        mut ledger: Option<&mut Ledger>,
+        ledger: &mut Ledger,
+        long_pause: bool,
     ) -> Result<Vec<u8>, SnapshotError> {
-        if let Some(ledger) = ledger.as_deref_mut() {
-            let mut round = || -> Result<u64, SnapshotError> {
-                let (began, first) = (Instant::now(), report.rounds.is_empty());
-                let pages = match first {
-                    true => copy.first(Some(&mut *ledger))?,
-                    false => copy.again(&ledger.take()?)?,
-                };
-                let took = began.elapsed();
-                report.rounds.push(Round { pages, took });
-                Ok(pages)
+        let mut written = None;
+        loop {
+            let (round, mut rest) = self.round(copy, ledger, written.as_ref())?;
+            report.rounds.push(round);
+            let next = match self.board.requests.halting() {
+                true => Next::Stop,
+                false => pace::next(report.rounds.len(), report.slowed().0, &round),
             };
-            for _ in 0..ROUNDS {
-                if round()? <= FEW || self.board.requests.halting() {
-                    break;
+            match next {
+                Next::Again => {}
+                Next::Slow { percent } => self.vcpus.throttle(percent),
+                Next::GiveUp if !long_pause => return Err(SnapshotError::TooBusy),
+                Next::Stop | Next::GiveUp => {
+                    let stopped = self.at_rest(report, |machine, report| {
+                        machine.rest_of_it(copy, ledger, &mut rest, long_pause, report)
+                    });
+                    if let Some((state, kept)) = stopped? {
+                        for (number, mask, pages) in &kept {
+                            copy.amend(*number, *mask, pages)?;
+                        }
+                        return Ok(state);
+                    }
+                    // It wrote that much before it stood still.
+                    let left = rest.count();
+                    let slower = pace::slower(left, left, self.vcpus.throttled());
+                    self.vcpus.throttle(slower.ok_or(SnapshotError::TooBusy)?);
                 }
             }
+            written = Some(rest);
         }
+    }
 
+    /// Copies what was written, at first all; what was written meanwhile.
+    fn round(
+        &self,
+        copy: &mut Copy,
+        ledger: &mut Ledger,
+        written: Option<&PageSet>,
+    ) -> Result<(Round, PageSet), SnapshotError> {
+        let (began, throttled) = (Instant::now(), self.vcpus.throttled());
+        let pages = match written {
+            None => copy.first(Some(&mut *ledger))?,
+            Some(written) => copy.again(written)?,
+        };
+        let took = began.elapsed();
+        let rest = ledger.take()?;
+        let round = Round {
+            pages,
+            left: rest.count(),
+            throttled,
+            took,
+        };
+        Ok((round, rest))
+    }
+
+    /// The guest stands still for as long as `body` takes.
+    fn at_rest<T>(
+        &mut self,
+        report: &mut SnapshotReport,
+        body: impl FnOnce(&Machine, &mut SnapshotReport) -> Result<T, SnapshotError>,
+    ) -> Result<T, SnapshotError> {
         let began = Instant::now();
         if let Err(error) = self.rest() {
             self.run_on(&error);
             return Err(error.into());
         }
         self.state = RunState::Paused;
-        let kept = self.at_rest(copy, ledger);
+        let outcome = body(self, report);
         if let Err(error) = self.run() {
             self.run_on(&error);
             return Err(error.into());
         }
-        report.pause = began.elapsed();
-        let (state, kept) = kept?;
-        report.last = kept.pages;
-        for (number, mask, pages) in &kept.blocks {
-            copy.amend(*number, *mask, pages)?;
-        }
-        Ok(state)
+        report.pause += began.elapsed();
+        outcome
     }
 
-    /// What only a guest that stands still shows.
-    fn at_rest(
+    /// What only a guest that stands still shows, and those pages that are left besides `rest`, which are in it then; none:
+    /// they are too many.
+    fn rest_of_it(
         &self,
         copy: &mut Copy,
-        ledger: Option<&mut Ledger>,
-    ) -> Result<(Vec<u8>, Kept), SnapshotError> {
+        ledger: &mut Ledger,
+        rest: &mut PageSet,
+        long_pause: bool,
+        report: &mut SnapshotReport,
+    ) -> Result<Option<AtRest>, SnapshotError> {
         let state = self.packed()?;
-        let mut kept = Kept::default();
-        let Some(ledger) = ledger else {
-            kept.pages = copy.first(None)?;
-            return Ok((state, kept));
-        };
-        let written = ledger.take()?;
-        kept.pages = written.count();
-        if kept.pages > MOST_KEPT {
-            copy.again(&written)?;
-            return Ok((state, kept));
+        rest.join(&ledger.take()?);
+        report.last = rest.count();
+        let mut kept = Vec::new();
+        if report.last <= MOST_KEPT {
+            for (number, mask) in rest.blocks() {
+                kept.push((number, mask, read_pages(&self.memory, number, mask)?));
+            }
+        } else if long_pause {
+            copy.again(rest)?;
+        } else {
+            return Ok(None);
         }
-        for (number, mask) in written.blocks() {
-            let pages = read_pages(&self.memory, number, mask)?;
-            kept.blocks.push((number, mask, pages));
-        }
-        Ok((state, kept))
+        // What is still to be written is written while it runs as fast as ever.
+        self.vcpus.throttle(0);
+        Ok(Some((state, kept)))
     }
 }
 
@@ -523,13 +596,11 @@ pub(super) fn unpacked(bytes: &[u8]) -> Result<MachineState, SnapshotError> {
     }
 }
 
-/// Pages as they were in the pause.
-#[derive(Default)]
-struct Kept {
-    pages: u64,
-    /// Number, which pages, and they.
-    blocks: Vec<(u64, Mask, Vec<u8>)>,
-}
+/// Pages of a block as they were in the pause: its number, which pages, and they.
+type Kept = (u64, Mask, Vec<u8>);
+
+/// What goes to the file when the guest runs again: its state, and pages.
+type AtRest = (Vec<u8>, Vec<Kept>);
 
 /// Some pages of a block, each whole.
 pub(super) fn read_pages(
@@ -550,5 +621,7 @@ pub(super) fn read_pages(
     Ok(pages)
 }
 
+#[cfg(test)]
+mod busy;
 #[cfg(test)]
 mod tests;

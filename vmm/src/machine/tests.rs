@@ -43,14 +43,14 @@ impl Device for Stubborn {
 }
 
 /// 1: in al, LSR; test al, 1; jz 1b; then echo what came; jmp 1b.
-fn echo() -> Guest {
+pub(super) fn echo() -> Guest {
     Guest::new()
         .bytes(&[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb])
         .echo(0x3f8)
         .bytes(&[0xeb, 0xeb])
 }
 
-fn answers(rig: &mut Rig, text: &str) {
+pub(super) fn answers(rig: &mut Rig, text: &str) {
     rig.serial.write_all(text.as_bytes()).unwrap();
     assert_eq!(rig.hear(text.len()), text);
 }

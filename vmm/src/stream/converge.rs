@@ -40,19 +40,19 @@ impl Throttle {
     /// All that keeps it alive.
     pub const MOST: u8 = 99;
 
-    /// The share with which a round like the last one would leave a [`WANTED`] part; `None`: it needs none, or there is no
+    /// The share with which a round like one that `sent` so much and `left` so much would leave a [`WANTED`] part; `None`: it needs none, or there is no
     /// greater one. A guest that has written to all that was copied may write many times as fast: that shows next time.
-    fn beyond(self, standing: &Standing) -> Option<u8> {
-        let (left, sent) = (u128::from(standing.left), u128::from(standing.sent));
+    pub(crate) fn beyond(self, left: u64, sent: u64, throttled: u8) -> Option<u8> {
+        let (left, sent) = (u128::from(left), u128::from(sent));
         // Of a round that went through nothing there is nothing to tell.
         if sent == 0 || left * u128::from(HELPED) <= sent {
             return None;
         }
-        let runs = u128::from(100 - standing.throttled.min(Self::MOST));
+        let runs = u128::from(100 - throttled.min(Self::MOST));
         let suits = runs * sent / (left * u128::from(WANTED)).max(1);
         let next = 100 - u8::try_from(suits).unwrap_or(100).min(100);
         let next = next.min(self.most).min(Self::MOST);
-        (next > standing.throttled).then_some(next)
+        (next > throttled).then_some(next)
     }
 }
 
@@ -111,7 +111,7 @@ pub fn decide(policy: &Policy, standing: &Standing) -> Decision {
     if !late
         && policy.at_limit != AtLimit::PostCopy
         && let Some(throttle) = policy.throttle
-        && let Some(percent) = throttle.beyond(standing)
+        && let Some(percent) = throttle.beyond(standing.left, standing.sent, standing.throttled)
     {
         return Decision::Throttle { percent };
     }

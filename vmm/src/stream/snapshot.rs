@@ -30,6 +30,8 @@
 mod head;
 mod packing;
 mod sink;
+#[cfg(test)]
+pub(crate) mod slow;
 mod table;
 
 use std::fs::File;

@@ -26,6 +26,8 @@ pub struct Sink {
     is_over: bool,
     /// None: pages go to their places.
     packing: Option<Packing>,
+    #[cfg(test)]
+    before: Option<super::slow::Hook>,
 }
 
 struct Packing {
@@ -53,6 +55,8 @@ impl Sink {
             memory,
             is_over,
             packing,
+            #[cfg(test)]
+            before: super::slow::hook(),
         }
     }
 
@@ -65,6 +69,8 @@ impl Sink {
         Sink {
             file: Arc::clone(&self.file),
             packing,
+            #[cfg(test)]
+            before: self.before.clone(),
             ..*self
         }
     }
@@ -97,6 +103,10 @@ impl Sink {
         known: Mask,
         new: Mask,
     ) -> Result<Entry, StreamError> {
+        #[cfg(test)]
+        if let Some(before) = &self.before {
+            before().map_err(io("write"))?;
+        }
         let start = number.saturating_mul(BLOCK as u64);
         let size = self.memory.saturating_sub(start).min(BLOCK as u64);
         if content.is_empty() || content.len() as u64 != size {
