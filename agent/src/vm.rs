@@ -29,6 +29,7 @@ pub mod seccomp;
 mod stand_in;
 pub mod supervise;
 mod traveller;
+mod working_set;
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};

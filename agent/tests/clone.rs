@@ -12,11 +12,14 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use common::*;
 use fractus_vmm::config::{BalloonConfig, ConsoleFiles, MachineConfig, MachineFiles};
 use fractus_vmm::machine::{Compression, Machine, Scope, SnapshotOptions};
+use fractus_vmm::stream::snapshot::Snapshot;
+use fractus_vmm::stream::working_set::WorkingSet;
 
 fn config(memory: u64) -> MachineConfig {
     let mut config = MachineConfig::minimal(memory);
@@ -101,7 +104,11 @@ struct Clone {
 
 impl Clone {
     fn start(config: &Path, how: &str, snapshot: &Path) -> Result<Self> {
-        let mut process = by_hand(config, how, snapshot)
+        Self::spawn(&mut by_hand(config, how, snapshot))
+    }
+
+    fn spawn(command: &mut Command) -> Result<Self> {
+        let mut process = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
@@ -261,5 +268,82 @@ fn a_compressed_guest_goes_on_in_a_jail_and_is_not_cloned() -> Result {
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success());
     assert!(said.contains("is compressed"), "{said}");
+    Ok(())
+}
+
+/// By whoever starts it: the clone's own process has neither the file nor /proc.
+#[test]
+fn what_a_clone_touches_is_recorded_and_read_ahead_for_the_next() -> Result {
+    let Some(folder) = Folder::new()? else {
+        return Ok(());
+    };
+    let snapshot = folder.snapshot();
+    let (nonce, _) = write(&folder.kernel(), config(64 << 20), &snapshot)?;
+    for jail in [None, Some("--no-jail")] {
+        let path = folder.0.path().join(format!("set{}", jail.unwrap_or("")));
+        let command = || {
+            let mut command = by_hand(&folder.config(), "--clone", &snapshot);
+            command.arg("--working-set").arg(&path).args(jail);
+            command
+        };
+        let mut first = Clone::spawn(&mut command())?;
+        assert!(first.ask("zeros 10")?.ends_with("pages=0"));
+        let by = Instant::now() + PATIENCE;
+        while !path.exists() {
+            assert!(Instant::now() < by, "nothing is recorded");
+            first.line("tick ")?;
+        }
+        drop(first);
+        let open = Snapshot::open(File::open(&snapshot)?)?;
+        let set = WorkingSet::read(File::open(&path)?, &open)?;
+        let bytes = set.bytes();
+        assert!((1..20 << 20).contains(&bytes), "{bytes}");
+        // Twice: it is read, and nobody records it again.
+        let written = path.metadata()?.modified()?;
+        for _ in 0..2 {
+            let mut next = Clone::spawn(&mut command())?;
+            let tick = next.line("tick ")?;
+            assert_eq!(nonce_in(&tick, "tick "), Some(nonce.clone()), "{tick}");
+            assert!(next.ask("zeros 20")?.ends_with("pages=0"));
+            assert!(next.ask("echo alive")?.contains("alive"));
+            // Longer than it takes to record one.
+            let until = Instant::now() + Duration::from_secs(3);
+            while jail.is_none() && Instant::now() < until {
+                next.line("tick ")?;
+            }
+        }
+        assert_eq!(path.metadata()?.modified()?, written);
+        assert_eq!(
+            folder.0.path().read_dir()?.count(),
+            4 + usize::from(jail.is_some())
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_clone_with_a_set_that_is_none_of_its_snapshot_goes_on_and_says_so() -> Result {
+    let Some(folder) = Folder::new()? else {
+        return Ok(());
+    };
+    let snapshot = folder.snapshot();
+    write(&folder.kernel(), config(64 << 20), &snapshot)?;
+    let path = folder.0.path().join("set");
+    std::fs::write(&path, b"something else")?;
+    let mut command = by_hand(&folder.config(), "--clone", &snapshot);
+    command.arg("--working-set").arg(&path);
+    let mut clone = Clone::spawn(command.stderr(Stdio::piped()))?;
+    assert!(clone.ask("zeros 20")?.ends_with("pages=0"));
+    writeln!(clone.input, "poweroff")?;
+    let mut said = String::new();
+    let errors = clone.process.stderr.take().context("a pipe")?;
+    BufReader::new(errors).read_to_string(&mut said)?;
+    assert!(clone.process.wait()?.success());
+    assert!(said.contains("is not used"), "{said}");
+    assert_eq!(std::fs::read(&path)?, b"something else");
+    // It is for what is mapped.
+    let mut resumed = by_hand(&folder.config(), "--resume", &snapshot);
+    resumed.arg("--working-set").arg(&path).stdin(Stdio::null());
+    assert!(!resumed.output()?.status.success());
     Ok(())
 }

@@ -1,5 +1,5 @@
 //! One machine without an agent: `fractus-agent vm --config FILE [--no-jail] [--tap NAME] [--stamp] [--resume FILE |
-//! --clone FILE]`, for benchmarks, tests and trying things out.
+//! --clone FILE [--working-set FILE]]`, for benchmarks, tests and trying things out.
 //!
 //! FILE is JSON:
 //! ```json
@@ -19,7 +19,9 @@
 //! FILE. With `--stamp` the first line on standard error is CLOCK_MONOTONIC, in nanoseconds, of the moment
 //! before the machine's process is cloned. With `--resume` the guest goes on from a snapshot, which is read first; with
 //! `--clone` it is one of several that do, and what it does not write to is theirs together: the snapshot is mapped, and
-//! has to stay as it is; one that is compressed cannot be mapped. Of `machine` counts then which of the host's CPUs it
+//! has to stay as it is; one that is compressed cannot be mapped. What `--working-set` says that other clones touched of it is read ahead
+//! ([`super::working_set`]); where that file is not there, what this one touches in its first seconds is recorded in it. Of
+//! `machine` counts then which of the host's CPUs it
 //! may use. The exit status is 0 when the guest powered off or was stopped, else 1 with the reason on standard error.
 
 use std::ffi::{CString, OsString};
@@ -37,6 +39,7 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
 
 use super::protocol::{FileRole, FromMachine, JailConfig, Launch, MachineEvent, ToMachine};
+use super::working_set::{self, Recorder};
 use super::{VmError, packet, system};
 use crate::machine::process::nest::{self, Making};
 use crate::machine::process::sockets;
@@ -106,14 +109,14 @@ fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
     let usage = || VmError::ByHand {
         path: "vm".to_owned(),
         detail: "usage: fractus-agent vm --config FILE [--no-jail] [--tap NAME] [--stamp] \
-                 [--resume FILE | --clone FILE]"
+                 [--resume FILE | --clone FILE [--working-set FILE]]"
             .to_owned(),
     };
     let [flag, path, rest @ ..] = arguments.as_slice() else {
         return Err(usage());
     };
     let (mut jailed, mut stamped, mut taps) = (true, false, Vec::new());
-    let mut snapshot = None;
+    let (mut snapshot, mut set) = (None, None);
     let mut rest = rest.iter();
     while let Some(word) = rest.next() {
         match word.to_str() {
@@ -127,6 +130,9 @@ fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
                 let path = rest.next().ok_or_else(usage)?;
                 snapshot = Some((role, PathBuf::from(path)));
             }
+            Some("--working-set") if set.is_none() => {
+                set = Some(PathBuf::from(rest.next().ok_or_else(usage)?));
+            }
             Some("--tap") => {
                 let name = rest.next().and_then(|name| name.to_str());
                 taps.push(name.ok_or_else(usage)?.to_owned());
@@ -137,6 +143,11 @@ fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
     if flag != "--config" {
         return Err(usage());
     }
+    let recorder = match (set, &snapshot) {
+        (Some(set), Some((FileRole::Template, path))) => working_set::begin(set, path.clone()),
+        (Some(_), _) => return Err(usage()),
+        (None, _) => None,
+    };
     let io = |what| move |source| VmError::System { what, source };
     // An agent has it from its start; here it is made beside the rest.
     let nest = jailed.then(|| std::thread::spawn(nest::mounts));
@@ -155,13 +166,16 @@ fn run(arguments: Vec<OsString>) -> Result<StopReason, VmError> {
         let panicked = |_| Err(std::io::Error::other("its thread panicked"));
         let mounts = nest.join().unwrap_or_else(panicked);
         let mounts = mounts.map_err(io("an empty root"))?;
-        return apart(launch, files, mounts, network, stamped);
+        return apart(launch, files, mounts, network, stamped, recorder);
     }
     let mut parts = super::assemble(launch, files)?;
     parts
         .guest
         .start()
         .map_err(|e| VmError::Build(e.to_string()))?;
+    if let Some(recorder) = recorder {
+        recorder.record(std::process::id());
+    }
     Ok(parts.run())
 }
 
@@ -321,6 +335,7 @@ fn apart(
     mounts: BorrowedFd<'static>,
     network: Making,
     stamped: bool,
+    mut recorder: Option<Recorder>,
 ) -> Result<StopReason, VmError> {
     let io = |what| move |source| VmError::System { what, source };
     let binary = File::open("/proc/self/exe").map_err(io("opening our binary"))?;
@@ -366,6 +381,16 @@ fn apart(
                 _,
             )) => {
                 outcome = Ok(reason);
+            }
+            Ok((
+                FromMachine::Event {
+                    event: MachineEvent::Running,
+                },
+                _,
+            )) => {
+                if let Some(recorder) = recorder.take() {
+                    recorder.record(spawned.pid.unsigned_abs());
+                }
             }
             Ok((FromMachine::Failed { detail }, _)) => outcome = Err(VmError::Build(detail)),
             Ok(_) => {}

@@ -102,7 +102,7 @@ const BENCHES: &[Bench] = &[
     },
     Bench {
         name: "restore",
-        about: "a guest that goes on from a file to its next output; memory of each of 20 that do; beside QEMU",
+        about: "a guest that goes on from a file to its next output; memory of each of 20 that do; beside QEMU; clones of a cold file",
         run: snapshot::restored,
     },
     Bench {

@@ -5,6 +5,8 @@
 //! A gap is the longest time in which the guest did not see its time stamp counter go on, in the second of the snapshot;
 //! `lost` is how much of the guest's work of that second was not done, as time at the pace of the second before.
 
+mod cold;
+
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
@@ -425,6 +427,7 @@ pub fn restored(rounds: usize) -> anyhow::Result<Vec<Figure>> {
         rows.beside(theirs.clone());
     }
     clones(&bed, &mut rows)?;
+    cold::clones(rounds, &mut rows)?;
     Ok(rows.0)
 }
 

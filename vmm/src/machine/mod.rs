@@ -237,7 +237,8 @@ impl Machine {
         &self.config
     }
 
-    /// Percent of the time that vCPUs are kept out of the guest, which is being sent and was not caught up with.
+    /// Percent of the time that vCPUs are kept out of the guest, which is being sent or written to a snapshot and was not
+    /// caught up with.
     pub fn throttled(&self) -> u8 {
         self.vcpus.throttled()
     }

@@ -16,6 +16,7 @@ pub mod frame;
 pub mod live;
 mod pages;
 pub mod snapshot;
+pub mod working_set;
 
 use std::io;
 
