@@ -433,14 +433,16 @@ impl World {
     }
 
     pub async fn open_subjects(&self) -> Vec<String> {
-        let open = operation::unfinished(self.database().reader(), None)
-            .await
-            .unwrap();
-        let open = open.into_iter().filter(|row| row.parked.is_none());
-        open.map(|row| row.subject)
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .collect()
+        let open = self.open().await.into_iter();
+        let subjects: BTreeSet<_> = open.map(|row| row.subject).collect();
+        subjects.into_iter().collect()
+    }
+
+    /// What is under way.
+    async fn open(&self) -> Vec<operation::row::Model> {
+        let open = operation::unfinished(self.database().reader(), None).await;
+        let open = open.unwrap().into_iter();
+        open.filter(|row| row.parked.is_none()).collect()
     }
 
     pub(super) fn any_host(&mut self) -> Arc<SimulatedHost> {
@@ -714,6 +716,9 @@ impl World {
 
     /// What hosts and rows say of all machines.
     pub async fn fingerprint(&self) -> (BTreeMap<HostId, String>, Vec<String>, String) {
+        // One that has just begun to wait for something that takes its time is not at rest.
+        let open = self.open().await.into_iter();
+        let open = open.map(|row| format!("{} {} at {}", row.subject, row.kind, row.step));
         let hosts = self.hosts.iter().map(|host| {
             let report = host.full_report();
             let machines: Vec<_> = report.machines.iter().map(|m| format!("{m:?}")).collect();
@@ -726,7 +731,7 @@ impl World {
                 .unwrap();
             rows.push_str(&format!("{machines:?}"));
         }
-        (hosts.collect(), self.open_subjects().await, rows)
+        (hosts.collect(), open.collect(), rows)
     }
 }
 

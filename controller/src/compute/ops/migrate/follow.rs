@@ -211,16 +211,26 @@ impl Step for Follow {
         if following == Following::Coming {
             return Ok(Progress::Wait(ASK_AGAIN));
         }
+        let owes = |said: Option<&MachineReport>| {
+            let state = said.and_then(|said| state_of(said, state.migration));
+            matches!(state, Some(Stream::Offered { owes: true, .. }))
+        };
+        if owes(machines.fleet().machine(state.source, server).as_ref()) {
+            // Its last word is of interest, and nothing depends on it; who has all that it owed may say so before it does.
+            let said = machines.ask(state.source, server).await.ok().flatten();
+            let target = known
+                .host
+                .and_then(|host| machines.fleet().machine(host, server));
+            let lives = target.is_some_and(|target| !has_ended(&target));
+            let has_all = following == Following::Whole && lives;
+            let now = self.tools.clock.now_us();
+            let handovers = &self.tools.handovers;
+            if owes(said.as_ref()) && has_all && handovers.awaits_last_word(state.migration, now) {
+                return Ok(Progress::Wait(ASK_AGAIN));
+            }
+        }
         let verdict = (known.age(), following);
         self.verdicts().insert(operation.id, verdict);
-        let heard = machines.fleet().machine(state.source, server);
-        let stale = heard
-            .as_ref()
-            .and_then(|heard| state_of(heard, state.migration));
-        if let Some(Stream::Offered { owes: true, .. }) = stale {
-            // Its last word is of interest, and nothing depends on it.
-            drop(machines.ask(state.source, server).await);
-        }
         Ok(Progress::Done)
     }
 

@@ -35,7 +35,12 @@ struct Moments {
     told: Option<i64>,
     /// The target has said that the guest goes on.
     runs: Option<i64>,
+    /// The target has said that all of the guest's memory is there, and the source not yet.
+    whole: Option<i64>,
 }
+
+/// How long a source may take to say that it has heard that, microseconds.
+const LAST_WORD_US: i64 = 8_000_000;
 
 impl Handovers {
     pub(super) fn offered(&self, id: MigrationId, at_us: i64) {
@@ -46,7 +51,18 @@ impl Handovers {
             moved: None,
             told: None,
             runs: None,
+            whole: None,
         });
+    }
+
+    /// The target has everything, and the source may be about to say what that took.
+    pub(super) fn awaits_last_word(&self, id: MigrationId, now_us: i64) -> bool {
+        let mut all = self.all();
+        let Some(moments) = all.get_mut(&id) else {
+            return false;
+        };
+        let since = *moments.whole.get_or_insert(now_us);
+        now_us - since < LAST_WORD_US
     }
 
     pub(super) fn moved(&self, id: MigrationId, at_us: i64) {
@@ -140,6 +156,16 @@ mod tests {
         assert_eq!(handovers.parts(ID), Some(parts.clone()));
         handovers.told(ID, 5_000);
         assert_eq!(handovers.parts(ID), Some(parts));
+    }
+
+    #[test]
+    fn a_sources_last_word_is_waited_for_a_while_by_whoever_has_seen_its_first() {
+        let handovers = Handovers::default();
+        assert!(!handovers.awaits_last_word(ID, 1_000));
+        handovers.offered(ID, 1_000);
+        assert!(handovers.awaits_last_word(ID, 5_000));
+        assert!(handovers.awaits_last_word(ID, 5_000 + LAST_WORD_US - 1));
+        assert!(!handovers.awaits_last_word(ID, 5_000 + LAST_WORD_US));
     }
 
     #[test]
