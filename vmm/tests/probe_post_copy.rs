@@ -10,7 +10,8 @@
 mod probe_guest;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
@@ -24,7 +25,7 @@ use fractus_vmm::machine::{
     RunState, Sender,
 };
 use fractus_vmm::stream::converge::{AtLimit, Decision, Policy};
-use probe_guest::{Guest, Sent, Setup, fields};
+use probe_guest::{Disks, Guest, Sent, Setup, fields};
 use rstest::rstest;
 
 /// Generous: a loaded machine is no failure.
@@ -163,6 +164,45 @@ fn disks_work_with_memory_that_has_not_come() {
     }
     guest.send("reboot");
     guest.booted();
+}
+
+/// What was sent of a disk and is zero since, of a guest whose memory is to follow it at once.
+#[test]
+fn what_is_zero_again_of_a_disk_is_zero_there() {
+    const BYTES: u64 = 8 << 20;
+    const ZERO: u64 = 65536;
+    let [disk, there] = [(); 2].map(|()| tempfile::tempfile().unwrap());
+    disk.set_len(BYTES).unwrap();
+    let mut guest = Setup::new().disk(&disk, |_| {}).boot();
+    guest.ok("disk-write 0 0 4194304 11");
+    let first = |disk: &File| {
+        let mut page = [0; 4096];
+        disk.read_exact_at(&mut page, 0).unwrap();
+        page
+    };
+    assert_ne!(first(&disk), [0; 4096]);
+    let mut typing = guest.line_in();
+    let (near, far) = wire();
+    let disks = [&there];
+    let disks = Disks::Go(&disks, BYTES);
+    let sent = guest.sent_to(after(Duration::ZERO), disks, near, far, |step, _| {
+        // Its first pages are on their way, and some are not.
+        if step == 1 {
+            let zero = format!("disk-zero 0 0 {ZERO}\n");
+            typing.write_all(zero.as_bytes()).unwrap();
+            let by = Instant::now() + PATIENCE;
+            while first(&disk) != [0; 4096] {
+                assert!(Instant::now() < by, "it writes nothing");
+                std::thread::yield_now();
+            }
+        }
+    });
+    let (payer, mut guest) = parted(sent);
+    payer.end();
+    assert_eq!(first(&there), [0; 4096]);
+    let rest = 4_194_304 - ZERO;
+    guest.send(&format!("disk-check 0 {ZERO} {rest} 11"));
+    guest.line("ok disk-check");
 }
 
 /// Broken, and gone on with, as often as it is.

@@ -327,6 +327,8 @@ impl<S: Read + Write> Sender<S> {
             let written = self.journal.take()?;
             left.join(&written);
             if self.wants_a_round(&left) {
+                // Some of it was there before, and what is zero by now was not then.
+                self.journal.has_gone();
                 self.pending = Pending::new(left);
                 return Ok(None);
             }

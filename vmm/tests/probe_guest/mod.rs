@@ -346,6 +346,11 @@ impl Guest {
         }
     }
 
+    /// For who types while somebody else has the guest.
+    pub fn line_in(&self) -> UnixStream {
+        self.serial.try_clone().expect("another descriptor")
+    }
+
     /// The next event for which `wanted` is true; others are dropped.
     pub fn event(&mut self, wanted: impl Fn(&Event) -> bool) -> Event {
         let deadline = Instant::now() + PATIENCE;
