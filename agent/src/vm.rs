@@ -42,6 +42,7 @@ use fractus_vmm::cpu;
 use fractus_vmm::kvm::Hypervisor;
 use fractus_vmm::machine::{self, Feeder, Landing, Loading, Machine};
 use fractus_vmm::memory::Faults;
+use fractus_vmm::stream::lane::Connections;
 use fractus_vmm::stream::snapshot::Snapshot;
 use fractus_vmm::thread::{ThreadHook, ThreadKind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socketpair};
@@ -479,7 +480,7 @@ fn build(
     let Some(kvm) = kvm else {
         let hook = move || lock.down(seccomp::Kind::Console);
         if let Some(end) = arrival {
-            let stream = comes_by(end)?;
+            let stream = comes_by(end)?.main;
             return stand_in::arrive(stream, launch, lines.serial, disks, nets, hook);
         }
         let guest = stand_in::StandIn::new(lines.serial, &launch.config, disks, nets, hook)
@@ -567,8 +568,8 @@ fn can_be_here(launch: &Launch, files: &MachineFiles) -> Result<(), VmError> {
     checked.map_err(|lacks| refused(&lacks))
 }
 
-/// The connection by which a guest comes, once somebody has come that sends it.
-fn comes_by(end: OwnedFd) -> Result<Sealed<Leashed>, VmError> {
+/// The connections by which a guest comes, once somebody has come that sends it.
+fn comes_by(end: OwnedFd) -> Result<Connections<Sealed<Leashed>>, VmError> {
     let connected = seal::borrow(UnixStream::from(end)).and_then(seal::arrival);
     connected.map_err(|source| VmError::System {
         what: "the connection by which the guest comes",
@@ -593,7 +594,7 @@ fn arrive(
     can_be_here(launch, &files)?;
     let stream = comes_by(end)?;
     let Comes { mut faults, lines } = comes;
-    if stream.is_sealed() {
+    if stream.main.is_sealed() {
         // By a connection of its own no memory follows a guest.
         faults = None;
     }
@@ -615,7 +616,7 @@ fn arrive(
         })
     };
     let land = |owner: &[u8]| land(owner).map_err(|error| error.to_string());
-    let arrived = machine::receive(stream, &launch.config, land, Some(hook))
+    let arrived = machine::receive_by(stream, &launch.config, land, Some(hook))
         .map_err(|error| VmError::Build(chain(&error)))?;
     log::line(format_args!("arrived: {:?}", arrived.report));
     let note = Note::read(&arrived.owner)?;

@@ -8,8 +8,13 @@ use fractus_tests::harness::{Client, Cloud, OpenStack, Options, Typed, asks, unt
 use serde_json::{Value, json};
 
 async fn two_hosts() -> Cloud {
+    two_hosts_told(&[]).await
+}
+
+async fn two_hosts_told(serve: &'static [&'static str]) -> Cloud {
     let options = Options {
         agents: 2,
+        serve,
         ..Options::default()
     };
     Cloud::start(options).await.unwrap()
@@ -58,7 +63,7 @@ async fn one_process(cloud: &Cloud) {
 
 #[tokio::test]
 async fn cloud_a_server_goes_to_another_host_and_back_by_the_openstack_client() {
-    let cloud = two_hosts().await;
+    let cloud = two_hosts_told(&["--migration-connections=2"]).await;
     let openstack = OpenStack::new(&cloud);
     let admin = cloud.admin().await.unwrap().at(96);
     cloud.probe_image(&admin, "tick_ms=20").await.unwrap();
@@ -95,6 +100,10 @@ async fn cloud_a_server_goes_to_another_host_and_back_by_the_openstack_client() 
             (&migration["source_compute"], &migration["dest_compute"]),
             (&json!(from), &json!(to))
         );
+        let uuid = migration["uuid"].as_str().unwrap();
+        let shown = admin.get(&format!("/fractus/v1/migrations/{uuid}")).await;
+        let shown = shown.unwrap().body;
+        assert_eq!(shown["migration"]["progress"]["lanes"], 2, "{shown}");
         one_process(&cloud).await;
     }
     assert_eq!(host_of(&admin, &id).await, first);

@@ -25,7 +25,9 @@ pub enum ThreadKind {
     Console,
     /// What of the guest's memory comes after it.
     Pages,
-    /// Makes threads of kinds `Block` and `Net` for what comes later, and does nothing else.
+    /// Guest memory by a connection between two processes, out or in.
+    Lane,
+    /// Makes threads of kinds `Block`, `Net` and `Lane` for what comes later, and does nothing else.
     Spawner,
     /// The one that owns the machine. The embedder's own: never started here.
     Main,

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::thread::{ThreadKind, Threads};
 
-const WORKS: usize = 3;
+const WORKS: usize = 4;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -120,6 +120,8 @@ pub enum Work {
     Net,
     /// A half of what the machine's owner copies to a file.
     Copy,
+    /// Memory that goes to another process by a connection of its own.
+    Lane,
 }
 
 impl Work {
@@ -127,6 +129,7 @@ impl Work {
         match self {
             Work::Block | Work::Copy => ThreadKind::Block,
             Work::Net => ThreadKind::Net,
+            Work::Lane => ThreadKind::Lane,
         }
     }
 }
@@ -282,11 +285,12 @@ impl Later {
 
 impl State {
     fn room_of(&mut self, work: Work) -> &mut usize {
-        let [block, net, copy] = &mut self.room;
+        let [block, net, copy, lane] = &mut self.room;
         match work {
             Work::Block => block,
             Work::Net => net,
             Work::Copy => copy,
+            Work::Lane => lane,
         }
     }
 }
@@ -312,7 +316,12 @@ mod tests {
     use crate::request::{Request, channel};
     use crate::thread::ThreadHook;
 
-    const ROOM: [(Work, usize); WORKS] = [(Work::Block, 1), (Work::Net, 1), (Work::Copy, 1)];
+    const ROOM: [(Work, usize); WORKS] = [
+        (Work::Block, 1),
+        (Work::Net, 1),
+        (Work::Copy, 1),
+        (Work::Lane, 1),
+    ];
 
     #[test]
     fn sealed_work_gets_a_thread_behind_its_hook_as_long_as_there_is_room() {
@@ -398,7 +407,7 @@ mod tests {
                 drop(go);
                 ending.join().unwrap();
             }
-            assert_eq!(lock(&threads.later().state).room, [1, 1, 1]);
+            assert_eq!(lock(&threads.later().state).room, [1; WORKS]);
         }
     }
 
@@ -408,7 +417,7 @@ mod tests {
         let threads = Threads::new(None, requests);
         assert!(
             threads
-                .prepare([(Work::Block, 0), (Work::Net, 0), (Work::Copy, 0)])
+                .prepare(ROOM.map(|(work, _)| (work, 0)))
                 .unwrap()
                 .is_none()
         );

@@ -56,7 +56,14 @@ pub struct Departure {
     /// The machine's process may speak with the other one itself: memory will not follow.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub direct: bool,
+    /// Connections by which memory goes besides the stream's own ([`crate::tls::stream::Place`]), where the processes speak
+    /// themselves and both sides can; as many as [`MOST_LANES`] at most. 0: it goes by that one.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub lanes: u8,
 }
+
+/// Connections by which memory goes at once at most.
+pub const MOST_LANES: u8 = 8;
 
 /// Part of the target's intent: a guest is to come.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -209,6 +216,9 @@ pub struct Progress {
     /// Percent of the time that vCPUs are kept out of the guest now.
     #[serde(skip_serializing_if = "is_none")]
     pub throttled: u8,
+    /// Connections by which its memory goes besides the stream's own.
+    #[serde(skip_serializing_if = "is_none")]
+    pub lanes: u8,
     /// While the guest ran, the first of all that there was.
     pub rounds: Vec<Round>,
     /// How long the guest stood still on the source, for what.
@@ -232,8 +242,8 @@ pub struct Followed {
     pub took_us: u64,
 }
 
-fn is_none(percent: &u8) -> bool {
-    *percent == 0
+fn is_none(number: &u8) -> bool {
+    *number == 0
 }
 
 /// One copy of what had been written to.

@@ -12,8 +12,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fractus_agent_api::migration::StreamKey;
-use fractus_agent_api::tls::stream;
+use fractus_agent_api::migration::{MOST_LANES, StreamKey};
+use fractus_agent_api::tls::stream::{self, Place};
 use rustix::net::sockopt;
 use rustls::{ClientConnection, Connection, ServerConnection};
 use tokio::io::{
@@ -144,8 +144,13 @@ fn await_source(
     mut first: Option<UnixStream>,
     way: Way,
 ) -> io::Result<(Line, Others)> {
-    let tls = Arc::new(stream::server(key).map_err(io::Error::other)?);
+    let tls = match way {
+        Way::Carried => stream::server(key),
+        Way::Lent => stream::server_of(key, MOST_LANES),
+    };
+    let tls = Arc::new(tls.map_err(io::Error::other)?);
     let (sender, others) = mpsc::unbounded_channel();
+    let mut company = Company::default();
     let stuck = if first.is_some() { STUCK } else { SILENCE };
     let line = tokio::spawn(async move {
         let (mut greeting, mut carrying) = (JoinSet::new(), JoinSet::new());
@@ -169,23 +174,30 @@ fn await_source(
                 // Whoever has the key is who is waited for.
                 Some(greeted) = greeting.join_next() => {
                     let Ok(Ok(greeted)) = greeted else { continue };
-                    let ours = first.take().map(|ours| begin(ours, &greeted));
-                    let (ours, stream) = match (ours, greeted) {
+                    let (stream, lent) = match greeted {
+                        Greeted::Carried(stream) => (Some(stream), Vec::new()),
+                        // It comes too late.
+                        Greeted::Lent(_) if first.is_none() => continue,
+                        Greeted::Lent(shaken) => match company.join(shaken) {
+                            Some(all) => (None, all),
+                            None => continue,
+                        },
+                    };
+                    let ours = first.take().map(|ours| begin(ours, &lent));
+                    let (ours, stream) = match (ours, stream) {
                         (Some(Err(error)), _) => {
                             tracing::warn!(%error, "lending a process its line");
                             continue;
                         }
-                        (Some(Ok(ours)), Greeted::Carried(stream)) => (ours, stream),
-                        (None, Greeted::Carried(stream)) => match another(&sender) {
+                        (Some(Ok(ours)), Some(stream)) => (ours, stream),
+                        (None, Some(stream)) => match another(&sender) {
                             Some(ours) => (ours, stream),
                             None => continue,
                         },
-                        (Some(Ok(ours)), Greeted::Lent(..)) => {
-                            _leash = Some(ours);
+                        (ours, None) => {
+                            _leash = ours.and_then(Result::ok);
                             continue;
                         }
-                        // It comes too late.
-                        (None, Greeted::Lent(..)) => continue,
                     };
                     carrying.shutdown().await;
                     carrying.spawn(carry(*stream, ours));
@@ -202,7 +214,35 @@ fn await_source(
 /// Whoever has the key.
 enum Greeted {
     Carried(Box<TlsStream<TcpStream>>),
-    Lent(std::net::TcpStream, Keys),
+    Lent(Shaken),
+}
+
+/// A connection whose two sides know each other, and of which nothing was read that comes behind.
+struct Shaken {
+    tcp: std::net::TcpStream,
+    keys: Keys,
+    place: Place,
+}
+
+/// Connections of a stream that has lanes, until all of them are there. They come in any order.
+#[derive(Default)]
+struct Company(Vec<Option<Shaken>>);
+
+impl Company {
+    /// All of them, by their numbers, if this was the last. It takes the place of one that came before it, of an agent that
+    /// began anew.
+    fn join(&mut self, shaken: Shaken) -> Option<Vec<Shaken>> {
+        let Place { number, lanes } = shaken.place;
+        if self.0.len() != usize::from(lanes) + 1 {
+            self.0.clear();
+            self.0.resize_with(usize::from(lanes) + 1, || None);
+        }
+        *self.0.get_mut(usize::from(number))? = Some(shaken);
+        match self.0.iter().all(Option::is_some) {
+            true => Some(std::mem::take(&mut self.0).into_iter().flatten().collect()),
+            false => None,
+        }
+    }
 }
 
 async fn greet(tcp: TcpStream, tls: Arc<rustls::ServerConfig>, way: Way) -> io::Result<Greeted> {
@@ -211,19 +251,18 @@ async fn greet(tcp: TcpStream, tls: Arc<rustls::ServerConfig>, way: Way) -> io::
         return Ok(Greeted::Carried(Box::new(stream)));
     }
     let connection = ServerConnection::new(tls).map_err(io::Error::other)?;
-    let (tcp, keys) = shake(tcp, connection.into()).await?;
+    let shaken = shake(tcp, connection.into()).await?;
     // Processes wait for what comes to them.
-    tcp.set_nonblocking(false)?;
-    Ok(Greeted::Lent(tcp, keys))
+    shaken.tcp.set_nonblocking(false)?;
+    Ok(Greeted::Lent(shaken))
 }
 
 /// The process hears how its guest comes.
-fn begin(ours: UnixStream, greeted: &Greeted) -> io::Result<UnixStream> {
-    let lent = match greeted {
-        Greeted::Carried(_) => None,
-        Greeted::Lent(tcp, keys) => Some((tcp.as_fd(), keys)),
-    };
-    seal::lend(&ours, lent)?;
+fn begin<E: AsFd>(ours: E, lent: &[Shaken]) -> io::Result<E> {
+    let lent: Vec<_> = (lent.iter())
+        .map(|shaken| (shaken.tcp.as_fd(), &shaken.keys))
+        .collect();
+    seal::lend(&ours, &lent)?;
     Ok(ours)
 }
 
@@ -232,10 +271,7 @@ const HEAD: usize = 5;
 const RECORD: usize = (1 << 14) + 256;
 
 /// Shakes hands and reads nothing that comes behind.
-async fn shake(
-    mut tcp: TcpStream,
-    mut connection: Connection,
-) -> io::Result<(std::net::TcpStream, Keys)> {
+async fn shake(mut tcp: TcpStream, mut connection: Connection) -> io::Result<Shaken> {
     loop {
         let mut out = Vec::new();
         while connection.wants_write() {
@@ -270,11 +306,14 @@ async fn shake(
             return Err(io::Error::new(io::ErrorKind::InvalidData, error));
         }
     }
+    let place = Place::agreed(connection.alpn_protocol(), MOST_LANES);
+    let place = place.ok_or(io::ErrorKind::InvalidData)?;
     let secrets = connection
         .dangerous_extract_secrets()
         .map_err(io::Error::other)?;
     let keys = Keys::of(secrets).ok_or(io::ErrorKind::Unsupported)?;
-    Ok((tcp.into_std()?, keys))
+    let tcp = tcp.into_std()?;
+    Ok(Shaken { tcp, keys, place })
 }
 
 /// Our end of another line, if somebody takes the other one.
@@ -290,9 +329,48 @@ pub async fn connect(to: &str, key: &StreamKey, much: bool) -> io::Result<(Owned
     connect_within(STUCK, to, key, much).await
 }
 
-/// The same, for a process that speaks with the other one itself.
-pub async fn connect_lent(to: &str, key: &StreamKey, much: bool) -> io::Result<(OwnedFd, Line)> {
-    let tls = Arc::new(stream::client(key, much).map_err(io::Error::other)?);
+/// The same, for a process that speaks with the other one itself; by so many lanes besides, if the target takes them.
+pub async fn connect_lent(
+    to: &str,
+    key: &StreamKey,
+    much: bool,
+    lanes: u8,
+) -> io::Result<(OwnedFd, Line)> {
+    let lanes = lanes.min(MOST_LANES);
+    let main = dial(to, key, much, Place { number: 0, lanes }).await?;
+    // One that is older, or has what is said carried, has agreed to none.
+    let lanes = main.place.lanes;
+    let mut all = vec![main];
+    for number in 1..=lanes {
+        let place = Place { number, lanes };
+        match dial(to, key, much, place).await {
+            Ok(lane) if lane.place == place => all.push(lane),
+            failed => {
+                let error = failed.err();
+                tracing::warn!(to, ?error, "no further connection to a migration's target");
+                let alone = Place::default();
+                all = vec![dial(to, key, much, alone).await?];
+                break;
+            }
+        }
+    }
+    tracing::debug!(to, lanes = all.len() - 1, "a migration's connections");
+    let (ours, theirs) = ends()?;
+    begin(&ours, &all)?;
+    let line = Line {
+        carries: None,
+        // Whoever waits for the other side waits by this one.
+        lent: all.into_iter().next().map(|main| main.tcp),
+    };
+    Ok((theirs, line))
+}
+
+async fn dial(to: &str, key: &StreamKey, much: bool, place: Place) -> io::Result<Shaken> {
+    let tls = match place.lanes {
+        0 => stream::client(key, much),
+        _ => stream::client_at(key, much, place),
+    };
+    let tls = Arc::new(tls.map_err(io::Error::other)?);
     let name = stream::name().map_err(io::Error::other)?;
     let connecting = async {
         let tcp = TcpStream::connect(to).await?;
@@ -301,14 +379,7 @@ pub async fn connect_lent(to: &str, key: &StreamKey, much: bool) -> io::Result<(
         shake(tcp, connection.into()).await
     };
     let connected = tokio::time::timeout(CONNECT, connecting).await;
-    let (tcp, keys) = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-    let (ours, theirs) = ends()?;
-    seal::lend(&ours, Some((tcp.as_fd(), &keys)))?;
-    let line = Line {
-        carries: None,
-        lent: Some(tcp),
-    };
-    Ok((theirs, line))
+    connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
 /// The same once more, for memory that follows.
@@ -484,10 +555,10 @@ mod tests {
             let awaited = listen(HERE, &key, there).await.unwrap();
             let to = format!("127.0.0.1:{}", awaited.port);
             // Who has another key does not take the place of who is waited for.
-            drop(connect_lent(&to, &other, false).await);
+            drop(connect_lent(&to, &other, false, 0).await);
             let much = there == here;
             let (end, _line) = match here {
-                Way::Lent => connect_lent(&to, &key, much).await.unwrap(),
+                Way::Lent => connect_lent(&to, &key, much, 0).await.unwrap(),
                 Way::Carried => connect(&to, &key, much).await.unwrap(),
             };
             let talk = tokio::task::spawn_blocking(move || {
@@ -514,6 +585,54 @@ mod tests {
                 source.join().unwrap()
             });
             assert_eq!(talk.await.unwrap(), "it is here", "{there:?} {here:?}");
+        }
+    }
+
+    /// With the stream's own connection first, and each lane where the other side has it.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn lanes_are_lent_in_their_order_where_the_target_takes_them() {
+        let sockets = |end: OwnedFd| {
+            let end = std::os::unix::net::UnixStream::from(end);
+            end.set_nonblocking(false).unwrap();
+            let made = |socket: std::os::unix::net::UnixStream| {
+                socket.set_nonblocking(false).unwrap();
+                socket
+            };
+            let connections = seal::borrow(end).unwrap().sealed(made).unwrap();
+            let main = std::iter::once(connections.main);
+            main.chain(connections.lanes).collect::<Vec<_>>()
+        };
+        for (way, wanted, lanes) in [
+            (Way::Lent, 3, 3),
+            (Way::Lent, u8::MAX, MOST_LANES),
+            (Way::Carried, 3, 0),
+        ] {
+            let (key, other) = (key(), key());
+            let awaited = listen(HERE, &key, way).await.unwrap();
+            let to = format!("127.0.0.1:{}", awaited.port);
+            // Somebody who begins and does not go on, and one with another key.
+            let place = Place {
+                number: 0,
+                lanes: 2,
+            };
+            if way == Way::Lent {
+                drop(dial(&to, &key, false, place).await.unwrap());
+            }
+            drop(connect_lent(&to, &other, false, wanted).await);
+            let (end, _line) = connect_lent(&to, &key, false, wanted).await.unwrap();
+            let talk = tokio::task::spawn_blocking(move || {
+                let (near, far) = (sockets(end), sockets(awaited.end));
+                let _awaits = awaited.line;
+                assert_eq!([near.len(), far.len()], [usize::from(lanes) + 1; 2]);
+                for (number, (mut near, mut far)) in near.into_iter().zip(far).enumerate() {
+                    near.write_all(&[number as u8]).unwrap();
+                    near.flush().unwrap();
+                    let mut heard = [0];
+                    far.read_exact(&mut heard).unwrap();
+                    assert_eq!(usize::from(heard[0]), number, "{way:?}");
+                }
+            });
+            talk.await.unwrap();
         }
     }
 }

@@ -7,6 +7,7 @@
 
 pub mod control;
 mod devices;
+mod heard;
 pub mod identity;
 pub mod launch;
 pub(crate) mod nest;
@@ -23,21 +24,19 @@ use async_trait::async_trait;
 use fractus_agent_api::decision::size::Resize;
 use fractus_agent_api::device::DeviceId;
 use fractus_agent_api::machine::{MachineSpec, ServerId, StopReason};
-use fractus_agent_api::migration::{AtLimit, Lacks, MigrationId, Policy, Shape};
-use fractus_agent_api::size::Size;
+use fractus_agent_api::migration::{AtLimit, MigrationId, Policy, Shape};
 use fractus_vmm::machine::Compression;
 use tokio::io::unix::AsyncFd;
 use uuid::Uuid;
 
 use self::control::Control;
+pub use self::heard::{End, Heard, Status};
 use super::guest_agent::GuestAgent;
 use super::make::OpenDevice;
 use super::record::ProcessRecord;
 use crate::clock::now_us;
 use crate::machine::line::Way;
-use crate::vm::protocol::{
-    FromMachine, GuestSaid, Has, LastWords, MachineEvent, Moving, Role, State, ToMachine, VERSION,
-};
+use crate::vm::protocol::{FromMachine, LastWords, MachineEvent, Role, ToMachine, VERSION};
 use crate::volume::VolumeError;
 
 /// What a process is to be made of.
@@ -130,68 +129,6 @@ pub enum Adoption<P> {
     Gone(End),
 }
 
-/// How a process ended.
-#[derive(Debug, Clone, PartialEq)]
-pub enum End {
-    /// It said why.
-    Said(StopReason),
-    /// It was killed, or fell.
-    Silent { detail: String },
-}
-
-impl End {
-    pub fn reason(self) -> StopReason {
-        match self {
-            Self::Said(reason) => reason,
-            Self::Silent { detail } => StopReason::VmmFault { detail },
-        }
-    }
-}
-
-/// What a process says that it is.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Status {
-    pub state: State,
-    /// What its guest has said, where it keeps that.
-    pub guest: Option<GuestSaid>,
-    /// The devices that it lets come and go, if it is one that does.
-    pub devices: Option<Vec<Has>>,
-    /// None from processes whose size stays.
-    pub size: Option<Size>,
-    /// The last guest that it was told to send.
-    pub moving: Option<Moving>,
-    /// Some of the memory of the guest that came is still to come.
-    pub lacks: Option<Lacks>,
-    /// The first on a connection: what was said on an earlier one and has not been answered never is.
-    pub fresh: bool,
-}
-
-/// What is heard of a process.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Heard {
-    /// Jailed and built; some of its guest's memory may be still to come.
-    Ready {
-        lacks: bool,
-    },
-    Status(Status),
-    Event(MachineEvent),
-    DeviceRefused(DeviceId, String),
-    ResizeRefused(String),
-    /// What became of this attempt to copy its root disk.
-    Copied(Uuid, Result<(), String>),
-    /// What became of this attempt to suspend its guest.
-    Suspended(Uuid, Result<(), String>),
-    /// How far its guest is that is being sent.
-    Moving(Moving),
-    /// The guest that was handed to it runs, and has stood still for so many microseconds.
-    TookOver(u64),
-    /// The last command was not carried out.
-    Refused(String),
-    /// The machine could not be made; the end follows.
-    Failed(String),
-    Ended(End),
-}
-
 /// Where a guest's memory is to be kept, and how.
 #[derive(Debug)]
 pub struct MemoryFile {
@@ -264,6 +201,11 @@ pub trait Process: Send + 'static {
         true
     }
 
+    /// Whether it takes several such connections, for one guest.
+    fn lanes(&self) -> bool {
+        true
+    }
+
     /// Has it send its guest by `line`, or, without one, by another policy; or have the memory go by `line` that follows a
     /// guest which was offered. What it says of this migration answers, but for a policy.
     async fn send(
@@ -327,6 +269,7 @@ pub struct HostProcess {
     /// Whether memory can follow the guest that it sends.
     follows: bool,
     seals: bool,
+    lanes: bool,
 }
 
 /// A process that was adopted while it was busy is asked again after this time.
@@ -364,6 +307,7 @@ impl HostProcess {
                 hands,
                 follows,
                 seals,
+                lanes,
                 moving,
                 lacks,
                 ..
@@ -371,7 +315,7 @@ impl HostProcess {
                 self.control = Some(control);
                 (self.suspends, self.sends) = (Some(suspends), Some(sends));
                 (self.copies, self.hands) = (Some(copies), Some(hands));
-                (self.follows, self.seals) = (follows, seals);
+                (self.follows, self.seals, self.lanes) = (follows, seals, lanes);
                 let status = Status {
                     state,
                     guest,
@@ -603,6 +547,10 @@ impl Process for HostProcess {
 
     fn seals(&self) -> bool {
         self.seals
+    }
+
+    fn lanes(&self) -> bool {
+        self.lanes
     }
 
     async fn send(

@@ -18,7 +18,8 @@ const ANSWER: Duration = Duration::from_secs(120);
 pub struct Paced {
     socket: UnixStream,
     written: usize,
-    write_by: Instant,
+    /// From when on there is no room for the piece.
+    write_by: Option<Instant>,
     /// From when on something is waited for.
     read_by: Option<Instant>,
     /// For how long.
@@ -30,7 +31,7 @@ impl Paced {
         Self {
             socket,
             written: 0,
-            write_by: Instant::now() + ROOM,
+            write_by: None,
             read_by: None,
             answer: ANSWER,
         }
@@ -46,7 +47,7 @@ impl Paced {
 
     /// The time for the next piece begins.
     pub fn allow(&mut self) {
-        (self.written, self.write_by) = (0, Instant::now() + ROOM);
+        (self.written, self.write_by) = (0, None);
         self.read_by = None;
     }
 }
@@ -75,7 +76,8 @@ impl Write for Paced {
         loop {
             match (&self.socket).write(bytes) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    wait(&self.socket, PollFlags::OUT, self.write_by)?;
+                    let by = self.write_by.get_or_insert_with(|| Instant::now() + ROOM);
+                    wait(&self.socket, PollFlags::OUT, *by)?;
                 }
                 Ok(length) => {
                     self.written += length;
@@ -89,7 +91,9 @@ impl Write for Paced {
         }
     }
 
+    /// What follows may be long in coming, and has its own time then.
     fn flush(&mut self) -> io::Result<()> {
+        (self.written, self.write_by) = (0, None);
         Ok(())
     }
 }
@@ -120,7 +124,7 @@ mod tests {
         near.set_nonblocking(true).unwrap();
         let mut near = Paced::new(near);
         near.write_all(b"here").unwrap();
-        near.write_by = Instant::now() + Duration::from_millis(20);
+        near.write_by = Some(Instant::now() + Duration::from_millis(20));
         let error = near.write_all(&vec![0; 16 << 20]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
         near.read_by = Some(Instant::now() + Duration::from_millis(20));

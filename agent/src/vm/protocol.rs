@@ -107,7 +107,7 @@ pub enum ToMachine {
         request_id: Option<String>,
         migration: MigrationId,
         policy: Policy,
-        /// The socket says by what connection the process speaks itself ([`super::seal::borrow`]); only to processes that
+        /// The socket says by what connections the process speaks itself ([`super::seal::borrow`]); only to processes that
         /// say that they do.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         lent: bool,
@@ -182,6 +182,9 @@ pub enum FromMachine {
         /// Whether it speaks TLS itself by a connection that is lent to it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         seals: bool,
+        /// Whether it takes more than one, for the guest's memory.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        lanes: bool,
         /// What became of the last.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         moving: Option<Moving>,

@@ -14,6 +14,7 @@ use std::os::unix::net::UnixStream;
 use aws_lc_rs::aead::{
     AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey,
 };
+use fractus_vmm::stream::lane::{Connections, MOST_LANES};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -90,26 +91,34 @@ impl Keys {
     }
 }
 
-/// Tells the process at the other end of `end` by what it speaks with another: by a connection of its own, or, without
-/// one, by `end` itself, on which the agent carries what is said.
-pub fn lend(end: impl AsFd, connection: Option<(BorrowedFd<'_>, &Keys)>) -> io::Result<()> {
-    let keys = match connection {
-        Some((_, keys)) => serde_json::to_vec(keys)?,
-        None => Vec::new(),
+/// Tells the process at the other end of `end` by what it speaks with another: by connections of its own, the stream's and
+/// then its lanes', or, without any, by `end` itself, on which the agent carries what is said.
+pub fn lend(end: impl AsFd, connections: &[(BorrowedFd<'_>, &Keys)]) -> io::Result<()> {
+    if connections.len() > LENT {
+        return Err(ErrorKind::InvalidInput.into());
+    }
+    let (files, keys): (Vec<_>, Vec<_>) = connections.iter().copied().unzip();
+    let keys = match &keys[..] {
+        [] => Vec::new(),
+        // As processes know it that take no more.
+        [keys] => serde_json::to_vec(keys)?,
+        keys => serde_json::to_vec(keys)?,
     };
     let length = u16::try_from(keys.len()).map_err(io::Error::other)?;
     let bytes = [&length.to_be_bytes()[..], &keys].concat();
-    let files: Vec<_> = connection.iter().map(|(socket, _)| *socket).collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(LENT))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    if !files.is_empty() {
-        control.push(SendAncillaryMessage::ScmRights(&files));
+    if !files.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&files)) {
+        return Err(ErrorKind::InvalidInput.into());
     }
     let bytes = io::IoSlice::new(&bytes);
     // It fits: nothing was written to it before.
     sendmsg(end, &[bytes], &mut control, SendFlags::NOSIGNAL)?;
     Ok(())
 }
+
+/// Connections that are lent at once, at most.
+const LENT: usize = 1 + MOST_LANES;
 
 /// By what a process speaks with another.
 pub struct Connection {
@@ -119,6 +128,8 @@ pub struct Connection {
     pub keys: Option<Keys>,
     /// The agent's, of one that was lent: for who is to end with it.
     pub leash: Option<UnixStream>,
+    /// What else it has been lent, for memory alone.
+    pub lanes: Vec<(UnixStream, Keys)>,
 }
 
 impl Connection {
@@ -127,8 +138,28 @@ impl Connection {
             socket,
             keys: None,
             leash: None,
+            lanes: Vec::new(),
         }
     }
+
+    /// What is said by them; `made` of each socket, the stream's first.
+    pub fn sealed<S: AsFd>(
+        self,
+        mut made: impl FnMut(UnixStream) -> S,
+    ) -> io::Result<Connections<Sealed<S>>> {
+        let main = Sealed::new(made(self.socket), self.keys.as_ref())?;
+        let lanes = self.lanes.into_iter();
+        let lanes = lanes.map(|(socket, keys)| Sealed::new(made(socket), Some(&keys)));
+        let lanes = lanes.collect::<io::Result<_>>()?;
+        Ok(Connections { main, lanes })
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Lent {
+    One(Keys),
+    Several(Vec<Keys>),
 }
 
 /// Waits for what [`lend`] tells, on a socket that blocks or has it.
@@ -136,8 +167,8 @@ impl Connection {
 /// # Errors
 /// It is gone, or says something else.
 pub fn borrow(end: UnixStream) -> io::Result<Connection> {
-    let (mut length, mut socket) = ([0; 2], None);
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let (mut length, mut sockets) = ([0; 2], Vec::new());
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(LENT))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut into = [io::IoSliceMut::new(&mut length)];
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL;
@@ -151,21 +182,30 @@ pub fn borrow(end: UnixStream) -> io::Result<Connection> {
         return Err(ErrorKind::UnexpectedEof.into());
     }
     for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(mut files) = message {
-            socket = files.next();
+        if let RecvAncillaryMessage::ScmRights(files) = message {
+            sockets.extend(files.map(UnixStream::from));
         }
     }
     let mut keys = vec![0; usize::from(u16::from_be_bytes(length))];
     (&end).read_exact(&mut keys)?;
-    match (socket, keys.is_empty()) {
-        (None, true) => Ok(Connection::plain(end)),
-        (Some(socket), false) => Ok(Connection {
-            socket: UnixStream::from(socket),
-            keys: serde_json::from_slice(&keys)?,
-            leash: Some(end),
-        }),
-        _ => Err(ErrorKind::InvalidData.into()),
+    if sockets.is_empty() && keys.is_empty() {
+        return Ok(Connection::plain(end));
     }
+    let keys = match serde_json::from_slice(&keys)? {
+        Lent::One(keys) => vec![keys],
+        Lent::Several(keys) => keys,
+    };
+    if keys.len() != sockets.len() {
+        return Err(ErrorKind::InvalidData.into());
+    }
+    let mut lanes = sockets.into_iter().zip(keys);
+    let (socket, keys) = lanes.next().ok_or(ErrorKind::InvalidData)?;
+    Ok(Connection {
+        socket,
+        keys: Some(keys),
+        leash: Some(end),
+        lanes: lanes.collect(),
+    })
 }
 
 /// A connection that ends with the agent which lent it: the guest that comes by it could not go on without that.
@@ -229,13 +269,13 @@ impl AsFd for Leashed {
 }
 
 /// By which a guest comes to a process that waits for it.
-pub fn arrival(connection: Connection) -> io::Result<Sealed<Leashed>> {
-    let Connection {
+pub fn arrival(mut connection: Connection) -> io::Result<Connections<Sealed<Leashed>>> {
+    // With the stream its lanes end.
+    let mut leash = connection.leash.take();
+    connection.sealed(|socket| Leashed {
         socket,
-        keys,
-        leash,
-    } = connection;
-    Sealed::new(Leashed { socket, leash }, keys.as_ref())
+        leash: leash.take(),
+    })
 }
 
 /// A connection as it is, or one by which records are spoken. What is written may wait until it is flushed.
@@ -660,7 +700,7 @@ mod tests {
         let pair = || UnixStream::pair().unwrap();
         let ((ours, theirs), (tcp, mut peer)) = (pair(), pair());
         let [keys, others] = keys(Suite::Aes256, 3);
-        lend(&ours, Some((tcp.as_fd(), &keys))).unwrap();
+        lend(&ours, &[(tcp.as_fd(), &keys)]).unwrap();
         drop((ours, tcp));
         let lent = borrow(theirs).unwrap();
         let mut sealed = Sealed::new(lent.socket, lent.keys.as_ref()).unwrap();
@@ -674,11 +714,11 @@ mod tests {
         assert_eq!(peer.read(&mut [0]).unwrap(), 0);
 
         let (mut ours, theirs) = pair();
-        lend(&ours, None).unwrap();
+        lend(&ours, &[]).unwrap();
         ours.write_all(b"as it is").unwrap();
         drop(ours);
         let carried = borrow(theirs).unwrap();
-        assert!(carried.keys.is_none());
+        assert!(carried.keys.is_none() && carried.lanes.is_empty());
         let mut heard = String::new();
         (&carried.socket).read_to_string(&mut heard).unwrap();
         assert_eq!(heard, "as it is");
@@ -693,9 +733,9 @@ mod tests {
         let pair = || UnixStream::pair().unwrap();
         let ((ours, theirs), (tcp, peer)) = (pair(), pair());
         let [keys, others] = keys(Suite::Aes128, 0);
-        lend(&ours, Some((tcp.as_fd(), &keys))).unwrap();
+        lend(&ours, &[(tcp.as_fd(), &keys)]).unwrap();
         drop(tcp);
-        let mut arrives = arrival(borrow(theirs).unwrap()).unwrap();
+        let mut arrives = arrival(borrow(theirs).unwrap()).unwrap().main;
         let mut source = Sealed::new(peer, Some(&others)).unwrap();
         source.write_all(b"memory").unwrap();
         source.flush().unwrap();
@@ -711,5 +751,31 @@ mod tests {
         let mut heard = Vec::new();
         source.read_to_end(&mut heard).unwrap();
         assert_eq!(heard, b"");
+    }
+
+    #[test]
+    fn lanes_are_lent_with_their_keys_in_their_order() {
+        let pair = || UnixStream::pair().unwrap();
+        let (ours, theirs) = pair();
+        let all: Vec<_> = (0..LENT as u64)
+            .map(|number| (pair(), keys(Suite::Aes256, number)))
+            .collect();
+        let lent: Vec<_> = (all.iter())
+            .map(|((near, _), [keys, _])| (near.as_fd(), keys))
+            .collect();
+        lend(&ours, &lent).unwrap();
+        let more = [&lent[..], &lent[..1]].concat();
+        assert!(lend(&ours, &more).is_err());
+        let connections = borrow(theirs).unwrap().sealed(|socket| socket).unwrap();
+        assert_eq!(connections.lanes.len(), MOST_LANES);
+        let near = std::iter::once(connections.main).chain(connections.lanes);
+        for (number, (mut near, ((_, far), [_, others]))) in near.zip(all).enumerate() {
+            near.write_all(&[number as u8]).unwrap();
+            near.flush().unwrap();
+            let mut heard = [0];
+            let mut far = Sealed::new(far, Some(&others)).unwrap();
+            far.read_exact(&mut heard).unwrap();
+            assert_eq!(usize::from(heard[0]), number);
+        }
     }
 }

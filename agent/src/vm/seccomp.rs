@@ -29,6 +29,8 @@ pub enum Kind {
     Vsock,
     Console,
     Pages,
+    /// Guest memory by a connection between two processes.
+    Lane,
     /// Takes other connections for memory that follows a guest ([`super::feeding`]).
     Lines,
     Spawner,
@@ -44,6 +46,7 @@ impl From<ThreadKind> for Kind {
             ThreadKind::Vsock => Self::Vsock,
             ThreadKind::Console => Self::Console,
             ThreadKind::Pages => Self::Pages,
+            ThreadKind::Lane => Self::Lane,
             ThreadKind::Spawner => Self::Spawner,
         }
     }
@@ -61,7 +64,7 @@ pub struct FilterError {
 pub struct Filters(Arc<Programs>);
 
 struct Programs {
-    by_kind: [(Kind, BpfProgram); 9],
+    by_kind: [(Kind, BpfProgram); 10],
     no_clone3: BpfProgram,
 }
 
@@ -75,6 +78,7 @@ impl Filters {
             (Kind::Vsock, program(Kind::Vsock)?),
             (Kind::Console, program(Kind::Console)?),
             (Kind::Pages, program(Kind::Pages)?),
+            (Kind::Lane, program(Kind::Lane)?),
             (Kind::Lines, program(Kind::Lines)?),
             (Kind::Spawner, program(Kind::Spawner)?),
         ];
@@ -208,6 +212,14 @@ const CONSOLE: &[i64] = &[
 /// Memory that comes after the guest: to its place, or none of it.
 const PAGES: &[i64] = &[libc::SYS_fallocate, libc::SYS_sendto];
 
+/// Memory by a connection, from its place or to it, which may be a hole; and the end of all connections when one has failed.
+const LANE: &[i64] = &[
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    libc::SYS_fallocate,
+];
+
 /// What brings descriptors, and their first words.
 const LINES: &[i64] = &[
     libc::SYS_accept4,
@@ -318,15 +330,19 @@ fn calls(kind: Kind) -> Vec<i64> {
         Kind::Vsock => VSOCK.to_vec(),
         Kind::Console => CONSOLE.to_vec(),
         Kind::Pages => PAGES.to_vec(),
+        Kind::Lane => LANE.to_vec(),
         Kind::Lines => LINES.to_vec(),
-        Kind::Spawner => [SPAWNER, &calls(Kind::Block), &calls(Kind::Net)].concat(),
+        Kind::Spawner => {
+            let made = [Kind::Block, Kind::Net, Kind::Lane].map(calls);
+            [SPAWNER, &made.concat()].concat()
+        }
     };
     [ALL, &more].concat()
 }
 
 fn ioctls(kind: Kind) -> Vec<u64> {
     match kind {
-        Kind::Block | Kind::Vsock | Kind::Lines => Vec::new(),
+        Kind::Block | Kind::Vsock | Kind::Lane | Kind::Lines => Vec::new(),
         Kind::Net => [TUN_RUNTIME, &vhost::RUNTIME].concat(),
         Kind::Main => [KVM_RUNTIME, UFFD_RUNTIME, TUN_ATTACH, &[FIONBIO, FICLONE]].concat(),
         Kind::Vcpu | Kind::Console => [KVM_RUNTIME, UFFD_RUNTIME, &[FIONBIO]].concat(),
@@ -470,6 +486,7 @@ mod tests {
             Kind::Vsock,
             Kind::Console,
             Kind::Pages,
+            Kind::Lane,
             Kind::Spawner,
         ];
         for kind in kinds {

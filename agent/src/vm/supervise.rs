@@ -584,6 +584,7 @@ impl Supervisor {
             hands: true,
             follows: true,
             seals: true,
+            lanes: true,
             moving: self.sent.moving.clone(),
             lacks: self.guest.lacks(),
         }

@@ -324,13 +324,13 @@ impl Guest for Traveller {
 
     fn send(
         &mut self,
-        Connection { socket, keys, .. }: Connection,
+        connection: Connection,
         policy: Policy,
         note: Vec<u8>,
     ) -> Result<(), GuestError> {
         self.at_home()?;
-        let connection = Sealed::new(Paced::new(socket), keys.as_ref())?;
-        let policy = by(policy, connection.is_sealed());
+        let connections = connection.sealed(Paced::new)?;
+        let policy = by(policy, connections.main.is_sealed());
         let Stage::Here(machine) = std::mem::replace(&mut self.stage, Stage::Nowhere) else {
             return Err(travels("is gone"));
         };
@@ -338,7 +338,7 @@ impl Guest for Traveller {
             owner: note,
             disks: true,
         };
-        match Sender::begin(machine, connection, policy, luggage) {
+        match Sender::begin_by(machine, connections, policy, luggage) {
             Ok(sender) => {
                 self.stage = Stage::Sent(sender);
                 Ok(())
@@ -637,6 +637,8 @@ fn progress(report: &SendReport, elapsed: Duration) -> Progress {
         disk_left: 0,
         elapsed_us: us(elapsed),
         throttled: 0,
+        // A handful.
+        lanes: report.lanes as u8,
         rounds: (rounds.enumerate().filter(told))
             .map(|(_, round)| round)
             .collect(),

@@ -19,7 +19,7 @@ fn sent(report: &MachineReport) -> u64 {
 }
 
 /// The guest writes to 20 MiB of its memory all the time.
-async fn writing(hosts: &Hosts) -> Result<Row> {
+pub(super) async fn writing(hosts: &Hosts) -> Result<Row> {
     let one = &hosts.one;
     let machine = Machine::start(one, &hosts.kernel).await?;
     one.console_says(machine.id, "tick 1 ").await?;
@@ -30,7 +30,7 @@ async fn writing(hosts: &Hosts) -> Result<Row> {
 }
 
 /// Its pattern is whole.
-async fn has_all(row: &Row, hosts: &Hosts) -> Result {
+pub(super) async fn has_all(row: &Row, hosts: &Hosts) -> Result {
     let machine = row.on(&hosts.one);
     let _console = machine.types("").await?;
     hosts.one.console_says(row.id, "ok weave").await?;
@@ -38,7 +38,7 @@ async fn has_all(row: &Row, hosts: &Hosts) -> Result {
 }
 
 /// It is being copied, and there is no end of that.
-async fn copying(row: &mut Row, hosts: &Hosts) -> Result {
+pub(super) async fn copying(row: &mut Row, hosts: &Hosts) -> Result {
     let (one, two) = (&hosts.one, &hosts.two);
     let by = Instant::now() + PATIENCE;
     loop {

@@ -5,6 +5,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod follow;
+mod lanes;
 mod lent;
 
 use std::net::SocketAddr;
@@ -40,6 +41,8 @@ struct Row {
     key: StreamKey,
     /// Whether the process of the source, and of the target, speak themselves.
     direct: [bool; 2],
+    /// By how many lanes its memory may go.
+    lanes: u8,
 }
 
 impl Row {
@@ -52,6 +55,7 @@ impl Row {
             migration: MigrationId(Uuid::new_v4()),
             key: key(),
             direct: [true; 2],
+            lanes: 0,
         }
     }
 
@@ -114,6 +118,7 @@ impl Row {
             key: self.key.clone(),
             policy,
             direct: self.direct[0],
+            lanes: self.lanes,
         };
         let departs = |wanted: &mut Wanted| wanted.departs = Some(departure);
         self.tell(source, self.revision, departs).await

@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use fractus_agent_api::cpu::Cpu;
 use fractus_agent_api::host::{HostId, HostReport};
 use fractus_agent_api::machine::{MachineReport, Observed, Power, PutMachine, Refusal, ServerId};
+use fractus_agent_api::migration::MOST_LANES;
 use sea_orm::prelude::Uuid;
 use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr};
 
@@ -45,6 +46,7 @@ pub struct Machines {
     cpu_mode: CpuMode,
     post_copy: bool,
     auto_converge: bool,
+    migration_connections: u8,
 }
 
 /// Why no host was found.
@@ -145,6 +147,7 @@ impl Machines {
             cpu_mode: CpuMode::default(),
             post_copy: false,
             auto_converge: true,
+            migration_connections: 1,
         }
     }
 
@@ -179,6 +182,23 @@ impl Machines {
 
     pub fn auto_converge(&self) -> bool {
         self.auto_converge
+    }
+
+    /// By so many connections the memory of a guest goes to another host.
+    #[must_use]
+    pub fn with_migration_connections(self, migration_connections: u8) -> Self {
+        Self {
+            migration_connections,
+            ..self
+        }
+    }
+
+    /// Connections for memory alone: one is the stream's own, and needs no other.
+    pub fn lanes(&self) -> u8 {
+        match self.migration_connections {
+            1 => 0,
+            several => several.min(MOST_LANES),
+        }
     }
 
     /// With the key that seals what is secret in a machine's intent.

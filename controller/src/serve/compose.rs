@@ -88,7 +88,8 @@ impl Controller {
         .with_key(master)
         .with_cpu_mode(config.cpu_mode)
         .with_post_copy(config.post_copy)
-        .with_auto_converge(config.auto_converge);
+        .with_auto_converge(config.auto_converge)
+        .with_migration_connections(config.migration_connections);
         let mut kinds = Kinds::default();
         compute::register(&mut kinds, &machines, &images, &clock, &random);
         let engine = Engine::new(lead.clone(), kinds, Arc::clone(&clock), Arc::clone(&random));

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use fractus_agent_api::migration::MOST_LANES;
 use serde::Deserialize;
 
 use super::size::Size;
@@ -84,6 +85,11 @@ pub struct Options {
     /// `hw:live_migration_auto_converge` (true, false) says so for its servers.
     #[arg(long, env = "FRACTUS_AUTO_CONVERGE", num_args = 0..=1, default_missing_value = "true")]
     pub auto_converge: Option<bool>,
+    /// Connections by which a guest's memory goes to another host at once, 1 to 8 [default: 1]. Each is a thread on both
+    /// hosts, which seals and copies about a gigabyte a second, on processors that guests have then less of: for networks
+    /// that are faster than one such.
+    #[arg(long, env = "FRACTUS_MIGRATION_CONNECTIONS", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MOST_LANES as i64))]
+    pub migration_connections: Option<u8>,
     /// The database was restored from a backup: say it at the first start after that, and only then.
     /// What hosts were told since the backup is then known to be older than what they are told now, and
     /// no server is started before its host has said that it still has it; one that is gone is ERROR. Which
@@ -126,6 +132,7 @@ pub struct Config {
     pub post_copy: bool,
     /// The same.
     pub auto_converge: bool,
+    pub migration_connections: u8,
     /// Begin a new epoch of machines' generations.
     pub restored: bool,
 }
@@ -159,6 +166,8 @@ pub enum ConfigError {
     Name(String),
     #[error("tls-certificate and tls-key go together: {0} is missing")]
     HalfTls(&'static str),
+    #[error("migration-connections {0}: 1 to {MOST_LANES}")]
+    MigrationConnections(u8),
 }
 
 impl Config {
@@ -224,6 +233,10 @@ impl Config {
             reserve: options.image_reserve.map_or(usual.reserve, |size| size.0),
             ..usual
         };
+        let migration_connections = options.migration_connections.unwrap_or(1);
+        if !(1..=MOST_LANES).contains(&migration_connections) {
+            return Err(ConfigError::MigrationConnections(migration_connections));
+        }
         let metrics_listen = options
             .metrics_listen
             .unwrap_or_else(|| "127.0.0.1:9464".to_owned());
@@ -245,6 +258,7 @@ impl Config {
             cpu_mode: options.cpu_profile.unwrap_or_default(),
             post_copy: options.post_copy,
             auto_converge: options.auto_converge.unwrap_or(true),
+            migration_connections,
             restored: options.restored,
         })
     }
@@ -294,6 +308,7 @@ impl Options {
             cpu_profile: self.cpu_profile.or(file.cpu_profile),
             post_copy: self.post_copy || file.post_copy,
             auto_converge: self.auto_converge.or(file.auto_converge),
+            migration_connections: self.migration_connections.or(file.migration_connections),
             restored: self.restored,
         }
     }
@@ -405,6 +420,15 @@ mod tests {
         assert!(slows(None));
         std::fs::write(&path, "auto-converge: false\n").unwrap();
         assert_eq!((slows(None), slows(Some(true))), (false, true));
+        let connections = || Config::resolve(flags(None)).map(|it| it.migration_connections);
+        assert_eq!(connections().unwrap(), 1);
+        std::fs::write(&path, "migration-connections: 3\n").unwrap();
+        assert_eq!(connections().unwrap(), 3);
+        for wrong in [0, MOST_LANES + 1] {
+            std::fs::write(&path, format!("migration-connections: {wrong}\n")).unwrap();
+            let error = connections().unwrap_err();
+            assert!(matches!(error, ConfigError::MigrationConnections(it) if it == wrong));
+        }
         // That a database was restored is true once: it has no place in a file.
         for unknown in ["lisen: x\n", "restored: true\n"] {
             std::fs::write(&path, unknown).unwrap();

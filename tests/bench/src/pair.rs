@@ -163,7 +163,7 @@ fn ours(case: &Case, folder: &Path, runtime: &tokio::runtime::Runtime) -> anyhow
     let to = format!("{}:{port}", Ipv4Addr::LOCALHOST);
     let (end, _other) = runtime.block_on(async {
         match way {
-            Way::Lent => line::connect_lent(&to, &key, false).await,
+            Way::Lent => line::connect_lent(&to, &key, false, 0).await,
             Way::Carried => line::connect(&to, &key, false).await,
         }
     })?;
@@ -334,7 +334,7 @@ fn send(
 
 fn receive(end: UnixStream, owner: &mut UnixStream) -> anyhow::Result<()> {
     end.set_nonblocking(false)?;
-    let line = seal::arrival(seal::borrow(end)?)?;
+    let line = seal::arrival(seal::borrow(end)?)?.main;
     let files = files()?;
     let land = |_: &[u8]| {
         Ok(Landing {

@@ -30,6 +30,8 @@ pub struct Options {
     pub agent_program: Option<PathBuf>,
     /// Controller and agents know each other by [`Ways`] where nobody listens: the test does, and carries what they say.
     pub apart: bool,
+    /// What else the controller is told.
+    pub serve: &'static [&'static str],
 }
 
 impl Default for Options {
@@ -39,6 +41,7 @@ impl Default for Options {
             database: None,
             agent_program: None,
             apart: false,
+            serve: &[],
         }
     }
 }
@@ -202,6 +205,7 @@ impl Cloud {
         if let Some(url) = &self.options.database {
             arguments.extend(["--database".to_owned(), url.clone()]);
         }
+        arguments.extend(self.options.serve.iter().map(ToString::to_string));
         let log = self.folder.join("controller.log");
         let process = Process::start("controller", &program("fractus")?, &arguments, &[], &log)?;
         let client = reqwest::Client::builder()

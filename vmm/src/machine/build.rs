@@ -22,6 +22,7 @@ use crate::layout::Layout;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::reactor::Reactor;
 use crate::request::{RequestReceiver, channel};
+use crate::stream::lane::MOST_LANES;
 use crate::thread::{ThreadHook, Threads};
 use crate::virtio::block::THREADS;
 use crate::virtio::{self, Attached, Placement};
@@ -326,12 +327,13 @@ fn hypervisor(files: &MachineFiles) -> Result<Hypervisor, BuildError> {
     Ok(Hypervisor::open(kvm)?)
 }
 
-/// What makes the threads of devices that may come, and the second one of a copy.
+/// What makes the threads of devices that may come, the second one of a copy, and those by which memory goes elsewhere.
 fn spawner(config: &MachineConfig, threads: &Threads) -> std::io::Result<Option<Spawner>> {
     threads.prepare([
         (Work::Block, usize::from(config.hot_disks) * THREADS),
         (Work::Net, usize::from(config.hot_nets)),
         (Work::Copy, 1),
+        (Work::Lane, MOST_LANES),
     ])
 }
 

@@ -73,7 +73,8 @@ fn from_stream(mode: u8, squeezed: &[u8], files: MachineFiles) -> Result<Parts, 
     let most = vec![DISK; files.disks.len()];
     let land = |_: &[u8]| Ok(landing(files, most));
     let mut frames = FrameReader::new(stream.as_slice());
-    let gathered = gather(&mut frames, &every_device(), land, |_, _, _| Ok(()))?;
+    let no_lanes = |_, _: &_, _: &_, _: &_| Ok(Default::default());
+    let gathered = gather(&mut frames, &every_device(), land, no_lanes, |_| Ok(()))?;
     let (state, file) = (gathered.state, gathered.memory.file().try_clone()?);
     drop(gathered.memory);
     // By what the state says of it, as `receive` has it.

@@ -64,7 +64,7 @@ pub use fuzz::fuzz_receive;
 pub use handover::{
     Handed, Handing, HostFiles, Inheritance, Step as HandingStep, now as monotonic, take_over,
 };
-pub use receive::{Arrived, Landing, ReceiveReport, receive};
+pub use receive::{Arrived, Landing, ReceiveReport, receive, receive_by};
 pub use send::{
     Luggage, MigrationError, Offered, Paid, Pause, Paying, Progress, SendReport, Sender, Sending,
     SentRound, Unsent,

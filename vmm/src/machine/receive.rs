@@ -1,11 +1,14 @@
 //! A machine that arrives from another process ([`super::Sender`]).
 
+pub(super) mod lanes;
+
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use self::lanes::Lanes;
 use super::build::{Chassis, restore_on};
 use super::clocks::Passage;
 use super::feeding::Feeding;
@@ -16,8 +19,9 @@ use super::{BuildError, Machine, SnapshotError, in_full};
 use crate::config::{MachineConfig, MachineFiles};
 use crate::memory::{Faults, GuestMemory, PageSet};
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
+use crate::stream::lane::Connections;
 use crate::stream::{MOST_STATE, Opening, StreamError, Target, Totals, live, malformed, unpacked};
-use crate::thread::ThreadHook;
+use crate::thread::{ThreadHook, Threads};
 use crate::virtio::block::DiskTarget;
 
 /// Bytes of a reason that are told at most.
@@ -68,8 +72,43 @@ pub fn receive<S: Read + Write + AsFd>(
     land: impl FnOnce(&[u8]) -> Result<Landing, String>,
     hook: Option<ThreadHook>,
 ) -> Result<Arrived, MigrationError> {
+    receive_with(connection, here, land, hook, |_, _, _| Ok(Lanes::default()))
+}
+
+/// The same of one whose memory comes by lanes, if there are any ([`super::Sender::begin_by`]).
+///
+/// # Errors
+/// Likewise; none of the lanes' threads is left.
+pub fn receive_by<S: Read + Write + AsFd + Send + 'static>(
+    connections: Connections<S>,
+    here: &MachineConfig,
+    land: impl FnOnce(&[u8]) -> Result<Landing, String>,
+    hook: Option<ThreadHook>,
+) -> Result<Arrived, MigrationError> {
+    let Connections { main, lanes } = connections;
+    if lanes.is_empty() {
+        return receive(main, here, land, hook);
+    }
+    let own = main.as_fd().try_clone_to_owned();
+    let own = own.map_err(|source| StreamError::Io {
+        action: "make lanes of",
+        source,
+    })?;
+    receive_with(main, here, land, hook, |stream, memory, threads| {
+        Lanes::begin(lanes, own, stream, memory, threads)
+    })
+}
+
+fn receive_with<S: Read + Write + AsFd>(
+    connection: S,
+    here: &MachineConfig,
+    land: impl FnOnce(&[u8]) -> Result<Landing, String>,
+    hook: Option<ThreadHook>,
+    lanes: impl FnOnce(Uuid, &GuestMemory, &Threads) -> Result<Lanes, MigrationError>,
+) -> Result<Arrived, MigrationError> {
     let mut frames = FrameReader::new(connection);
-    match take(&mut frames, here, land, hook) {
+    let mut answers = 0;
+    match take(&mut frames, here, land, hook, lanes, &mut answers) {
         Ok(arrived) if arrived.machine.feeding.is_some() => {
             if let Some(feeding) = &arrived.machine.feeding {
                 feeding.say_ready()?;
@@ -77,7 +116,7 @@ pub fn receive<S: Read + Write + AsFd>(
             Ok(arrived)
         }
         Ok(arrived) => {
-            FrameWriter::new(frames.get_mut()).write(Kind::Ready, b"")?;
+            FrameWriter::behind(frames.get_mut(), answers).write(Kind::Ready, b"")?;
             let flushed = frames.get_mut().flush();
             flushed.map_err(|source| StreamError::Io {
                 action: "write",
@@ -87,7 +126,8 @@ pub fn receive<S: Read + Write + AsFd>(
         }
         Err(error) => {
             // Who sent it may be gone.
-            let _ = FrameWriter::new(frames.get_mut()).write(Kind::Refused, &reason(&error));
+            let _ = FrameWriter::behind(frames.get_mut(), answers)
+                .write(Kind::Refused, &reason(&error));
             let _ = frames.get_mut().flush();
             Err(error)
         }
@@ -226,6 +266,33 @@ pub(super) struct Gathered {
     passage: Passage,
 }
 
+/// What the first frame says.
+fn opening_of<S: Read>(frames: &mut FrameReader<S>) -> Result<Opening, MigrationError> {
+    let opening: Opening = match frames.next_frame()? {
+        (Kind::Opening, payload) => unpacked(payload)?,
+        _ => return Err(malformed("it does not begin with its opening").into()),
+    };
+    match opening.base {
+        Some(base) => Err(SnapshotError::Base { base }.into()),
+        None => Ok(opening),
+    }
+}
+
+/// What the second one says, as it is to be here.
+fn config_of<S: Read>(
+    frames: &mut FrameReader<S>,
+    here: &MachineConfig,
+) -> Result<MachineConfig, MigrationError> {
+    let mut config = match frames.next_frame()? {
+        (Kind::Config, payload) => config_in(payload)?,
+        _ => return Err(malformed("it has no configuration").into()),
+    };
+    config.take_place(here);
+    check_shape(&config, here)?;
+    config.validate()?;
+    Ok(config)
+}
+
 /// What the last frame says, if it counts what has come.
 fn ran_there(payload: &[u8], came: (Totals, Totals)) -> Result<bool, StreamError> {
     let ending: live::Ending = unpacked(payload)?;
@@ -235,17 +302,30 @@ fn ran_there(payload: &[u8], came: (Totals, Totals)) -> Result<bool, StreamError
     }
 }
 
-fn take<S: Read + AsFd>(
+fn take<S: Read + Write + AsFd>(
     frames: &mut FrameReader<S>,
     here: &MachineConfig,
     land: impl FnOnce(&[u8]) -> Result<Landing, String>,
     hook: Option<ThreadHook>,
+    lanes: impl FnOnce(Uuid, &GuestMemory, &Threads) -> Result<Lanes, MigrationError>,
+    answers: &mut u32,
 ) -> Result<Arrived, MigrationError> {
     let mut chassis = None;
-    let gathered = gather(frames, here, land, |config, files, memory| {
-        chassis = Some(Chassis::new(config, files, memory.clone(), hook)?);
-        Ok(())
-    })?;
+    let prepare = |stream, config: &_, files: &_, memory: &GuestMemory| {
+        let made = Chassis::new(config, files, memory.clone(), hook)?;
+        let lanes = lanes(stream, memory, &made.board().threads)?;
+        chassis = Some(made);
+        Ok(lanes)
+    };
+    let settled = |connection: &mut S| {
+        FrameWriter::behind(&mut *connection, *answers).write(Kind::Got, b"")?;
+        *answers += 1;
+        connection.flush().map_err(|source| StreamError::Io {
+            action: "write",
+            source,
+        })
+    };
+    let gathered = gather(frames, here, land, prepare, settled)?;
     let chassis = chassis.ok_or_else(|| malformed("it has no configuration"))?;
     let board = chassis.board().clone();
     let mut feeding = None;
@@ -287,27 +367,22 @@ fn take<S: Read + AsFd>(
     })
 }
 
-/// Reads a stream to its end, into memory and disks of this host's; see [`receive`].
+/// Reads a stream to its end, into memory and disks of this host's; see [`receive`]. Once there is memory, `prepare` may
+/// have it come by lanes; then `settled` says each time that disks are durable.
 pub(super) fn gather<S: Read>(
     frames: &mut FrameReader<S>,
     here: &MachineConfig,
     land: impl FnOnce(&[u8]) -> Result<Landing, String>,
-    prepare: impl FnOnce(&MachineConfig, &MachineFiles, &GuestMemory) -> Result<(), MigrationError>,
+    prepare: impl FnOnce(
+        Uuid,
+        &MachineConfig,
+        &MachineFiles,
+        &GuestMemory,
+    ) -> Result<Lanes, MigrationError>,
+    mut settled: impl FnMut(&mut S) -> Result<(), StreamError>,
 ) -> Result<Gathered, MigrationError> {
-    let opening: Opening = match frames.next_frame()? {
-        (Kind::Opening, payload) => unpacked(payload)?,
-        _ => return Err(malformed("it does not begin with its opening").into()),
-    };
-    if let Some(base) = opening.base {
-        return Err(SnapshotError::Base { base }.into());
-    }
-    let mut config = match frames.next_frame()? {
-        (Kind::Config, payload) => config_in(payload)?,
-        _ => return Err(malformed("it has no configuration").into()),
-    };
-    config.take_place(here);
-    check_shape(&config, here)?;
-    config.validate()?;
+    let opening = opening_of(frames)?;
+    let config = config_of(frames, here)?;
     let mut owner = match frames.next_frame()? {
         (Kind::Owner, payload) => payload.to_vec(),
         _ => return Err(malformed("nothing is said by its owner").into()),
@@ -323,13 +398,13 @@ pub(super) fn gather<S: Read>(
         }
         .into());
     }
-    prepare(&config, &landing.files, &memory)?;
+    let mut lanes = prepare(opening.id, &config, &landing.files, &memory)?;
     let mut owed = PageSet::new(bytes);
     let (mut totals, mut disk_totals) = (Totals::default(), Totals::default());
     let (mut disks, mut state) = (Disks::default(), Vec::new());
     let mut passage = Passage::begin();
     let ran = loop {
-        match frames.next_frame()? {
+        match lanes.unless_failed(frames.next_frame())? {
             (Kind::Pages | Kind::State, []) => return Err(malformed("a frame of nothing").into()),
             (Kind::Disks, payload) if disks.targets.is_empty() => {
                 disks = Disks::make(payload, &landing)?
@@ -339,8 +414,13 @@ pub(super) fn gather<S: Read>(
                 disk_totals.pages += more.pages;
                 disk_totals.zeros += more.zeros;
             }
-            (Kind::Sync, _) => disks.settle()?,
-            (Kind::Pages, payload) => {
+            (Kind::Sync, _) => {
+                disks.settle()?;
+                if !lanes.are_none() {
+                    settled(frames.get_mut())?;
+                }
+            }
+            (Kind::Pages, payload) if lanes.are_none() => {
                 let more = live::put(payload, &memory, bytes)?;
                 totals.pages += more.pages;
                 totals.zeros += more.zeros;
@@ -355,7 +435,10 @@ pub(super) fn gather<S: Read>(
             (Kind::End, _) if disks.targets.len() != landing.most.len() => {
                 return Err(malformed("no content of its disks").into());
             }
-            (Kind::End, payload) => break ran_there(payload, (totals, disk_totals))?,
+            (Kind::End, payload) => {
+                lanes.join(&mut totals)?;
+                break ran_there(payload, (totals, disk_totals))?;
+            }
             _ => return Err(malformed("a frame where none of its kind should be").into()),
         }
     };

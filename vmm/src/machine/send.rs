@@ -14,7 +14,9 @@
 //! has to stay until all are there, for as long as the guest runs on the other side.
 
 mod debt;
+mod error;
 mod journal;
+mod lanes;
 mod offered;
 mod report;
 
@@ -25,14 +27,15 @@ use uuid::Uuid;
 
 use self::debt::{Answers, Debt};
 pub use self::debt::{Paid, Paying};
+pub use self::error::MigrationError;
 use self::journal::{Journal, Left, Part, Pending, Piece};
+use self::lanes::Lanes;
 pub use self::offered::Offered;
 pub use self::report::{Pause, SendReport, Sending, SentRound};
 use super::clocks::Mark;
 use super::snapshot::read_pages;
 use super::state::STATE_VERSION;
-use super::{BuildError, Machine, MachineError, RunState, SnapshotError};
-use crate::config::ConfigError;
+use super::{Machine, MachineError, RunState, SnapshotError};
 use crate::stream::converge::{AtLimit, Decision, Policy, Standing, decide};
 use crate::stream::frame::{FrameWriter, Kind};
 use crate::stream::live::{Batch, Ending};
@@ -46,60 +49,13 @@ const SCAN_MAX: u64 = 4096;
 const DISK_SCAN_MAX: u64 = 512;
 /// Rounds that are reported; of more than that some in the middle are not.
 const ROUNDS_MAX: usize = 256;
-/// A round of so many pages with content says how fast the connection is; a smaller one may have found room in the
-/// buffers of the kernel.
+/// A round of so many pages with content, for each connection, says how fast they are; a smaller one may have found room in
+/// the buffers of the kernel.
 const TELLING: u64 = 256;
 /// Rounds of what cannot follow a guest, beyond those that its policy gives.
 const MORE_ROUNDS: u32 = 8;
 /// Bytes of an answer at most: its head and its reason.
 const ANSWER_MAX: u64 = 2048;
-
-/// Why a machine was not sent, or did not arrive.
-#[derive(Debug, thiserror::Error)]
-pub enum MigrationError {
-    #[error(transparent)]
-    Machine(#[from] SnapshotError),
-    #[error("the machine that arrives is not one of this host's: {0}")]
-    Config(#[from] ConfigError),
-    #[error("the guest writes to its memory or its disks faster than it can be sent")]
-    TooBusy,
-    #[error("the other side does not take the machine: {reason}")]
-    Refused { reason: String },
-    #[error("the machine's memory is still coming from where it was before")]
-    Arriving,
-    #[error("some of the machine's memory is a snapshot's file still, which is not handed over")]
-    Unsettled,
-    #[error("this process cannot have memory follow a guest (userfaultfd)")]
-    NoPostCopy,
-    #[error("the guest stood still for {longest:?}, and not all had been sent")]
-    Late { longest: Duration },
-    #[error("{action} disk {index}")]
-    Disk {
-        action: &'static str,
-        index: usize,
-        source: std::io::Error,
-    },
-    /// The reason is the owner's, on this side.
-    #[error("{0}")]
-    Unprepared(String),
-}
-
-macro_rules! through_snapshot_error {
-    ($($error:ty),*) => {$(
-        impl From<$error> for MigrationError {
-            fn from(error: $error) -> Self {
-                MigrationError::Machine(error.into())
-            }
-        }
-    )*};
-}
-
-through_snapshot_error!(
-    StreamError,
-    MachineError,
-    BuildError,
-    crate::memory::MemoryError
-);
 
 /// What goes with a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -112,6 +68,8 @@ pub struct Luggage {
 
 /// A machine that is being sent.
 pub struct Sender<S> {
+    /// By which memory goes, if there are any; they end before the machine does.
+    lanes: Lanes,
     machine: Machine,
     out: FrameWriter<S>,
     policy: Policy,
@@ -132,8 +90,10 @@ pub struct Sender<S> {
     recent: Option<Left>,
     /// How often what cannot follow is sent once more.
     more_rounds: u32,
-    /// Frames that it has sent.
+    /// Frames that the other side has sent.
     answers: u32,
+    /// Since when it has been asked, by a stream with lanes, to make disks durable, and has not said that they are.
+    unsettled: Option<Instant>,
     /// Why the other side's answer did not come.
     doubt: Option<MigrationError>,
 }
@@ -197,10 +157,22 @@ impl<S: Read + Write> Sender<S> {
     /// # Errors
     /// The machine neither runs nor is paused, a disk that is to go cannot, or the connection is broken.
     pub fn begin(
+        machine: Machine,
+        connection: S,
+        policy: Policy,
+        luggage: Luggage,
+    ) -> Result<Self, Unsent> {
+        Self::begin_with(machine, connection, policy, luggage, |_, _, _| {
+            Ok(Lanes::default())
+        })
+    }
+
+    fn begin_with(
         mut machine: Machine,
         connection: S,
         policy: Policy,
         luggage: Luggage,
+        lanes: impl FnOnce(&Machine, &S, Uuid) -> Result<Lanes, MigrationError>,
     ) -> Result<Self, Unsent> {
         let mut out = FrameWriter::new(connection);
         if !machine.is_whole() {
@@ -210,11 +182,18 @@ impl<S: Read + Write> Sender<S> {
         // Its log is this one's from here on, and there is one only.
         machine.stop_tracking();
         machine.write_here(true);
-        match prepare(&machine, &mut out, &luggage) {
-            Ok((report, journal, pending)) => {
+        let prepared = prepare(&machine, &mut out, &luggage);
+        let prepared = prepared.and_then(|prepared| {
+            let lanes = lanes(&machine, out.get_ref(), prepared.0.id)?;
+            Ok((lanes, prepared))
+        });
+        match prepared {
+            Ok((lanes, (mut report, journal, pending))) => {
                 let now = Instant::now();
+                report.lanes = lanes.count();
                 Ok(Sender {
                     machine,
+                    lanes,
                     out,
                     policy,
                     owner: None,
@@ -229,6 +208,7 @@ impl<S: Read + Write> Sender<S> {
                     recent: None,
                     more_rounds: MORE_ROUNDS,
                     answers: 0,
+                    unsettled: None,
                     doubt: None,
                 })
             }
@@ -260,6 +240,7 @@ impl<S: Read + Write> Sender<S> {
 
     pub fn progress(&self) -> Sending<'_> {
         let (memory_left, disk_left) = self.pending.count();
+        let memory_left = memory_left + self.lanes.left();
         Sending {
             memory_left: memory_left * PAGE as u64,
             disk_left: disk_left * PAGE as u64,
@@ -276,6 +257,7 @@ impl<S: Read + Write> Sender<S> {
 
     /// The machine is not to be sent after all; the other side finds its stream cut short.
     pub fn give_up(self) -> Machine {
+        drop(self.lanes);
         self.machine.vcpus.throttle(0);
         self.machine.write_here(false);
         self.machine
@@ -304,11 +286,13 @@ impl<S: Read + Write> Sender<S> {
                 report: self.report,
                 doubt: self.doubt,
             })),
-            Err(error) => Err(unsent(
-                self.machine,
-                error,
-                Answers::behind(self.out.get_mut(), self.answers),
-            )),
+            Err(error) => {
+                let refused = self.lanes.were_refused(&error);
+                drop(self.lanes);
+                let mut answers = Answers::behind(self.out.get_mut(), self.answers);
+                let said = refused.then(|| reason_in(&mut answers)).flatten();
+                Err(unsent(self.machine, said.unwrap_or(error), answers))
+            }
         }
     }
 
@@ -323,6 +307,9 @@ impl<S: Read + Write> Sender<S> {
         }
         if running && self.is_to_follow_now() {
             self.sync()?;
+            if !self.disks_are_settled()? {
+                return Ok(None);
+            }
             let mut left = self.pending.rest();
             let written = self.journal.take()?;
             left.join(&written);
@@ -340,7 +327,13 @@ impl<S: Read + Write> Sender<S> {
             self.send_some()?;
             return Ok(None);
         }
+        if !self.lanes_are_dry()? {
+            return Ok(None);
+        }
         self.sync()?;
+        if !self.disks_are_settled()? {
+            return Ok(None);
+        }
         if !running || !self.journal.has_rounds() {
             let nothing = self.journal.nothing();
             let follows = running && self.policy.at_limit == AtLimit::PostCopy;
@@ -371,6 +364,7 @@ impl<S: Read + Write> Sender<S> {
             // What is little may wait at the connection for more.
             self.out.get_mut().flush().map_err(unwritten)?;
             self.round.disk_content = 0;
+            self.unsettled = (self.lanes.count() > 0).then(Instant::now);
         }
         Ok(())
     }
@@ -420,7 +414,7 @@ impl<S: Read + Write> Sender<S> {
     fn after_round(&mut self, written: &Left) -> Result<Decision, MigrationError> {
         let took = self.round.began.elapsed();
         let left = (written.count() + self.journal.unlogged(&self.machine)?) * PAGE as u64;
-        if self.round.content >= TELLING {
+        if self.round.content >= TELLING * self.lanes.count().max(1) as u64 {
             self.round.rate = Some(rate(self.round.content, took));
         }
         let rate = self.rate();
@@ -487,6 +481,9 @@ impl<S: Read + Write> Sender<S> {
 
     /// A frame of what is pending.
     fn send_some(&mut self) -> Result<(), MigrationError> {
+        if self.lanes.count() > 0 && self.pending.count().1 == 0 {
+            return self.give_some();
+        }
         let mut scanned = 0;
         let mut only = None;
         while let Some(Piece { part, number, mask }) = self.pending.next(only) {
@@ -624,6 +621,7 @@ impl<S: Read + Write> Sender<S> {
         for piece in state.chunks(PIECE) {
             self.out.write(Kind::State, piece)?;
         }
+        self.end_lanes(stopped)?;
         if stopped.elapsed() > longest {
             return Err(MigrationError::Late { longest });
         }
@@ -711,6 +709,7 @@ fn prepare<S: Write>(
     out.get_mut().flush().map_err(unwritten)?;
     let report = SendReport {
         id: opening.id,
+        lanes: 0,
         memory: opening.memory,
         disk: sizes.iter().sum(),
         totals: Totals::default(),

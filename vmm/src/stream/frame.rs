@@ -45,12 +45,14 @@ pub enum Kind {
     Owed,
     /// The other way: the number of a block (8), of which a page that is owed is waited for.
     Wanted,
-    /// The other way: a frame of pages that were owed is there.
+    /// The other way: a frame of pages that were owed is there; or, where there are lanes, what a *sync* asked for is done.
     Got,
     /// Nothing is owed any more: says who has it all, and then the other side, which has heard it.
     Whole,
     /// Which pages a packed block has, and where it lies in the file.
     Packed,
+    /// The first frame of a further connection ([`super::lane::Hello`], in postcard), by which memory comes.
+    Lane,
     /// What the sender's clock is (`machine::clocks`), in postcard.
     Mark,
 }
@@ -75,6 +77,7 @@ impl Kind {
             Kind::Got => 15,
             Kind::Whole => 16,
             Kind::Packed => 17,
+            Kind::Lane => 18,
             Kind::Mark => OPTIONAL,
         }
     }
@@ -98,6 +101,7 @@ impl Kind {
             Kind::Got,
             Kind::Whole,
             Kind::Packed,
+            Kind::Lane,
             Kind::Mark,
         ];
         all.into_iter().find(|kind| kind.number() == number)
@@ -112,6 +116,14 @@ pub struct FrameWriter<W> {
 impl<W: Write> FrameWriter<W> {
     pub fn new(inner: W) -> Self {
         FrameWriter { inner, next: 0 }
+    }
+
+    /// That goes on behind so many frames.
+    pub fn behind(inner: W, frames: u32) -> Self {
+        FrameWriter {
+            inner,
+            next: frames,
+        }
     }
 
     /// `payload` has at most [`MOST`] bytes.

@@ -13,6 +13,7 @@
 
 pub mod converge;
 pub mod frame;
+pub mod lane;
 pub mod live;
 mod pages;
 pub mod snapshot;

@@ -23,6 +23,7 @@ use fractus_vmm::machine::{
 };
 use fractus_vmm::memory::Faults;
 use fractus_vmm::stream::converge::Policy;
+use fractus_vmm::stream::lane::Connections;
 use fractus_vmm::stream::snapshot::Snapshot;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -254,6 +255,8 @@ pub enum Disks<'a> {
     Go(&'a [&'a File], u64),
 }
 
+type Land = Box<dyn FnOnce(&[u8]) -> Result<Landing, String> + Send>;
+
 /// What came of sending a guest.
 pub struct Sent<N> {
     pub offer: Result<Offered<N>, Unsent>,
@@ -460,6 +463,32 @@ impl Guest {
         disks: Disks<'_>,
         near: N,
         far: impl Read + Write + AsFd + Send + 'static,
+        before: impl FnMut(usize, &mut Machine),
+    ) -> Sent<N> {
+        let begin = |machine, luggage| Sender::begin(machine, near, policy, luggage);
+        let arrive = |here: &_, land| machine::receive(far, here, land, None);
+        self.sent_through(disks, begin, arrive, before)
+    }
+
+    /// The same by lanes.
+    pub fn sent_by<N: Read + Write + AsFd + Send + 'static>(
+        self,
+        policy: Policy,
+        disks: Disks<'_>,
+        near: Connections<N>,
+        far: Connections<impl Read + Write + AsFd + Send + 'static>,
+        before: impl FnMut(usize, &mut Machine),
+    ) -> Sent<N> {
+        let begin = |machine, luggage| Sender::begin_by(machine, near, policy, luggage);
+        let arrive = |here: &_, land| machine::receive_by(far, here, land, None);
+        self.sent_through(disks, begin, arrive, before)
+    }
+
+    fn sent_through<N: Read + Write>(
+        self,
+        disks: Disks<'_>,
+        begin: impl FnOnce(Machine, Luggage) -> Result<Sender<N>, Unsent>,
+        arrive: impl FnOnce(&MachineConfig, Land) -> Result<Arrived, MigrationError> + Send + 'static,
         mut before: impl FnMut(usize, &mut Machine),
     ) -> Sent<N> {
         let Guest {
@@ -485,16 +514,16 @@ impl Guest {
         };
         let files = files_again(&other_nets, None, files, &end);
         let faults = Some(Faults::open().expect("userfaultfd"));
-        let land = move |owner: &[u8]| {
+        let land: Land = Box::new(move |owner: &[u8]| {
             assert_eq!(owner, OWNER);
             Ok(Landing {
                 files,
                 most,
                 faults,
             })
-        };
-        let arrival = std::thread::spawn(move || machine::receive(far, &here, land, None));
-        let mut sender = Sender::begin(machine, near, policy, luggage);
+        });
+        let arrival = std::thread::spawn(move || arrive(&here, land));
+        let mut sender = begin(machine, luggage);
         let mut step = 0;
         let offer = loop {
             let mut sending = match sender {

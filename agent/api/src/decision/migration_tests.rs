@@ -167,6 +167,7 @@ impl Row {
                 key: key(),
                 policy: Policy::default(),
                 direct: false,
+                lanes: 0,
             });
             wanted.continues = self.continues;
         } else if let Some(id) = self.departs {

@@ -21,6 +21,48 @@ use crate::migration::StreamKey;
 /// The name that the client asks for, and nobody looks at.
 const NAME: &str = "migration.fractus";
 
+/// Which of a migration's connections one is. The source says it in the handshake (ALPN, RFC 7301), and the target, if it
+/// takes several, says it again; one of before says nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Place {
+    /// 0: the stream's own; from 1 on, its lanes'.
+    pub number: u8,
+    /// How many lanes the stream has.
+    pub lanes: u8,
+}
+
+impl Place {
+    fn protocol(self) -> Vec<u8> {
+        format!("fractus-stream/{}/{}", self.number, self.lanes).into_bytes()
+    }
+
+    /// As both sides have agreed on it.
+    pub fn agreed(protocol: Option<&[u8]>, most_lanes: u8) -> Option<Self> {
+        match protocol {
+            None => Some(Self::default()),
+            Some(said) => Self::all(most_lanes).find(|place| place.protocol() == said),
+        }
+    }
+
+    fn all(most_lanes: u8) -> impl Iterator<Item = Self> {
+        (1..=most_lanes).flat_map(|lanes| (0..=lanes).map(move |number| Self { number, lanes }))
+    }
+}
+
+/// For one of the source's connections, of a stream that has lanes.
+pub fn client_at(key: &StreamKey, much: bool, place: Place) -> Result<ClientConfig, TlsError> {
+    let mut config = client(key, much)?;
+    config.alpn_protocols = vec![place.protocol()];
+    Ok(config)
+}
+
+/// For a target that takes so many lanes.
+pub fn server_of(key: &StreamKey, most_lanes: u8) -> Result<ServerConfig, TlsError> {
+    let mut config = server(key)?;
+    config.alpn_protocols = Place::all(most_lanes).map(Place::protocol).collect();
+    Ok(config)
+}
+
 /// For the source. Where `much` goes, by ChaCha20 alone: AES-GCM's keys cover 2^24 records, and who speaks by itself cannot
 /// change them.
 pub fn client(key: &StreamKey, much: bool) -> Result<ClientConfig, TlsError> {

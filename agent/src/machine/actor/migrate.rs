@@ -288,6 +288,14 @@ impl<L: Launcher> Actor<L> {
         !spec.disks.is_empty() || memory.saturating_add(disk) > MUCH
     }
 
+    /// Of so many, as the process takes.
+    fn lanes(&self, wanted: u8) -> u8 {
+        match self.process.as_ref().is_some_and(Process::lanes) {
+            true => wanted,
+            false => 0,
+        }
+    }
+
     /// Begins to send the guest.
     pub(super) async fn depart(&mut self) -> Result<(), Over> {
         let Some(departure) = self.record.intent.wanted.departs.clone() else {
@@ -305,10 +313,11 @@ impl<L: Launcher> Actor<L> {
         // (One that has not said so yet can only have its line carried.)
         let seals = self.process.as_ref().is_some_and(Process::seals);
         let way = Way::of(departure.direct && seals);
+        let lanes = self.lanes(departure.lanes);
         let much = self.is_much();
         let connecting = async move {
             match way {
-                Way::Lent => line::connect_lent(&to, &key, much).await,
+                Way::Lent => line::connect_lent(&to, &key, much, lanes).await,
                 Way::Carried => line::connect(&to, &key, much).await,
             }
         };

@@ -470,6 +470,7 @@ impl Launcher for Arc<HostLauncher> {
             hands: Some(true),
             follows: true,
             seals: true,
+            lanes: true,
         })
     }
 
@@ -494,6 +495,7 @@ impl Launcher for Arc<HostLauncher> {
                 hands: None,
                 follows: false,
                 seals: false,
+                lanes: false,
             };
             // One that does not answer is alive all the same; it is asked again when it is heard.
             process.greeting = process.connect().await.ok();

@@ -145,6 +145,7 @@ fn moving() -> Moving {
             disk_left: 1 << 22,
             elapsed_us: 17,
             throttled: 0,
+            lanes: 0,
             rounds: vec![migration::Round {
                 memory_bytes: 4096,
                 disk_bytes: 8192,
@@ -178,6 +179,7 @@ fn offered() -> FromMachine {
         hands: false,
         follows: false,
         seals: false,
+        lanes: false,
         moving: Some(Moving {
             state: migration::State::Offered {
                 ran: true,
@@ -223,6 +225,7 @@ fn with_devices() -> FromMachine {
         hands: false,
         follows: false,
         seals: false,
+        lanes: false,
         moving: None,
         lacks: None,
     }
@@ -252,6 +255,7 @@ fn heard() -> Vec<FromMachine> {
             hands: false,
             follows: false,
             seals: false,
+            lanes: false,
             moving: None,
             lacks: None,
         },
@@ -272,6 +276,7 @@ fn heard() -> Vec<FromMachine> {
             hands: false,
             follows: false,
             seals: false,
+            lanes: false,
             moving: None,
             lacks: None,
         },
@@ -306,6 +311,7 @@ fn heard() -> Vec<FromMachine> {
             hands: false,
             follows: false,
             seals: false,
+            lanes: false,
             moving: None,
             lacks: None,
         },
@@ -338,6 +344,7 @@ fn heard_of_ways() -> Vec<FromMachine> {
             hands: false,
             follows: false,
             seals: false,
+            lanes: false,
             moving: None,
             lacks: None,
         },
@@ -362,6 +369,7 @@ fn heard_of_ways() -> Vec<FromMachine> {
             hands: true,
             follows: false,
             seals: false,
+            lanes: false,
             moving: None,
             lacks: None,
         },
@@ -389,6 +397,7 @@ fn heard_of_memory() -> Vec<FromMachine> {
             hands: true,
             follows: true,
             seals: false,
+            lanes: false,
             moving: None,
             lacks: Some(Lacks {
                 starving: Some("reset".into()),
@@ -425,9 +434,36 @@ fn heard_of_memory() -> Vec<FromMachine> {
             hands: true,
             follows: true,
             seals: true,
+            lanes: false,
             moving: None,
             lacks: None,
         },
+        // And of those that take several connections.
+        FromMachine::Status {
+            version: 1,
+            id: ID,
+            state: State::Paused,
+            guest: None,
+            devices: None,
+            size: None,
+            suspends: true,
+            sends: true,
+            copies: true,
+            hands: true,
+            follows: true,
+            seals: true,
+            lanes: true,
+            moving: None,
+            lacks: None,
+        },
+        FromMachine::Moving(Moving {
+            state: migration::State::Copying,
+            progress: migration::Progress {
+                lanes: 3,
+                ..moving().progress
+            },
+            ..moving()
+        }),
     ]
 }
 

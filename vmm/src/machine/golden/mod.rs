@@ -150,7 +150,8 @@ fn arrive_with(stream: &[u8], files: MachineFiles) -> Result<Gathered, Migration
         &mut FrameReader::new(stream),
         &every_device(),
         land,
-        |_, _, _| Ok(()),
+        |_, _, _, _| Ok(Default::default()),
+        |_| Ok(()),
     )
 }
 

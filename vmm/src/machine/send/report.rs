@@ -11,6 +11,8 @@ use crate::stream::converge::Decision;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SendReport {
     pub id: Uuid,
+    /// Connections by which memory goes beside the stream's own; none: by that.
+    pub lanes: usize,
     /// Bytes of memory that there are at most, and of the disks that go.
     pub memory: u64,
     pub disk: u64,

@@ -408,7 +408,12 @@ fn what_two_threads_copy_is_all_of_it_or_an_error(
     let (tell, told) = std::sync::mpsc::channel();
     let hook: ThreadHook = Arc::new(move |kind| tell.send(kind).unwrap());
     let threads = Threads::new(Some(hook), requests);
-    let room = [(Work::Block, 0), (Work::Net, 0), (Work::Copy, 1)];
+    let room = [
+        (Work::Block, 0),
+        (Work::Net, 0),
+        (Work::Copy, 1),
+        (Work::Lane, 0),
+    ];
     let spawner = threads.prepare(room).unwrap();
     threads.seal();
     let whole = |file: File, mut copy: Copy| {

@@ -313,8 +313,10 @@ impl Step for Prepare {
             POST_COPY => follow::at_limit(machines, tx, &known, hosts).await?,
             _ => state.policy.at_limit,
         };
+        let direct = operation.kind != POST_COPY;
         let departure = Departure {
-            direct: operation.kind != POST_COPY,
+            direct,
+            lanes: if direct { machines.lanes() } else { 0 },
             id: state.migration,
             to: address(&row.endpoint, port)?,
             key: state
