@@ -203,23 +203,36 @@ fn lanes_that_are_mixed_up_are_refused_and_why_is_said() {
     assert_eq!(guest.ok("echo alive"), "alive");
 }
 
-/// What a lane had been given goes before, and what follows comes by the stream.
-#[test]
-fn memory_that_follows_its_guest_does_so_by_the_stream() {
-    let mut guest = Setup::new().boot();
+/// What a lane had been given goes before, and what follows comes by the stream, behind its word that disks are durable.
+#[rstest]
+fn memory_that_follows_its_guest_does_so_by_the_stream(#[values(false, true)] goes: bool) {
+    const BYTES: u64 = 4 << 20;
+    let [here, there] = [(); 2].map(|()| tempfile::tempfile().unwrap());
+    here.set_len(BYTES).unwrap();
+    let mut guest = Setup::new().disk(&here, |_| {}).boot();
+    guest.ok("disk-write 0 0 1048576 11");
     guest.ok("touch 40");
     guest.send("loudly weave 40");
     guest.line("begun weave");
     let policy = Policy {
         downtime: Duration::ZERO,
-        limit: Duration::from_millis(20),
+        // Where the disk goes first, all of memory follows.
+        limit: Duration::from_millis(if goes { 0 } else { 20 }),
         at_limit: AtLimit::PostCopy,
         ..POLICY
     };
-    let sent = sent(guest, policy, 2);
+    let (near, far) = wires(2);
+    let (own, others) = ([&here], [&there]);
+    let disks = match goes {
+        true => Disks::Go(&others, BYTES),
+        false => Disks::Shared(&own),
+    };
+    let sent = guest.sent_by(policy, disks, near, far, |_, _| ());
     let mut offer = sent.offer.unwrap();
     println!("{:?}", offer.report());
-    assert!(offer.owes() && offer.report().totals.pages > 0);
+    let report = offer.report();
+    assert!(offer.owes() && (goes || report.totals.pages > 0));
+    assert_eq!(report.disks.pages > 0, goes);
     let pays = std::thread::spawn(move || {
         let by = Instant::now() + PATIENCE;
         while offer.pay().unwrap() != Paying::Paid {
@@ -232,6 +245,7 @@ fn memory_that_follows_its_guest_does_so_by_the_stream() {
     guest.event(|event| *event == Event::Whole);
     guest.send("");
     guest.line("ok weave");
+    guest.ok("disk-check 0 0 1048576 11");
 }
 
 #[test]

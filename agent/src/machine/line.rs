@@ -337,7 +337,11 @@ pub async fn connect_lent(
     lanes: u8,
 ) -> io::Result<(OwnedFd, Line)> {
     let lanes = lanes.min(MOST_LANES);
-    let main = dial(to, key, much, Place { number: 0, lanes }).await?;
+    let main = match dial(to, key, much, Place { number: 0, lanes }).await {
+        // It may be that it takes not so many, and says no more.
+        Err(_) if lanes > 0 => dial(to, key, much, Place::default()).await?,
+        main => main?,
+    };
     // One that is older, or has what is said carried, has agreed to none.
     let lanes = main.place.lanes;
     let mut all = vec![main];

@@ -71,10 +71,11 @@ struct Outbox {
 }
 
 impl Outbox {
-    fn new(socket: File) -> Self {
+    /// Behind so many frames that were said by it.
+    fn behind(socket: File, frames: u32) -> Self {
         Outbox {
             socket,
-            frames: FrameWriter::new(Vec::new()),
+            frames: FrameWriter::behind(Vec::new(), frames),
         }
     }
 
@@ -107,14 +108,15 @@ impl Outbox {
 }
 
 impl Feeding {
-    /// `pages` come by the connection from here on, behind so many frames. Whoever touches one of them waits.
+    /// `pages` come by the connection from here on, behind so many frames that came and so many that were said. Whoever
+    /// touches one of them waits.
     pub fn begin(
         pages: PageSet,
         faults: Faults,
         memory: &GuestMemory,
         board: &Board,
         connection: &impl AsFd,
-        frames: u32,
+        [frames, answers]: [u32; 2],
     ) -> Result<Self, MigrationError> {
         let Board {
             threads, requests, ..
@@ -129,7 +131,7 @@ impl Feeding {
             memory: memory.clone(),
             bytes,
             line: Mutex::new(Line {
-                out: Some(Outbox::new(writes)),
+                out: Some(Outbox::behind(writes, answers)),
                 next: None,
                 begins: false,
                 wanted: BTreeSet::new(),
@@ -188,7 +190,7 @@ impl Feeder {
         let connection = File::from(connection);
         let mut line = self.0.line();
         if line.whole {
-            let mut out = Outbox::new(connection);
+            let mut out = Outbox::behind(connection, 0);
             let said = out.say(Kind::Ready, b"");
             return said
                 .and_then(|()| out.say(Kind::Whole, b""))
@@ -433,7 +435,7 @@ impl Shared {
 
     /// Says what is lacking, and what is waited for.
     fn begin_anew(&self, connection: File) -> Result<FrameReader<File>, MigrationError> {
-        let mut out = Outbox::new(connection.try_clone().map_err(unconnected)?);
+        let mut out = Outbox::behind(connection.try_clone().map_err(unconnected)?, 0);
         let mut line = self.line();
         for payload in live::owed(&self.owed.pages()) {
             out.say(Kind::Owed, &payload)?;

@@ -338,7 +338,7 @@ fn take<S: Read + Write + AsFd>(
             &gathered.memory,
             &board,
             frames.get_mut(),
-            came,
+            [came, *answers],
         )?;
         feeding = Some(begun);
     }

@@ -105,6 +105,8 @@ struct Round {
     /// Of these, pages that were not zero.
     content: u64,
     disk_content: u64,
+    /// Of its time, what disks took to be durable there.
+    settling: Duration,
     /// Bytes a second, of the last round that could tell.
     rate: Option<u64>,
     /// The fewest bytes that a round has left; none: there was none.
@@ -121,6 +123,7 @@ impl Round {
             disk_pages: 0,
             content: 0,
             disk_content: 0,
+            settling: Duration::ZERO,
             rate: None,
             least: None,
             stalled: 0,
@@ -415,7 +418,7 @@ impl<S: Read + Write> Sender<S> {
         let took = self.round.began.elapsed();
         let left = (written.count() + self.journal.unlogged(&self.machine)?) * PAGE as u64;
         if self.round.content >= TELLING * self.lanes.count().max(1) as u64 {
-            self.round.rate = Some(rate(self.round.content, took));
+            self.round.rate = Some(rate(self.round.content, took - self.round.settling));
         }
         let rate = self.rate();
         // By an eighth at least: what is left goes up and down with what the guest just does.
@@ -738,10 +741,15 @@ fn reason_in<S: Read>(answers: &mut Answers<S>) -> Option<MigrationError> {
     loop {
         match answers.next() {
             Ok((Kind::Refused, reason)) => return Some(refused(reason)),
-            Ok((Kind::Wanted, _)) => {}
+            Ok((Kind::Wanted | Kind::Got, _)) => {}
             _ => return None,
         }
     }
+}
+
+pub(super) fn late_at(action: &'static str) -> StreamError {
+    let source = std::io::ErrorKind::TimedOut.into();
+    StreamError::Io { action, source }
 }
 
 fn unwritten(source: std::io::Error) -> StreamError {

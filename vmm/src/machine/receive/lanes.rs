@@ -12,7 +12,7 @@ use rustix::net::{Shutdown, shutdown};
 use uuid::Uuid;
 
 use crate::machine::SnapshotError;
-use crate::machine::send::MigrationError;
+use crate::machine::send::{MigrationError, late_at};
 use crate::memory::GuestMemory;
 use crate::stream::frame::{FrameReader, Kind};
 use crate::stream::lane::{Hello, MOST_LANES, Share};
@@ -21,13 +21,15 @@ use crate::thread::Threads;
 use crate::work::{Running, Work};
 
 /// How long they may take to their ends behind the stream's: what was sent has been sent by then.
-const LATE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 30 });
+const LATE: Duration = Duration::from_secs(60);
 
 /// All of a stream's. Dropping them ends them.
 #[derive(Default)]
 pub struct Lanes {
     shared: Arc<Shared>,
     running: Vec<Running>,
+    /// [`LATE`].
+    late: Duration,
 }
 
 #[derive(Default)]
@@ -95,6 +97,7 @@ impl Lanes {
                 sockets,
             }),
             running: Vec::new(),
+            late: LATE,
         };
         for (lane, connection) in connections.into_iter().enumerate() {
             let shared = Arc::clone(&lanes.shared);
@@ -146,7 +149,7 @@ impl Lanes {
         let count = self.running.len();
         let on_their_way = |came: &mut Came| came.failed.is_none() && came.over < count;
         let (came, late) = (self.shared.ended)
-            .wait_timeout_while(self.shared.lock(), LATE, on_their_way)
+            .wait_timeout_while(self.shared.lock(), self.late, on_their_way)
             .unwrap_or_else(PoisonError::into_inner);
         drop(came);
         if late.timed_out() {
@@ -154,6 +157,9 @@ impl Lanes {
         }
         self.running.drain(..).for_each(Running::join);
         self.check()?;
+        if late.timed_out() {
+            return Err(late_at("wait for the lanes of").into());
+        }
         let came = self.shared.lock();
         totals.pages += came.totals.pages;
         totals.zeros += came.totals.zeros;

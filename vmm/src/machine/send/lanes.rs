@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::debt::Answers;
 use super::journal::Part;
-use super::{Luggage, MigrationError, Sender, Unsent, no_answer, refused};
+use super::{Luggage, MigrationError, Sender, Unsent, late_at, no_answer, refused};
 use crate::machine::snapshot::read_pages;
 use crate::machine::{Machine, SnapshotError};
 use crate::memory::GuestMemory;
@@ -38,8 +38,8 @@ const TURN: Duration = Duration::from_millis(10);
 const ROOM: u64 = 512;
 /// How long the other side may take to say why it has closed a lane.
 const WORD: Duration = Duration::from_secs(3);
-/// How long it may take to make disks durable.
-const SETTLED: Duration = Duration::from_secs(120);
+/// How long it may take to make disks durable; the guest runs meanwhile.
+const SETTLED: Duration = Duration::from_secs(600);
 
 /// Pages of a block that are to go.
 #[derive(Debug, Clone, Copy)]
@@ -442,7 +442,7 @@ impl<S> Sender<S> {
         if !self.lanes.are_answered() {
             return match since.elapsed() < SETTLED {
                 true => Ok(false),
-                false => Err(no_answer()),
+                false => Err(late_at("wait for the disks of").into()),
             };
         }
         let mut answers = Answers::behind(self.out.get_mut(), self.answers);
@@ -453,6 +453,7 @@ impl<S> Sender<S> {
         }
         self.answers = answers.frames();
         self.unsettled = None;
+        self.round.settling += since.elapsed();
         Ok(true)
     }
 

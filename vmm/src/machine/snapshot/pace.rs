@@ -18,7 +18,7 @@ pub const MOST_KEPT: u64 = (64 << 20) / PAGE as u64;
 /// With so many left the guest is stopped: what it writes until it stands still has room, too.
 const FITS: u64 = MOST_KEPT / 4 * 3;
 
-/// No further round begins of a guest that has been slowed down for so long: programs that miss their time, and other hosts
+/// No further round begins of a guest that has been slowed down for so long to little effect: programs that miss their time, and other hosts
 /// that wait for it, are worse than no snapshot.
 const SLOW: Duration = Duration::from_secs(60);
 
@@ -37,7 +37,7 @@ pub enum Next {
 /// What to do after so many rounds, of which this is the last.
 ///
 /// It comes to an end: the share only grows, and rounds of which each leaves a quarter less than it copied become few. A
-/// guest that has been `slowed` for as long as it may be is let alone.
+/// guest that has been `slowed` for as long as it may be is let alone, unless a round still halves what is left.
 pub fn next(rounds: usize, slowed: Duration, last: &Round) -> Next {
     let Round { pages, left, .. } = *last;
     if left <= FITS && (pages <= FEW || rounds >= ROUNDS) {
@@ -46,7 +46,7 @@ pub fn next(rounds: usize, slowed: Duration, last: &Round) -> Next {
     if rounds < ROUNDS {
         return Next::Again;
     }
-    if slowed >= SLOW && left > FITS {
+    if slowed >= SLOW && left > pages / 2 {
         return Next::GiveUp;
     }
     match slower(pages, left, last.throttled) {
@@ -104,7 +104,8 @@ mod tests {
         }
         let late = |left| next(6, SLOW, &round(100_000, left, 75));
         assert_eq!(late(FITS), Next::Stop);
-        assert_eq!(late(FITS + 1), Next::GiveUp);
+        assert_eq!(late(50_000), Next::Again);
+        assert_eq!(late(50_001), Next::GiveUp);
     }
 
     proptest! {

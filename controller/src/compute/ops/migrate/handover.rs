@@ -62,7 +62,7 @@ impl Handovers {
             return false;
         };
         let since = *moments.whole.get_or_insert(now_us);
-        now_us - since < LAST_WORD_US
+        (0..LAST_WORD_US).contains(&(now_us - since))
     }
 
     pub(super) fn moved(&self, id: MigrationId, at_us: i64) {
