@@ -436,7 +436,7 @@ pub(super) fn gather<S: Read>(
                 return Err(malformed("no content of its disks").into());
             }
             (Kind::End, payload) => {
-                lanes.join(&mut totals)?;
+                lanes.join(lanes::LATE, &mut totals)?;
                 break ran_there(payload, (totals, disk_totals))?;
             }
             _ => return Err(malformed("a frame where none of its kind should be").into()),

@@ -21,15 +21,13 @@ use crate::thread::Threads;
 use crate::work::{Running, Work};
 
 /// How long they may take to their ends behind the stream's: what was sent has been sent by then.
-const LATE: Duration = Duration::from_secs(60);
+pub const LATE: Duration = Duration::from_secs(60);
 
 /// All of a stream's. Dropping them ends them.
 #[derive(Default)]
 pub struct Lanes {
     shared: Arc<Shared>,
     running: Vec<Running>,
-    /// [`LATE`].
-    late: Duration,
 }
 
 #[derive(Default)]
@@ -97,7 +95,6 @@ impl Lanes {
                 sockets,
             }),
             running: Vec::new(),
-            late: LATE,
         };
         for (lane, connection) in connections.into_iter().enumerate() {
             let shared = Arc::clone(&lanes.shared);
@@ -144,12 +141,12 @@ impl Lanes {
     /// Waits until all of them have come to their ends, and adds what there was in them.
     ///
     /// # Errors
-    /// One of them has failed.
-    pub fn join(&mut self, totals: &mut Totals) -> Result<(), MigrationError> {
+    /// One of them has failed, or they take longer than `most`.
+    pub fn join(&mut self, most: Duration, totals: &mut Totals) -> Result<(), MigrationError> {
         let count = self.running.len();
         let on_their_way = |came: &mut Came| came.failed.is_none() && came.over < count;
         let (came, late) = (self.shared.ended)
-            .wait_timeout_while(self.shared.lock(), self.late, on_their_way)
+            .wait_timeout_while(self.shared.lock(), most, on_their_way)
             .unwrap_or_else(PoisonError::into_inner);
         drop(came);
         if late.timed_out() {

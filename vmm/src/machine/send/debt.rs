@@ -270,15 +270,26 @@ impl<S: Read> Answers<S> {
 
 /// Something has come.
 pub(super) fn is_readable(connection: &impl AsFd) -> Result<bool, MigrationError> {
-    let mut fds = [PollFd::from_borrowed_fd(connection.as_fd(), PollFlags::IN)];
-    match poll(&mut fds, Some(&Timespec::default())) {
-        Ok(ready) => Ok(ready > 0),
-        Err(Errno::INTR) => Ok(false),
-        Err(errno) => Err(StreamError::Io {
-            action: "wait for",
-            source: errno.into(),
-        }
-        .into()),
+    is_readable_within(connection, Duration::ZERO)
+}
+
+/// Something comes within so long, or the connection is closed.
+pub(super) fn is_readable_within(
+    connection: &impl AsFd,
+    time: Duration,
+) -> Result<bool, MigrationError> {
+    let by = Instant::now() + time;
+    loop {
+        let left = by.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).unwrap_or_default();
+        let mut fds = [PollFd::from_borrowed_fd(connection.as_fd(), PollFlags::IN)];
+        let source = match poll(&mut fds, Some(&left)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(Errno::INTR) => continue,
+            Err(errno) => errno.into(),
+        };
+        let action = "wait for";
+        return Err(StreamError::Io { action, source }.into());
     }
 }
 

@@ -14,11 +14,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{Shutdown, shutdown};
 use uuid::Uuid;
 
-use super::debt::Answers;
+use super::debt::{Answers, is_readable_within};
 use super::journal::Part;
 use super::{Luggage, MigrationError, Sender, Unsent, late_at, no_answer, refused};
 use crate::machine::snapshot::read_pages;
@@ -189,10 +188,12 @@ impl Lanes {
         self.shared.lock().lanes.iter().map(|lane| lane.left).sum()
     }
 
-    /// The other side says something by the stream's own connection, within a turn.
-    fn are_answered(&self) -> bool {
-        let main = self.main.as_ref();
-        main.is_some_and(|main| is_readable_within(main, TURN))
+    /// The other side says something by the stream's own connection, or that is cut, within so long.
+    fn are_answered(&self, time: Duration) -> Result<bool, MigrationError> {
+        match &self.main {
+            Some(main) => is_readable_within(main, time),
+            None => Ok(false),
+        }
     }
 
     /// What has been written to the connections.
@@ -225,28 +226,12 @@ impl Lanes {
                 ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
             )
         };
-        match (error, &self.main) {
-            (MigrationError::Lane { source, .. }, Some(main)) => {
-                let source = match source {
-                    SnapshotError::Stream(StreamError::Io { source, .. }) => source,
-                    _ => return false,
-                };
-                closed(source) && is_readable_within(main, WORD)
-            }
+        match error {
+            MigrationError::Lane {
+                source: SnapshotError::Stream(StreamError::Io { source, .. }),
+                ..
+            } => closed(source) && matches!(self.are_answered(WORD), Ok(true)),
             _ => false,
-        }
-    }
-}
-
-fn is_readable_within(socket: &OwnedFd, time: Duration) -> bool {
-    let by = Instant::now() + time;
-    loop {
-        let left = by.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).unwrap_or_default();
-        let mut fds = [PollFd::new(socket, PollFlags::IN)];
-        match poll(&mut fds, Some(&left)) {
-            Err(rustix::io::Errno::INTR) => {}
-            ready => return matches!(ready, Ok(1..)),
         }
     }
 }
@@ -439,7 +424,7 @@ impl<S> Sender<S> {
         let Some(since) = self.unsettled else {
             return Ok(true);
         };
-        if !self.lanes.are_answered() {
+        if !self.lanes.are_answered(TURN)? {
             return match since.elapsed() < SETTLED {
                 true => Ok(false),
                 false => Err(late_at("wait for the disks of").into()),
@@ -464,6 +449,10 @@ impl<S> Sender<S> {
         while !self.lanes.are_over()? {
             if stopped.elapsed() > longest {
                 return Err(MigrationError::Late { longest });
+            }
+            // Nothing is to be said yet: the other side refuses, or somebody has cut it so that the guest need not wait.
+            if self.lanes.are_answered(Duration::ZERO)? {
+                return Err(super::unwritten(ErrorKind::BrokenPipe.into()).into());
             }
         }
         self.count_lanes();

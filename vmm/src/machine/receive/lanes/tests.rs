@@ -84,7 +84,7 @@ fn arrive(says: [&[u8]; 2]) -> Result<Totals, MigrationError> {
         let _ = near.write_all(bytes);
     }
     let mut totals = Totals::default();
-    wires.lanes.join(&mut totals)?;
+    wires.lanes.join(LATE, &mut totals)?;
     Ok(totals)
 }
 
@@ -98,7 +98,7 @@ fn what_comes_by_all_lanes_is_there_and_counted() {
         wires.near[usize::from(lane)].write_all(&bytes).unwrap();
     }
     let mut totals = Totals::default();
-    wires.lanes.join(&mut totals).unwrap();
+    wires.lanes.join(LATE, &mut totals).unwrap();
     assert_eq!((totals.pages, totals.zeros), (3, 0));
     for lane in 0..3 {
         let mut byte = [0];
@@ -188,8 +188,8 @@ fn a_lane_that_does_not_come_to_its_end_is_not_waited_for() {
     wires.near[1]
         .write_all(&right[1][..right[1].len() - 1])
         .unwrap();
-    wires.lanes.late = Duration::from_millis(200);
-    let error = wires.lanes.join(&mut Totals::default()).unwrap_err();
+    let (most, mut totals) = (Duration::from_millis(200), Totals::default());
+    let error = wires.lanes.join(most, &mut totals).unwrap_err();
     assert!(error.to_string().contains("wait for the lanes"), "{error}");
 }
 

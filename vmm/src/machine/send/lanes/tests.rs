@@ -93,7 +93,7 @@ proptest! {
         lanes.close();
         until(|| lanes.are_over()).unwrap();
         let mut totals = Totals::default();
-        arrived.join(&mut totals).unwrap();
+        arrived.join(arriving::LATE, &mut totals).unwrap();
         prop_assert_eq!(totals, lanes.totals());
         prop_assert!(content(&here) == content(&there));
     }
@@ -176,4 +176,20 @@ fn there_are_not_more_lanes_than_both_sides_have_threads_for() {
     let (main, _other) = UnixStream::pair().unwrap();
     let begun = Lanes::begin(near, &main, Uuid::nil(), &memory(), &threads());
     assert!(begun.is_err());
+}
+
+/// By whoever is to end a wait for them, or by the other side.
+#[test]
+fn a_stream_that_is_cut_or_speaks_is_noticed_while_lanes_are_waited_for() {
+    for says in [false, true] {
+        let (here, (near, _far)) = (memory(), pairs(2));
+        let (main, mut other) = UnixStream::pair().unwrap();
+        let lanes = begin(near, &main, &here);
+        assert!(!lanes.are_answered(Duration::ZERO).unwrap());
+        match says {
+            true => other.write_all(b"no").unwrap(),
+            false => main.shutdown(std::net::Shutdown::Both).unwrap(),
+        }
+        assert!(lanes.are_answered(Duration::ZERO).unwrap(), "{says}");
+    }
 }
