@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use fractus_vmm::machine::Compression;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc};
@@ -30,7 +31,6 @@ use crate::machine::process::identity;
 use crate::machine::process::launch::HostLauncher;
 use crate::machine::{unheard, upgrade};
 use crate::paths::Paths;
-use fractus_vmm::machine::Compression;
 
 #[derive(Debug, Clone)]
 pub struct Config {

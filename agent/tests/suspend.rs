@@ -10,11 +10,11 @@ use std::path::PathBuf;
 use common::machine::{Machine, disk, disks, states};
 use common::*;
 use fractus_agent_api::device::{DeviceId, DeviceState};
-use fractus_agent_api::machine::{MachineReport, Observed, Power, ServerId};
+use fractus_agent_api::machine::{ImageRef, MachineReport, Observed, Power, ServerId};
 use rstest::rstest;
 use uuid::Uuid;
 
-async fn with_probes() -> Result<Option<(Cloud, Agent, fractus_agent_api::machine::ImageRef)>> {
+async fn with_probes() -> Result<Option<(Cloud, Agent, ImageRef)>> {
     let Some(probe) = probe() else {
         println!("no /dev/kvm: nothing was tested");
         return Ok(None);
@@ -221,17 +221,25 @@ fn memory_that_is_damaged_is_refused_and_kept_until_the_server_is_rebooted(
     })
 }
 
+/// An agent whose folder has no more room than that; none without KVM.
+async fn on_a_small_disk(size: &str) -> Result<Option<(Cloud, Agent, ImageRef)>> {
+    let Some(probe) = probe() else {
+        println!("no /dev/kvm: nothing was tested");
+        return Ok(None);
+    };
+    let cloud = Cloud::start().await;
+    let kernel = image_of(&probe);
+    cloud.add_image(&kernel, &probe);
+    let agent = Agent::start_on_a_small_disk_with(size, &cloud, false).await?;
+    Ok(Some((cloud, agent, kernel)))
+}
+
 #[test]
 fn a_guest_that_cannot_be_kept_for_want_of_room_runs_on() -> Result {
     block_on(async {
-        let Some(probe) = probe() else {
-            println!("no /dev/kvm: nothing was tested");
+        let Some((_cloud, agent, kernel)) = on_a_small_disk("24m").await? else {
             return Ok(());
         };
-        let cloud = Cloud::start().await;
-        let kernel = image_of(&probe);
-        cloud.add_image(&kernel, &probe);
-        let agent = Agent::start_on_a_small_disk_with("24m", &cloud, false).await?;
         let mut machine = Machine::start(&agent, &kernel).await?;
         agent.console_says(machine.id, "tick 1 ").await?;
         machine.asks("touch 40").await?;
@@ -256,14 +264,9 @@ fn a_guest_that_cannot_be_kept_for_want_of_room_runs_on() -> Result {
 #[test]
 fn a_large_guest_that_there_was_no_room_for_is_compressed_the_next_time() -> Result {
     block_on(async {
-        let Some(probe) = probe() else {
-            println!("no /dev/kvm: nothing was tested");
+        let Some((_cloud, mut agent, kernel)) = on_a_small_disk("64m").await? else {
             return Ok(());
         };
-        let cloud = Cloud::start().await;
-        let kernel = image_of(&probe);
-        cloud.add_image(&kernel, &probe);
-        let mut agent = Agent::start_on_a_small_disk_with("64m", &cloud, false).await?;
         compress(&mut agent, "zstd").await?;
         let mut machine =
             Machine::start_with(&agent, &kernel, |spec| spec.memory_mib = 640).await?;

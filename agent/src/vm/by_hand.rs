@@ -19,10 +19,10 @@
 //! FILE. With `--stamp` the first line on standard error is CLOCK_MONOTONIC, in nanoseconds, of the moment
 //! before the machine's process is cloned. With `--resume` the guest goes on from a snapshot, which is read first; with
 //! `--clone` it is one of several that do, and what it does not write to is theirs together: the snapshot is mapped, and
-//! has to stay as it is; one that is compressed cannot be mapped. What `--working-set` says that other clones touched of it is read ahead
-//! ([`super::working_set`]); where that file is not there, what this one touches in its first seconds is recorded in it. Of
-//! `machine` counts then which of the host's CPUs it
-//! may use. The exit status is 0 when the guest powered off or was stopped, else 1 with the reason on standard error.
+//! has to stay as it is; one that is compressed cannot be mapped. What `--working-set` says that other clones touched of
+//! it is read ahead ([`super::working_set`]); where that file is not there, what this one touches in its first seconds is
+//! recorded in it. Of `machine` counts then which of the host's CPUs it may use. The exit status is 0 when the guest
+//! powered off or was stopped, else 1 with the reason on standard error.
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
