@@ -628,6 +628,7 @@ impl<L: Launcher> Actor<L> {
                 self.failed = Some(detail);
             }
             Heard::Failed(detail) => self.failed = Some(detail),
+            Heard::GoUnread => self.did_not_go_on(),
             Heard::Ended(end) => {
                 self.ended(end);
                 self.process = None;
@@ -642,6 +643,7 @@ impl<L: Launcher> Actor<L> {
         let resumed = late || (self.phase, phase) == (Phase::Paused, Phase::Running);
         self.phase = phase;
         self.start_by = None;
+        self.has_gone_on();
         if let Some(process) = &mut self.record.process
             && !process.ran
         {
@@ -678,6 +680,7 @@ impl<L: Launcher> Actor<L> {
         self.phase = Phase::None;
         self.lose_copy();
         self.discount();
+        let may_have_run = self.travel.is_told();
         self.travel.end();
         self.forget_arrival();
         self.start_by = None;
@@ -727,7 +730,11 @@ impl<L: Launcher> Actor<L> {
             && self.process.is_some()
             && !self.adopted
         {
-            self.failed = Some("the machine's process ended before its guest ran".to_owned());
+            let reason = match may_have_run {
+                true => "the machine's process ended as its guest was to go on, which may have run",
+                false => "the machine's process ended before its guest ran",
+            };
+            self.failed = Some(reason.to_owned());
         }
         self.persist();
     }

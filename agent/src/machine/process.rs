@@ -36,6 +36,7 @@ use super::make::OpenDevice;
 use super::record::ProcessRecord;
 use crate::clock::now_us;
 use crate::machine::line::Way;
+use crate::vm::packet::PacketError;
 use crate::vm::protocol::{FromMachine, LastWords, MachineEvent, Role, ToMachine, VERSION};
 use crate::volume::VolumeError;
 
@@ -256,6 +257,8 @@ pub struct HostProcess {
     paths: crate::paths::MachinePaths,
     /// Last of what it said, kept for its end.
     failure: Option<String>,
+    /// That its guest goes on is the last that it was told.
+    goes: bool,
     /// What it answered when it was adopted.
     greeting: Option<Heard>,
     /// Whether it can suspend its guest: one of an older agent cannot. None: it has not said.
@@ -312,7 +315,7 @@ impl HostProcess {
                 lacks,
                 ..
             } if version <= VERSION => {
-                self.control = Some(control);
+                (self.control, self.goes) = (Some(control), false);
                 (self.suspends, self.sends) = (Some(suspends), Some(sends));
                 (self.copies, self.hands) = (Some(copies), Some(hands));
                 (self.follows, self.seals, self.lanes) = (follows, seals, lanes);
@@ -337,9 +340,15 @@ impl HostProcess {
         }
     }
 
-    async fn say(&self, message: &ToMachine, files: &[BorrowedFd<'_>]) -> Result<(), ProcessError> {
+    async fn say(
+        &mut self,
+        message: &ToMachine,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), ProcessError> {
         let control = self.control.as_ref().ok_or(ProcessError::Mute)?;
-        Ok(control.send(message, files).await?)
+        control.send(message, files).await?;
+        self.goes = matches!(message, ToMachine::Go);
+        Ok(())
     }
 
     /// Its jail lets it write no file beyond the largest that it was started with.
@@ -367,17 +376,6 @@ impl HostProcess {
                     None => format!("the machine's process ended: {status}"),
                 };
                 End::Silent { detail }
-            }
-        }
-    }
-
-    /// What it said in the end is still in the socket.
-    fn last_message(&mut self) -> Option<FromMachine> {
-        match self.control.as_ref()?.try_receive() {
-            Some(message) => Some(message),
-            None => {
-                self.control = None;
-                None
             }
         }
     }
@@ -630,25 +628,29 @@ impl Process for HostProcess {
                 }
                 continue;
             };
-            let received = tokio::select! {
+            let (received, over) = tokio::select! {
                 biased;
-                received = control.receive() => Some(received),
-                _ = self.pidfd.readable() => None,
+                received = control.receive() => (received, false),
+                // What it said in the end is still in the socket.
+                _ = self.pidfd.readable() => (control.try_receive(), true),
             };
-            let message = match received {
-                Some(Ok(message)) => Some(message),
-                Some(Err(error)) => {
+            match received {
+                Ok(message) => {
+                    if let Some(heard) = self.heard(message) {
+                        return heard;
+                    }
+                }
+                Err(PacketError::Unread) if std::mem::take(&mut self.goes) => {
+                    return Heard::GoUnread;
+                }
+                Err(PacketError::Unread) => {}
+                Err(error) => {
                     tracing::debug!(%error, "connection to a machine's process");
                     self.control = None;
-                    None
+                    if over {
+                        return Heard::Ended(self.end());
+                    }
                 }
-                None => match self.last_message() {
-                    Some(message) => Some(message),
-                    None => return Heard::Ended(self.end()),
-                },
-            };
-            if let Some(heard) = message.and_then(|message| self.heard(message)) {
-                return heard;
             }
         }
     }

@@ -31,6 +31,9 @@ const _: () = assert!(LARGEST <= MOST_FILES, "it could not be launched");
 pub enum PacketError {
     #[error("the other end is gone")]
     Closed,
+    /// What it has said before is still to be had.
+    #[error("the other end is gone, and has not read the last of what it was told")]
+    Unread,
     #[error("the socket failed: {0}")]
     Socket(Errno),
     #[error("a packet is not understood: {0}")]
@@ -46,7 +49,9 @@ impl PacketError {
 impl From<Errno> for PacketError {
     fn from(errno: Errno) -> Self {
         match errno {
-            Errno::PIPE | Errno::CONNRESET => Self::Closed,
+            Errno::PIPE => Self::Closed,
+            // Of a unix socket: it was closed with something in its queue.
+            Errno::CONNRESET => Self::Unread,
             other => Self::Socket(other),
         }
     }
@@ -122,5 +127,27 @@ mod tests {
         send(&one, &LARGEST, &vec![one.as_fd(); LARGEST]).unwrap();
         let (said, files) = receive::<usize>(&other).unwrap();
         assert_eq!((said, files.len()), (LARGEST, LARGEST));
+    }
+
+    #[test]
+    fn whoever_ends_without_having_read_all_is_known_by_that_and_what_it_said_is_not_lost() {
+        let pair = || {
+            let flags = SocketFlags::CLOEXEC;
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
+        };
+        let (one, other) = pair();
+        send(&one, &"read", &[]).unwrap();
+        assert_eq!(receive::<String>(&other).unwrap().0, "read");
+        send(&one, &"not read", &[]).unwrap();
+        send(&other, &"said", &[]).unwrap();
+        drop(other);
+        assert!(matches!(receive::<String>(&one), Err(PacketError::Unread)));
+        assert_eq!(receive::<String>(&one).unwrap().0, "said");
+        assert!(matches!(receive::<String>(&one), Err(PacketError::Closed)));
+        let (one, other) = pair();
+        send(&one, &"read", &[]).unwrap();
+        assert_eq!(receive::<String>(&other).unwrap().0, "read");
+        drop(other);
+        assert!(matches!(receive::<String>(&one), Err(PacketError::Closed)));
     }
 }

@@ -103,7 +103,7 @@ impl Pair {
             begun?;
         }
         let before = began?;
-        let killed = self.breaks(fault, before.sides).await?;
+        let killed = self.breaks(spot, fault, &before).await?;
         let rest = self.rests().await?;
         let end = self.is_right(&before, &rest, killed).await;
         let end = end.with_context(|| format!("{rest:?}"))?;
@@ -159,7 +159,8 @@ impl Pair {
     }
 
     /// Breaks it, and lets the message go its way. Whether a machine's process was killed.
-    async fn breaks(&self, fault: Fault, sides: Sides) -> Result<bool> {
+    async fn breaks(&self, spot: Spot, fault: Fault, before: &Before) -> Result<bool> {
+        let sides = before.sides;
         let mut killed = false;
         let fate = match fault {
             Fault::Cut => Fate::Cut,
@@ -176,6 +177,11 @@ impl Pair {
                 let mut cloud = self.stage.cloud.lock().await;
                 cloud.kill_agent(agent);
                 cloud.start_agent(agent)?;
+                Fate::Delivered
+            }
+            Fault::TargetProcess if spot == Spot::ToldToContinue => {
+                self.kills_deaf(sides.target, &before.server).await?;
+                killed = true;
                 Fate::Delivered
             }
             Fault::SourceProcess | Fault::TargetProcess => {
@@ -214,6 +220,30 @@ impl Pair {
             }
         });
         gone.await
+    }
+
+    /// It is told that its guest goes on, and is killed before it has read that: whether its guest ran is not for its
+    /// agent to guess.
+    async fn kills_deaf(&self, agent: usize, server: &str) -> Result<()> {
+        let there = self.processes(agent).await;
+        let [process] = &there[..] else {
+            bail!("not one process to be stopped: {there:?}");
+        };
+        let pid = Pid::from_raw(i32::try_from(process.pid)?).context("a pid")?;
+        kill_process(pid, Signal::STOP)?;
+        self.gate.open(Fate::Delivered);
+        // What it has begun by then is in that file once it was told.
+        let state = self.stage.cloud.lock().await.agent_state(agent);
+        let record = state.join("machines").join(server).join("record.json");
+        let told = until("its process is told", SOON, || async {
+            let record = std::fs::read_to_string(&record).unwrap_or_default();
+            match record.contains("\"continued\":") {
+                true => Ok(()),
+                false => Err(record),
+            }
+        });
+        told.await?;
+        self.kills(agent).await
     }
 
     async fn processes(&self, agent: usize) -> Vec<MachineProcess> {

@@ -47,6 +47,8 @@ pub(super) struct Travel {
     pub follow: Follow,
     /// That its guest goes on here is in the record, and the process has not been told: what was done before that.
     counted: Option<Done>,
+    /// The process was told that, and may not have read it: likewise.
+    told: Option<Done>,
 }
 
 impl Travel {
@@ -54,12 +56,18 @@ impl Travel {
     pub(super) fn end(&mut self) {
         (self.transit, self.line, self.policy) = (Transit::None, None, None);
         (self.unheard, self.follow) = (false, Follow::default());
+        self.told = None;
         if let Some(moving) = &mut self.moving
             && !matches!(moving.state, State::Failed { .. })
         {
             let reason = "the machine's process ended meanwhile".to_owned();
             moving.state = State::Failed { reason };
         }
+    }
+
+    /// That its guest goes on, and not heard that it does.
+    pub(super) fn is_told(&self) -> bool {
+        self.told.is_some()
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -223,6 +231,23 @@ impl<L: Launcher> Actor<L> {
         }
     }
 
+    /// The process has ended, and has not read that its guest goes on: it stands still where it comes from.
+    pub(super) fn did_not_go_on(&mut self) {
+        let Some(before) = self.travel.told.take() else {
+            return;
+        };
+        tracing::info!(machine = %self.record.id, "its process ended before it read that its guest goes on");
+        self.record.done = before;
+        if let Some(process) = &mut self.record.process {
+            process.ran = false;
+        }
+    }
+
+    /// The process has read it.
+    pub(super) fn has_gone_on(&mut self) {
+        self.travel.told = None;
+    }
+
     /// What was done before.
     fn count_going_on(&mut self) -> Done {
         let before = self.record.done;
@@ -268,6 +293,7 @@ impl<L: Launcher> Actor<L> {
             self.travel.end();
             self.record.line = None;
         }
+        self.travel.told = Some(before);
         self.phase = Phase::Starting;
         // One that waits for its memory may wait for long.
         self.start_by = (!lacks).then(|| Instant::now() + START);

@@ -112,3 +112,40 @@ async fn an_intent_that_cannot_be_written_has_nothing_go_on() {
     stage.settle(Observed::Running).await;
     assert_eq!(written(&stage).done.continued, Some(MIGRATION));
 }
+
+/// Its process is told that it goes on, and is gone then.
+async fn told_and_gone(folder: &Path, words: Vec<Heard>, reason: &str) -> Stage {
+    let mut stage = arrived(folder).await;
+    continues(&mut stage, 2).try_recv().unwrap().unwrap();
+    // Heard after that.
+    words.into_iter().for_each(|heard| stage.words.say(heard));
+    let detail = "killed".to_owned();
+    stage.words.say(Heard::Ended(End::Silent { detail }));
+    let reason = reason.to_owned();
+    stage.settle(Observed::Failed { reason }).await;
+    stage
+}
+
+#[tokio::test]
+async fn a_guest_whose_process_never_read_that_it_goes_on_has_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let reason = "the machine's process ended before its guest ran";
+    let stage = told_and_gone(folder.path(), vec![Heard::GoUnread], reason).await;
+    let report = stage.reports.borrow().clone();
+    let migration = report.migration.unwrap();
+    assert!(
+        matches!(migration.state, Stream::Failed { .. }),
+        "{migration:?}"
+    );
+    let done = written(&stage).done;
+    assert_eq!((done.continued, done.starts), (None, report.starts));
+}
+
+#[tokio::test]
+async fn whether_a_guest_went_on_whose_process_may_have_read_that_is_not_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let reason = "the machine's process ended as its guest was to go on, which may have run";
+    let stage = told_and_gone(folder.path(), Vec::new(), reason).await;
+    assert_eq!(stage.reports.borrow().migration, None);
+    assert_eq!(written(&stage).done.continued, Some(MIGRATION));
+}

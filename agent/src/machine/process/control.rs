@@ -90,10 +90,8 @@ impl Control {
     }
 
     /// What has arrived already.
-    pub fn try_receive(&self) -> Option<FromMachine> {
-        packet::receive(self.0.get_ref())
-            .ok()
-            .map(|(message, _)| message)
+    pub fn try_receive(&self) -> Result<FromMachine, PacketError> {
+        packet::receive(self.0.get_ref()).map(|(message, _)| message)
     }
 
     /// The raw socket, for the console's bytes.

@@ -67,5 +67,7 @@ pub enum Heard {
     Refused(String),
     /// The machine could not be made; the end follows.
     Failed(String),
+    /// It is gone, and never read the [`Command::Go`](super::Command::Go) that it was told last.
+    GoUnread,
     Ended(End),
 }
