@@ -12,8 +12,9 @@
 //! An abort is an intent of the source's without `departs`: its guest runs on, if it stood still. Until it has
 //! one of the two, a source that has offered its guest lets it stand still, however long that takes. A target whose
 //! process has ended before its guest ran says that it has failed; then the row may go back to the source, with
-//! `continues`: that guest stands still there as it was. One whose process was told to go on and has ended without a word
-//! says neither that nor [`State::Continued`]: its guest may have run.
+//! `continues`: that guest stands still there as it was. One whose process was told to go on, and has ended without
+//! a word, says so as well if that is known not to have been read; or else neither that nor [`State::Continued`]: its guest
+//! may have run.
 //!
 //! With [`AtLimit::PostCopy`] a guest may go on at the target before all of its memory is there. The source's process
 //! stays for as long as it is told nothing else, and what it owes goes on its way by itself: a connection that breaks is

@@ -425,7 +425,7 @@ impl<L: Launcher> Actor<L> {
         }
         if self.start_by.is_some_and(|by| by <= Instant::now()) {
             self.failed = Some("the guest did not begin to run in time".to_owned());
-            self.kill().await;
+            self.kill_late().await;
         }
         self.tend_size();
         self.tend_devices().await;
@@ -731,7 +731,10 @@ impl<L: Launcher> Actor<L> {
             && !self.adopted
         {
             let reason = match may_have_run {
-                true => "the machine's process ended as its guest was to go on, which may have run",
+                true => {
+                    "the machine's process ended just as its guest was to go on, and nobody knows whether it ran; its disks are \
+                     whole, reboot the server hard"
+                }
                 false => "the machine's process ended before its guest ran",
             };
             self.failed = Some(reason.to_owned());

@@ -246,6 +246,11 @@ pub trait Process: Send + 'static {
 
     /// Ends it now; returns when it is gone.
     async fn kill(&mut self) -> Result<End, ProcessError>;
+
+    /// Of one that [`Self::kill`] has ended, what [`Heard::GoUnread`] says of others.
+    fn go_unread(&self) -> bool {
+        false
+    }
 }
 
 /// A process of this host, held by a descriptor that can mean no other.
@@ -259,6 +264,8 @@ pub struct HostProcess {
     failure: Option<String>,
     /// That its guest goes on is the last that it was told.
     goes: bool,
+    /// It has not read that, and nobody has heard so.
+    unread: bool,
     /// What it answered when it was adopted.
     greeting: Option<Heard>,
     /// Whether it can suspend its guest: one of an older agent cannot. None: it has not said.
@@ -315,7 +322,8 @@ impl HostProcess {
                 lacks,
                 ..
             } if version <= VERSION => {
-                (self.control, self.goes) = (Some(control), false);
+                self.control = Some(control);
+                (self.goes, self.unread) = (false, false);
                 (self.suspends, self.sends) = (Some(suspends), Some(sends));
                 (self.copies, self.hands) = (Some(copies), Some(hands));
                 (self.follows, self.seals, self.lanes) = (follows, seals, lanes);
@@ -346,9 +354,33 @@ impl HostProcess {
         files: &[BorrowedFd<'_>],
     ) -> Result<(), ProcessError> {
         let control = self.control.as_ref().ok_or(ProcessError::Mute)?;
-        control.send(message, files).await?;
-        self.goes = matches!(message, ToMachine::Go);
-        Ok(())
+        let sent = control.send(message, files).await;
+        match sent {
+            Ok(()) => self.goes = matches!(message, ToMachine::Go),
+            // Said once: whoever receives then is told of an orderly end.
+            Err(PacketError::Unread) => self.unread |= self.goes,
+            Err(_) => {}
+        }
+        Ok(sent?)
+    }
+
+    /// Reads what is left of an end that is known: what it had not read, and not what it has said.
+    fn drain(&mut self) {
+        while let Some(control) = &self.control {
+            match control.try_receive() {
+                Ok(_) => {}
+                Err(PacketError::Unread) => self.unread |= self.goes,
+                Err(_) => self.control = None,
+            }
+        }
+    }
+
+    /// It has ended, and all that it said was heard.
+    fn gone(&mut self) -> Heard {
+        match std::mem::take(&mut self.unread) {
+            true => Heard::GoUnread,
+            false => Heard::Ended(self.end()),
+        }
     }
 
     /// Its jail lets it write no file beyond the largest that it was started with.
@@ -620,7 +652,7 @@ impl Process for HostProcess {
         loop {
             let Some(control) = &self.control else {
                 tokio::select! {
-                    _ = self.pidfd.readable() => return Heard::Ended(self.end()),
+                    _ = self.pidfd.readable() => return self.gone(),
                     () = tokio::time::sleep(AGAIN) => {}
                 }
                 if let Ok(greeting) = self.connect().await {
@@ -640,15 +672,14 @@ impl Process for HostProcess {
                         return heard;
                     }
                 }
-                Err(PacketError::Unread) if std::mem::take(&mut self.goes) => {
-                    return Heard::GoUnread;
-                }
-                Err(PacketError::Unread) => {}
+                // What it has said is read first: then the socket is at its end.
+                Err(PacketError::Unread) => self.unread |= self.goes,
                 Err(error) => {
                     tracing::debug!(%error, "connection to a machine's process");
+                    self.drain();
                     self.control = None;
                     if over {
-                        return Heard::Ended(self.end());
+                        return self.gone();
                     }
                 }
             }
@@ -680,8 +711,12 @@ impl Process for HostProcess {
         {
             return Err(ProcessError::Mute);
         }
-        self.control = None;
+        self.drain();
         Ok(self.end())
+    }
+
+    fn go_unread(&self) -> bool {
+        self.unread
     }
 }
 
@@ -717,6 +752,9 @@ pub fn end_strays(
     }
     Ok(ended)
 }
+
+#[cfg(test)]
+mod hear_tests;
 
 #[cfg(test)]
 mod tests {

@@ -31,7 +31,7 @@ const _: () = assert!(LARGEST <= MOST_FILES, "it could not be launched");
 pub enum PacketError {
     #[error("the other end is gone")]
     Closed,
-    /// What it has said before is still to be had.
+    /// Said once, to whoever sends or receives next; what the other end has said before comes after it.
     #[error("the other end is gone, and has not read the last of what it was told")]
     Unread,
     #[error("the socket failed: {0}")]

@@ -236,10 +236,12 @@ impl Pair {
         let state = self.stage.cloud.lock().await.agent_state(agent);
         let record = state.join("machines").join(server).join("record.json");
         let told = until("its process is told", SOON, || async {
-            let record = std::fs::read_to_string(&record).unwrap_or_default();
-            match record.contains("\"continued\":") {
+            let record = std::fs::read(&record).unwrap_or_default();
+            let record: Value = serde_json::from_slice(&record).unwrap_or_default();
+            let wanted = &record["intent"]["wanted"]["continues"];
+            match wanted.is_string() && record["done"]["continued"] == *wanted {
                 true => Ok(()),
-                false => Err(record),
+                false => Err(record.to_string()),
             }
         });
         told.await?;

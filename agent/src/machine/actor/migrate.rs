@@ -236,8 +236,9 @@ impl<L: Launcher> Actor<L> {
         let Some(before) = self.travel.told.take() else {
             return;
         };
-        tracing::info!(machine = %self.record.id, "its process ended before it read that its guest goes on");
-        self.record.done = before;
+        let migration = self.record.done.continued.map(tracing::field::display);
+        tracing::info!(machine = %self.record.id, migration, "its process ended before it read that its guest goes on");
+        (self.record.done.continued, self.record.done.starts) = (before.continued, before.starts);
         if let Some(process) = &mut self.record.process {
             process.ran = false;
         }

@@ -269,6 +269,16 @@ impl<L: Launcher> Actor<L> {
     }
 
     pub(super) async fn kill(&mut self) {
+        self.kill_for(None).await;
+    }
+
+    /// Its guest should run by now. Where it may have, though nobody has heard so, no other is begun in its place.
+    pub(super) async fn kill_late(&mut self) {
+        let detail = "the machine's process did not say that its guest goes on".to_owned();
+        self.kill_for(Some(StopReason::VmmFault { detail })).await;
+    }
+
+    async fn kill_for(&mut self, fault: Option<StopReason>) {
         let Some(mut process) = self.process.take() else {
             self.phase = Phase::None;
             self.record.process = None;
@@ -278,6 +288,10 @@ impl<L: Launcher> Actor<L> {
             Ok(_) => {
                 self.phase = Phase::None;
                 self.lose_copy();
+                if process.go_unread() {
+                    self.did_not_go_on();
+                }
+                let fault = fault.filter(|_| self.travel.is_told());
                 self.travel.end();
                 self.forget_arrival();
                 (self.start_by, self.shutdown_by, self.pressed_at) = (None, None, None);
@@ -287,7 +301,7 @@ impl<L: Launcher> Actor<L> {
                     self.failed = None;
                 }
                 let going = self.record.intent.wanted.power == Power::Stopped;
-                self.record.stop = going.then_some(StopReason::Requested);
+                self.record.stop = going.then_some(StopReason::Requested).or(fault);
                 tracing::info!(machine = %self.record.id, "ended its process");
                 self.persist();
             }

@@ -90,6 +90,9 @@ impl Control {
     }
 
     /// What has arrived already.
+    ///
+    /// # Errors
+    /// One that [would block](PacketError::would_block), where nothing has.
     pub fn try_receive(&self) -> Result<FromMachine, PacketError> {
         packet::receive(self.0.get_ref()).map(|(message, _)| message)
     }

@@ -67,7 +67,7 @@ pub enum Heard {
     Refused(String),
     /// The machine could not be made; the end follows.
     Failed(String),
-    /// It is gone, and never read the [`Command::Go`](super::Command::Go) that it was told last.
+    /// It has ended without having read the [`Command::Go`](super::Command::Go) that it was told last. The end follows.
     GoUnread,
     Ended(End),
 }
