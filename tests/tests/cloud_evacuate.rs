@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, until};
+use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, in_a_segment, until};
 
 /// Asked again where its connection was closed while the client before it took its time.
 async fn host_of(admin: &Client, server: &str) -> String {
@@ -30,10 +30,18 @@ async fn boot(admin: &Client, server: &str) -> String {
     after.split_whitespace().next().unwrap().to_owned()
 }
 
-#[tokio::test]
-async fn cloud_a_server_is_evacuated_and_its_host_drops_it_when_it_has_power_again() {
+#[test]
+fn cloud_a_server_is_evacuated_and_its_host_drops_it_when_it_has_power_again() {
+    in_a_segment(
+        "cloud_a_server_is_evacuated_and_its_host_drops_it_when_it_has_power_again",
+        evacuated,
+    );
+}
+
+async fn evacuated() {
     let options = Options {
         agents: 2,
+        networks: true,
         ..Options::default()
     };
     let mut cloud = Cloud::start(options).await.unwrap();

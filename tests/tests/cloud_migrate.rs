@@ -4,17 +4,12 @@
 
 use std::time::{Duration, Instant};
 
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, Typed, asks, until};
+use fractus_tests::harness::{Client, Cloud, OpenStack, Options, Typed, asks, in_a_segment, until};
 use serde_json::{Value, json};
 
 async fn two_hosts() -> Cloud {
-    two_hosts_told(&[]).await
-}
-
-async fn two_hosts_told(serve: &'static [&'static str]) -> Cloud {
     let options = Options {
         agents: 2,
-        serve,
         ..Options::default()
     };
     Cloud::start(options).await.unwrap()
@@ -61,9 +56,22 @@ async fn one_process(cloud: &Cloud) {
     one.await.unwrap();
 }
 
-#[tokio::test]
-async fn cloud_a_server_goes_to_another_host_and_back_by_the_openstack_client() {
-    let cloud = two_hosts_told(&["--migration-connections=2"]).await;
+#[test]
+fn cloud_a_server_goes_to_another_host_and_back_by_the_openstack_client() {
+    in_a_segment(
+        "cloud_a_server_goes_to_another_host_and_back_by_the_openstack_client",
+        there_and_back,
+    );
+}
+
+async fn there_and_back() {
+    let options = Options {
+        agents: 2,
+        networks: true,
+        serve: &["--migration-connections=2"],
+        ..Options::default()
+    };
+    let cloud = Cloud::start(options).await.unwrap();
     let openstack = OpenStack::new(&cloud);
     let admin = cloud.admin().await.unwrap().at(96);
     cloud.probe_image(&admin, "tick_ms=20").await.unwrap();

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, until};
+use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, in_a_segment, until};
 use serde_json::Value;
 
 /// Which boot of the guest its console's log tells of.
@@ -125,10 +125,18 @@ async fn migrated_and_back(told: &Told<'_>, boots: &mut Vec<String>) {
     told.is_on_one_host().await;
 }
 
-#[tokio::test]
-async fn cloud_a_server_is_resized_and_migrated_and_stays_or_goes_back_with_its_disk() {
+#[test]
+fn cloud_a_server_is_resized_and_migrated_and_stays_or_goes_back_with_its_disk() {
+    in_a_segment(
+        "cloud_a_server_is_resized_and_migrated_and_stays_or_goes_back_with_its_disk",
+        resized_and_migrated,
+    );
+}
+
+async fn resized_and_migrated() {
     let options = Options {
         agents: 2,
+        networks: true,
         ..Options::default()
     };
     let cloud = Cloud::start(options).await.unwrap();

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, until};
+use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, in_a_segment, until};
 
 async fn host_of(admin: &Client, server: &str) -> String {
     let path = format!("/compute/v2.1/servers/{server}");
@@ -33,10 +33,18 @@ async fn nothing_is_left(cloud: &Cloud) {
     }
 }
 
-#[tokio::test]
-async fn cloud_a_server_is_shelved_and_runs_again_on_another_host_with_what_was_written() {
+#[test]
+fn cloud_a_server_is_shelved_and_runs_again_on_another_host_with_what_was_written() {
+    in_a_segment(
+        "cloud_a_server_is_shelved_and_runs_again_on_another_host_with_what_was_written",
+        shelved_and_unshelved,
+    );
+}
+
+async fn shelved_and_unshelved() {
     let options = Options {
         agents: 2,
+        networks: true,
         ..Options::default()
     };
     let cloud = Cloud::start(options).await.unwrap();

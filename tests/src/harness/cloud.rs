@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::client::Client;
 use super::guardian::Guardian;
 use super::machines::{self, MachineProcess};
+use super::network::{HostNetwork, Segment};
 use super::process::{Process, probe, program};
 use super::wait::until;
 
@@ -30,6 +31,8 @@ pub struct Options {
     pub agent_program: Option<PathBuf>,
     /// Controller and agents know each other by [`Ways`] where nobody listens: the test does, and carries what they say.
     pub apart: bool,
+    /// Each agent has a network of its own, as a host has: of a test that runs [`in_a_segment`](super::in_a_segment).
+    pub networks: bool,
     /// What else the controller is told.
     pub serve: &'static [&'static str],
 }
@@ -41,6 +44,7 @@ impl Default for Options {
             database: None,
             agent_program: None,
             apart: false,
+            networks: false,
             serve: &[],
         }
     }
@@ -65,6 +69,8 @@ pub struct Cloud {
     addresses: Addresses,
     controller: Option<Process>,
     agents: Vec<Agent>,
+    /// To which agents' networks lead.
+    segment: Option<Segment>,
     /// Ids of the users that machines run as, of all agents.
     users: Range<u32>,
     // Last: what is above is ended before it cleans up.
@@ -77,6 +83,7 @@ struct Agent {
     ways: Ways,
     users: Range<u32>,
     process: Option<Process>,
+    network: Option<HostNetwork>,
     /// A file with the id of its host's boot, if that is another than this machine's.
     boot: Option<PathBuf>,
 }
@@ -88,33 +95,53 @@ struct Addresses {
     ip: Ipv4Addr,
     /// Where controller and agents are known to each other.
     known: Ipv4Addr,
+    /// Of agents with networks of their own: the first one's.
+    hosts: Option<Ipv4Addr>,
     first_port: u16,
 }
 
+/// The controller's in a test's own segment, for documentation (RFC 5737), and the first host's.
+const SEGMENT: [Ipv4Addr; 2] = [Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 10)];
+
 impl Addresses {
     /// For this process's one cloud.
-    fn own(apart: bool) -> Result<Self> {
+    fn own(options: &Options) -> Result<Self> {
         static TAKEN: AtomicBool = AtomicBool::new(false);
         if TAKEN.swap(true, Ordering::Relaxed) {
             bail!(
                 "one cloud a process, whose addresses and users they are: cargo nextest runs tests so"
             );
         }
+        if options.networks {
+            let [ip, hosts] = SEGMENT;
+            return Ok(Self {
+                ip,
+                known: ip,
+                hosts: Some(hosts),
+                first_port: 27_100,
+            });
+        }
         // A pid has 22 bits, and is nobody else's while we live.
         let [_, high, middle, low] = std::process::id().to_be_bytes();
         let ip = Ipv4Addr::new(127, 64 + high, middle, low);
         Ok(Self {
             ip,
-            known: match apart {
+            known: match options.apart {
                 true => Ipv4Addr::new(127, 128 + high, middle, low),
                 false => ip,
             },
+            hosts: None,
             first_port: 27_100,
         })
     }
 
+    /// Without TLS, and so on the loopback only.
     fn public(&self) -> SocketAddr {
-        (self.ip, self.first_port).into()
+        let ip = match self.hosts {
+            Some(_) => Ipv4Addr::LOCALHOST,
+            None => self.ip,
+        };
+        (ip, self.first_port).into()
     }
 
     fn ways(&self, port: u16) -> Ways {
@@ -134,7 +161,21 @@ impl Addresses {
 
     fn agent(&self, index: usize) -> Result<Ways> {
         let port = self.first_port + 10 + u16::try_from(index)?;
-        Ok(self.ways(port))
+        let ways = self.ways(port);
+        Ok(match self.host(index)? {
+            None => ways,
+            Some(ip) => Ways {
+                listens: (ip, port).into(),
+                known: (ip, port).into(),
+            },
+        })
+    }
+
+    /// Of an agent that has a network of its own.
+    fn host(&self, index: usize) -> Result<Option<Ipv4Addr>> {
+        let index = u32::try_from(index)?;
+        let of = |first: Ipv4Addr| Ipv4Addr::from_bits(first.to_bits() + index);
+        Ok(self.hosts.map(of))
     }
 }
 
@@ -160,7 +201,11 @@ impl Cloud {
         let first = 100_000_000 + std::process::id() % 100_000 * 10_000;
         let users = first..first + count.max(1) * USERS_EACH;
         let guardian = Guardian::start(&users, &folder)?;
-        let addresses = Addresses::own(options.apart)?;
+        let addresses = Addresses::own(&options)?;
+        let segment = options
+            .networks
+            .then(|| Segment::lay(&addresses.ip.to_string()));
+        let segment = segment.transpose()?;
         let mut cloud = Self {
             url: format!("http://{}", addresses.public()),
             password: String::new(),
@@ -169,6 +214,7 @@ impl Cloud {
             addresses,
             controller: None,
             agents: Vec::new(),
+            segment,
             users,
             _guardian: guardian,
         };
@@ -240,11 +286,19 @@ impl Cloud {
         let name = format!("agent-{index}");
         let ways = self.addresses.agent(index)?;
         let first = self.users.start + u32::try_from(index)? * USERS_EACH;
+        let network = match (&self.segment, self.addresses.host(index)?) {
+            (Some(segment), Some(ip)) => {
+                let log = self.folder.join(format!("{name}.network.log"));
+                Some(segment.host(&name, &ip.to_string(), &log).await?)
+            }
+            _ => None,
+        };
         let agent = Agent {
             name,
             ways,
             users: first..first + USERS_EACH,
             process: None,
+            network,
             boot: None,
         };
         let token = self.join_token().await?;
@@ -260,7 +314,7 @@ impl Cloud {
         ] {
             arguments.extend([flag.to_owned(), value]);
         }
-        let (program, first) = self.as_a_host(&agent.name, None)?;
+        let (program, first) = self.as_a_host(&agent)?;
         let output = tokio::process::Command::new(program)
             .args(first.iter().chain(&arguments))
             .kill_on_drop(true)
@@ -303,7 +357,7 @@ impl Cloud {
     /// Starts an agent that has joined, also again after it was killed.
     pub fn start_agent(&mut self, index: usize) -> Result<()> {
         let agent = &self.agents[index];
-        let (program, mut arguments) = self.as_a_host(&agent.name, agent.boot.as_deref())?;
+        let (program, mut arguments) = self.as_a_host(agent)?;
         arguments.push("run".to_owned());
         arguments.extend(self.folders(agent));
         for (flag, value) in [
@@ -321,9 +375,10 @@ impl Cloud {
         Ok(())
     }
 
-    /// The agents' program, and what stands before its arguments: several are hosts of different names, and of boots of
-    /// their own once they have lost their power.
-    fn as_a_host(&self, name: &str, boot: Option<&Path>) -> Result<(PathBuf, Vec<String>)> {
+    /// The agents' program, and what stands before its arguments: several are hosts of different names, with networks of
+    /// their own where they have them, and of boots of their own once they have lost their power.
+    fn as_a_host(&self, agent: &Agent) -> Result<(PathBuf, Vec<String>)> {
+        let (name, boot) = (&agent.name, agent.boot.as_deref());
         let program = self.agent_program()?;
         if self.options.agents < 2 && boot.is_none() {
             return Ok((program, Vec::new()));
@@ -332,7 +387,9 @@ impl Cloud {
         let booted =
             format!("mount --bind \"$1\" /proc/sys/kernel/random/boot_id && shift && {named}");
         let program = program.display().to_string();
-        let mut words = vec!["--uts".to_owned()];
+        let network = agent.network.as_ref().map(HostNetwork::prefix);
+        let mut words = network.unwrap_or_default();
+        words.extend(["unshare", "--uts"].map(str::to_owned));
         match boot {
             None => words.extend(["sh", "-c", named, "sh"].map(str::to_owned)),
             Some(boot) => {
@@ -341,7 +398,8 @@ impl Cloud {
             }
         }
         words.extend([name.to_owned(), program]);
-        Ok((PathBuf::from("unshare"), words))
+        let first = words.remove(0);
+        Ok((PathBuf::from(first), words))
     }
 
     fn agent_program(&self) -> Result<PathBuf> {
@@ -472,6 +530,11 @@ impl Cloud {
         fs::write(&boot, format!("{}\n", uuid::Uuid::new_v4().hyphenated()))?;
         self.agents[index].boot = Some(boot);
         self.start_agent(index)
+    }
+
+    /// The network of an agent that has one of its own.
+    pub fn network(&self, index: usize) -> Option<&HostNetwork> {
+        self.agents.get(index)?.network.as_ref()
     }
 
     /// The agent's process, while it runs.

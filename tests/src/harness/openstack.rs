@@ -1,20 +1,51 @@
-//! The `openstack` client, unmodified from PyPI.
+//! The clients that a user has: `openstack`, unmodified from PyPI, and `fractus`.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Output};
 
 use serde_json::Value;
 
-use super::Cloud;
+use super::{Cloud, program};
 use crate::tidy::checkout;
 
-/// The client as a user of this cloud runs it.
-pub struct OpenStack {
-    program: PathBuf,
+/// One of them, as the cloud's first administrator runs it.
+struct Program {
+    path: PathBuf,
     environment: Vec<(&'static str, String)>,
 }
+
+impl Program {
+    fn run(&self, line: &str) -> Output {
+        Command::new(&self.path)
+            .args(line.split_whitespace())
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("HOME", "/nonexistent")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .output()
+            .unwrap()
+    }
+
+    fn done(&self, line: &str) -> String {
+        let output = self.run(line);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "{} {line}: {}\n{errors}",
+            self.path.display(),
+            output.status
+        );
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn json(&self, line: &str) -> Value {
+        serde_json::from_str(&self.done(&format!("{line} -f json"))).unwrap()
+    }
+}
+
+pub struct OpenStack(Program);
 
 impl OpenStack {
     pub fn new(cloud: &Cloud) -> Self {
@@ -27,37 +58,48 @@ impl OpenStack {
             String::from_utf8_lossy(&output.stderr)
         );
         let folder = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
-        Self {
-            program: folder.join("bin/openstack"),
+        Self(Program {
+            path: folder.join("bin/openstack"),
             environment: cloud.environment(),
-        }
+        })
     }
 
-    pub fn run(&self, line: &str) -> std::process::Output {
-        Command::new(&self.program)
-            .args(line.split_whitespace())
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("HOME", "/nonexistent")
-            .envs(self.environment.iter().map(|(name, value)| (name, value)))
-            .output()
-            .unwrap()
+    pub fn run(&self, line: &str) -> Output {
+        self.0.run(line)
     }
 
     /// Runs a command that must succeed.
     pub fn done(&self, line: &str) -> String {
-        let output = self.run(line);
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(
-            output.status.success(),
-            "openstack {line}: {}\n{errors}",
-            output.status
-        );
-        String::from_utf8(output.stdout).unwrap()
+        self.0.done(line)
     }
 
     /// Its answer as JSON.
     pub fn json(&self, line: &str) -> Value {
-        serde_json::from_str(&self.done(&format!("{line} -f json"))).unwrap()
+        self.0.json(line)
+    }
+}
+
+pub struct Fractus(Program);
+
+impl Fractus {
+    pub fn new(cloud: &Cloud) -> Self {
+        Self(Program {
+            path: program("fractus").unwrap(),
+            environment: cloud.environment(),
+        })
+    }
+
+    pub fn run(&self, line: &str) -> Output {
+        self.0.run(line)
+    }
+
+    /// Runs a command that must succeed.
+    pub fn done(&self, line: &str) -> String {
+        self.0.done(line)
+    }
+
+    /// Its answer as JSON.
+    pub fn json(&self, line: &str) -> Value {
+        self.0.json(line)
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use http::Method;
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::server::{SERVER, Wait};
@@ -208,7 +209,7 @@ pub async fn arrived(
     session: &Session,
     output: &Output,
 ) -> Result<String, CliError> {
-    let spinner = output.spinner(&format!("waiting for {id} to be elsewhere"));
+    let mut bar = output.spinner(&format!("waiting for {id} to be elsewhere"));
     let end = Instant::now() + Duration::from_secs(seconds);
     let path = format!("/os-migrations?instance_uuid={id}&limit=1");
     let mut pause = Duration::from_millis(50);
@@ -239,9 +240,33 @@ pub async fn arrived(
             }
             _ => {}
         }
+        let path = format!("/migrations/{}", text(&newest, "uuid"));
+        let whole = session.get(Service::Hosts, &path).await?;
+        follow(&mut bar, id, &whole["migration"]["progress"], output);
         tokio::time::sleep(pause).await;
         pause = (pause * 3 / 2).min(Duration::from_secs(1));
     };
-    spinner.finish_and_clear();
+    bar.finish_and_clear();
     ended
+}
+
+/// How much of the guest's memory and disks its new host has; a guest that writes makes that less again.
+fn follow(bar: &mut ProgressBar, id: &str, progress: &Value, output: &Output) {
+    let sum = |names: [&str; 2]| -> u64 {
+        names
+            .map(|name| progress[name].as_u64())
+            .iter()
+            .flatten()
+            .sum()
+    };
+    let total = sum(["memory_total", "disk_total"]);
+    if total == 0 {
+        return;
+    }
+    if bar.length().is_none() {
+        bar.finish_and_clear();
+        *bar = output.bar(Some(total), id);
+    }
+    bar.set_length(total);
+    bar.set_position(total.saturating_sub(sum(["memory_left", "disk_left"])));
 }
