@@ -669,6 +669,8 @@ impl<L: Launcher> Actor<L> {
 
     /// The process is gone: by our hand, by itself, or unseen.
     fn ended(&mut self, end: End) {
+        self.discount();
+        let may_have_gone_on = self.may_have_gone_on();
         let recorded = self.record.process.take();
         self.shutdown_by = None;
         let patience = self.patience() * 2;
@@ -679,8 +681,6 @@ impl<L: Launcher> Actor<L> {
         let (ran, boot) = recorded.map_or((false, None), |p| (p.ran, Some(p.boot_id)));
         self.phase = Phase::None;
         self.lose_copy();
-        self.discount();
-        let may_have_run = self.travel.is_told();
         self.travel.end();
         self.forget_arrival();
         self.start_by = None;
@@ -698,9 +698,7 @@ impl<L: Launcher> Actor<L> {
             End::Said(StopReason::GuestPowerOff) if asked && going => Some(StopReason::Requested),
             // Perhaps its guest has not run here: another in its place would cost what it had. An operator must
             // look.
-            end @ End::Silent { .. } if !ran && boot.is_some() && self.was_to_go_on() => {
-                Some(end.reason())
-            }
+            end @ End::Silent { .. } if may_have_gone_on => Some(end.reason()),
             // Nobody is started only to be suspended.
             End::Silent { .. } if rebooted && power == Power::Suspended => {
                 Some(StopReason::HostReboot)
@@ -730,11 +728,8 @@ impl<L: Launcher> Actor<L> {
             && self.process.is_some()
             && !self.adopted
         {
-            let reason = match may_have_run {
-                true => {
-                    "the machine's process ended just as its guest was to go on, and nobody knows whether it ran; its disks are \
-                     whole, reboot the server hard"
-                }
+            let reason = match may_have_gone_on {
+                true => migrate::MAY_HAVE_RUN,
                 false => "the machine's process ended before its guest ran",
             };
             self.failed = Some(reason.to_owned());

@@ -676,7 +676,10 @@ impl Process for HostProcess {
                 Err(PacketError::Unread) => self.unread |= self.goes,
                 Err(error) => {
                     tracing::debug!(%error, "connection to a machine's process");
-                    self.drain();
+                    // Only of one that has ended: another could go on for ever.
+                    if over {
+                        self.drain();
+                    }
                     self.control = None;
                     if over {
                         return self.gone();

@@ -29,6 +29,10 @@ const MUCH: u64 = 16 << 30;
 /// How long a process may take to have its guest stay.
 const ANSWER: Duration = Duration::from_secs(60);
 
+/// Of a process that was told so.
+pub(super) const MAY_HAVE_RUN: &str = "the machine's process ended just as its guest was to go on, and nobody knows whether \
+    it ran; its disks are whole, reboot the server hard";
+
 /// What is known of a guest on its way.
 #[derive(Debug, Default)]
 pub(super) struct Travel {
@@ -63,11 +67,6 @@ impl Travel {
             let reason = "the machine's process ended meanwhile".to_owned();
             moving.state = State::Failed { reason };
         }
-    }
-
-    /// That its guest goes on, and not heard that it does.
-    pub(super) fn is_told(&self) -> bool {
-        self.told.is_some()
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -575,10 +574,13 @@ impl<L: Launcher> Actor<L> {
         }
     }
 
-    /// It was told to go on with a guest that came, and nobody has heard that it ran.
-    pub(super) fn was_to_go_on(&self) -> bool {
+    /// Its process was told to go on with a guest that came, by this agent or the one before, and nobody has heard that it
+    /// ran.
+    pub(super) fn may_have_gone_on(&self) -> bool {
         let (wanted, done) = (&self.record.intent.wanted, &self.record.done);
-        wanted.continues.is_some() && wanted.continues == done.continued
+        let was_to = wanted.continues.is_some() && wanted.continues == done.continued;
+        let ran = self.record.process.is_none_or(|process| process.ran);
+        self.travel.told.is_some() || was_to && !ran
     }
 
     /// Who is to go on with a guest that is not here says so.

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::devices::Devices;
 use super::guest::Guest;
+use super::migrate::MAY_HAVE_RUN;
 use super::size::Sizes;
 use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
 use crate::clock::now_us;
@@ -274,7 +275,7 @@ impl<L: Launcher> Actor<L> {
 
     /// Its guest should run by now. Where it may have, though nobody has heard so, no other is begun in its place.
     pub(super) async fn kill_late(&mut self) {
-        let detail = "the machine's process did not say that its guest goes on".to_owned();
+        let detail = MAY_HAVE_RUN.to_owned();
         self.kill_for(Some(StopReason::VmmFault { detail })).await;
     }
 
@@ -288,10 +289,14 @@ impl<L: Launcher> Actor<L> {
             Ok(_) => {
                 self.phase = Phase::None;
                 self.lose_copy();
+                self.discount();
                 if process.go_unread() {
                     self.did_not_go_on();
                 }
-                let fault = fault.filter(|_| self.travel.is_told());
+                let fault = fault.filter(|_| self.may_have_gone_on());
+                if fault.is_some() {
+                    self.failed = Some(MAY_HAVE_RUN.to_owned());
+                }
                 self.travel.end();
                 self.forget_arrival();
                 (self.start_by, self.shutdown_by, self.pressed_at) = (None, None, None);

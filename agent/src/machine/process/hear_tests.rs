@@ -20,7 +20,9 @@ struct Stage {
 impl Stage {
     fn begin() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let child = std::process::Command::new("sleep").arg("600").spawn();
+        let child = std::process::Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "sleep", "600"])
+            .spawn();
         let child = child.unwrap();
         let flags = SocketFlags::CLOEXEC;
         let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
@@ -88,6 +90,13 @@ impl Stage {
                 heard => all.push(heard),
             }
         }
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
