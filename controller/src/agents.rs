@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use fractus_agent_api::copy::{CopyId, Piece};
+use fractus_agent_api::copy::{CopyId, Part};
 use fractus_agent_api::host::{FullReport, HostId, HostReport};
 use fractus_agent_api::machine::{MachineReport, PutMachine, Refusal, ServerId};
 use futures::Sink;
@@ -48,15 +48,7 @@ pub trait Agent: Send + Sync + 'static {
 }
 
 /// A copy that comes in: its pieces in their order, and its end.
-pub type CopyStream = BoxStream<'static, Result<CopyPart, AgentError>>;
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum CopyPart {
-    /// What lies before it and has not come is zero.
-    Piece(Piece),
-    /// All has come: bytes of the whole.
-    End(u64),
-}
+pub type CopyStream = BoxStream<'static, Result<Part, AgentError>>;
 
 /// A live serial line.
 pub struct Console {

@@ -99,6 +99,18 @@ pub struct Piece {
     pub bytes: Bytes,
 }
 
+/// What comes of bytes that come as pieces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// What lies before it and has not come is zero.
+    Piece(Piece),
+    /// All has come: bytes of the whole.
+    End(u64),
+}
+
+/// `Accept` and `Content-Type` of pieces, where the bytes could come as they are, too.
+pub const PIECES: &str = "application/vnd.fractus.pieces";
+
 /// Most bytes of a piece.
 pub const MOST: usize = 1 << 20;
 /// Offset (8 bytes) and length (4), both little-endian; a piece of no bytes is the end, and its offset the copy's

@@ -29,6 +29,7 @@
 //! | `GET /agent/v1/images/{id}` | -> the image's bytes; 403 unless a machine of this host uses it |
 //!
 //! `GET …/images/{id}` may carry `Range: bytes=N-` (a download resumed); 206 from N on, or 200 with all.
+//! With `Accept: `[`crate::copy::PIECES`] the bytes may come as pieces, of that content type: of what is zero nothing goes.
 //! Errors of both listeners are a [`crate::machine::Refusal`] where one fits, else plain text. `join`
 //! with a wrong or used token is 403. The agents listener sends its root in its chain.
 

@@ -120,10 +120,10 @@ impl Source for Cloud {
         for client in &self.link().clients {
             match client.image(id, offset).await {
                 Ok(body) => {
-                    let bytes = body.bytes.map_err(|e| SourceError(e.to_string())).boxed();
+                    let parts = body.parts.map_err(|e| SourceError(e.to_string())).boxed();
                     return Ok(Body {
                         offset: body.offset,
-                        bytes,
+                        parts,
                     });
                 }
                 Err(error) => last = SourceError(error.to_string()),

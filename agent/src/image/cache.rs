@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
+use fractus_agent_api::copy::Part;
 use fractus_agent_api::machine::ImageRef;
 use futures::StreamExt;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
@@ -192,14 +194,17 @@ impl Cache {
         let mut at = body.offset.min(from);
         file.set_len(at).map_err(io)?;
         let mut hasher = self.hash_of(&file, at).await.map_err(io)?;
-        let mut bytes = body.bytes;
+        let mut parts = body.parts;
         let mut said = 0;
-        while let Some(chunk) = tokio::time::timeout(CHUNK, bytes.next())
+        while let Some(part) = tokio::time::timeout(CHUNK, parts.next())
             .await
             .map_err(|_| lost(format!("nothing came for {} s", CHUNK.as_secs())))?
         {
-            let chunk = chunk.map_err(|e| lost(e.to_string()))?;
-            let end = at + chunk.len() as u64;
+            let (offset, bytes) = match part.map_err(|e| lost(e.to_string()))? {
+                Part::Piece(piece) => (piece.offset, piece.bytes),
+                Part::End(size) => (size, Bytes::new()),
+            };
+            let end = offset.saturating_add(bytes.len() as u64);
             if end > image.size {
                 return Err(ImageError::Size {
                     id: image.id,
@@ -207,8 +212,15 @@ impl Cache {
                     found: end,
                 });
             }
-            file.write_all_at(&chunk, at).map_err(io)?;
-            hasher.update(&chunk);
+            let zeros = offset.checked_sub(at);
+            let zeros = zeros.ok_or_else(|| lost(format!("{offset} comes after {at}")))?;
+            hasher = self.hash_zeros(hasher, zeros).await.map_err(io)?;
+            match bytes.is_empty() {
+                // It may end in a hole.
+                true => file.set_len(end).map_err(io)?,
+                false => file.write_all_at(&bytes, offset).map_err(io)?,
+            }
+            hasher.update(&bytes);
             at = end;
             if at - said > 16 << 20 {
                 said = at;
@@ -234,6 +246,32 @@ impl Cache {
         }
         let synced = tokio::task::spawn_blocking(move || file.sync_data()).await;
         synced.map_err(|e| io(io::Error::other(e)))?.map_err(io)
+    }
+
+    /// With so many zeros more.
+    async fn hash_zeros(
+        &self,
+        mut hasher: blake3::Hasher,
+        length: u64,
+    ) -> io::Result<blake3::Hasher> {
+        if length == 0 {
+            return Ok(hasher);
+        }
+        let turn = self.turn().await;
+        let hashed = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            let zeros = vec![0; 1 << 20];
+            let mut left = length;
+            while left > 0 {
+                let most = zeros
+                    .len()
+                    .min(usize::try_from(left).unwrap_or(zeros.len()));
+                hasher.update(zeros.get(..most).unwrap_or_default());
+                left -= most as u64;
+            }
+            hasher
+        });
+        hashed.await.map_err(io::Error::other)
     }
 
     /// Of the first `length` bytes.

@@ -1,7 +1,7 @@
 //! Where images come from: any of the controllers.
 
 use async_trait::async_trait;
-use bytes::Bytes;
+use fractus_agent_api::copy::Part;
 use futures::stream::BoxStream;
 use uuid::Uuid;
 
@@ -13,7 +13,8 @@ pub struct SourceError(pub String);
 pub struct Body {
     /// Where the stream really begins: as asked, or 0.
     pub offset: u64,
-    pub bytes: BoxStream<'static, Result<Bytes, SourceError>>,
+    /// Pieces that follow each other, what is zero left out, and the end.
+    pub parts: BoxStream<'static, Result<Part, SourceError>>,
 }
 
 #[async_trait]

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use fractus_agent_api::client::CallError;
 use fractus_agent_api::client::agent::AgentClient;
-use fractus_agent_api::copy::CopyId;
+use fractus_agent_api::copy::{CopyId, Part};
 use fractus_agent_api::host::{FullReport, HostId, HostReport};
 use fractus_agent_api::machine::{MachineReport, PutMachine, ServerId};
 use fractus_agent_api::tls::Credentials;
@@ -16,7 +16,7 @@ use futures::{SinkExt, StreamExt, future, stream};
 use tokio_tungstenite::tungstenite::Message;
 
 use super::fleet::Fleet;
-use super::{Agent, AgentError, Agents, Console, CopyPart, CopyStream};
+use super::{Agent, AgentError, Agents, Console, CopyStream};
 
 /// Agents at the addresses that their heartbeats gave.
 pub struct HttpAgents {
@@ -131,10 +131,10 @@ impl Agent for HttpAgent {
             let mut body = body?;
             Some(match body.next().await {
                 Ok(Ok(pieces)) => {
-                    let pieces = pieces.into_iter().map(CopyPart::Piece).map(Ok);
+                    let pieces = pieces.into_iter().map(Part::Piece).map(Ok);
                     (pieces.collect(), Some(body))
                 }
-                Ok(Err(size)) => (vec![Ok(CopyPart::End(size))], None),
+                Ok(Err(size)) => (vec![Ok(Part::End(size))], None),
                 Err(error) => {
                     let detail = error.to_string();
                     (vec![Err(AgentError::Unreachable { host, detail })], None)

@@ -8,6 +8,7 @@
 //! goes on to the next of its list.
 
 mod handlers;
+mod pieces;
 mod server;
 
 use std::fmt;

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use bytes::Bytes;
 use fractus_agent_api::VERSION;
-use fractus_agent_api::copy::{CopyId, Piece};
+use fractus_agent_api::copy::{CopyId, Part, Piece};
 use fractus_agent_api::cpu::{Area, Cpu, Profile, by_name};
 use fractus_agent_api::decision::{self, Intake, Intent, Process};
 use fractus_agent_api::host::{Changes, CpuReport, FullReport, HostId, HostReport};
@@ -22,7 +22,7 @@ use futures::{SinkExt, StreamExt};
 use uuid::Uuid;
 
 use self::machine::{COPIED, Record};
-use super::{Agent, AgentError, Agents, Console, CopyPart, CopyStream};
+use super::{Agent, AgentError, Agents, Console, CopyStream};
 
 /// A simulated host with its agent.
 pub struct SimulatedHost {
@@ -528,7 +528,7 @@ impl Agent for SimulatedHost {
             offset: 4096,
             bytes: text.into(),
         };
-        let parts = [CopyPart::Piece(piece), CopyPart::End(COPIED)];
+        let parts = [Part::Piece(piece), Part::End(COPIED)];
         Ok(futures::stream::iter(parts.map(Ok)).boxed())
     }
 

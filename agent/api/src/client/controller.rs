@@ -1,11 +1,13 @@
 //! An agent's view of one controller.
 
 use bytes::Bytes;
-use futures::{Stream, TryStreamExt};
+use futures::{Stream, TryStreamExt, stream};
+use http::header::{ACCEPT, CONTENT_TYPE, RANGE};
 use http::{Method, StatusCode};
 use uuid::Uuid;
 
 use super::{CallError, ClientError, Transport, chain};
+use crate::copy::{CopyError, PIECES, Part, Piece, Unpacker};
 use crate::host::{
     Changes, FullReport, Heartbeat, HeartbeatAnswer, JoinAnswer, JoinRequest, RenewAnswer,
     RenewRequest,
@@ -31,7 +33,44 @@ pub enum Pushed {
 pub struct ImageBody<S> {
     /// Where the stream begins: as asked, or 0 from a controller that does not know ranges.
     pub offset: u64,
-    pub bytes: S,
+    /// Pieces that follow each other, and the end.
+    pub parts: S,
+}
+
+/// How its bytes come.
+enum Form {
+    Pieces(Unpacker),
+    /// As they are, from a controller that knows nothing of pieces; so many so far.
+    Plain(u64),
+}
+
+impl Form {
+    fn of(response: &reqwest::Response, offset: u64) -> Self {
+        let kind = response.headers().get(CONTENT_TYPE);
+        match kind.is_some_and(|kind| kind == PIECES) {
+            true => Self::Pieces(Unpacker::default()),
+            false => Self::Plain(offset),
+        }
+    }
+
+    fn take(&mut self, bytes: Bytes) -> Result<Vec<Piece>, CopyError> {
+        match self {
+            Self::Pieces(unpacker) => unpacker.push(&bytes),
+            Self::Plain(at) => {
+                let offset = *at;
+                *at += bytes.len() as u64;
+                Ok(vec![Piece { offset, bytes }])
+            }
+        }
+    }
+
+    /// Bytes in all.
+    fn end(&self) -> Result<u64, CopyError> {
+        match self {
+            Self::Pieces(unpacker) => unpacker.finish(),
+            Self::Plain(at) => Ok(*at),
+        }
+    }
 }
 
 impl ControllerClient {
@@ -99,13 +138,13 @@ impl ControllerClient {
         self.transport.send("POST report", request).await.map(drop)
     }
 
-    /// Streams an image, from `offset` on where the controller answers 206 to a `Range`. There is no
-    /// deadline for the whole of it; the caller limits how long a chunk may take.
+    /// Streams an image, from `offset` on where the controller answers 206 to a `Range`, without what is zero where it
+    /// can do that. There is no deadline for the whole of it; the caller limits how long a part may take.
     pub async fn image(
         &self,
         id: Uuid,
         offset: u64,
-    ) -> Result<ImageBody<impl Stream<Item = Result<Bytes, CallError>> + Send + use<>>, CallError>
+    ) -> Result<ImageBody<impl Stream<Item = Result<Part, CallError>> + Send + use<>>, CallError>
     {
         let call = "GET image";
         let url = format!(
@@ -113,9 +152,10 @@ impl ControllerClient {
             self.transport.endpoint,
             id.hyphenated()
         );
-        let mut request = self.transport.http.get(url);
+        let accepts = format!("{PIECES}, */*;q=0.5");
+        let mut request = self.transport.http.get(url).header(ACCEPT, accepts);
         if offset > 0 {
-            request = request.header(http::header::RANGE, format!("bytes={offset}-"));
+            request = request.header(RANGE, format!("bytes={offset}-"));
         }
         let response = self.transport.send(call, request).await?;
         let offset = if response.status() == StatusCode::PARTIAL_CONTENT {
@@ -123,14 +163,68 @@ impl ControllerClient {
         } else {
             0
         };
+        let form = Form::of(&response, offset);
         let endpoint = self.transport.endpoint.clone();
-        let bytes = response
-            .bytes_stream()
-            .map_err(move |e| CallError::Unreachable {
-                call,
-                endpoint: endpoint.clone(),
-                detail: chain(&e),
-            });
-        Ok(ImageBody { offset, bytes })
+        let parts = stream::try_unfold(Some((response, form)), move |coming| {
+            let endpoint = endpoint.clone();
+            async move {
+                let Some((mut response, mut form)) = coming else {
+                    return Ok(None);
+                };
+                let lost = |error: reqwest::Error| CallError::Unreachable {
+                    call,
+                    endpoint: endpoint.clone(),
+                    detail: chain(&error),
+                };
+                let damaged = |error: CopyError| CallError::Body {
+                    call,
+                    endpoint: endpoint.clone(),
+                    detail: error.to_string(),
+                };
+                Ok(Some(match response.chunk().await.map_err(lost)? {
+                    Some(bytes) => {
+                        let pieces = form.take(bytes).map_err(damaged)?;
+                        let parts: Vec<_> = pieces.into_iter().map(Part::Piece).collect();
+                        (parts, Some((response, form)))
+                    }
+                    None => (vec![Part::End(form.end().map_err(damaged)?)], None),
+                }))
+            }
+        });
+        let parts = parts.map_ok(|parts| stream::iter(parts.into_iter().map(Ok)));
+        let parts = parts.try_flatten();
+        Ok(ImageBody { offset, parts })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::copy::{pack, pack_end};
+
+    type Places = Vec<(u64, Vec<u8>)>;
+
+    fn all(mut form: Form, comes: &[u8]) -> (Places, Result<u64, CopyError>) {
+        let chunks = comes.chunks(5).map(Bytes::copy_from_slice);
+        let pieces = chunks.flat_map(|chunk| form.take(chunk).unwrap());
+        let pieces = pieces.map(|piece| (piece.offset, piece.bytes.to_vec()));
+        (pieces.collect(), form.end())
+    }
+
+    #[test]
+    fn an_image_comes_as_it_is_from_a_controller_that_knows_nothing_of_pieces() {
+        let came = vec![(7, b"as it".to_vec()), (12, b" is".to_vec())];
+        assert_eq!(all(Form::Plain(7), b"as it is"), (came, Ok(15)));
+    }
+
+    #[test]
+    fn pieces_have_places_of_their_own_and_an_end_that_must_come() {
+        let mut packed = pack(9, b"one");
+        let came = vec![(9, b"one".to_vec())];
+        let short = Err(CopyError::Short { after: 12 });
+        let form = || Form::Pieces(Unpacker::default());
+        assert_eq!(all(form(), &packed), (came.clone(), short));
+        packed.extend(pack_end(20));
+        assert_eq!(all(form(), &packed), (came, Ok(20)));
     }
 }

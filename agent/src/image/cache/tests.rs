@@ -3,6 +3,7 @@
 use std::fs::FileTimes;
 
 use async_trait::async_trait;
+use fractus_agent_api::copy::Piece;
 use fractus_agent_api::machine::ImageFormat;
 use futures::stream;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -17,9 +18,14 @@ struct Always(Vec<u8>);
 impl Source for Always {
     async fn open(&self, _: uuid::Uuid, offset: u64) -> Result<Body, SourceError> {
         let rest = self.0.get(offset as usize..).unwrap_or_default().to_vec();
+        let bytes = rest.into();
+        let parts = [
+            Part::Piece(Piece { offset, bytes }),
+            Part::End(self.0.len() as u64),
+        ];
         Ok(Body {
             offset,
-            bytes: stream::iter([Ok(rest.into())]).boxed(),
+            parts: stream::iter(parts.map(Ok)).boxed(),
         })
     }
 }
@@ -120,4 +126,72 @@ async fn an_image_that_no_forgetting_makes_room_for_leaves_nothing() {
     let full = |error: &ImageError| matches!(error, ImageError::Full { id } if *id == image.id);
     assert!(failed.as_ref().is_err_and(full), "{failed:?}");
     assert_eq!(fs::read_dir(disk.0.path()).unwrap().count(), 0);
+}
+
+/// Gives these parts, whatever is asked for, and says that they begin at that.
+struct Parts(Vec<Vec<Part>>, StdMutex<Vec<u64>>);
+
+#[async_trait]
+impl Source for Parts {
+    async fn open(&self, _: uuid::Uuid, offset: u64) -> Result<Body, SourceError> {
+        let mut asked = self.1.lock().unwrap();
+        let parts = self.0.get(asked.len()).cloned().unwrap_or_default();
+        asked.push(offset);
+        Ok(Body {
+            offset,
+            parts: stream::iter(parts.into_iter().map(Ok)).boxed(),
+        })
+    }
+}
+
+fn piece(image: &[u8], offset: usize, length: usize) -> Part {
+    Part::Piece(Piece {
+        offset: offset as u64,
+        bytes: Bytes::copy_from_slice(&image[offset..offset + length]),
+    })
+}
+
+#[tokio::test]
+async fn what_is_zero_does_not_come_and_takes_no_room_and_is_part_of_the_image_all_the_same() {
+    const MIB: usize = 1 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let mut bytes = vec![0; 9 * MIB];
+    bytes[2 * MIB..2 * MIB + 4096].fill(1);
+    bytes[6 * MIB..6 * MIB + 4096].fill(2);
+    let image = image_of(&bytes);
+    // It is cut off once, after a hole, and goes on behind what has come.
+    let parts = vec![
+        vec![piece(&bytes, 2 * MIB, 4096)],
+        vec![piece(&bytes, 6 * MIB, 4096), Part::End(9 << 20)],
+    ];
+    let source = Arc::new(Parts(parts, StdMutex::default()));
+    let cache = Cache::new(folder.path().to_owned(), 0, source.clone()).unwrap();
+    let mut fetched = cache.open(&image, &Progress::new("").0).await.unwrap();
+    assert_eq!(*source.1.lock().unwrap(), [0, 2 * MIB as u64 + 4096]);
+    let mut found = Vec::new();
+    fetched.read_to_end(&mut found).unwrap();
+    assert!(found == bytes);
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&fetched.metadata().unwrap());
+    assert!(blocks * 512 < 1 << 20, "{blocks} blocks");
+}
+
+#[tokio::test]
+async fn an_end_that_is_not_the_images_is_none() {
+    let bytes = vec![0; 1 << 20];
+    let image = image_of(&bytes);
+    for (end, is_size) in [(2 << 20, true), (1 << 19, false)] {
+        let folder = tempfile::tempdir().unwrap();
+        let once = vec![vec![Part::End(end)]];
+        let source = Arc::new(Parts(once, StdMutex::default()));
+        let cache = Cache::new(folder.path().to_owned(), 0, source).unwrap();
+        let part = folder.path().join("a.part");
+        let failed = cache.attempt(&image, &part, &Progress::new("").0).await;
+        match is_size {
+            true => assert!(matches!(failed, Err(ImageError::Size { .. })), "{failed:?}"),
+            false => assert!(
+                matches!(failed, Err(ImageError::Fetch { .. })),
+                "{failed:?}"
+            ),
+        }
+    }
 }

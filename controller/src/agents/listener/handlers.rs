@@ -7,6 +7,7 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use fractus_agent_api::copy::PIECES;
 use fractus_agent_api::host::{
     Changes, FullReport, Heartbeat, HeartbeatAnswer, HostId, JoinAnswer, JoinRequest, RenewAnswer,
     RenewRequest,
@@ -14,8 +15,8 @@ use fractus_agent_api::host::{
 use fractus_agent_api::machine::{Refusal, ServerId, Wanted};
 use uuid::Uuid;
 
-use super::Parts;
 use super::server::Member;
+use super::{Blob, Parts, pieces};
 use crate::agents::fleet::{HEARTBEAT_INTERVAL_S, SILENT_US};
 use crate::agents::host;
 use crate::agents::join::{self, JoinError};
@@ -247,31 +248,34 @@ pub(super) async fn image(
         let detail = format!("image {id} has {} bytes", blob.size);
         return Err(Failure::new(StatusCode::RANGE_NOT_SATISFIABLE, detail));
     }
-    let status = if offset == 0 {
-        StatusCode::OK
-    } else {
-        StatusCode::PARTIAL_CONTENT
-    };
-    let mut response = (
-        status,
-        [
-            (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
-            (header::CONTENT_LENGTH, (blob.size - offset).to_string()),
-        ],
-        Body::from_stream(blob.bytes),
-    )
-        .into_response();
+    let mut response = bytes_of(blob, offset, &headers);
+    if offset > 0 {
+        *response.status_mut() = StatusCode::PARTIAL_CONTENT;
+    }
+    Ok(response)
+}
+
+/// From `offset` on: without what is zero, if whoever asks takes it so.
+fn bytes_of(blob: Blob, offset: u64, headers: &HeaderMap) -> Response {
+    let size = blob.size;
+    let accepts = headers.get(header::ACCEPT);
+    let accepts = accepts.and_then(|accepts| accepts.to_str().ok());
+    if accepts.is_some_and(|accepts| accepts.contains(PIECES)) {
+        let body = Body::from_stream(pieces::pack_all(blob.bytes, offset, size));
+        return ([(header::CONTENT_TYPE, PIECES)], body).into_response();
+    }
+    let about = [
+        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (header::CONTENT_LENGTH, (size - offset).to_string()),
+    ];
+    let mut response = (about, Body::from_stream(blob.bytes)).into_response();
+    let last = size.saturating_sub(1);
     if offset > 0
-        && let Ok(range) = format!(
-            "bytes {offset}-{}/{}",
-            blob.size.saturating_sub(1),
-            blob.size
-        )
-        .parse()
+        && let Ok(range) = format!("bytes {offset}-{last}/{size}").parse()
     {
         response.headers_mut().insert(header::CONTENT_RANGE, range);
     }
-    Ok(response)
+    response
 }
 
 fn uses(wanted: &Wanted, image: Uuid) -> bool {

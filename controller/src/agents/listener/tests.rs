@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use fractus_agent_api::client::controller::{ControllerClient, Pushed};
+use fractus_agent_api::copy::Part;
 use fractus_agent_api::host::{Changes, FullReport, Heartbeat, HostId, JoinRequest, RenewRequest};
 use fractus_agent_api::identity::{Fingerprint, JoinToken};
 use fractus_agent_api::machine::{
@@ -494,8 +495,12 @@ async fn an_image_is_given_only_to_a_host_whose_machine_uses_it() {
     }
     let fetch = async |offset| {
         let body = host.image(IMAGE, offset).await.unwrap();
-        let chunks: Vec<Bytes> = body.bytes.try_collect().await.unwrap();
-        (body.offset, chunks.concat())
+        let parts: Vec<Part> = body.parts.try_collect().await.unwrap();
+        let [Part::Piece(piece), Part::End(size)] = &parts[..] else {
+            panic!("{parts:?}");
+        };
+        assert_eq!((piece.offset, *size), (offset, 9));
+        (body.offset, piece.bytes.to_vec())
     };
     assert_eq!(fetch(0).await, (0, b"the image".to_vec()));
     assert_eq!(fetch(4).await, (4, b"image".to_vec()));

@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use fractus_agent_api::copy::Part;
 use futures::StreamExt;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::refused;
-use crate::agents::{CopyPart, CopyStream};
+use crate::agents::CopyStream;
 use crate::image::Intake;
 use crate::operation::{OperationId, StepError};
 
@@ -160,10 +161,10 @@ impl Fetching {
         self.heard_at = Instant::now();
         let part = part.ok_or_else(|| StepError::retry("the copy ends in the middle"))?;
         match part.map_err(|error| StepError::retry(error.to_string()))? {
-            CopyPart::Piece(piece) => {
+            Part::Piece(piece) => {
                 (self.upto, self.piece) = (piece.offset, Some(piece.bytes));
             }
-            CopyPart::End(size) => (self.upto, self.is_all) = (size, true),
+            Part::End(size) => (self.upto, self.is_all) = (size, true),
         }
         Ok(())
     }
@@ -214,7 +215,7 @@ mod tests {
         });
         added.await.unwrap();
         let intake = images.begin_filling("i", "c.1", 1).await.unwrap().unwrap();
-        let piece = CopyPart::Piece(fractus_agent_api::copy::Piece {
+        let piece = Part::Piece(fractus_agent_api::copy::Piece {
             offset: 4096,
             bytes: Bytes::from_static(b"content"),
         });
