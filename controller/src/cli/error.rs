@@ -76,6 +76,14 @@ pub enum CliError {
         "`fractus server show {what}` has the fault; delete the server and create it anew when the cause is gone"
     ))]
     Errored { what: String, reason: String },
+    #[error("server {server} was not brought elsewhere: {reason}")]
+    #[diagnostic(help(
+        "`fractus server migration list --server {server}` has the migration; the server is as `fractus server show {server}` says"
+    ))]
+    Stayed { server: String, reason: String },
+    #[error("host {host} is not empty: {reason}")]
+    #[diagnostic(help("what is said above of each of them is why; then the same again"))]
+    NotEmpty { host: String, reason: String },
     #[error("{what} is {last} after {seconds} s, not {wanted}")]
     #[diagnostic(help(
         "it may still get there: look with `fractus server show`, or wait longer with --timeout"

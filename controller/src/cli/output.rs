@@ -194,8 +194,13 @@ impl Output {
         spinner
     }
 
+    /// Somebody looks.
+    pub fn has_bars(&self) -> bool {
+        self.lively && std::io::stderr().is_terminal()
+    }
+
     fn target(&self) -> ProgressDrawTarget {
-        if self.lively && std::io::stderr().is_terminal() {
+        if self.has_bars() {
             ProgressDrawTarget::stderr()
         } else {
             ProgressDrawTarget::hidden()

@@ -103,7 +103,11 @@ impl OfHost {
             };
             match went {
                 Ok(to) => output.remark(&format!("{shown}: is on {to}")),
-                Err(error @ (CliError::Errored { .. } | CliError::Refused { .. })) => {
+                Err(
+                    error @ (CliError::Errored { .. }
+                    | CliError::Stayed { .. }
+                    | CliError::Refused { .. }),
+                ) => {
                     output.remark(&format!("{shown}: {error}"));
                     stay += 1;
                 }
@@ -113,8 +117,8 @@ impl OfHost {
         if stay == 0 {
             return Ok(());
         }
-        Err(CliError::Errored {
-            what: format!("host {name}"),
+        Err(CliError::NotEmpty {
+            host: name.clone(),
             reason: format!("{stay} of its {} servers are not elsewhere", servers.len()),
         })
     }

@@ -192,8 +192,8 @@ async fn drain(
     if stay + kept == 0 {
         return Ok(());
     }
-    Err(CliError::Errored {
-        what: format!("host {name}"),
+    Err(CliError::NotEmpty {
+        host: name.clone(),
         reason: format!(
             "{stay} of its {} servers are there still, and disks of {kept} others",
             seen.len()
@@ -239,9 +239,9 @@ async fn leave(
     };
     match gone {
         Ok(to) => Ok(Left::For(to)),
-        Err(error @ (CliError::Errored { .. } | CliError::Refused { .. })) => {
-            Ok(Left::Stays(format!("stays: {error}")))
-        }
+        Err(
+            error @ (CliError::Errored { .. } | CliError::Stayed { .. } | CliError::Refused { .. }),
+        ) => Ok(Left::Stays(format!("stays: {error}"))),
         Err(error) => Err(error),
     }
 }
@@ -290,7 +290,7 @@ async fn arrivals(
     for migration in coming {
         any = true;
         match migration::arrived(text(migration, "instance_uuid"), timeout, session, output).await {
-            Ok(_) | Err(CliError::Errored { .. }) => {}
+            Ok(_) | Err(CliError::Stayed { .. }) => {}
             Err(error) => return Err(error),
         }
     }

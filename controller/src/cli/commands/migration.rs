@@ -225,8 +225,8 @@ pub async fn arrived(
                 let path = format!("/migrations/{}", text(&newest, "uuid"));
                 let whole = session.get(Service::Hosts, &path).await?;
                 let reason = whole["migration"]["reason"].as_str();
-                break Err(CliError::Errored {
-                    what: format!("the migration of {id}"),
+                break Err(CliError::Stayed {
+                    server: id.to_owned(),
                     reason: reason.unwrap_or(&status).to_owned(),
                 });
             }
@@ -240,9 +240,13 @@ pub async fn arrived(
             }
             _ => {}
         }
-        let path = format!("/migrations/{}", text(&newest, "uuid"));
-        let whole = session.get(Service::Hosts, &path).await?;
-        follow(&mut bar, id, &whole["migration"]["progress"], output);
+        if output.has_bars() {
+            let path = format!("/migrations/{}", text(&newest, "uuid"));
+            // For the eye alone.
+            if let Ok(whole) = session.get(Service::Hosts, &path).await {
+                follow(&mut bar, id, &whole["migration"]["progress"], output);
+            }
+        }
         tokio::time::sleep(pause).await;
         pause = (pause * 3 / 2).min(Duration::from_secs(1));
     };
@@ -250,23 +254,43 @@ pub async fn arrived(
     ended
 }
 
-/// How much of the guest's memory and disks its new host has; a guest that writes makes that less again.
-fn follow(bar: &mut ProgressBar, id: &str, progress: &Value, output: &Output) {
+/// How much of the guest's memory and disks its new host has, of how much; a guest that writes makes that less again.
+fn there(progress: &Value) -> Option<(u64, u64)> {
     let sum = |names: [&str; 2]| -> u64 {
-        names
-            .map(|name| progress[name].as_u64())
-            .iter()
-            .flatten()
-            .sum()
+        let numbers = names.map(|name| progress[name].as_u64());
+        numbers.iter().flatten().sum()
     };
     let total = sum(["memory_total", "disk_total"]);
-    if total == 0 {
+    let left = sum(["memory_left", "disk_left"]);
+    (total > 0).then(|| (total.saturating_sub(left), total))
+}
+
+fn follow(bar: &mut ProgressBar, id: &str, progress: &Value, output: &Output) {
+    let Some((there, total)) = there(progress) else {
         return;
-    }
+    };
     if bar.length().is_none() {
         bar.finish_and_clear();
         *bar = output.bar(Some(total), id);
+        bar.enable_steady_tick(Duration::from_millis(120));
     }
     bar.set_length(total);
-    bar.set_position(total.saturating_sub(sum(["memory_left", "disk_left"])));
+    bar.set_position(there);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_is_all_but_what_is_left() {
+        let progress =
+            json!({"memory_total": 100, "memory_left": 30, "disk_total": 50, "disk_left": 0});
+        assert_eq!(there(&progress), Some((120, 150)));
+        let wild = json!({"memory_total": 100, "memory_left": 130});
+        assert_eq!(there(&wild), Some((0, 100)));
+        let begun = json!({"memory_total": 0, "memory_left": 0, "disk_total": 0, "disk_left": 0});
+        assert_eq!(there(&begun), None);
+        assert_eq!(there(&Value::Null), None);
+    }
 }
