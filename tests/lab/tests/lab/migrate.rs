@@ -415,7 +415,7 @@ impl<'a> Traveller<'a> {
 /// Processors at something, a disk that is written to, and memory that is; none of it may be lost on any way.
 #[tokio::test]
 #[ignore = "takes hosts in software: scripts/lab test"]
-async fn guest_goes_from_host_to_host_and_back_at_work() {
+async fn scenario_guest_goes_from_host_to_host_and_back_at_work() {
     let began = Instant::now();
     let mut lab = lab(2).await;
     bridged(&lab);
