@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -15,8 +16,11 @@ use anyhow::{Context, Result, bail};
 use super::process::Process;
 use super::wait::until;
 
-/// Set where a test runs in a segment of its own: to a file that says so once it has.
+/// Set where a test runs in a segment of its own: the namespace that it was started in.
 const INSIDE: &str = "FRACTUS_TEST_SEGMENT";
+const OWN: &str = "/proc/self/ns/net";
+/// Where it says that it has run.
+const RAN: &str = "/proc/self/fd/0";
 /// Of the segment: for documentation (RFC 5737), and nobody's outside.
 const PREFIX: u32 = 24;
 const BRIDGE: &str = "segment";
@@ -24,26 +28,33 @@ const BRIDGE: &str = "segment";
 /// Runs the test `name`, which is `body`, in a segment of its own: in a process of its own, as other tests of this one's
 /// would be in it, too.
 pub fn in_a_segment<F: Future<Output = ()>>(name: &str, body: impl FnOnce() -> F) {
-    if let Some(ran) = std::env::var_os(INSIDE) {
+    if is_inside() {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build();
         runtime.unwrap().block_on(body());
-        std::fs::write(ran, name).unwrap();
+        std::fs::write(RAN, name).unwrap();
         return;
     }
-    let own = std::env::current_exe().unwrap();
-    let ran = tempfile::NamedTempFile::new().unwrap();
+    let mut ran = tempfile::tempfile().unwrap();
     let status = Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "--", "unshare", "--net", "--"])
-        .arg(own)
+        .arg(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture"])
-        .env(INSIDE, ran.path())
+        .env(INSIDE, std::fs::read_link(OWN).unwrap())
+        .stdin(ran.try_clone().unwrap())
         .status();
     let status = status.unwrap();
     assert!(status.success(), "in a segment of its own: {status}");
-    let ran = std::fs::read_to_string(ran.path()).unwrap();
-    assert_eq!(ran, name, "the name is another test's, or nobody's");
+    let mut said = String::new();
+    ran.read_to_string(&mut said).unwrap();
+    assert_eq!(said, name, "the name is another test's, or nobody's");
+}
+
+/// In a namespace that was made for a test.
+fn is_inside() -> bool {
+    let outside = std::env::var_os(INSIDE);
+    outside.is_some_and(|outside| std::fs::read_link(OWN).unwrap().as_os_str() != outside)
 }
 
 /// The end of it that is the controller's and the test's.
@@ -54,7 +65,7 @@ impl Segment {
     /// # Errors
     /// When this test is in none ([`in_a_segment`]).
     pub fn lay(address: &str) -> Result<Self> {
-        if std::env::var_os(INSIDE).is_none() {
+        if !is_inside() {
             bail!("hosts with networks of their own are for tests that run `in_a_segment`");
         }
         ip("link set lo up")?;
@@ -69,15 +80,15 @@ impl Segment {
         let holder = PathBuf::from("unshare");
         let arguments = ["--net", "--", "sleep", "infinity"].map(str::to_owned);
         let holder = Process::start(name, &holder, &arguments, &[], log)?;
-        let (own, its) = ("/proc/self/ns/net", namespace(&holder));
-        let apart = until("its namespace is made", Duration::from_secs(10), || async {
+        let its = namespace(&holder);
+        let apart = until("its namespace is made", Duration::from_secs(60), || async {
             let read = |path: &str| std::fs::read_link(path).map_err(|error| error.to_string());
-            match read(own)? == read(&its)? {
+            match read(OWN)? == read(&its)? {
                 false => Ok(()),
                 true => Err("it is this test's still".to_owned()),
             }
         });
-        apart.await?;
+        apart.await.with_context(|| holder.tail())?;
         let (cable, pid) = (format!("to-{name}"), holder.pid());
         ip(&format!(
             "link add {cable} type veth peer name eth0 netns {pid}"
