@@ -103,6 +103,9 @@ pub struct ProcessRecord {
     /// Its guest has run. One that ended before that was never started.
     #[serde(default)]
     pub ran: bool,
+    /// Its guest came from another host; none: it was begun by an agent that did not write that down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub came: Option<bool>,
     #[serde(default)]
     pub guest: GuestReport,
     /// Its watchdog has paused it.
@@ -111,6 +114,13 @@ pub struct ProcessRecord {
     /// How often it has done so, as far as an agent has heard.
     #[serde(default)]
     pub holds: u64,
+}
+
+impl ProcessRecord {
+    pub fn of_a_guest_that_came(self, came: bool) -> Self {
+        let came = Some(came);
+        Self { came, ..self }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]

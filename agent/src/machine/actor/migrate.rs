@@ -21,7 +21,7 @@ use super::{AGAIN, Actor, Over, Phase, Woken, blocking};
 use crate::machine::line::{self, Way};
 use crate::machine::make::MakeError;
 use crate::machine::process::{Arriving, Command, Launcher, Plan, Process, ProcessError};
-use crate::machine::record::{LineRecord, Record};
+use crate::machine::record::{LineRecord, ProcessRecord, Record};
 use crate::vm::protocol::Moving;
 
 /// Bytes of a guest that go sixteen times before a key of AES has covered what it may.
@@ -146,7 +146,7 @@ impl<L: Launcher> Actor<L> {
             }
         };
         let before = self.record.clone();
-        self.record.process = Some(process.identity());
+        self.record.process = Some(process.identity().of_a_guest_that_came(true));
         self.record.done.arrived = Some(arrival.id);
         // They were carried out where the guest comes from.
         self.count_reboots();
@@ -579,8 +579,9 @@ impl<L: Launcher> Actor<L> {
     pub(super) fn may_have_gone_on(&self) -> bool {
         let (wanted, done) = (&self.record.intent.wanted, &self.record.done);
         let was_to = wanted.continues.is_some() && wanted.continues == done.continued;
-        let ran = self.record.process.is_none_or(|process| process.ran);
-        self.travel.told.is_some() || was_to && !ran
+        // One that was begun here since is another guest's, however old the intent is.
+        let awaits = |process: &ProcessRecord| !process.ran && process.came != Some(false);
+        self.travel.told.is_some() || was_to && self.record.process.as_ref().is_some_and(awaits)
     }
 
     /// Who is to go on with a guest that is not here says so.

@@ -18,7 +18,7 @@ async fn arrived(folder: &Path) -> Stage {
     actor.phase = Phase::Paused;
     actor.travel.transit = Transit::Arrived(MIGRATION);
     if let Some(process) = &mut actor.record.process {
-        process.ran = false;
+        (process.ran, process.came) = (false, Some(true));
     }
     let path = actor.paths.record();
     actor.record.prepare_to_write_fast(&path).unwrap();
@@ -156,12 +156,19 @@ enum Ends {
     Late,
     /// It was told by the agent before, of which this one knows by the record.
     LateOfAnother,
+    /// Its guest has run since, and this is another boot, by the same intent.
+    LateOfABoot,
     Wanted,
 }
 
 #[tokio::test]
 async fn who_ends_a_process_that_does_not_say_that_its_guest_goes_on_begins_no_other() {
-    for ends in [Ends::Late, Ends::LateOfAnother, Ends::Wanted] {
+    for ends in [
+        Ends::Late,
+        Ends::LateOfAnother,
+        Ends::LateOfABoot,
+        Ends::Wanted,
+    ] {
         let folder = tempfile::tempdir().unwrap();
         let mut stage = arrived(folder.path()).await;
         continues(&mut stage, 2).try_recv().unwrap().unwrap();
@@ -173,9 +180,16 @@ async fn who_ends_a_process_that_does_not_say_that_its_guest_goes_on_begins_no_o
                 actor.travel = Default::default();
                 actor.kill_late().await;
             }
+            Ends::LateOfABoot => {
+                stage.settle(Observed::Running).await;
+                let actor = &mut stage.actor;
+                actor.kill().await;
+                assert!(actor.start().await.is_ok());
+                actor.kill_late().await;
+            }
             Ends::Wanted => actor.kill().await,
         }
-        let late = !matches!(ends, Ends::Wanted);
+        let late = matches!(ends, Ends::Late | Ends::LateOfAnother);
         let record = written(&stage);
         assert_eq!(record.done.continued, Some(MIGRATION));
         let is_kept = matches!(record.stop, Some(StopReason::VmmFault { .. }));

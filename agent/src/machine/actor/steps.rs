@@ -138,7 +138,7 @@ impl<L: Launcher> Actor<L> {
         // From here on a crash leaves a process that ends by itself (no Go), and a record that says
         // that its guest never ran.
         let before = self.record.clone();
-        self.record.process = Some(process.identity());
+        self.record.process = Some(process.identity().of_a_guest_that_came(false));
         self.record.done.starts += 1;
         self.record.stop = None;
         self.count_reboots();

@@ -118,6 +118,7 @@ fn identity() -> ProcessRecord {
         start_ticks: 1,
         boot_id: BOOT,
         ran: false,
+        came: None,
         guest: Default::default(),
         held: false,
         holds: 0,

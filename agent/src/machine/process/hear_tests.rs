@@ -34,6 +34,7 @@ impl Stage {
                 start_ticks: 0,
                 boot_id: Uuid::nil(),
                 ran: false,
+                came: None,
                 guest: Default::default(),
                 held: false,
                 holds: 0,

@@ -227,6 +227,7 @@ mod tests {
             start_ticks: start_ticks(pid).unwrap(),
             boot_id: boot,
             ran: true,
+            came: None,
             guest: Default::default(),
             held: false,
             holds: 0,

@@ -192,6 +192,7 @@ impl HostLauncher {
             start_ticks: identity::start_ticks(pid).map_err(failed("the process's start time"))?,
             boot_id: self.boot_id,
             ran: false,
+            came: None,
             guest: GuestReport::default(),
             held: false,
             holds: 0,
