@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -214,7 +214,7 @@ impl Cache {
             }
             let zeros = offset.checked_sub(at);
             let zeros = zeros.ok_or_else(|| lost(format!("{offset} comes after {at}")))?;
-            hasher = self.hash_zeros(hasher, zeros).await.map_err(io)?;
+            hasher = hash_zeros(hasher, zeros).await.map_err(io)?;
             match bytes.is_empty() {
                 // It may end in a hole.
                 true => file.set_len(end).map_err(io)?,
@@ -246,32 +246,6 @@ impl Cache {
         }
         let synced = tokio::task::spawn_blocking(move || file.sync_data()).await;
         synced.map_err(|e| io(io::Error::other(e)))?.map_err(io)
-    }
-
-    /// With so many zeros more.
-    async fn hash_zeros(
-        &self,
-        mut hasher: blake3::Hasher,
-        length: u64,
-    ) -> io::Result<blake3::Hasher> {
-        if length == 0 {
-            return Ok(hasher);
-        }
-        let turn = self.turn().await;
-        let hashed = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
-            let zeros = vec![0; 1 << 20];
-            let mut left = length;
-            while left > 0 {
-                let most = zeros
-                    .len()
-                    .min(usize::try_from(left).unwrap_or(zeros.len()));
-                hasher.update(zeros.get(..most).unwrap_or_default());
-                left -= most as u64;
-            }
-            hasher
-        });
-        hashed.await.map_err(io::Error::other)
     }
 
     /// Of the first `length` bytes.
@@ -313,7 +287,9 @@ impl Cache {
             .flatten()
             .filter_map(|entry| {
                 let about = entry.metadata().ok()?;
-                Some((about.modified().ok()?, about.len(), entry.path()))
+                // Of a hole there is nothing.
+                let size = about.len().min(about.blocks() * 512);
+                Some((about.modified().ok()?, size, entry.path()))
             })
             .filter(|(used, _, path)| {
                 let part = path.extension().is_some_and(|is| is == "part");
@@ -332,6 +308,36 @@ impl Cache {
             }
         }
     }
+}
+
+/// So many zeros are hashed while others wait: some milliseconds.
+static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
+/// And so many at a time by another thread, which is free again then.
+const STEP: u64 = 64 << 20;
+
+/// With so many zeros more. Waits for nobody: a connection on which others wait is open meanwhile.
+async fn hash_zeros(mut hasher: blake3::Hasher, length: u64) -> io::Result<blake3::Hasher> {
+    fn update(hasher: &mut blake3::Hasher, mut length: u64) {
+        while length > 0 {
+            let most = ZEROS
+                .len()
+                .min(usize::try_from(length).unwrap_or(ZEROS.len()));
+            hasher.update(ZEROS.get(..most).unwrap_or_default());
+            length -= most as u64;
+        }
+    }
+    let mut left = length;
+    while left > ZEROS.len() as u64 {
+        let step = left.min(STEP);
+        let hashed = tokio::task::spawn_blocking(move || {
+            update(&mut hasher, step);
+            hasher
+        });
+        hasher = hashed.await.map_err(io::Error::other)?;
+        left -= step;
+    }
+    update(&mut hasher, left);
+    Ok(hasher)
 }
 
 /// The hash, if it is one: it becomes a file's name.

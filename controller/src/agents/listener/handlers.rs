@@ -256,7 +256,7 @@ pub(super) async fn image(
 }
 
 /// From `offset` on: without what is zero, if whoever asks takes it so.
-fn bytes_of(blob: Blob, offset: u64, headers: &HeaderMap) -> Response {
+pub(super) fn bytes_of(blob: Blob, offset: u64, headers: &HeaderMap) -> Response {
     let size = blob.size;
     let accepts = headers.get(header::ACCEPT);
     let accepts = accepts.and_then(|accepts| accepts.to_str().ok());

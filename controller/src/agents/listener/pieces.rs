@@ -1,6 +1,7 @@
 //! An image's bytes on their way to a host, without what is zero ([`fractus_agent_api::copy`]).
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fractus_agent_api::copy::{pack, pack_end};
@@ -11,17 +12,19 @@ use futures::{Stream, StreamExt};
 const BLOCK: usize = 64 << 10;
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
-/// After so many bytes of nothing some of them go all the same, since whoever takes them waits for a sign of life: as many
-/// as a disk that knows of no holes gives in a few seconds.
+/// After so many bytes of nothing, or after so long, some of them go all the same: whoever takes them waits for a sign of
+/// life, and has to hash them.
 const QUIET: u64 = 1 << 30;
+const QUIET_TIME: Duration = Duration::from_secs(5);
 
 /// What is left to be packed.
 struct Left {
     bytes: BoxStream<'static, io::Result<Bytes>>,
     at: u64,
     size: u64,
-    /// Zeros that did not go, since the last that went.
+    /// Zeros that did not go, since the last that went, and when that was.
     quiet: u64,
+    went: Instant,
 }
 
 /// Pieces of an image of `size` bytes, of which these are those from `offset` on.
@@ -35,6 +38,7 @@ pub(super) fn pack_all(
         at: offset,
         size,
         quiet: 0,
+        went: Instant::now(),
     };
     stream::try_unfold(Some(left), |left| async move {
         match left {
@@ -64,11 +68,11 @@ impl Left {
         let mut packed = Vec::new();
         for block in chunk.chunks(BLOCK) {
             let is_zero = ZEROS.get(..block.len()) == Some(block);
-            if is_zero && self.quiet < QUIET {
+            if is_zero && self.quiet < QUIET && self.went.elapsed() < QUIET_TIME {
                 self.quiet += block.len() as u64;
             } else {
                 packed.extend(pack(self.at, block));
-                self.quiet = 0;
+                (self.quiet, self.went) = (0, Instant::now());
             }
             self.at += block.len() as u64;
         }
@@ -126,6 +130,20 @@ mod tests {
         };
         assert_eq!((piece.offset, piece.bytes.len()), (QUIET, BLOCK));
         assert_eq!(end, size);
+    }
+
+    #[test]
+    fn a_store_that_is_slow_gives_a_sign_of_life_as_well() {
+        let mut left = Left {
+            bytes: of(Vec::new()),
+            at: 0,
+            size: 1 << 20,
+            quiet: 0,
+            went: Instant::now() - QUIET_TIME,
+        };
+        assert_eq!(left.pack(&ZEROS), pack(0, &ZEROS));
+        assert_eq!(left.pack(&ZEROS), [0; 0]);
+        assert_eq!(left.at, 2 * BLOCK as u64);
     }
 
     #[tokio::test]

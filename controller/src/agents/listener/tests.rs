@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode, header};
 use fractus_agent_api::client::controller::{ControllerClient, Pushed};
 use fractus_agent_api::copy::Part;
 use fractus_agent_api::host::{Changes, FullReport, Heartbeat, HostId, JoinRequest, RenewRequest};
@@ -83,6 +83,15 @@ struct Bench {
 }
 
 const IMAGE: Uuid = Uuid::from_u128(0xabc);
+/// Bytes of it that are not zero, and that are looked at together; the rest is zero.
+const FULL: usize = 64 << 10;
+const IMAGE_SIZE: u64 = 1 << 20;
+
+fn image() -> Bytes {
+    let mut image = vec![7; FULL];
+    image.resize(IMAGE_SIZE as usize, 0);
+    image.into()
+}
 
 async fn bench() -> Bench {
     let test = testing::database().await;
@@ -113,10 +122,7 @@ async fn bench_of(test: TestDatabase, lead: Lead, fleet: Arc<Fleet>) -> Bench {
         clock.clone(),
         random.clone(),
     );
-    let blobs = Arc::new(Blobs(HashMap::from([(
-        IMAGE,
-        Bytes::from_static(b"the image"),
-    )])));
+    let blobs = Arc::new(Blobs(HashMap::from([(IMAGE, image())])));
     let parts = Parts {
         database,
         authority,
@@ -499,11 +505,12 @@ async fn an_image_is_given_only_to_a_host_whose_machine_uses_it() {
         let [Part::Piece(piece), Part::End(size)] = &parts[..] else {
             panic!("{parts:?}");
         };
-        assert_eq!((piece.offset, *size), (offset, 9));
-        (body.offset, piece.bytes.to_vec())
+        // What is zero behind it has not come.
+        assert_eq!((piece.offset, *size), (offset, IMAGE_SIZE));
+        (body.offset, piece.bytes.len())
     };
-    assert_eq!(fetch(0).await, (0, b"the image".to_vec()));
-    assert_eq!(fetch(4).await, (4, b"image".to_vec()));
+    assert_eq!(fetch(0).await, (0, FULL));
+    assert_eq!(fetch(4).await, (4, FULL));
 }
 
 #[tokio::test]
@@ -551,4 +558,23 @@ async fn hosts_of_the_old_root_are_trusted_until_it_is_retired() {
     tokio::time::timeout(Duration::from_secs(5), async { bench.stop.cancel() })
         .await
         .unwrap();
+}
+
+/// An agent of before does not say that it takes pieces.
+#[tokio::test]
+async fn whoever_does_not_ask_for_pieces_has_the_bytes_as_they_are() {
+    let source = Blobs(HashMap::from([(IMAGE, image())]));
+    for offset in [0, 4_u64] {
+        let blob = source.open(IMAGE, offset).await.unwrap().unwrap();
+        let response = handlers::bytes_of(blob, offset, &HeaderMap::new());
+        let said = |name: header::HeaderName| response.headers().get(name);
+        let length = (IMAGE_SIZE - offset).to_string();
+        assert_eq!(said(header::CONTENT_LENGTH).unwrap(), &length);
+        let range = format!("bytes {offset}-{}/{IMAGE_SIZE}", IMAGE_SIZE - 1);
+        let range = (offset > 0).then_some(range);
+        let told = said(header::CONTENT_RANGE).map(|range| range.to_str().unwrap().to_owned());
+        assert_eq!(told, range);
+        let bytes = axum::body::to_bytes(response.into_body(), usize::MAX).await;
+        assert_eq!(bytes.unwrap(), image().slice(offset as usize..));
+    }
 }
