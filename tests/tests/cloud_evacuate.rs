@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, in_a_segment, until};
+use fractus_tests::harness::{Cli, Client, Cloud, Options, asks, in_a_segment, until};
 
 /// Asked again where its connection was closed while the client before it took its time.
 async fn host_of(admin: &Client, server: &str) -> String {
@@ -45,7 +45,7 @@ async fn evacuated() {
         ..Options::default()
     };
     let mut cloud = Cloud::start(options).await.unwrap();
-    let openstack = OpenStack::new(&cloud);
+    let openstack = Cli::openstack(&cloud);
     let admin: Client = cloud.admin().await.unwrap().at(96);
     cloud.probe_image(&admin, "tick_ms=20").await.unwrap();
     openstack.json("flavor create --ram 64 --vcpus 1 --disk 0 tiny");

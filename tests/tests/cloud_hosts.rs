@@ -5,9 +5,7 @@
 
 use std::time::Duration;
 
-use fractus_tests::harness::{
-    Client, Cloud, Fractus, OpenStack, Options, Typed, asks, in_a_segment, until,
-};
+use fractus_tests::harness::{Cli, Client, Cloud, Options, Typed, asks, in_a_segment, until};
 use serde_json::Value;
 
 /// MiB of memory that have a content of their own, and megabits a second that the way to a host has while somebody looks.
@@ -20,8 +18,8 @@ const LONG: Duration = Duration::from_secs(60);
 struct Stage {
     cloud: Cloud,
     admin: Client,
-    openstack: OpenStack,
-    fractus: Fractus,
+    openstack: Cli,
+    fractus: Cli,
     id: String,
 }
 
@@ -33,7 +31,7 @@ impl Stage {
             ..Options::default()
         };
         let cloud = Cloud::start(options).await.unwrap();
-        let (openstack, fractus) = (OpenStack::new(&cloud), Fractus::new(&cloud));
+        let (openstack, fractus) = (Cli::openstack(&cloud), Cli::fractus(&cloud));
         let admin = cloud.admin().await.unwrap().at(96);
         cloud.probe_image(&admin, "tick_ms=20").await.unwrap();
         openstack.json("flavor create --ram 96 --vcpus 1 --disk 0 tiny");
@@ -196,22 +194,28 @@ impl Stage {
             .done(&format!("server migration force-complete {number}"));
         self.fast(0);
         self.migration("completed").await;
+        // Perhaps in no whole round.
+        self.is_explained(number);
+        self.is_as_it_was(boot).await;
+        assert_eq!(self.host().await, "agent-0");
+    }
+
+    /// A migration that is over: its rounds, each with what was decided, and the pause in parts.
+    fn is_explained(&self, number: i64) -> Vec<Value> {
         let shown = self
             .fractus
             .json(&format!("server migration show {number}"));
         assert_eq!(shown["status"], "completed", "{shown}");
-        // It is explained: in rounds, and the pause in parts.
-        let rounds = shown["rounds"].as_array().unwrap();
-        assert!(
-            rounds.iter().all(|round| round["decision"].is_string()),
-            "{shown}"
-        );
         assert!(
             shown["pause"].is_object() && shown["handover"].is_object(),
             "{shown}"
         );
-        self.is_as_it_was(boot).await;
-        assert_eq!(self.host().await, "agent-0");
+        let rounds = shown["rounds"].as_array().unwrap().clone();
+        assert!(
+            rounds.iter().all(|round| round["decision"].is_string()),
+            "{shown}"
+        );
+        rounds
     }
 
     async fn is_drained(&self, boot: &str) {
@@ -224,6 +228,9 @@ impl Stage {
         );
         self.is_as_it_was(boot).await;
         assert_eq!(self.host().await, "agent-1");
+        let number = self.migration("completed").await["id"].as_i64().unwrap();
+        let rounds = self.is_explained(number);
+        assert!(!rounds.is_empty(), "nobody has forced it");
         let hosts = self.openstack.json("compute service list --host agent-0");
         assert_eq!(hosts[0]["Status"], "disabled", "{hosts}");
         self.is_refused("server migrate one --wait", "agent-0: it is disabled");

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, until};
+use fractus_tests::harness::{Cli, Client, Cloud, Options, asks, until};
 
 /// Nothing of copies is left on the host.
 async fn no_copies(cloud: &Cloud) {
@@ -22,7 +22,7 @@ async fn no_copies(cloud: &Cloud) {
 #[tokio::test]
 async fn cloud_a_server_is_made_of_another_ones_disk_while_that_runs() {
     let cloud = Cloud::start(Options::default()).await.unwrap();
-    let openstack = OpenStack::new(&cloud);
+    let openstack = Cli::openstack(&cloud);
     let admin: Client = cloud.admin().await.unwrap().at(96);
     cloud.probe_image(&admin, "tick_ms=20").await.unwrap();
     openstack.json("flavor create --ram 64 --vcpus 1 --disk 1 tiny");

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, Typed, asks, in_a_segment, until};
+use fractus_tests::harness::{Cli, Client, Cloud, Options, Typed, asks, in_a_segment, until};
 use serde_json::{Value, json};
 
 async fn two_hosts() -> Cloud {
@@ -72,7 +72,7 @@ async fn there_and_back() {
         ..Options::default()
     };
     let cloud = Cloud::start(options).await.unwrap();
-    let openstack = OpenStack::new(&cloud);
+    let openstack = Cli::openstack(&cloud);
     let admin = cloud.admin().await.unwrap().at(96);
     cloud.probe_image(&admin, "tick_ms=20").await.unwrap();
     openstack.json("flavor create --ram 64 --vcpus 1 --disk 1 tiny");

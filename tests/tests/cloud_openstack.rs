@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop")]
 
-use fractus_tests::harness::{Cloud, OpenStack, Options};
+use fractus_tests::harness::{Cli, Cloud, Options};
 use serde_json::Value;
 
 fn names(list: &Value) -> Vec<&str> {
@@ -21,7 +21,7 @@ async fn cloud_identity_by_the_openstack_client() {
     })
     .await
     .unwrap();
-    let openstack = OpenStack::new(&cloud);
+    let openstack = Cli::openstack(&cloud);
     let token = openstack.json("token issue");
     assert!(
         token["id"].as_str().is_some_and(|id| id.len() > 20),
@@ -66,7 +66,7 @@ async fn cloud_images_and_flavors_by_the_openstack_client() {
     })
     .await
     .unwrap();
-    let openstack = OpenStack::new(&cloud);
+    let openstack = Cli::openstack(&cloud);
     let folder = tempfile::tempdir().unwrap();
     let (data, saved) = (folder.path().join("data"), folder.path().join("saved"));
     let bytes: Vec<u8> = (0..300_000_u32).flat_map(u32::to_le_bytes).collect();
@@ -105,7 +105,7 @@ async fn cloud_images_and_flavors_by_the_openstack_client() {
 #[tokio::test]
 async fn cloud_servers_by_the_openstack_client() {
     let cloud = Cloud::start(Options::default()).await.unwrap();
-    let openstack = OpenStack::new(&cloud);
+    let openstack = Cli::openstack(&cloud);
     let admin = cloud.admin().await.unwrap().at(96);
     cloud.probe_image(&admin, "tick_ms=100").await.unwrap();
     openstack.json("flavor create --ram 64 --vcpus 1 --disk 0 tiny");

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, in_a_segment, until};
+use fractus_tests::harness::{Cli, Client, Cloud, Options, asks, in_a_segment, until};
 use serde_json::Value;
 
 /// Which boot of the guest its console's log tells of.
@@ -29,7 +29,7 @@ async fn another_boot(admin: &Client, server: &str, before: &[String]) -> String
 struct Told<'a> {
     cloud: &'a Cloud,
     admin: Client,
-    openstack: OpenStack,
+    openstack: Cli,
     id: String,
 }
 
@@ -140,7 +140,7 @@ async fn resized_and_migrated() {
         ..Options::default()
     };
     let cloud = Cloud::start(options).await.unwrap();
-    let openstack = OpenStack::new(&cloud);
+    let openstack = Cli::openstack(&cloud);
     let admin: Client = cloud.admin().await.unwrap().at(96);
     cloud.probe_image(&admin, "tick_ms=20").await.unwrap();
     openstack.json("flavor create --ram 64 --vcpus 1 --disk 0 tiny");

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use fractus_tests::harness::{Client, Cloud, OpenStack, Options, asks, in_a_segment, until};
+use fractus_tests::harness::{Cli, Client, Cloud, Options, asks, in_a_segment, until};
 
 async fn host_of(admin: &Client, server: &str) -> String {
     let path = format!("/compute/v2.1/servers/{server}");
@@ -48,7 +48,7 @@ async fn shelved_and_unshelved() {
         ..Options::default()
     };
     let cloud = Cloud::start(options).await.unwrap();
-    let openstack = OpenStack::new(&cloud);
+    let openstack = Cli::openstack(&cloud);
     let admin: Client = cloud.admin().await.unwrap().at(96);
     cloud.probe_image(&admin, "tick_ms=20").await.unwrap();
     // As large as its image: a GiB takes a debug build its time, three times over.
