@@ -120,7 +120,7 @@ pub struct Policy {
     pub downtime_ms: u64,
     /// One that has stood still for so long, with not all sent, runs on where it was.
     pub longest_ms: u64,
-    /// Copying may take so long, from the beginning.
+    /// Copying may take so long once all that there was has been copied for the first time, which takes as long as it takes.
     pub limit_ms: u64,
     /// What becomes of a guest that writes faster than it is copied.
     pub at_limit: AtLimit,
@@ -249,15 +249,27 @@ fn is_none(number: &u8) -> bool {
 }
 
 /// One copy of what had been written to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Round {
     pub memory_bytes: u64,
     #[serde(default)]
     pub disk_bytes: u64,
     pub took_us: u64,
-    /// Bytes that were written to meanwhile.
+    /// Bytes that were written to meanwhile, and those that it did not come to.
     pub left: u64,
+    /// Bytes a second that go to the target, as far as was known after it; 0: nothing was known.
+    #[serde(default)]
+    pub rate: u64,
+    /// Percent of its time that vCPUs were kept out of the guest.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub throttled: u8,
+    /// The guest had written to most of what it was to copy: the rest was left to the next.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cut: bool,
     pub decision: Decision,
+    /// Why that was decided, for people; none: an agent of before does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -617,6 +617,10 @@ fn progress(report: &SendReport, elapsed: Duration) -> Progress {
         disk_bytes: round.disk_pages * PAGE,
         took_us: us(round.took),
         left: round.left,
+        rate: 0,
+        throttled: 0,
+        cut: false,
+        why: None,
         decision: match round.decision {
             converge::Decision::Again | converge::Decision::Throttle { .. } => {
                 migration::Decision::Again

@@ -151,7 +151,11 @@ fn moving() -> Moving {
                 disk_bytes: 8192,
                 took_us: 5,
                 left: 1,
+                rate: 6,
+                throttled: 7,
+                cut: true,
                 decision: migration::Decision::Again,
+                why: Some("it helps".to_owned()),
             }],
             pause: Some(migration::Pause {
                 stop_us: 1,

@@ -177,7 +177,11 @@ impl Record {
                         disk_bytes: 0,
                         took_us: 1000,
                         left: 4096,
+                        rate: 1 << 30,
+                        throttled: 0,
+                        cut: false,
                         decision: Decision::Again,
+                        why: None,
                     });
                 }
             }
