@@ -23,6 +23,7 @@ mod pace;
 mod paced;
 pub mod packet;
 pub mod protocol;
+mod rounds;
 mod said;
 pub mod seal;
 pub mod seccomp;

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use fractus_vmm::config::{MachineConfig, MachineFiles};
 use fractus_vmm::machine::{self, Landing, MigrationError, RunState, SnapshotError};
 use fractus_vmm::stream::converge::{AtLimit, Decision, Policy, Throttle};
+use fractus_vmm::stream::lane::Connections;
 use probe_guest::{Disks, Guest, Setup, fields};
 use rstest::rstest;
 use vm_memory::{Bytes, GuestAddress};
@@ -684,6 +685,50 @@ fn a_guest_that_writes_too_fast_is_caught_up_with_once_it_is_slowed_down() {
         assert!(Instant::now() < by, "it writes nothing");
     }
     assert_eq!(guest.machine.throttled(), 0);
+    guest.send("");
+    guest.line("ok weave");
+}
+
+/// It has written to most of it before much of it has gone. What it writes is compared by itself.
+#[rstest]
+fn a_copy_that_is_in_vain_is_cut_short_and_nothing_is_lost(#[values(0, 2)] lanes: usize) {
+    const WRITTEN: u64 = 40 << 20;
+    let policy = Policy {
+        limit: PATIENCE * 4,
+        at_limit: AtLimit::GiveUp,
+        throttle: Some(Throttle {
+            most: Throttle::MOST,
+        }),
+        ..POLICY
+    };
+    let mut guest = Setup::new().boot();
+    guest.send(&format!("loudly weave {}", WRITTEN >> 20));
+    guest.line("begun weave");
+    let by = Instant::now() + PATIENCE;
+    loop {
+        let (main, far) = slow_wire();
+        let (lanes, far_lanes) = (0..lanes).map(|_| slow_wire()).unzip();
+        let near = Connections { main, lanes };
+        let far = Connections {
+            main: far,
+            lanes: far_lanes,
+        };
+        let sent = guest.sent_by(policy, Disks::Shared(&[]), near, far, |_, _| {});
+        let offer = sent.offer.unwrap();
+        println!("{:?}", offer.report());
+        if let Some(round) = offer.report().rounds.iter().find(|round| round.cut) {
+            assert!(round.pages * 4096 < WRITTEN && round.left >= WRITTEN / 2);
+            assert!(matches!(round.decision, Decision::Throttle { .. }));
+            let rounds: u64 = offer.report().rounds.iter().map(|round| round.pages).sum();
+            let totals = offer.report().totals;
+            assert!(totals.pages + totals.zeros <= rounds + offer.report().last);
+            guest = (sent.there)(sent.arrival.unwrap().machine);
+            break;
+        }
+        // On a busy host the guest may get no processor for a while.
+        guest = (sent.here)(offer.take_back().unwrap());
+        assert!(Instant::now() < by, "it writes nothing");
+    }
     guest.send("");
     guest.line("ok weave");
 }

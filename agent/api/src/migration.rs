@@ -248,6 +248,10 @@ fn is_none(number: &u8) -> bool {
     *number == 0
 }
 
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
 /// One copy of what had been written to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Round {
@@ -258,7 +262,7 @@ pub struct Round {
     /// Bytes that were written to meanwhile, and those that it did not come to.
     pub left: u64,
     /// Bytes a second that go to the target, as far as was known after it; 0: nothing was known.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub rate: u64,
     /// Percent of its time that vCPUs were kept out of the guest.
     #[serde(default, skip_serializing_if = "is_none")]

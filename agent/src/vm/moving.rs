@@ -94,7 +94,10 @@ impl Supervisor {
         if same && !tells && progress.as_ref().is_none_or(|now| now.broken.is_none()) {
             return;
         }
-        self.moves(migration, state, progress.unwrap_or_default());
+        // Whoever asks how it failed wants to know how far it had come.
+        let known = || self.sent.moving.as_ref().map(|was| was.progress.clone());
+        let progress = progress.or_else(known).unwrap_or_default();
+        self.moves(migration, state, progress);
     }
 
     pub(super) fn moves(&mut self, migration: MigrationId, state: Journey, progress: Progress) {

@@ -24,12 +24,13 @@ use super::feeding::Lines;
 use super::guest::{Guest, GuestError, GuestEvent, event};
 use super::paced::Paced;
 use super::protocol::{MachineEvent, State};
+use super::rounds;
 use super::seal::{Connection, Sealed};
 use crate::volume::room::Room;
 
 /// Rounds that are told of: as many of the first as of the last.
 const ROUNDS: usize = 64;
-const PAGE: u64 = fractus_vmm::stream::PAGE as u64;
+pub(super) const PAGE: u64 = fractus_vmm::stream::PAGE as u64;
 /// In which another process of this host makes a machine of what it was handed.
 const HANDED_IN: Duration = Duration::from_secs(10);
 /// In which the other side says on a new connection what it lacks.
@@ -452,9 +453,10 @@ impl Guest for Traveller {
                 self.stage = Stage::Offered(offered);
                 Some((journey, Some(progress)))
             }
-            Err(unsent) => {
+            Err(mut unsent) => {
+                let progress = unsent.report.take().map(|report| in_vain(&report));
                 let reason = self.not_sent(unsent);
-                Some((Journey::Failed { reason }, None))
+                Some((Journey::Failed { reason }, progress))
             }
         }
     }
@@ -565,6 +567,15 @@ fn journey(offered: &Offered<Sealed<Paced>>) -> Journey {
     }
 }
 
+/// How far one is that was not.
+fn in_vain(report: &SendReport) -> Progress {
+    let stood = report.pause != machine::Pause::default();
+    Progress {
+        pause: stood.then(|| pause(report.pause)),
+        ..progress(report, report.whole)
+    }
+}
+
 /// How far one is that was offered, and what follows it.
 fn owed(offered: &Offered<Sealed<Paced>>) -> Progress {
     let (report, paid) = (offered.report(), offered.paid());
@@ -612,24 +623,6 @@ fn pause(pause: machine::Pause) -> migration::Pause {
 /// In the words of the wire.
 fn progress(report: &SendReport, elapsed: Duration) -> Progress {
     let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-    let rounds = report.rounds.iter().map(|round| migration::Round {
-        memory_bytes: round.pages * PAGE,
-        disk_bytes: round.disk_pages * PAGE,
-        took_us: us(round.took),
-        left: round.left,
-        rate: 0,
-        throttled: 0,
-        cut: false,
-        why: None,
-        decision: match round.decision {
-            converge::Decision::Again | converge::Decision::Throttle { .. } => {
-                migration::Decision::Again
-            }
-            converge::Decision::Stop => migration::Decision::Stop,
-            converge::Decision::GiveUp => migration::Decision::GiveUp,
-            converge::Decision::PostCopy => migration::Decision::PostCopy,
-        },
-    });
     let all = report.rounds.len();
     let told = |(number, _): &(usize, _)| *number < ROUNDS / 2 || number + ROUNDS / 2 >= all;
     Progress {
@@ -643,8 +636,8 @@ fn progress(report: &SendReport, elapsed: Duration) -> Progress {
         throttled: 0,
         // A handful.
         lanes: report.lanes as u8,
-        rounds: (rounds.enumerate().filter(told))
-            .map(|(_, round)| round)
+        rounds: (report.rounds.iter().enumerate().filter(told))
+            .map(|(_, round)| rounds::round(round))
             .collect(),
         pause: None,
         followed: None,

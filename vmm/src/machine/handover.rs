@@ -278,8 +278,11 @@ impl Handed {
 }
 
 fn unsent(machine: Machine, error: MigrationError) -> Unsent {
-    let machine = Box::new(machine);
-    Unsent { machine, error }
+    Unsent {
+        machine: Box::new(machine),
+        error,
+        report: None,
+    }
 }
 
 fn is_readable(connection: &impl AsFd) -> bool {

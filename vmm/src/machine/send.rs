@@ -19,6 +19,7 @@ mod journal;
 mod lanes;
 mod offered;
 mod report;
+mod round;
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
@@ -32,11 +33,12 @@ use self::journal::{Journal, Left, Part, Pending, Piece};
 use self::lanes::Lanes;
 pub use self::offered::Offered;
 pub use self::report::{Pause, SendReport, Sending, SentRound};
+use self::round::{MORE_ROUNDS, Round};
 use super::clocks::Mark;
 use super::snapshot::read_pages;
 use super::state::STATE_VERSION;
 use super::{Machine, MachineError, RunState, SnapshotError};
-use crate::stream::converge::{AtLimit, Decision, Policy, Standing, decide};
+use crate::stream::converge::{AtLimit, Decision, Policy};
 use crate::stream::frame::{FrameWriter, Kind};
 use crate::stream::live::{Batch, Ending};
 use crate::stream::{Opening, PAGE, StreamError, Totals, malformed, packed};
@@ -47,13 +49,6 @@ const PIECE: usize = 1 << 20;
 const SCAN_MAX: u64 = 4096;
 /// The same of a disk, which is read from its storage.
 const DISK_SCAN_MAX: u64 = 512;
-/// Rounds that are reported; of more than that some in the middle are not.
-const ROUNDS_MAX: usize = 256;
-/// A round of so many pages with content, for each connection, says how fast they are; a smaller one may have found room in
-/// the buffers of the kernel.
-const TELLING: u64 = 256;
-/// Rounds of what cannot follow a guest, beyond those that its policy gives.
-const MORE_ROUNDS: u32 = 8;
 /// Bytes of an answer at most: its head and its reason.
 const ANSWER_MAX: u64 = 2048;
 
@@ -82,6 +77,9 @@ pub struct Sender<S> {
     /// What `batch` is of.
     of: Part,
     began: Instant,
+    /// When memory had its turn, behind disks, and when all that there was had gone for the first time.
+    memory_since: Option<Instant>,
+    whole_since: Option<Instant>,
     round: Round,
     report: SendReport,
     /// What the other side does not have when it runs.
@@ -98,43 +96,12 @@ pub struct Sender<S> {
     doubt: Option<MigrationError>,
 }
 
-struct Round {
-    began: Instant,
-    pages: u64,
-    disk_pages: u64,
-    /// Of these, pages that were not zero.
-    content: u64,
-    disk_content: u64,
-    /// Of its time, what disks took to be durable there.
-    settling: Duration,
-    /// Bytes a second, of the last round that could tell.
-    rate: Option<u64>,
-    /// The fewest bytes that a round has left; none: there was none.
-    least: Option<u64>,
-    /// Rounds in a row that did not leave clearly less than that.
-    stalled: u32,
-}
-
-impl Round {
-    fn first(began: Instant) -> Self {
-        Round {
-            began,
-            pages: 0,
-            disk_pages: 0,
-            content: 0,
-            disk_content: 0,
-            settling: Duration::ZERO,
-            rate: None,
-            least: None,
-            stalled: 0,
-        }
-    }
-}
-
 /// A machine that was not sent. It runs if it ran.
 pub struct Unsent {
     pub machine: Box<Machine>,
     pub error: MigrationError,
+    /// What that took, if it was begun.
+    pub report: Option<Box<SendReport>>,
 }
 
 impl std::fmt::Debug for Unsent {
@@ -193,6 +160,8 @@ impl<S: Read + Write> Sender<S> {
         match prepared {
             Ok((lanes, (mut report, journal, pending))) => {
                 let now = Instant::now();
+                let round = Round::first(now, &pending);
+                let memory_since = (pending.count().1 == 0).then_some(now);
                 report.lanes = lanes.count();
                 Ok(Sender {
                     machine,
@@ -205,7 +174,9 @@ impl<S: Read + Write> Sender<S> {
                     batch: Batch::default(),
                     of: Part::Memory,
                     began: now,
-                    round: Round::first(now),
+                    memory_since,
+                    whole_since: None,
+                    round,
                     report,
                     debt: None,
                     recent: None,
@@ -294,7 +265,11 @@ impl<S: Read + Write> Sender<S> {
                 drop(self.lanes);
                 let mut answers = Answers::behind(self.out.get_mut(), self.answers);
                 let said = refused.then(|| reason_in(&mut answers)).flatten();
-                Err(unsent(self.machine, said.unwrap_or(error), answers))
+                self.report.whole = self.began.elapsed();
+                Err(Unsent {
+                    report: Some(Box::new(self.report)),
+                    ..unsent(self.machine, said.unwrap_or(error), answers)
+                })
             }
         }
     }
@@ -314,7 +289,7 @@ impl<S: Read + Write> Sender<S> {
                 return Ok(None);
             }
             let mut left = self.pending.rest();
-            let written = self.journal.take()?;
+            let written = self.take_written()?;
             left.join(&written);
             if self.wants_a_round(&left) {
                 // Some of it was there before, and what is zero by now was not then.
@@ -325,6 +300,9 @@ impl<S: Read + Write> Sender<S> {
             self.settle_disks()?;
             self.recent = Some(written);
             return self.hand_over(left, true);
+        }
+        if running {
+            self.look()?;
         }
         if !self.pending.is_empty() {
             self.send_some()?;
@@ -338,11 +316,11 @@ impl<S: Read + Write> Sender<S> {
             return Ok(None);
         }
         if !running || !self.journal.has_rounds() {
-            let nothing = self.journal.nothing();
+            let seen = self.take_seen();
             let follows = running && self.policy.at_limit == AtLimit::PostCopy;
-            return self.hand_over(nothing, follows);
+            return self.hand_over(seen, follows);
         }
-        let written = self.journal.take()?;
+        let written = self.take_written()?;
         match self.after_round(&written)? {
             Decision::Again | Decision::Throttle { .. } => {
                 self.next_round(written);
@@ -372,34 +350,13 @@ impl<S: Read + Write> Sender<S> {
         Ok(())
     }
 
-    /// There is more that cannot follow than the guest may stand still for, and it may become less.
-    fn wants_a_round(&mut self, left: &Left) -> bool {
-        let pages = left.count() - left.memory() + left.memory_from(self.machine.memory.bytes());
-        let standing = Standing {
-            elapsed: self.began.elapsed(),
-            left: pages * PAGE as u64,
-            sent: 0,
-            rate: self.rate(),
-            stalled: 0,
-            throttled: 0,
-        };
-        let wants = standing.takes() > self.policy.downtime && self.more_rounds > 0;
-        self.more_rounds -= u32::from(wants);
-        wants
-    }
-
-    /// Bytes a second that go to the other side, as far as is known.
-    fn rate(&self) -> u64 {
-        let all = self.report.totals.pages + self.report.disks.pages;
-        let on_average = || rate(all, self.began.elapsed());
-        self.round.rate.unwrap_or_else(on_average)
-    }
-
     /// Its memory is to follow it, and nobody waits any longer for a first copy of all.
     fn is_to_follow_now(&self) -> bool {
         let (memory, disk) = self.pending.count();
         let asked = self.policy.at_limit == AtLimit::PostCopy;
-        let late = self.began.elapsed() >= self.policy.limit;
+        let limit = self.policy.limit;
+        let late = |since: Instant| since.elapsed() >= limit;
+        let late = limit.is_zero() || self.memory_since.is_some_and(late);
         asked && late && memory > 0 && disk == 0 && self.journal.logs_memory()
     }
 
@@ -414,72 +371,10 @@ impl<S: Read + Write> Sender<S> {
         Ok(())
     }
 
-    fn after_round(&mut self, written: &Left) -> Result<Decision, MigrationError> {
-        let took = self.round.began.elapsed();
-        let left = (written.count() + self.journal.unlogged(&self.machine)?) * PAGE as u64;
-        if self.round.content >= TELLING * self.lanes.count().max(1) as u64 {
-            self.round.rate = Some(rate(self.round.content, took - self.round.settling));
-        }
-        let rate = self.rate();
-        // By an eighth at least: what is left goes up and down with what the guest just does.
-        self.round.stalled = match self.round.least {
-            Some(least) if left >= least - least / 8 => self.round.stalled + 1,
-            _ => 0,
-        };
-        let throttled = self.machine.vcpus.throttled();
-        let mut policy = self.policy;
-        if !self.journal.logs_memory() {
-            // However slow it is, all of its memory is left.
-            policy.throttle = None;
-        }
-        let decision = decide(
-            &policy,
-            &Standing {
-                elapsed: self.began.elapsed(),
-                left,
-                sent: (self.round.pages + self.round.disk_pages) * PAGE as u64,
-                rate,
-                stalled: self.round.stalled,
-                throttled,
-            },
-        );
-        if let Decision::Throttle { percent } = decision {
-            self.machine.vcpus.throttle(percent);
-            // Whether that helps is seen by what is left from here on.
-            (self.round.stalled, self.round.least) = (0, Some(left));
-        }
-        if self.report.rounds.len() >= ROUNDS_MAX {
-            self.report.rounds.remove(ROUNDS_MAX / 2);
-        }
-        self.report.rounds.push(SentRound {
-            pages: self.round.pages,
-            disk_pages: self.round.disk_pages,
-            took,
-            left,
-            throttled,
-            decision,
-        });
-        let least = self.round.least.map_or(left, |least| least.min(left));
-        self.round.least = Some(least);
-        self.mark(None)?;
-        Ok(decision)
-    }
-
     /// Says what time it is here.
     fn mark(&mut self, read: Option<Duration>) -> Result<(), MigrationError> {
         let mark = packed(&Mark::now(read))?;
         Ok(self.out.write(Kind::Mark, &mark)?)
-    }
-
-    fn next_round(&mut self, written: Left) {
-        self.pending = Pending::new(written);
-        self.journal.has_gone();
-        self.round = Round {
-            rate: self.round.rate,
-            least: self.round.least,
-            stalled: self.round.stalled,
-            ..Round::first(Instant::now())
-        };
     }
 
     /// A frame of what is pending.
@@ -562,6 +457,11 @@ impl<S: Read + Write> Sender<S> {
             true => Ok(()),
             false => self.rest_of_it(&mut written, began, ran, follows),
         };
+        if ran && outcome.is_err() {
+            // What it has stood still for in vain.
+            let pause = &mut self.report.pause;
+            (pause.stop, pause.send) = (stop, began.elapsed() - stop - pause.state);
+        }
         if ran && (over || outcome.is_err()) {
             self.debt = None;
             if let Err(error) = self.machine.run() {
@@ -761,11 +661,6 @@ fn no_answer() -> MigrationError {
     malformed("an answer that is none").into()
 }
 
-fn rate(pages: u64, took: Duration) -> u64 {
-    let rate = u128::from(pages) * PAGE as u128 * 1_000_000 / took.as_micros().max(1);
-    u64::try_from(rate).unwrap_or(u64::MAX)
-}
-
 fn refused(reason: &[u8]) -> MigrationError {
     let reason = String::from_utf8_lossy(reason).into_owned();
     MigrationError::Refused { reason }
@@ -786,5 +681,6 @@ fn unsent<S: Read>(machine: Machine, error: MigrationError, mut answers: Answers
     Unsent {
         machine: Box::new(machine),
         error,
+        report: None,
     }
 }

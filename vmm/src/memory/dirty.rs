@@ -62,6 +62,13 @@ impl PageSet {
         }
     }
 
+    /// Takes those away that are in the other set as well.
+    pub fn remove(&mut self, other: &PageSet) {
+        for (word, other) in self.words.iter_mut().zip(&other.words) {
+            *word &= !other;
+        }
+    }
+
     /// Adds the pages of another set.
     pub fn join(&mut self, other: &PageSet) {
         self.add(0, &other.words);

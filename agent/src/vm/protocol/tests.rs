@@ -151,11 +151,11 @@ fn moving() -> Moving {
                 disk_bytes: 8192,
                 took_us: 5,
                 left: 1,
-                rate: 6,
-                throttled: 7,
-                cut: true,
+                rate: 0,
+                throttled: 0,
+                cut: false,
                 decision: migration::Decision::Again,
-                why: Some("it helps".to_owned()),
+                why: None,
             }],
             pause: Some(migration::Pause {
                 stop_us: 1,
@@ -464,6 +464,20 @@ fn heard_of_memory() -> Vec<FromMachine> {
             state: migration::State::Copying,
             progress: migration::Progress {
                 lanes: 3,
+                ..moving().progress
+            },
+            ..moving()
+        }),
+        // And that say why a round was the last or not.
+        FromMachine::Moving(Moving {
+            progress: migration::Progress {
+                rounds: vec![migration::Round {
+                    rate: 6,
+                    throttled: 7,
+                    cut: true,
+                    why: Some("it helps".to_owned()),
+                    ..moving().progress.rounds[0].clone()
+                }],
                 ..moving().progress
             },
             ..moving()

@@ -113,15 +113,20 @@ impl Journal {
     /// What was written since it was begun or last taken.
     pub fn take(&self) -> Result<Left, SnapshotError> {
         Ok(Left {
-            memory: match &self.memory {
-                Some(log) => log.take()?,
-                None => PageSet::new(self.bytes),
-            },
+            memory: self.take_memory()?,
             disks: self.disks.iter().map(DiskLog::take).collect(),
         })
     }
 
-    /// The same of a machine that stands still, with what nobody has taken down.
+    /// Of memory only; nothing where it is not logged.
+    pub fn take_memory(&self) -> Result<PageSet, SnapshotError> {
+        match &self.memory {
+            Some(log) => log.take(),
+            None => Ok(PageSet::new(self.bytes)),
+        }
+    }
+
+    /// As [`Journal::take`] of a machine that stands still, with what nobody has taken down.
     pub fn take_last(&self, machine: &Machine) -> Result<Left, SnapshotError> {
         let mut left = self.take()?;
         if self.memory.is_none() {
@@ -195,8 +200,12 @@ impl Left {
         self.memory.take_before(end)
     }
 
+    pub fn join_memory(&mut self, pages: &PageSet) {
+        self.memory.join(pages);
+    }
+
     pub fn join(&mut self, other: &Left) {
-        self.memory.join(&other.memory);
+        self.join_memory(&other.memory);
         for (pages, more) in self.disks.iter_mut().zip(&other.disks) {
             pages.join(more);
         }
@@ -254,6 +263,20 @@ impl Pending {
         left
     }
 
+    /// More of memory, which has its turn by now; of disks everything was taken.
+    pub fn join_memory(&mut self, pages: &PageSet) {
+        let mut rest = self.rest();
+        rest.join_memory(pages);
+        *self = Pending::new(rest);
+    }
+
+    /// Less of it, likewise.
+    pub fn remove_memory(&mut self, pages: &PageSet) {
+        let mut rest = self.rest();
+        rest.memory.remove(pages);
+        *self = Pending::new(rest);
+    }
+
     /// The next piece, if it is of that part; `None`: whatever it is of.
     pub fn next(&mut self, of: Option<Part>) -> Option<Piece> {
         loop {
@@ -282,6 +305,64 @@ impl Pending {
             };
             *left = left.saturating_sub(mask.count());
             return Some(Piece { part, number, mask });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::stream::PAGE;
+
+    const PAGES: u64 = 4 * 64;
+
+    fn set(pages: &BTreeSet<u64>) -> PageSet {
+        let mut set = PageSet::new(PAGES * PAGE as u64);
+        for page in pages {
+            set.add_range(page * PAGE as u64, (page + 1) * PAGE as u64);
+        }
+        set
+    }
+
+    fn pages(piece: &Piece) -> impl Iterator<Item = u64> {
+        let Piece { number, mask, .. } = *piece;
+        let bits = (0..16).filter(move |bit| mask.0 >> bit & 1 == 1);
+        bits.map(move |bit| number * 16 + bit)
+    }
+
+    proptest! {
+        /// In the middle of a round some are taken away or added; what was sent before is not sent once more for that.
+        #[test]
+        fn what_is_pending_of_memory_can_become_less_or_more(
+            all in prop::collection::btree_set(0..PAGES, 0..80),
+            written in prop::collection::btree_set(0..PAGES, 0..80),
+            steps in 0..20usize,
+            more in any::<bool>(),
+        ) {
+            let mut pending = Pending::new(Left { memory: set(&all), disks: Vec::new() });
+            let mut before = BTreeSet::new();
+            for _ in 0..steps {
+                before.extend(pending.next(None).iter().flat_map(pages));
+            }
+            let mut rest: BTreeSet<u64> = all.difference(&before).copied().collect();
+            if more {
+                pending.join_memory(&set(&written));
+                rest.extend(&written);
+            } else {
+                pending.remove_memory(&set(&written));
+                rest.retain(|page| !written.contains(page));
+            }
+            prop_assert_eq!(pending.count(), (rest.len() as u64, 0));
+            let mut after = BTreeSet::new();
+            while let Some(piece) = pending.next(None) {
+                after.extend(pages(&piece));
+            }
+            prop_assert_eq!(after, rest);
+            prop_assert!(pending.is_empty());
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::stream::Totals;
-use crate::stream::converge::Decision;
+use crate::stream::converge::{Decision, Why};
 
 /// What a migration took so far.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,11 +38,16 @@ pub struct SentRound {
     pub pages: u64,
     pub disk_pages: u64,
     pub took: Duration,
-    /// Bytes that had been written to meanwhile.
+    /// Bytes that had been written to meanwhile, and those that it did not come to.
     pub left: u64,
+    /// The guest had written to most of what it was to copy, so that the rest was left to the next.
+    pub cut: bool,
+    /// Bytes a second that go to the other side, as far as was known; 0: nothing had been sent.
+    pub rate: u64,
     /// Percent of that time that vCPUs were kept out of the guest.
     pub throttled: u8,
     pub decision: Decision,
+    pub why: Why,
 }
 
 /// How long the guest stood still for what; nothing, if it did anyway.
