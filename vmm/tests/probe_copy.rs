@@ -9,15 +9,19 @@
 
 mod probe_guest;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::time::{Duration, Instant};
 
-use fractus_vmm::machine::{DiskCopyError, DiskCopyPolicy, DiskCopyReport, RunState};
+use fractus_vmm::machine::{
+    DiskCopyError, DiskCopyPolicy, DiskCopyReport, Loading, Machine, RunState, Scope, SnapshotError,
+};
 use fractus_vmm::stream::converge::{AtLimit, Policy};
+use fractus_vmm::stream::snapshot::Snapshot;
 use probe_guest::{Guest, Setup, fields, pattern};
 use rstest::rstest;
+use vm_memory::{Bytes, GuestAddress};
 
 const POLICY: DiskCopyPolicy = DiskCopyPolicy {
     converge: Policy {
@@ -219,4 +223,131 @@ fn a_guest_that_writes_too_fast_is_not_stopped_for_its_copy() {
         "{full:?}"
     );
     guest.ok("echo alive");
+}
+
+/// The newest seed of what lies in these blocks of 512 bytes; none: there is nothing of any of them.
+fn newest(
+    bytes: &[u8],
+    seeds: std::ops::RangeInclusive<u64>,
+    at: u64,
+    length: usize,
+) -> Option<u64> {
+    let blocks = seeds.flat_map(|seed| {
+        let all = pattern(seed, at, length);
+        let blocks: Vec<[u8; 512]> = all.as_chunks().0.to_vec();
+        blocks.into_iter().map(move |block| (block, seed))
+    });
+    let seeds: HashMap<[u8; 512], u64> = blocks.collect();
+    let found = bytes
+        .as_chunks()
+        .0
+        .iter()
+        .filter_map(|block| seeds.get(block));
+    found.max().copied()
+}
+
+/// A guest that writes one place over and over, each time with the next seed: what it has in memory to be written is of the
+/// pass that is the newest on its disk, or of the next.
+#[rstest]
+fn a_snapshot_and_its_disks_are_of_one_moment(#[values(false, true)] direct: bool) {
+    const AT: u64 = 1 << 20;
+    const LENGTH: usize = 64 << 10;
+    let disk = file(direct);
+    disk.set_len(BYTES).unwrap();
+    let mut guest = Setup::new().disk(&disk, |disk| disk.direct = direct).boot();
+    guest.ok("touch 20");
+    let mut first = 1;
+    for _ in 0..3 {
+        guest.send(&format!("loudly disk-write 0 {AT} {LENGTH} {first} again"));
+        guest.line("begun disk-write");
+        once_more(&disk, AT);
+        let (to, kept) = (file(direct), tempfile::tempfile().unwrap());
+        let copying = guest.machine.copy_disk(0, &to, POLICY).unwrap();
+        let (scope, into) = (Scope::Whole.into(), kept.try_clone().unwrap());
+        let taken = guest
+            .machine
+            .snapshot_with_disks(scope, into, b"", &mut [copying]);
+        let report = taken.unwrap();
+        println!("{report:?}");
+        assert_eq!(guest.machine.state(), RunState::Running);
+        assert_eq!(report.disks.len(), 1);
+        guest.send("");
+        let said = guest.line("ok disk-write");
+        let last: u64 = fields(&said)["seed"].parse().unwrap();
+
+        let on_disk = newest(&read(&to, AT, LENGTH), first..=last, AT, LENGTH).unwrap();
+        let snapshot = Snapshot::open(kept.try_clone().unwrap()).unwrap();
+        let (files, _serial) = guest.files_again(&[&to]);
+        let here = guest.machine.config();
+        let other = Machine::from_snapshot(&snapshot, here, files, Loading::Eager, None).unwrap();
+        let mut memory = vec![0; other.memory().bytes() as usize];
+        (other.memory().read_slice(&mut memory, GuestAddress(0))).unwrap();
+        drop(other);
+        let in_memory = newest(&memory, first..=last, AT, LENGTH).unwrap();
+        assert!(
+            in_memory == on_disk || in_memory == on_disk + 1,
+            "{in_memory} in memory, {on_disk} on the disk, {last} in the end"
+        );
+
+        let mut other = guest.cloned_from(kept, &[&to]);
+        other.send("");
+        let said = other.line("ok disk-write");
+        let there: u64 = fields(&said)["seed"].parse().unwrap();
+        assert!(there >= on_disk, "{there}");
+        other.ok(&format!("disk-check 0 {AT} {LENGTH} {there}"));
+        first = last + 1;
+    }
+}
+
+#[test]
+fn a_snapshot_whose_disk_cannot_be_copied_is_none_and_the_guest_runs_on() {
+    let disk = file(false);
+    disk.set_len(BYTES).unwrap();
+    let mut guest = Setup::new().disk(&disk, |_| {}).boot();
+    guest.ok("disk-write 0 0 1048576 3");
+    let (to, kept) = (file(false), tempfile::tempfile().unwrap());
+    let never = DiskCopyPolicy {
+        reserve: u64::MAX,
+        ..POLICY
+    };
+    let copying = guest.machine.copy_disk(0, &to, never).unwrap();
+    let into = kept.try_clone().unwrap();
+    let taken = guest
+        .machine
+        .snapshot_with_disks(Scope::Whole.into(), into, b"", &mut [copying]);
+    match taken {
+        Err(SnapshotError::Disk { index: 0, source }) => {
+            assert!(matches!(*source, DiskCopyError::NoRoom { .. }), "{source}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(Snapshot::open(kept).is_err());
+    assert_eq!(guest.machine.state(), RunState::Running);
+    guest.ok("disk-check 0 0 1048576 3");
+}
+
+#[test]
+fn of_a_paused_guest_a_snapshot_and_its_disk_are_taken_however_long_that_takes() {
+    let disk = file(false);
+    disk.set_len(BYTES).unwrap();
+    let mut guest = Setup::new().disk(&disk, |_| {}).boot();
+    guest.ok("disk-write 0 0 8388608 3");
+    guest.machine.pause().unwrap();
+    let at_once = DiskCopyPolicy {
+        converge: Policy {
+            longest: Duration::ZERO,
+            ..POLICY.converge
+        },
+        ..POLICY
+    };
+    let (to, kept) = (file(false), tempfile::tempfile().unwrap());
+    let copying = guest.machine.copy_disk(0, &to, at_once).unwrap();
+    let into = kept.try_clone().unwrap();
+    let taken = guest
+        .machine
+        .snapshot_with_disks(Scope::Whole.into(), into, b"", &mut [copying]);
+    println!("{:?}", taken.unwrap());
+    assert_eq!(guest.machine.state(), RunState::Paused);
+    let mut other = guest.cloned_from(kept, &[&to]);
+    other.ok("disk-check 0 0 8388608 3");
 }

@@ -9,7 +9,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::snapshot::Round;
-use super::{Machine, MachineError, RunState};
+use super::{Machine, MachineError, RunState, SnapshotError};
 use crate::stream::PAGE;
 use crate::stream::converge::{AtLimit, Decision, Policy, Standing, decide};
 use crate::virtio::block::{DiskCopier, Finish};
@@ -248,6 +248,55 @@ impl DiskCopying {
         self.end(pause)
     }
 
+    /// Copies what there is while the guest runs, and what it writes meanwhile, until what is left is little enough.
+    fn come_near(&mut self) -> Result<(), DiskCopyError> {
+        // Where blocks are shared nothing has to be copied first.
+        while !self.shares {
+            match self.one_round()? {
+                Decision::Again | Decision::Throttle { .. } => {}
+                Decision::Stop | Decision::PostCopy => break,
+                Decision::GiveUp => {
+                    let longest = self.policy.converge.longest;
+                    return Err(DiskCopyError::Late { longest });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A whole one.
+    fn one_round(&mut self) -> Result<Decision, DiskCopyError> {
+        loop {
+            self.look()?;
+            match self.copier.some(PIECE)? {
+                Some(pages) => {
+                    self.round.pages += pages;
+                    self.unlooked += pages * PAGE as u64;
+                }
+                None => break,
+            }
+        }
+        self.round.took = self.round_began.elapsed();
+        self.copier.settle()?;
+        Ok(self.after_round())
+    }
+
+    /// What is left, of a guest that stands still until then.
+    fn finish(&mut self, until: Instant) -> Result<(), DiskCopyError> {
+        if self.shares && self.copier.share()? {
+            self.report.shared = true;
+            return Ok(());
+        }
+        match self.copier.finish(until)? {
+            Finish::Whole(last) => self.report.last = last,
+            Finish::Late => {
+                let longest = self.policy.converge.longest;
+                return Err(DiskCopyError::Late { longest });
+            }
+        }
+        Ok(())
+    }
+
     /// Others want room on that storage, too.
     fn look(&mut self) -> Result<(), DiskCopyError> {
         if self.unlooked < LOOK_EVERY {
@@ -296,6 +345,71 @@ impl DiskCopying {
         self.report.pause = pause;
         self.report.whole = self.began.elapsed();
         Ok(Some(std::mem::take(&mut self.report)))
+    }
+}
+
+/// Disks that are copied as they are when a snapshot is taken ([`Machine::snapshot_with_disks`]).
+pub(super) struct Disks<'a> {
+    copies: &'a mut [DiskCopying],
+    /// Of the guest: it is not to stand still for long.
+    runs: bool,
+}
+
+/// However long it takes.
+const AGES: Duration = Duration::from_secs(86_400 * 365);
+
+impl<'a> Disks<'a> {
+    /// With all that is there, if the guest runs: so that little is left when it stands still.
+    pub fn of(copies: &'a mut [DiskCopying], runs: bool) -> Result<Self, SnapshotError> {
+        let mut disks = Disks { copies, runs };
+        if runs {
+            disks.each(DiskCopying::come_near)?;
+        }
+        Ok(disks)
+    }
+
+    /// What was written while memory was copied.
+    pub fn again(&mut self) -> Result<(), SnapshotError> {
+        self.each(|disk| match disk.shares {
+            true => Ok(()),
+            false => disk.one_round().map(drop),
+        })
+    }
+
+    /// They are whole as they are now, if the guest stands still.
+    pub fn finish(&mut self) -> Result<(), SnapshotError> {
+        let (began, runs) = (Instant::now(), self.runs);
+        self.each(|disk| {
+            let longest = match runs {
+                true => disk.policy.converge.longest,
+                false => AGES,
+            };
+            disk.finish(began + longest)
+        })
+    }
+
+    /// They are durable.
+    pub fn reports(mut self) -> Result<Vec<DiskCopyReport>, SnapshotError> {
+        let mut reports = Vec::new();
+        self.each(|disk| {
+            // It is whole: there is a report.
+            reports.extend(disk.end(Duration::ZERO)?);
+            Ok(())
+        })?;
+        Ok(reports)
+    }
+
+    fn each(
+        &mut self,
+        mut what: impl FnMut(&mut DiskCopying) -> Result<(), DiskCopyError>,
+    ) -> Result<(), SnapshotError> {
+        for (index, disk) in self.copies.iter_mut().enumerate() {
+            what(disk).map_err(|source| SnapshotError::Disk {
+                index,
+                source: Box::new(source),
+            })?;
+        }
+        Ok(())
     }
 }
 

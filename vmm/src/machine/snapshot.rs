@@ -6,6 +6,9 @@
 //! vhost-net writes to memory. A guest that writes faster than is copied is slowed down until what is left fits the buffer
 //! ([`pace`]), and no snapshot is made of one that does so all the same, but where a long pause is asked for.
 //!
+//! Disks may be copied as they are at the same moment ([`Machine::snapshot_with_disks`]): in rounds beside those of memory,
+//! and what is left of them is copied in the same pause.
+//!
 //! A snapshot may have only what was written since another ([`Scope`]), which it is laid over when it is read; and each may
 //! be compressed ([`Compression`]), whatever those are that it is laid over.
 //!
@@ -22,6 +25,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::OFlags;
 use uuid::Uuid;
 
+use super::disk_copy::{DiskCopyError, DiskCopyReport, DiskCopying, Disks};
 use super::state::STATE_VERSION;
 use super::{BuildError, Machine, MachineError, MachineState, RunState, build};
 use crate::config::{MachineConfig, MachineFiles, MemoryConfig, PageSize};
@@ -80,6 +84,12 @@ pub enum SnapshotError {
     TooBusy,
     #[error("read the guest's memory")]
     Read(#[source] std::io::Error),
+    #[error("copy disk {index} as it is at that moment")]
+    Disk {
+        /// In the order of the copies.
+        index: usize,
+        source: Box<DiskCopyError>,
+    },
     #[error("the machine's state cannot be {action}")]
     State {
         action: &'static str,
@@ -151,6 +161,8 @@ pub struct SnapshotReport {
     pub rounds: Vec<Round>,
     /// Pages that were left for the pause.
     pub last: u64,
+    /// Of the disks that were copied as they were at that moment; the pause is one for all.
+    pub disks: Vec<DiskCopyReport>,
     /// How long the guest stood still; nothing, if it did anyway.
     pub pause: Duration,
     pub whole: Duration,
@@ -202,7 +214,22 @@ impl Machine {
         file: File,
         owner: &[u8],
     ) -> Result<SnapshotReport, SnapshotError> {
-        let options = options.into();
+        self.snapshot_with_disks(options.into(), file, owner, &mut [])
+    }
+
+    /// The same, and `disks`, which were begun to be copied ([`Machine::copy_disk`]), are copied as they are at the very
+    /// moment: a machine that is made of them all goes on as this one did. The guest stands still for what is left of
+    /// them as well, for as long as the most patient of their policies says at most.
+    ///
+    /// # Errors
+    /// Likewise; of the copies none means anything then, also if it is the snapshot that failed.
+    pub fn snapshot_with_disks(
+        &mut self,
+        options: SnapshotOptions,
+        file: File,
+        owner: &[u8],
+        disks: &mut [DiskCopying],
+    ) -> Result<SnapshotReport, SnapshotError> {
         let scope = options.scope;
         let began = Instant::now();
         if self.state != RunState::Paused {
@@ -227,7 +254,13 @@ impl Machine {
             (Scope::Since, Some(ledger)) => ledger.base(),
             _ => None,
         };
-        let written = self.write(file, options, owner, base, ledger.as_mut());
+        let disks = Disks::of(disks, self.state == RunState::Running);
+        let written = disks.and_then(|mut disks| {
+            let mut report =
+                self.write(file, options, owner, base, (ledger.as_mut(), &mut disks))?;
+            report.disks = disks.reports()?;
+            Ok(report)
+        });
         if let (Ok(report), Some(ledger)) = (&written, &mut ledger)
             && scope != Scope::Whole
         {
@@ -269,7 +302,7 @@ impl Machine {
         options: SnapshotOptions,
         owner: &[u8],
         base: Option<Uuid>,
-        ledger: Option<&mut Ledger>,
+        (ledger, disks): (Option<&mut Ledger>, &mut Disks<'_>),
     ) -> Result<SnapshotReport, SnapshotError> {
         let opening = Opening {
             id: Uuid::new_v4(),
@@ -282,6 +315,7 @@ impl Machine {
             totals: Totals::default(),
             rounds: Vec::new(),
             last: 0,
+            disks: Vec::new(),
             pause: Duration::ZERO,
             whole: Duration::ZERO,
         };
@@ -294,11 +328,13 @@ impl Machine {
             (RunState::Paused, ledger) => {
                 // First, since disks are written to the end for it: what is copied may go to theirs.
                 let state = self.packed()?;
+                disks.finish()?;
                 report.last = copy.first(ledger)?;
                 state
             }
             (_, Some(ledger)) => {
-                let state = self.copy_running(&mut copy, &mut report, ledger, options.long_pause);
+                let logs = (ledger, disks);
+                let state = self.copy_running(&mut copy, &mut report, logs, options.long_pause);
                 // Whatever came of it.
                 self.vcpus.throttle(0);
                 state?
@@ -306,6 +342,7 @@ impl Machine {
             // What nobody logs is copied when nobody writes any more.
             (_, None) => self.at_rest(&mut report, |machine, report| {
                 let state = machine.packed()?;
+                disks.finish()?;
                 report.last = copy.first(None)?;
                 Ok(state)
             })?,
@@ -383,13 +420,14 @@ impl Machine {
         &mut self,
         copy: &mut Copy,
         report: &mut SnapshotReport,
-        ledger: &mut Ledger,
+        (ledger, disks): (&mut Ledger, &mut Disks<'_>),
         long_pause: bool,
     ) -> Result<Vec<u8>, SnapshotError> {
         let mut written = None;
         loop {
             let (round, mut rest) = self.round(copy, ledger, written.as_ref())?;
             report.rounds.push(round);
+            disks.again()?;
             let next = match self.board.requests.halting() {
                 true => Next::Stop,
                 false => pace::next(report.rounds.len(), report.slowed().0, &round),
@@ -400,7 +438,8 @@ impl Machine {
                 Next::GiveUp if !long_pause => return Err(SnapshotError::TooBusy),
                 Next::Stop | Next::GiveUp => {
                     let stopped = self.at_rest(report, |machine, report| {
-                        machine.rest_of_it(copy, ledger, &mut rest, long_pause, report)
+                        let logs = (&mut *ledger, &mut *disks);
+                        machine.rest_of_it(copy, logs, &mut rest, long_pause, report)
                     });
                     if let Some((state, kept)) = stopped? {
                         for (number, mask, pages) in &kept {
@@ -467,7 +506,7 @@ impl Machine {
     fn rest_of_it(
         &self,
         copy: &mut Copy,
-        ledger: &mut Ledger,
+        (ledger, disks): (&mut Ledger, &mut Disks<'_>),
         rest: &mut PageSet,
         long_pause: bool,
         report: &mut SnapshotReport,
@@ -476,6 +515,9 @@ impl Machine {
         rest.join(&ledger.take()?);
         report.last = rest.count();
         let mut kept = Vec::new();
+        if report.last <= MOST_KEPT || long_pause {
+            disks.finish()?;
+        }
         if report.last <= MOST_KEPT {
             for (number, mask) in rest.blocks() {
                 kept.push((number, mask, read_pages(&self.memory, number, mask)?));
