@@ -6,6 +6,7 @@
 //! agent; else they shake hands only, and lend their processes the connection ([`crate::vm::seal`]). Each side does as it
 //! likes: the wire is the same.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -21,7 +22,7 @@ use tokio::io::{
 };
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::mpsc;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 use tokio_rustls::server::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
@@ -154,19 +155,22 @@ fn await_source(
     let stuck = if first.is_some() { STUCK } else { SILENCE };
     let line = tokio::spawn(async move {
         let (mut greeting, mut carrying) = (JoinSet::new(), JoinSet::new());
+        let mut strangers = VecDeque::new();
         // By this the process knows that somebody here awaits its guest.
         let mut _leash = None;
         loop {
             tokio::select! {
-                accepted = listener.accept(), if greeting.len() < STRANGERS => match accepted {
+                accepted = listener.accept() => match accepted {
                     Ok((tcp, from)) => {
                         let tls = Arc::clone(&tls);
-                        greeting.spawn(async move {
+                        make_room(&mut strangers);
+                        let stranger = greeting.spawn(async move {
                             be_careful(&tcp, stuck)?;
                             let shaken = tokio::time::timeout(CONNECT, greet(tcp, tls, way)).await;
                             let stream = shaken.map_err(io::Error::from).flatten();
                             stream.inspect_err(|error| tracing::debug!(%from, %error, "a migration's port"))
                         });
+                        strangers.push_back(stranger);
                     }
                     // Out of descriptors, most likely: let some go first.
                     Err(_) => tokio::time::sleep(AGAIN).await,
@@ -209,6 +213,16 @@ fn await_source(
         }
     });
     Ok((Line::carried(line), others))
+}
+
+/// Who has been shaking hands for longest gives way: those who say nothing keep nobody out who does.
+fn make_room(strangers: &mut VecDeque<AbortHandle>) {
+    strangers.retain(|stranger| !stranger.is_finished());
+    while strangers.len() >= STRANGERS {
+        if let Some(oldest) = strangers.pop_front() {
+            oldest.abort();
+        }
+    }
 }
 
 /// Whoever has the key.
@@ -444,6 +458,8 @@ mod tests {
     use std::io::{Read, Write};
     use std::net::Ipv4Addr;
 
+    use futures::future::join_all;
+
     use super::*;
 
     fn key() -> StreamKey {
@@ -465,7 +481,11 @@ mod tests {
         let to = format!("127.0.0.1:{port}");
         // A stranger, and somebody with the key of another migration.
         let stranger = TcpStream::connect(&to).await.unwrap();
-        let silent = TcpStream::connect(&to).await.unwrap();
+        let silent: Vec<TcpStream> = join_all((0..STRANGERS + 4).map(|_| TcpStream::connect(&to)))
+            .await
+            .into_iter()
+            .map(Result::unwrap)
+            .collect();
         drop(stranger);
         match connect(&to, &wrong, false).await {
             Err(_) => {}
