@@ -82,12 +82,15 @@ fn tell(what: &str, legs: &[Leg]) {
 struct Kind {
     /// A folder on its disk.
     disk: &'static str,
+    /// One from which programs may be run: Debian's /run is not.
+    programs: &'static str,
     /// A program that answers a line with the same line and the time, at [`PORT`], for ever.
     answers: &'static str,
 }
 
 const TINY: Kind = Kind {
     disk: "/disk",
+    programs: "/run",
     answers: r#"#!/bin/sh
 [ $# = 0 ] && exec nc -ll -p 7 -e "$0" one
 while read -r line; do echo "$line $EPOCHREALTIME"; done
@@ -95,6 +98,7 @@ while read -r line; do echo "$line $EPOCHREALTIME"; done
 };
 const DEBIAN: Kind = Kind {
     disk: "/var/lib/work",
+    programs: "/usr/local/bin",
     answers: r#"#!/usr/bin/python3
 import socket, time
 server = socket.create_server(("", 7))
@@ -153,16 +157,22 @@ impl<'a> Traveller<'a> {
         terminal
             .run(&format!("until {address}; do sleep 1; done"))
             .await;
+        // What names it has its own time for that.
+        terminal.run("udevadm settle 2>/dev/null || true").await;
         let [outside, own] = NETWORK;
         let up = format!(
             "hot=$(grep -l {MAC} /sys/class/net/*/address | cut -d/ -f5); \
             ip address add {own}/24 dev $hot && ip link set $hot up"
         );
         terminal.run(&up).await;
-        terminal.run(&written(kind.answers, "/run/answers")).await;
+        let (answers, works) = (
+            format!("{}/answers", kind.programs),
+            format!("{}/work", kind.programs),
+        );
+        terminal.run(&written(kind.answers, &answers)).await;
         // What it says by itself tells the bridges where it is by now.
         let network =
-            format!("(/run/answers >/run/answers.log 2>&1 &); (ping {outside} >/run/pings 2>&1 &)");
+            format!("({answers} >/run/log.answers 2>&1 &); (ping {outside} >/run/pings 2>&1 &)");
         terminal.run(&network).await;
         // Files with sums of them, one after the other, on the disk at once, until it is told to stop.
         let work = format!(
@@ -171,8 +181,14 @@ impl<'a> Traveller<'a> {
              touch /run/stopped\n",
             kind.disk
         );
-        terminal.run(&written(&work, "/run/work")).await;
-        terminal.run("(/run/work >/run/work.log 2>&1 &)").await;
+        terminal.run(&written(&work, &works)).await;
+        terminal
+            .run(&format!("({works} >/run/log.work 2>&1 &)"))
+            .await;
+        terminal
+            .run("while [ ! -e /run/sum.1 ] && [ ! -s /run/log.work ]; do sleep 1; done")
+            .await;
+        terminal.run("! grep . /run/log.*").await;
         // What it complained of as it booted is another test's.
         terminal.run("dmesg -c >/dev/null").await;
         let questions = Questions::to(SocketAddr::new(own.parse().unwrap(), PORT)).await;
@@ -324,7 +340,7 @@ impl<'a> Traveller<'a> {
             "{checked}"
         );
         let pings = terminal
-            .run("killall -INT ping; sleep 1; tail -n 3 /run/pings")
+            .run("kill -INT $(pidof ping); sleep 1; tail -n 3 /run/pings")
             .await;
         println!("{pings}");
         // Lines of the kernel's, not what was typed.
