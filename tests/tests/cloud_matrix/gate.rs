@@ -22,6 +22,8 @@ pub enum Fate {
 
 /// Longest wait for a migration to get to the message.
 const COMES: Duration = Duration::from_secs(60);
+/// Between two pieces of memory that come slowly.
+const PIECE: Duration = Duration::from_millis(300);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -44,6 +46,19 @@ pub struct Gate {
     key: Mutex<Option<StreamKey>>,
     line: Mutex<Option<((MigrationId, u16), Line)>>,
     doubled: Mutex<Option<Letter>>,
+    follows: watch::Sender<Follows>,
+}
+
+/// Whether a guest's memory is to follow it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Follows {
+    /// It is sent as fast as it goes.
+    #[default]
+    Not,
+    /// It will be, and memory comes slowly until its source has been told.
+    Will,
+    /// Its source has been told.
+    Told,
 }
 
 fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -107,6 +122,54 @@ impl Gate {
             Ok(State::Open(fate)) if first => fate,
             _ => Fate::Delivered,
         }
+    }
+
+    /// What is to become of the next guest's memory.
+    pub fn follows(&self, how: Follows) {
+        self.follows.send_replace(how);
+    }
+
+    /// Its source has been told, if it was to be.
+    pub fn was_told_to_follow(&self) {
+        let told = |follows: &mut Follows| {
+            let will = *follows == Follows::Will;
+            if will {
+                *follows = Follows::Told;
+            }
+            will
+        };
+        self.follows.send_if_modified(told);
+    }
+
+    pub async fn is_told_to_follow(&self) -> Result<()> {
+        let mut follows = self.follows.subscribe();
+        let told = follows.wait_for(|follows| *follows == Follows::Told);
+        let told = tokio::time::timeout(COMES, told).await;
+        told.context("its source was not told that its memory follows")??;
+        Ok(())
+    }
+
+    /// A piece of memory comes, which goes before the guest or behind it: it waits while it would come too early.
+    pub async fn paces(&self, is_behind: bool) {
+        if is_behind {
+            let armed = {
+                let trap = lock(&self.trap);
+                let before = |trap: &&Trap| trap.spot.is_before_memory();
+                trap.as_ref()
+                    .filter(before)
+                    .map(|trap| trap.state.subscribe())
+            };
+            if let Some(mut state) = armed {
+                let _ = state
+                    .wait_for(|state| matches!(state, State::Open(_)))
+                    .await;
+            }
+            return;
+        }
+        let mut follows = self.follows.subscribe();
+        let not_yet = follows.wait_for(|follows| *follows != Follows::Will);
+        // A piece now and then: its source is not to wait for this line for long.
+        let _ = tokio::time::timeout(PIECE, not_yet).await;
     }
 
     pub fn learn(&self, key: &StreamKey) {

@@ -9,7 +9,7 @@ use fractus_agent_api::migration::StreamKey;
 use fractus_agent_api::tls::stream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use super::gate::{Fate, Gate};
@@ -20,6 +20,10 @@ const HEAD: usize = 16;
 /// Kinds of frames that are looked for (`vmm/src/stream/frame`).
 const END: u16 = 4;
 const PAGES: u16 = 7;
+const OWED: u16 = 13;
+const WANTED: u16 = 14;
+const GOT: u16 = 15;
+const WHOLE: u16 = 16;
 
 type Reads = ReadHalf<TlsStream<TcpStream>>;
 type Writes = WriteHalf<TlsStream<TcpStream>>;
@@ -43,16 +47,29 @@ impl Line {
         Self(tokio::spawn(async move {
             let carried = async {
                 let listener = listener.context("the way to the target")?;
-                // One migration has one stream.
-                let (source, _) = listener.accept().await?;
-                if gate.meet(&[Seen::Stream(Spot::Connecting)]).await == Fate::Cut {
-                    return Ok(());
+                // One migration has one stream; memory that follows may come by another, when the first one has broken.
+                let mut carrying = JoinSet::new();
+                loop {
+                    let (source, _) = listener.accept().await?;
+                    if gate.meet(&[Seen::Stream(Spot::Connecting)]).await == Fate::Cut {
+                        continue;
+                    }
+                    carrying.shutdown().await;
+                    let (gate, key) = (Arc::clone(&gate), key.clone());
+                    carrying.spawn(async move {
+                        let carried = async {
+                            let target = TcpStream::connect(listens).await?;
+                            carry(&gate, source, target, &key).await
+                        };
+                        if let Err(error) = carried.await {
+                            println!("the line to {listens}: {error:#}");
+                        }
+                    });
                 }
-                let target = TcpStream::connect(listens).await?;
-                carry(&gate, source, target, &key).await
             };
-            if let Err(error) = carried.await {
-                println!("the line to {listens}: {error:#}");
+            let carried: Result<()> = carried.await;
+            if let Err(error) = carried {
+                println!("no line to {listens}: {error:#}");
             }
         }))
     }
@@ -94,16 +111,22 @@ async fn forth(
     mut to: Writes,
     unanswered: &AtomicBool,
 ) -> Result<()> {
-    let mut pages = 0;
+    let (mut pages, mut ended) = (0, false);
     while let Some(frame) = frame(&mut from).await? {
         let kind = u16::from_le_bytes([frame[0], frame[1]]);
         pages += u32::from(kind == PAGES);
+        if kind == PAGES {
+            gate.paces(ended).await;
+        }
         let fate = match kind {
+            PAGES if ended => gate.meet(&[Seen::Stream(Spot::Following)]).await,
             // Some of its memory is there.
             PAGES if pages == 2 => gate.meet(&[Seen::Stream(Spot::Copying)]).await,
+            OWED if !ended => gate.meet(&[Seen::Stream(Spot::Owing)]).await,
             END => gate.meet(&[Seen::Stream(Spot::Ending)]).await,
             _ => Fate::Delivered,
         };
+        ended |= kind == END;
         match fate {
             Fate::Cut => bail!("cut"),
             Fate::Unanswered => unanswered.store(true, Ordering::Relaxed),
@@ -120,7 +143,15 @@ async fn back(gate: &Gate, mut from: Reads, mut to: Writes, unanswered: &AtomicB
         if unanswered.load(Ordering::Relaxed) {
             bail!("the answer is lost");
         }
-        if gate.meet(&[Seen::Stream(Spot::Answering)]).await == Fate::Cut {
+        let spot = match u16::from_le_bytes([frame[0], frame[1]]) {
+            WANTED => Some(Spot::Wanting),
+            WHOLE => Some(Spot::AllThere),
+            GOT | OWED => None,
+            _ => Some(Spot::Answering),
+        };
+        if let Some(spot) = spot
+            && gate.meet(&[Seen::Stream(spot)]).await == Fate::Cut
+        {
             bail!("cut");
         }
         to.write_all(&frame).await?;

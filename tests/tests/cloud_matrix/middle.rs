@@ -12,7 +12,7 @@ use bytes::Bytes;
 use fractus_agent_api::host::HostId;
 use fractus_agent_api::identity::Peer;
 use fractus_agent_api::machine::MachineReport;
-use fractus_agent_api::migration::State;
+use fractus_agent_api::migration::{AtLimit, State};
 use fractus_agent_api::tls::{self, ClientCertificate, Credentials, Expected};
 use fractus_controller::clock::SystemClock;
 use fractus_controller::database::Database;
@@ -254,6 +254,13 @@ impl Shared {
         let (answer, body) = sent?;
         if fate == Fate::Unanswered {
             bail!("the answer is lost");
+        }
+        let departs = letter.put().and_then(|put| put.wanted.departs);
+        if departs
+            .is_some_and(|it| it.policy.limit_ms == 0 && it.policy.at_limit == AtLimit::PostCopy)
+            && answer.status().is_success()
+        {
+            self.gate(way.agent()).was_told_to_follow();
         }
         if let Some(report) = letter.answered(&answer, &body) {
             self.hear(way.agent(), &report);

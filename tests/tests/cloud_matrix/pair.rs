@@ -9,9 +9,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::sync::{Barrier, Mutex};
 
-use super::gate::{Fate, Gate};
+use super::gate::{Fate, Follows, Gate};
 use super::middle::Middle;
-use super::spot::{End, Fault, Sides, Spot};
+use super::spot::{End, Fault, How, Sides, Spot};
 use super::witness::Witness;
 
 /// All that the pairs share.
@@ -21,6 +21,7 @@ pub struct Stage {
     pub middle: Middle,
     pub image: String,
     pub flavor: String,
+    pub how: How,
 }
 
 pub struct Pair {
@@ -44,8 +45,7 @@ struct Rest {
 /// Longest wait for all to come to rest: a host that cannot be told is waited for for a minute.
 const RESTS: Duration = Duration::from_secs(100);
 const SOON: Duration = Duration::from_secs(60);
-/// MiB of memory and bytes of the disk that are written.
-const MEMORY: u64 = 4;
+/// Bytes of the disk that are written.
 const DISK: u64 = 256 << 10;
 
 impl Pair {
@@ -132,7 +132,7 @@ impl Pair {
         let seed = self.seed;
         let commands = [
             "info".to_owned(),
-            format!("fill {MEMORY} {seed}"),
+            format!("fill {} {seed}", self.stage.how.filled()),
             format!("disk-write 0 0 {DISK} {seed}"),
         ];
         let nonce = nonce(&self.types(&server, &commands).await?)?;
@@ -144,10 +144,17 @@ impl Pair {
         let witness = Witness::of(vec![path(sides.source), path(sides.target)]);
         drop(cloud);
         self.gate.arm(spot, sides);
+        let follows = self.stage.how == How::PostCopy;
+        self.gate
+            .follows(if follows { Follows::Will } else { Follows::Not });
         let to = format!("agent-{}", sides.target);
         let live = json!({"os-migrateLive": {"host": to, "block_migration": "auto"}});
         let asked = self.stage.admin.act(&server, live).await?;
         asked.expect_status(202)?;
+        if follows {
+            self.is_completed_by_force(&server).await?;
+            self.gate.is_told_to_follow().await?;
+        }
         self.gate.caught().await?;
         Ok(Before {
             sides,
@@ -156,6 +163,24 @@ impl Pair {
             nonce,
             witness,
         })
+    }
+
+    /// Its memory follows it from where it is, as soon as it is being sent.
+    async fn is_completed_by_force(&self, server: &str) -> Result<()> {
+        let admin = &self.stage.admin;
+        let path = format!("/compute/v2.1/servers/{server}/migrations");
+        let sent = until("its guest is sent", SOON, || async {
+            let shown = admin.get(&path).await.map_err(|e| format!("{e:#}"))?;
+            let newest = &shown.body["migrations"][0];
+            match (newest["status"].as_str(), newest["id"].as_i64()) {
+                (Some("running"), Some(id)) => Ok(id),
+                _ => Err(shown.body.to_string()),
+            }
+        });
+        let action = format!("{path}/{}/action", sent.await?);
+        let forced = admin.post(&action, json!({"force_complete": null})).await?;
+        forced.expect_status(202)?;
+        Ok(())
     }
 
     /// Breaks it, and lets the message go its way. Whether a machine's process was killed.
@@ -325,7 +350,7 @@ impl Pair {
         self.has_its_disk(rest.agent, &before.server).await?;
         let commands = [
             "info".to_owned(),
-            format!("filled {MEMORY} {}", before.seed),
+            format!("filled {} {}", self.stage.how.filled(), before.seed),
             format!("disk-check 0 0 {DISK} {}", before.seed),
         ];
         let said = self.types(&before.server, &commands).await?;
@@ -426,8 +451,8 @@ fn says(rest: &Rest, end: End, spot: Spot) -> Result<String> {
     let right = match end {
         End::There => status == "completed",
         End::Here => status == "failed",
-        // One that was lost on its new host had arrived there.
-        End::Error => status == "failed" || spot.is_committed(),
+        // One that was lost on its new host had arrived there; one that was on both is no success.
+        End::Error => ["failed", "error"].contains(&status) || spot.is_committed(),
     };
     ensure!(right, "{end:?}, and its migration: {rest:?}");
     Ok(match end {

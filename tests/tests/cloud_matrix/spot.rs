@@ -11,14 +11,44 @@ pub enum Spot {
     AskedToDepart,
     Connecting,
     Copying,
+    Owing,
     Ending,
     Answering,
     Offered,
     Arrived,
     ToldToContinue,
     Continued,
+    Wanting,
+    Following,
+    AllThere,
+    Whole,
     ToldToEnd,
     Ended,
+}
+
+/// How memory comes: the protocol is another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    PreCopy,
+    PostCopy,
+}
+
+impl How {
+    /// MiB of a guest's memory, and of these those that are written.
+    pub fn ram(self) -> u32 {
+        match self {
+            Self::PreCopy => 32,
+            // More than the connections between two hosts hold.
+            Self::PostCopy => 64,
+        }
+    }
+
+    pub fn filled(self) -> u32 {
+        match self {
+            Self::PreCopy => 4,
+            Self::PostCopy => 40,
+        }
+    }
 }
 
 /// The agents of one migration.
@@ -42,21 +72,42 @@ pub enum Seen<'a> {
 }
 
 impl Spot {
-    pub const ALL: [Self; 13] = [
-        Self::AskedToArrive,
-        Self::Arriving,
-        Self::AskedToDepart,
-        Self::Connecting,
-        Self::Copying,
-        Self::Ending,
-        Self::Answering,
-        Self::Offered,
-        Self::Arrived,
-        Self::ToldToContinue,
-        Self::Continued,
-        Self::ToldToEnd,
-        Self::Ended,
-    ];
+    /// Those of a migration.
+    pub fn of(how: How) -> &'static [Self] {
+        match how {
+            How::PreCopy => &[
+                Self::AskedToArrive,
+                Self::Arriving,
+                Self::AskedToDepart,
+                Self::Connecting,
+                Self::Copying,
+                Self::Ending,
+                Self::Answering,
+                Self::Offered,
+                Self::Arrived,
+                Self::ToldToContinue,
+                Self::Continued,
+                Self::ToldToEnd,
+                Self::Ended,
+            ],
+            // Until it is decided that memory follows it is the same.
+            How::PostCopy => &[
+                Self::Owing,
+                Self::Ending,
+                Self::Answering,
+                Self::Offered,
+                Self::Arrived,
+                Self::ToldToContinue,
+                Self::Continued,
+                Self::Wanting,
+                Self::Following,
+                Self::AllThere,
+                Self::Whole,
+                Self::ToldToEnd,
+                Self::Ended,
+            ],
+        }
+    }
 
     /// Who is about to say what to whom: C the controller, S the source, T the target.
     pub fn title(self) -> &'static str {
@@ -66,12 +117,17 @@ impl Spot {
             Self::AskedToDepart => "C>S  the guest departs",
             Self::Connecting => "S>T  connects",
             Self::Copying => "S>T  memory, while it runs",
+            Self::Owing => "S>T  which pages follow",
             Self::Ending => "S>T  the stream's end",
             Self::Answering => "T>S  it has all",
             Self::Offered => "S>C  offered",
             Self::Arrived => "T>C  arrived",
             Self::ToldToContinue => "C>T  row moved: go on",
             Self::Continued => "T>C  it runs",
+            Self::Wanting => "T>S  it waits for a page",
+            Self::Following => "S>T  memory, behind it",
+            Self::AllThere => "T>S  all of it is there",
+            Self::Whole => "T>C  it is whole",
             Self::ToldToEnd => "C>S  end what you have",
             Self::Ended => "S>C  nothing is left",
         }
@@ -96,6 +152,13 @@ impl Spot {
                     Self::Offered => matches!(state, Some(State::Offered { .. })),
                     Self::Arrived => state == Some(&State::Arrived),
                     Self::Continued => *agent == sides.target && state == Some(&State::Continued),
+                    Self::Whole => {
+                        let lacks = report
+                            .migration
+                            .as_ref()
+                            .is_some_and(|it| it.lacks.is_some());
+                        *agent == sides.target && state == Some(&State::Continued) && !lacks
+                    }
                     Self::Ended => *agent == sides.source && report.observed == Observed::Absent,
                     _ => false,
                 }
@@ -107,7 +170,22 @@ impl Spot {
     fn is_of_the_stream(self) -> bool {
         matches!(
             self,
-            Self::Connecting | Self::Copying | Self::Ending | Self::Answering
+            Self::Connecting
+                | Self::Copying
+                | Self::Owing
+                | Self::Ending
+                | Self::Answering
+                | Self::Wanting
+                | Self::Following
+                | Self::AllThere
+        )
+    }
+
+    /// Memory is still to come when it is met: so none comes before.
+    pub fn is_before_memory(self) -> bool {
+        !matches!(
+            self,
+            Self::Following | Self::AllThere | Self::Whole | Self::ToldToEnd | Self::Ended
         )
     }
 
@@ -115,7 +193,14 @@ impl Spot {
     pub fn is_committed(self) -> bool {
         matches!(
             self,
-            Self::ToldToContinue | Self::Continued | Self::ToldToEnd | Self::Ended
+            Self::ToldToContinue
+                | Self::Continued
+                | Self::Wanting
+                | Self::Following
+                | Self::AllThere
+                | Self::Whole
+                | Self::ToldToEnd
+                | Self::Ended
         )
     }
 }
@@ -166,8 +251,11 @@ impl Fault {
             (Self::Doubled, spot) if spot.is_of_the_stream() => {
                 Some("TCP and TLS let no byte of a stream come twice")
             }
-            (Self::LostAnswer, Spot::Connecting | Spot::Copying) => {
+            (Self::LostAnswer, Spot::Connecting | Spot::Copying | Spot::Owing) => {
                 Some("nothing answers it before the stream's end")
+            }
+            (Self::LostAnswer, Spot::Wanting | Spot::Following | Spot::AllThere) => {
+                Some("as a line that is cut: what it carries is asked for anew")
             }
             (Self::LostAnswer, Spot::Answering) => {
                 Some("it is the answer: as the stream's end without one")
@@ -179,7 +267,42 @@ impl Fault {
     }
 
     /// What a server may come to.
-    pub fn ends(self, spot: Spot) -> &'static [End] {
+    pub fn ends(self, how: How, spot: Spot) -> &'static [End] {
+        match how {
+            How::PreCopy => self.ends_of_pre_copy(spot),
+            How::PostCopy => self.ends_of_post_copy(spot),
+        }
+    }
+
+    /// The guest is on both sides in part from the stream's end until all of its memory is there, and lost with either of
+    /// their processes; with an agent nothing is lost.
+    fn ends_of_post_copy(self, spot: Spot) -> &'static [End] {
+        let is_whole = matches!(
+            spot,
+            Spot::AllThere | Spot::Whole | Spot::ToldToEnd | Spot::Ended
+        );
+        match self {
+            Self::SourceProcess if is_whole => &[End::There],
+            Self::SourceProcess => &[End::Error],
+            Self::TargetProcess => match spot {
+                _ if spot.is_committed() && spot != Spot::ToldToContinue => &[End::Error],
+                _ => &[End::Here],
+            },
+            // Its process ends with it as long as the guest did not run there.
+            Self::TargetAgent if spot.is_committed() && spot != Spot::ToldToContinue => {
+                &[End::There]
+            }
+            Self::TargetAgent => &[End::Here],
+            // The line by which the guest itself comes ends with its agent, and what it has carried is not lost.
+            Self::SourceAgent if spot == Spot::Owing => &[End::Here],
+            Self::SourceAgent if spot == Spot::Ending => &[End::Here, End::There],
+            Self::SourceAgent => &[End::There],
+            Self::Cut if matches!(spot, Spot::Owing | Spot::Ending) => &[End::Here],
+            Self::Cut | Self::LostAnswer | Self::Doubled | Self::Controller => &[End::There],
+        }
+    }
+
+    fn ends_of_pre_copy(self, spot: Spot) -> &'static [End] {
         match self {
             Self::SourceProcess => match spot {
                 _ if spot.is_committed() => &[End::There],

@@ -2,34 +2,41 @@
 
 use std::fmt::Write as _;
 
-use super::spot::{End, Fault, Spot};
+use super::spot::{End, Fault, How, Spot};
 
 /// Where a server was in the end, and what was said; or what was wrong.
 type Tried = Result<(End, String), String>;
 
 /// Of each cell that was tried.
-#[derive(Default)]
-pub struct Table(Vec<(Spot, Fault, Tried)>);
+pub struct Table {
+    how: How,
+    cells: Vec<(Spot, Fault, Tried)>,
+}
 
 /// Characters of a column.
 const WIDTH: usize = 11;
 const TITLE: usize = 27;
 
 impl Table {
+    pub fn of(how: How) -> Self {
+        let cells = Vec::new();
+        Self { how, cells }
+    }
+
     pub fn add(&mut self, spot: Spot, fault: Fault, tried: Tried) {
-        self.0.push((spot, fault, tried));
+        self.cells.push((spot, fault, tried));
     }
 
     /// What was not as it is to be.
     pub fn wrong(&self) -> Vec<String> {
-        let wrong = self.0.iter().filter_map(|(spot, fault, tried)| {
+        let wrong = self.cells.iter().filter_map(|(spot, fault, tried)| {
             let (spot_title, title) = (spot.title(), fault.title());
             let why = match tried {
                 Err(why) => why.clone(),
-                Ok((end, _)) if fault.ends(*spot).contains(end) => return None,
+                Ok((end, _)) if fault.ends(self.how, *spot).contains(end) => return None,
                 Ok((end, said)) => format!(
                     "{end:?}, where only {:?} is right: {said}",
-                    fault.ends(*spot)
+                    fault.ends(self.how, *spot)
                 ),
             };
             Some(format!("{spot_title} x {title}: {why}"))
@@ -52,16 +59,19 @@ impl Table {
             let _ = write!(text, "{:>WIDTH$}", fault.title());
         }
         text.push('\n');
-        for spot in Spot::ALL {
+        for &spot in Spot::of(self.how) {
             let _ = write!(text, "{:TITLE$}", spot.title());
             for fault in Fault::ALL {
-                let tried = self.0.iter().find(|(s, f, _)| (*s, *f) == (spot, fault));
+                let tried = self
+                    .cells
+                    .iter()
+                    .find(|(s, f, _)| (*s, *f) == (spot, fault));
                 let cell = match (fault.cannot(spot), tried) {
                     (Some(why), _) => format!("n/a {}", note(why)),
                     (None, None) => "-".to_owned(),
                     (None, Some((_, _, Err(_)))) => "WRONG".to_owned(),
                     (None, Some((_, _, Ok((end, said))))) => {
-                        let right = fault.ends(spot).contains(end);
+                        let right = fault.ends(self.how, spot).contains(end);
                         match end {
                             End::Here => if right { "here" } else { "HERE!" }.to_owned(),
                             End::There => if right { "there" } else { "THERE!" }.to_owned(),
