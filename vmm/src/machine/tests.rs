@@ -432,6 +432,66 @@ const POLICY: converge::Policy = converge::Policy {
     throttle: None,
 };
 
+#[test]
+fn a_disk_is_copied_or_sent_by_one_at_a_time() {
+    let mut config = common::config();
+    let disk = || {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        file
+    };
+    config.disks = vec![crate::config::DiskConfig {
+        read_only: false,
+        serial_number: "one".to_owned(),
+        direct: false,
+        limit: None,
+        queues: 1,
+    }];
+    let (mut files, serial) = common::files(common::kernel_file(&echo().elf()));
+    files.disks = vec![disk()];
+    let machine = Machine::build(config, files, None).unwrap();
+    let mut rig = Rig { machine, serial };
+    rig.machine.start().unwrap();
+    let policy = DiskCopyPolicy {
+        converge: POLICY,
+        reserve: 0,
+    };
+    let copying = rig.machine.copy_disk(0, &disk(), policy).unwrap();
+
+    let untouched = disk();
+    io::Write::write_all(&mut &untouched, b"mine").unwrap();
+    let refused = rig.machine.copy_disk(0, &untouched, policy).err();
+    assert!(matches!(refused, Some(DiskCopyError::Logged { index: 0 })));
+    let mut text = [0; 4];
+    std::os::unix::fs::FileExt::read_exact_at(&untouched, &mut text, 0).unwrap();
+    assert_eq!(&text, b"mine", "what was refused has emptied no file");
+
+    let luggage = || Luggage {
+        disks: true,
+        ..Luggage::default()
+    };
+    let (near, _far) = UnixStream::pair().unwrap();
+    let unsent = Sender::begin(rig.machine, near, POLICY, luggage())
+        .err()
+        .unwrap();
+    let said = in_full(&unsent.error);
+    assert!(
+        said.contains("disk 0") && said.contains("being copied"),
+        "{said}"
+    );
+    rig.machine = *unsent.machine;
+    answers(&mut rig, "it runs on");
+
+    drop(copying);
+    let (near, _far) = UnixStream::pair().unwrap();
+    let sender = Sender::begin(rig.machine, near, POLICY, luggage()).unwrap();
+    let refused = sender.machine().copy_disk(0, &disk(), policy).err();
+    assert!(matches!(refused, Some(DiskCopyError::Logged { index: 0 })));
+    rig.machine = sender.give_up();
+    rig.machine.copy_disk(0, &disk(), policy).unwrap();
+    answers(&mut rig, "and on");
+}
+
 /// KVM gives it to nobody.
 const MISSING: &str = "enqcmd";
 
