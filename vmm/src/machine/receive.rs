@@ -258,7 +258,7 @@ pub(super) struct Gathered {
     pub(super) totals: Totals,
     pub(super) disks: Totals,
     /// Pages that come later.
-    owed: PageSet,
+    pub(super) owed: PageSet,
     faults: Option<Faults>,
     /// When its last byte had come.
     at: Instant,
