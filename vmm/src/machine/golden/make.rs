@@ -19,10 +19,10 @@ use std::time::Duration;
 use super::{Golden, guest, host_cpu};
 use crate::fuzzing::rig::every_device;
 use crate::fuzzing::sparse::squeezed;
-use crate::machine::fuzz::{NUMBERED, SEALED, SNAPSHOT};
+use crate::machine::fuzz::{ANSWERS, LAZY, NUMBERED, PARCEL, SEALED, SNAPSHOT};
 use crate::machine::state::STATE_VERSION;
 use crate::machine::{
-    Loading, Luggage, Machine, Paying, Progress, Scope, Sender, SnapshotOptions, fuzz,
+    Loading, Luggage, Machine, Paying, Progress, Scope, Sender, SnapshotOptions, fuzz, handover,
 };
 use crate::memory::PageSet;
 use crate::stream::converge::{AtLimit, Policy};
@@ -278,6 +278,35 @@ fn put(golden: &Golden, name: &str, mode: u8, bytes: &[u8]) {
     fs::write(super::seeds().join(name), input).unwrap();
 }
 
+/// What is said of memory that follows: each word that there is, in the end that all is there.
+fn said(whole: &[u8]) -> Vec<u8> {
+    let mut out = FrameWriter::new(Vec::new());
+    words(&mut out, whole);
+    out.finish()
+}
+
+fn words(out: &mut FrameWriter<Vec<u8>>, whole: &[u8]) {
+    for number in [5, 7, u64::MAX] {
+        out.write(Kind::Wanted, &number.to_le_bytes()).unwrap();
+        out.write(Kind::Got, b"").unwrap();
+    }
+    out.write(Kind::Ready, b"").unwrap();
+    out.write(Kind::Whole, whole).unwrap();
+}
+
+/// The same by another connection.
+fn said_anew() -> Vec<u8> {
+    let mut out = FrameWriter::new(Vec::new());
+    let mut lacks = PageSet::new(64 * BLOCK as u64);
+    lacks.add_range(3 * BLOCK as u64, 20 * BLOCK as u64);
+    for payload in live::owed(&lacks) {
+        out.write(Kind::Owed, &payload).unwrap();
+    }
+    out.write(Kind::Ready, b"").unwrap();
+    words(&mut out, b"");
+    out.finish()
+}
+
 /// Of the newest golden streams; those whose names say so are refused.
 #[test]
 #[ignore = "writes to the source tree: run it after `streams`"]
@@ -300,6 +329,16 @@ fn seeds() {
     // A live stream has no form.
     let golden = newest(1);
     let put = |name: &str, mode: u8, bytes: &[u8]| put(&golden, name, mode, bytes);
+    put("answers", ANSWERS, &said(b""));
+    put("answers_anew", ANSWERS | LAZY, &said_anew());
+    put("refused_answers", ANSWERS, &said(b"?"));
+    let parcel = [&[PARCEL], handover::parcel_seed().as_slice()].concat();
+    let name = format!("parcel_{}", golden.name());
+    fs::write(super::seeds().join(name), parcel).unwrap();
+    let follows = golden.read("follows");
+    put("follows", 0, &follows);
+    put("follows_sealed", all, &follows);
+    put("refused_follows_cut", 0, &follows[..follows.len() - 40]);
     let stream = golden.stream();
     put("stream", 0, &stream);
     put("stream_sealed", all, &stream);

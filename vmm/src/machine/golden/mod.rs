@@ -22,6 +22,7 @@ use super::*;
 use crate::cpu::VcpuState;
 use crate::fuzzing::rig::{DISK, every_device};
 use crate::fuzzing::sparse;
+use crate::memory::Faults;
 use crate::stream::frame::{self, FrameReader, Kind};
 use crate::stream::snapshot::Snapshot;
 use crate::stream::{FORMAT, Opening, StreamError, live, unpacked};
@@ -542,10 +543,14 @@ fn a_seed_of_a_whole_stream_comes_as_far_as_a_board_and_others_do_not() {
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
         let of = |golden: &Golden| name.ends_with(&golden.name());
         assert!(goldens().iter().any(of), "{name} is of no golden stream");
+        if name.starts_with("follows") && Faults::open().is_err() {
+            say("no userfaultfd: nothing was tested of memory that follows");
+            continue;
+        }
         let input = fs::read(&path).unwrap();
         let (mode, squeezed) = input.split_first().unwrap();
         let came = fuzz::receive(*mode, squeezed);
-        let came = came.map(drop).map_err(|error| error.to_string());
+        let came = came.map_err(|error| error.to_string());
         println!("{name}: {came:?}");
         assert_eq!(
             came.is_err(),
