@@ -20,19 +20,17 @@ mod pair;
 mod requests;
 mod resize;
 mod scenarios;
+mod seeds;
 mod transit;
 mod world;
 
 use world::{Plan, World};
 
-/// Rounds of `seeds`, each a small cloud with everything going wrong. On PostgreSQL, which takes ten
-/// times as long for each of the many small writes, a tenth of them.
-async fn rounds(mut seeds: std::ops::Range<u64>) {
-    if crate::database::testing::on_postgres() {
-        seeds.end = seeds.start + (seeds.end - seeds.start) / 10;
-    }
+/// Rounds of these seeds, and more if there are to be ([`seeds`]), each a small cloud with everything going wrong.
+async fn rounds(seeds: std::ops::Range<u64>) {
+    let seeds = seeds::of(seeds);
     let mut starts = 0;
-    let least = seeds.end - seeds.start;
+    let least = seeds.len() as u64;
     for seed in seeds {
         let mut world = World::new(
             seed,

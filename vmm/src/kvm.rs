@@ -8,6 +8,7 @@ mod dirty_log;
 
 use std::io;
 use std::mem::ManuallyDrop;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,7 +17,7 @@ use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI,
     KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
     KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
-    kvm_userspace_memory_region,
+    kvm_userspace_memory_region, kvm_xsave,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 
@@ -39,6 +40,11 @@ pub enum KvmError {
     Version { found: i32 },
     #[error("this host's KVM lacks {capability}; it needs Linux 5.15 or later, or other hardware")]
     Lacks { capability: &'static str },
+    #[error(
+        "a vCPU's extended state has {bytes} bytes here, and this build saves {most}; run it without what was enabled for \
+         its process (AMX, by arch_prctl)"
+    )]
+    ExtendedState { bytes: usize, most: usize },
     #[error("KVM refused to {action}")]
     Refused {
         action: &'static str,
@@ -59,18 +65,62 @@ pub struct Hypervisor {
     kvm: Kvm,
 }
 
-/// What every machine needs.
-const REQUIRED: [(Cap, &str); 9] = [
+/// What every machine needs: the calls of this crate that not every KVM has. Memory slots, general and system registers,
+/// MSRs and the log of writes need none.
+const REQUIRED: [(Cap, &str); 19] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    // The local APICs are the kernel's (KVM_GET_LAPIC).
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
     (Cap::X2ApicApi, "KVM_CAP_X2APIC_API"),
+    (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
     (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::EnableCapVm, "KVM_CAP_ENABLE_CAP_VM"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+    (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+    (Cap::Xsave, "KVM_CAP_XSAVE"),
+    (Cap::Xcrs, "KVM_CAP_XCRS"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
 ];
+
+/// The first of them that is not there.
+fn missing(is_there: impl Fn(Cap) -> bool) -> Option<&'static str> {
+    let mut missing = (REQUIRED.iter()).filter(|(capability, _)| !is_there(*capability));
+    missing.next().map(|(_, name)| *name)
+}
+
+/// KVM says how large the extended state of a vCPU may become (KVM_CAP_XSAVE2); one that says nothing has no larger one.
+fn fits(xsave: i32) -> Result<(), KvmError> {
+    let most = size_of::<kvm_xsave>();
+    match usize::try_from(xsave) {
+        Ok(bytes) if bytes > most => Err(KvmError::ExtendedState { bytes, most }),
+        _ => Ok(()),
+    }
+}
+
+/// MSRs that are a vCPU's state and that KVM has, but does not list: what the memory type range registers say by default,
+/// of fixed ranges, and of variable ones, of which KVM has eight (Intel SDM vol. 3, table 12-11).
+const UNLISTED: [RangeInclusive<u32>; 5] = [
+    0x2ff..=0x2ff,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x200..=0x20f,
+];
+
+/// Each once, whatever KVM comes to list.
+fn with_unlisted(listed: &[u32]) -> Vec<u32> {
+    let unlisted = UNLISTED.into_iter().flatten();
+    let unlisted = unlisted.filter(|msr| !listed.contains(msr));
+    listed.iter().copied().chain(unlisted).collect()
+}
 
 impl Hypervisor {
     pub fn open(device: OwnedFd) -> Result<Hypervisor, KvmError> {
@@ -80,11 +130,8 @@ impl Hypervisor {
         if found != KVM_API_VERSION as i32 {
             return Err(KvmError::Version { found });
         }
-        match REQUIRED
-            .iter()
-            .find(|(capability, _)| !kvm.check_extension(*capability))
-        {
-            Some(&(_, capability)) => Err(KvmError::Lacks { capability }),
+        match missing(|capability| kvm.check_extension(capability)) {
+            Some(capability) => Err(KvmError::Lacks { capability }),
             None => Ok(Hypervisor { kvm }),
         }
     }
@@ -123,14 +170,7 @@ impl Hypervisor {
             .kvm
             .get_msr_index_list()
             .map_err(refused("list its MSRs (KVM_GET_MSR_INDEX_LIST)"))?;
-        Ok(list.as_slice().to_vec())
-    }
-
-    /// Bytes of the largest XSAVE area, or `None` where KVM_CAP_XSAVE2 is not known.
-    pub fn xsave_size(&self, vm: &Vm) -> Option<usize> {
-        usize::try_from(vm.fd.check_extension_int(Cap::Xsave2))
-            .ok()
-            .filter(|size| *size > 0)
+        Ok(with_unlisted(list.as_slice()))
     }
 
     /// The kernel makes threads for a VM and gives up (EINTR) when something comes for ours meanwhile: a
@@ -150,6 +190,8 @@ impl Hypervisor {
         let fd = self
             .uninterrupted()
             .map_err(refused("create a VM (KVM_CREATE_VM)"))?;
+        // Of this VM: it depends on what this process was permitted.
+        fits(fd.check_extension_int(Cap::Xsave2))?;
         fd.set_identity_map_address(KVM_IDENTITY_MAP)
             .map_err(refused(
                 "place its identity map (KVM_SET_IDENTITY_MAP_ADDR)",
@@ -425,6 +467,36 @@ mod tests {
         );
         vm.route(&[(first, refused)])
             .expect_err("what was refused is not taken for done");
+    }
+
+    #[test]
+    fn each_capability_that_is_missing_is_named() {
+        assert_eq!(missing(|_| true), None);
+        for (capability, name) in REQUIRED {
+            assert_eq!(missing(|asked| asked != capability), Some(name));
+        }
+    }
+
+    #[test]
+    fn extended_state_that_would_be_saved_in_part_is_refused() {
+        // 0: KVM does not know the question.
+        for size in [0, 832, 4096] {
+            fits(size).unwrap();
+        }
+        let refused = fits(11008).unwrap_err().to_string();
+        assert!(
+            refused.contains("11008") && refused.contains("4096"),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn what_kvm_does_not_list_is_saved_and_nothing_twice() {
+        let all = with_unlisted(&[0x10, 0x2ff, 0x277]);
+        assert_eq!(all[..3], [0x10, 0x2ff, 0x277]);
+        assert_eq!(all.len(), 3 + 1 + 2 + 8 + 16);
+        let each: std::collections::BTreeSet<_> = all.iter().collect();
+        assert_eq!(each.len(), all.len());
     }
 
     #[test]

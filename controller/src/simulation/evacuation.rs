@@ -12,9 +12,9 @@ use rand::seq::IndexedRandom;
 use sea_orm::EntityTrait;
 use uuid::Uuid;
 
-use super::requests;
 use super::scenarios::{ONE, TWO, active, back_up, fault, holder, restore, state};
 use super::world::{Plan, World};
+use super::{requests, seeds};
 use crate::agents::host;
 use crate::agents::simulated::SimulatedHost;
 use crate::clock::Clock as _;
@@ -439,16 +439,10 @@ async fn a_target_that_is_lost_too_is_evacuated_in_turn() {
     world.check_rest().await;
 }
 
-/// Storms of `seeds`; on PostgreSQL a tenth of them.
-async fn storms(mut seeds: std::ops::Range<u64>) {
-    let most = std::env::var("FRACTUS_SEEDS").ok();
-    let most: Option<u64> = most.and_then(|text| text.parse().ok());
-    if let Some(most) = most {
-        seeds.end = seeds.start + most;
-    } else if crate::database::testing::on_postgres() {
-        seeds.end = seeds.start + (seeds.end - seeds.start) / 10;
-    }
-    let least = (seeds.end - seeds.start) / 2;
+/// Storms of these seeds, and more if there are to be ([`seeds`]).
+async fn storms(seeds: std::ops::Range<u64>) {
+    let seeds = seeds::of(seeds);
+    let least = seeds.len() as u64 / 2;
     let mut ended: BTreeMap<String, u64> = BTreeMap::new();
     for seed in seeds {
         let plan = Plan {

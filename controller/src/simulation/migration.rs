@@ -14,8 +14,8 @@ use sea_orm::EntityTrait;
 use uuid::Uuid;
 
 use super::network::Mail;
-use super::requests;
 use super::world::{Plan, World};
+use super::{requests, seeds};
 use crate::agents::simulated::stream::{Event, Soul};
 use crate::compute::model::state::ServerState;
 use crate::compute::store::server;
@@ -232,17 +232,11 @@ impl World {
     }
 }
 
-/// Storms of `seeds`; on PostgreSQL a tenth of them.
-async fn storms(mut seeds: std::ops::Range<u64>, migrates: Migrates) {
-    let most = std::env::var("FRACTUS_SEEDS").ok();
-    let most: Option<u64> = most.and_then(|text| text.parse().ok());
-    if let Some(most) = most {
-        seeds.end = seeds.start + most;
-    } else if crate::database::testing::on_postgres() {
-        seeds.end = seeds.start + (seeds.end - seeds.start) / 10;
-    }
+/// Storms of these seeds, and more if there are to be ([`seeds`]).
+async fn storms(seeds: std::ops::Range<u64>, migrates: Migrates) {
+    let seeds = seeds::of(seeds);
     let mut ended: BTreeMap<String, u64> = BTreeMap::new();
-    let count = seeds.end - seeds.start;
+    let count = seeds.len() as u64;
     let least = count / 2;
     for seed in seeds {
         // Among all else that is asked for, fewer of them arrive.

@@ -151,8 +151,8 @@ impl VcpuState {
             .map_err(refused(index, "set its system registers"))?;
         fd.set_xcrs(&self.xcrs)
             .map_err(refused(index, "set its XCRs"))?;
-        // SAFETY: the area is the 4096 bytes of kvm_xsave; KVM reads more only when dynamic features
-        // (AMX) are enabled for the process by arch_prctl, which this crate never does.
+        // SAFETY: the area is the 4096 bytes of kvm_xsave; KVM reads more only where it says so
+        // (KVM_CAP_XSAVE2), and of such a host no VM was made (`Hypervisor::create_vm`).
         unsafe { fd.set_xsave(&self.xsave) }.map_err(refused(index, "set its XSAVE area"))?;
         fd.set_debug_regs(&self.debug_registers)
             .map_err(refused(index, "set its debug registers"))?;

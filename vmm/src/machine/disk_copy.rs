@@ -30,6 +30,10 @@ pub enum DiskCopyError {
     Machine(#[from] MachineError),
     #[error("the machine has no disk {index} in a file")]
     NoDisk { index: usize },
+    #[error(
+        "disk {index} is being copied or sent already, and what its guest writes can be told to one only; try again after that"
+    )]
+    Logged { index: usize },
     #[error("make the copy's file as large as the disk")]
     Begin(#[source] crate::virtio::block::DiskFileError),
     #[error("copy the disk")]
@@ -91,8 +95,11 @@ pub struct DiskCopying {
 }
 
 impl Machine {
-    /// Begins to copy a disk of the configuration to `file`, whose content goes. One copy at a time, and none of a
-    /// machine that is being sent.
+    /// Begins to copy a disk of the configuration to `file`, whose content goes.
+    ///
+    /// # Errors
+    /// There is no such disk, the file cannot be one, or the disk is being copied or sent already: then the file is as it
+    /// was.
     pub fn copy_disk(
         &self,
         index: usize,
@@ -103,7 +110,9 @@ impl Machine {
         let device = name.and_then(|name| self.devices.iter().find(|it| it.id() == name));
         let disk = device.and_then(|device| device.disk());
         let disk = disk.ok_or(DiskCopyError::NoDisk { index })?;
-        let mut copier = DiskCopier::begin(&disk, file).map_err(DiskCopyError::Begin)?;
+        // Before anything of the file is touched.
+        let log = disk.log().ok_or(DiskCopyError::Logged { index })?;
+        let mut copier = DiskCopier::begin(log, file).map_err(DiskCopyError::Begin)?;
         // Once without a pause: it says whether there is such a thing and how long it takes, and has the storage do most
         // of it now.
         let began = Instant::now();

@@ -17,13 +17,12 @@ use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
 use super::send::MigrationError;
 use super::{MachineError, in_full};
-use crate::device::Board;
 use crate::eventfd::EventFd;
 use crate::memory::{Faults, GuestMemory, Owed, PageSet};
 use crate::request::{Request, RequestSender};
 use crate::stream::frame::{FrameReader, FrameWriter, Kind};
 use crate::stream::{StreamError, live, malformed};
-use crate::thread::ThreadKind;
+use crate::thread::{ThreadKind, Threads};
 
 /// Memory that is coming. Dropping it ends its threads.
 pub(super) struct Feeding {
@@ -114,13 +113,10 @@ impl Feeding {
         pages: PageSet,
         faults: Faults,
         memory: &GuestMemory,
-        board: &Board,
+        (threads, requests): (&Threads, &RequestSender),
         connection: &impl AsFd,
         [frames, answers]: [u32; 2],
     ) -> Result<Self, MigrationError> {
-        let Board {
-            threads, requests, ..
-        } = board;
         let bytes = memory.file_bytes()?;
         let owed = memory.owe(faults, pages)?;
         let end = || connection.as_fd().try_clone_to_owned().map(File::from);

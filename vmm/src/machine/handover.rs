@@ -25,6 +25,10 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use self::parcel::Parcel;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) use self::parcel::fuzz as fuzz_parcel;
+#[cfg(test)]
+pub(super) use self::parcel::fuzz_seed as parcel_seed;
 use super::build::{Chassis, restore_on};
 use super::clocks::{Mark, Passage};
 use super::receive::{config_in, is_made_alike, reason};

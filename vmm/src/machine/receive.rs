@@ -258,8 +258,8 @@ pub(super) struct Gathered {
     pub(super) totals: Totals,
     pub(super) disks: Totals,
     /// Pages that come later.
-    owed: PageSet,
-    faults: Option<Faults>,
+    pub(super) owed: PageSet,
+    pub(super) faults: Option<Faults>,
     /// When its last byte had come.
     at: Instant,
     /// What is known of the way by which it came.
@@ -336,7 +336,7 @@ fn take<S: Read + Write + AsFd>(
             gathered.owed,
             faults,
             &gathered.memory,
-            &board,
+            (&board.threads, &board.requests),
             frames.get_mut(),
             [came, *answers],
         )?;

@@ -15,6 +15,8 @@
 
 mod debt;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+mod fuzz;
 mod journal;
 mod lanes;
 mod offered;
@@ -29,6 +31,8 @@ use uuid::Uuid;
 use self::debt::{Answers, Debt};
 pub use self::debt::{Paid, Paying};
 pub use self::error::MigrationError;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) use self::fuzz::answers as fuzz_answers;
 use self::journal::{Journal, Left, Part, Pending, Piece};
 use self::lanes::Lanes;
 pub use self::offered::Offered;

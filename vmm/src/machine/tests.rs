@@ -77,8 +77,12 @@ fn a_guest_whose_pause_fails_runs_on_and_can_be_paused_later() {
 
 /// A machine that goes on where `rig`'s was saved, after so long on its way.
 fn arrives(rig: &Rig, missed: Duration) -> (Machine, UnixStream) {
+    arrives_as(&echo(), rig, missed)
+}
+
+fn arrives_as(guest: &Guest, rig: &Rig, missed: Duration) -> (Machine, UnixStream) {
     let state = rig.machine.save().unwrap();
-    let (files, serial) = common::files(common::kernel_file(&echo().elf()));
+    let (files, serial) = common::files(common::kernel_file(&guest.elf()));
     let memory = rig.machine.memory.clone();
     let chassis = build::Chassis::new(&state.config, &files, memory, None).unwrap();
     let machine = build::restore_on(chassis, state, files, || missed).unwrap();
@@ -99,6 +103,80 @@ fn a_guests_clocks_go_on_while_it_is_on_its_way() {
     let passed = u64::try_from(MISSED.as_nanos()).unwrap();
     assert!(after >= before + passed, "{after} after {before}");
     assert!(after < before + 2 * passed, "{after} after {before}");
+}
+
+/// Memory type range registers, and what a guest writes to them: the default, fixed ranges of 64, 16 and 4 KiB, and the
+/// first and the last of the variable ones.
+const RANGES: [(u32, u64); 8] = [
+    (0x2ff, 0xc00),
+    (0x250, 0x0606_0606_0606_0606),
+    (0x259, 0x0404_0606_0505_0000),
+    (0x26f, 0x0505_0505_0505_0505),
+    (0x200, 0x00c0_0000_0000),
+    (0x201, 0x000f_c000_0800),
+    (0x20e, 0x00a0_0000_0006),
+    (0x20f, 0x000f_e000_0800),
+];
+/// Write-back by default, as firmware leaves them, and of no range anything.
+const AT_POWER_ON: [u64; 8] = [0x806, 0, 0, 0, 0, 0, 0, 0];
+
+/// Says what the range registers hold, writes them when it hears something, says so again, at the next byte again, and
+/// at one more resets.
+fn ranged() -> Guest {
+    let wait = [0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb];
+    let wait = |guest: Guest| guest.bytes(&wait).bytes(&[0x66, 0xba, 0xf8, 0x03, 0xec]);
+    // mov ecx, 4; 1: out dx, al; shr eax, 8; loop 1b
+    let say = [0xb9, 4, 0, 0, 0, 0xee, 0xc1, 0xe8, 8, 0xe2, 0xfa];
+    let read = |guest: Guest| {
+        RANGES.into_iter().fold(guest, |guest, (msr, _)| {
+            // mov ecx, msr; rdmsr; mov ebx, edx; mov dx, 0x3f8; both halves, of which mov eax, ebx is the second
+            (guest.bytes(&[0xb9]).bytes(&msr.to_le_bytes()))
+                .bytes(&[0x0f, 0x32, 0x89, 0xd3, 0x66, 0xba, 0xf8, 0x03])
+                .bytes(&say)
+                .bytes(&[0x89, 0xd8])
+                .bytes(&say)
+        })
+    };
+    let write = |guest: Guest| {
+        RANGES.into_iter().fold(guest, |guest, (msr, value)| {
+            // mov ecx, msr; mov eax, low; mov edx, high; wrmsr
+            (guest.bytes(&[0xb9]).bytes(&msr.to_le_bytes()))
+                .bytes(&[0xb8])
+                .bytes(&(value as u32).to_le_bytes())
+                .bytes(&[0xba])
+                .bytes(&((value >> 32) as u32).to_le_bytes())
+                .bytes(&[0x0f, 0x30])
+        })
+    };
+    let written = read(write(wait(read(Guest::new()))));
+    wait(read(wait(written))).out(0xcf9, 0x06).halt()
+}
+
+fn ranges_by(serial: &mut UnixStream) -> [u64; 8] {
+    [(); 8].map(|()| {
+        let mut value = [0; 8];
+        io::Read::read_exact(serial, &mut value).unwrap();
+        u64::from_le_bytes(value)
+    })
+}
+
+#[test]
+fn what_a_guest_says_of_memory_ranges_goes_with_it_and_ends_with_its_reset() {
+    let guest = ranged();
+    let mut rig = Rig::build(common::config(), &guest);
+    rig.machine.start().unwrap();
+    assert_eq!(ranges_by(&mut rig.serial), AT_POWER_ON);
+    rig.serial.write_all(b"1").unwrap();
+    let written = RANGES.map(|(_, value)| value);
+    assert_eq!(ranges_by(&mut rig.serial), written);
+    rig.machine.pause().unwrap();
+    let (mut machine, mut serial) = arrives_as(&guest, &rig, Duration::ZERO);
+    machine.resume().unwrap();
+    serial.write_all(b"2").unwrap();
+    assert_eq!(ranges_by(&mut serial), written);
+    serial.write_all(b"3").unwrap();
+    while machine.wait_event(common::PATIENCE).unwrap() != Event::GuestReset {}
+    assert_eq!(ranges_by(&mut serial), AT_POWER_ON);
 }
 
 /// By which some of a guest's state comes late.
@@ -353,6 +431,66 @@ const POLICY: converge::Policy = converge::Policy {
     at_limit: converge::AtLimit::Stop,
     throttle: None,
 };
+
+#[test]
+fn a_disk_is_copied_or_sent_by_one_at_a_time() {
+    let mut config = common::config();
+    let disk = || {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        file
+    };
+    config.disks = vec![crate::config::DiskConfig {
+        read_only: false,
+        serial_number: "one".to_owned(),
+        direct: false,
+        limit: None,
+        queues: 1,
+    }];
+    let (mut files, serial) = common::files(common::kernel_file(&echo().elf()));
+    files.disks = vec![disk()];
+    let machine = Machine::build(config, files, None).unwrap();
+    let mut rig = Rig { machine, serial };
+    rig.machine.start().unwrap();
+    let policy = DiskCopyPolicy {
+        converge: POLICY,
+        reserve: 0,
+    };
+    let copying = rig.machine.copy_disk(0, &disk(), policy).unwrap();
+
+    let untouched = disk();
+    io::Write::write_all(&mut &untouched, b"mine").unwrap();
+    let refused = rig.machine.copy_disk(0, &untouched, policy).err();
+    assert!(matches!(refused, Some(DiskCopyError::Logged { index: 0 })));
+    let mut text = [0; 4];
+    std::os::unix::fs::FileExt::read_exact_at(&untouched, &mut text, 0).unwrap();
+    assert_eq!(&text, b"mine", "what was refused has emptied no file");
+
+    let luggage = || Luggage {
+        disks: true,
+        ..Luggage::default()
+    };
+    let (near, _far) = UnixStream::pair().unwrap();
+    let unsent = Sender::begin(rig.machine, near, POLICY, luggage())
+        .err()
+        .unwrap();
+    let said = in_full(&unsent.error);
+    assert!(
+        said.contains("disk 0") && said.contains("being copied"),
+        "{said}"
+    );
+    rig.machine = *unsent.machine;
+    answers(&mut rig, "it runs on");
+
+    drop(copying);
+    let (near, _far) = UnixStream::pair().unwrap();
+    let sender = Sender::begin(rig.machine, near, POLICY, luggage()).unwrap();
+    let refused = sender.machine().copy_disk(0, &disk(), policy).err();
+    assert!(matches!(refused, Some(DiskCopyError::Logged { index: 0 })));
+    rig.machine = sender.give_up();
+    rig.machine.copy_disk(0, &disk(), policy).unwrap();
+    answers(&mut rig, "and on");
+}
 
 /// KVM gives it to nobody.
 const MISSING: &str = "enqcmd";

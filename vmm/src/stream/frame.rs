@@ -82,29 +82,32 @@ impl Kind {
         }
     }
 
+    /// In the order of their numbers.
+    pub(crate) const ALL: [Kind; 19] = [
+        Kind::Opening,
+        Kind::Placed,
+        Kind::State,
+        Kind::End,
+        Kind::Owner,
+        Kind::Config,
+        Kind::Pages,
+        Kind::Ready,
+        Kind::Refused,
+        Kind::Disks,
+        Kind::Blocks,
+        Kind::Sync,
+        Kind::Owed,
+        Kind::Wanted,
+        Kind::Got,
+        Kind::Whole,
+        Kind::Packed,
+        Kind::Lane,
+        Kind::Mark,
+    ];
+
     fn of(number: u16) -> Option<Kind> {
-        let all = [
-            Kind::Opening,
-            Kind::Placed,
-            Kind::State,
-            Kind::End,
-            Kind::Owner,
-            Kind::Config,
-            Kind::Pages,
-            Kind::Ready,
-            Kind::Refused,
-            Kind::Disks,
-            Kind::Blocks,
-            Kind::Sync,
-            Kind::Owed,
-            Kind::Wanted,
-            Kind::Got,
-            Kind::Whole,
-            Kind::Packed,
-            Kind::Lane,
-            Kind::Mark,
-        ];
-        all.into_iter().find(|kind| kind.number() == number)
+        let mut all = Kind::ALL.into_iter();
+        all.find(|kind| kind.number() == number)
     }
 }
 

@@ -274,3 +274,78 @@ impl Sealed {
         })
     }
 }
+
+/// Takes `input` for a parcel: how many descriptors come with it, then its bytes.
+///
+/// # Errors
+/// It is none.
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn fuzz(input: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
+    use std::os::unix::net::UnixStream;
+    let (count, bytes) = input.split_first().unwrap_or((&0, &[]));
+    let nothing = File::open("/dev/null")?;
+    let files = vec![nothing.as_fd(); usize::from(*count).min(MOST_FILES)];
+    let (near, mut far) = UnixStream::pair()?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&files));
+    // A socket has room for more than any list has, and nothing follows.
+    let bytes = bytes.get(..bytes.len().min(16 << 10)).unwrap_or_default();
+    sendmsg(
+        &near,
+        &[IoSlice::new(bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
+    drop(near);
+    let received = receive(&mut far)?.unpack(nothing.try_clone()?.into())?;
+    // Each has come to one place.
+    let MachineFiles {
+        kernel,
+        initrd,
+        fallback,
+        disks,
+        serial,
+        console_ports,
+        nets,
+        vsock,
+        ..
+    } = &received.files;
+    let ends = |console: &ConsoleFiles| console.output.iter().chain(&console.input).count();
+    let placed = 1
+        + kernel.iter().chain(initrd).count()
+        + 2 * fallback.iter().count()
+        + disks.len()
+        + ends(serial)
+        + console_ports.iter().map(ends).sum::<usize>()
+        + nets.iter().map(|net| net.taps.len()).sum::<usize>()
+        + vsock.iter().count()
+        + received.owners.len();
+    assert_eq!(placed, files.len());
+    Ok(())
+}
+
+/// One of each, for [`fuzz`].
+#[cfg(test)]
+pub fn fuzz_seed() -> Vec<u8> {
+    let list = List {
+        unchecked: false,
+        kernel: true,
+        initrd: true,
+        fallback: true,
+        disks: 2,
+        serial: Ends(true, true),
+        ports: vec![Ends(true, false), Ends(false, false)],
+        nets: vec![2, 1],
+        vsock: true,
+        owner: 3,
+    };
+    let list = packed(&list).unwrap();
+    let files: u8 = 1 + 1 + 1 + 2 + 2 + 2 + 1 + 3 + 1 + 3;
+    let mut seed = vec![files];
+    for number in [FORM, list.len() as u32, files.into()] {
+        seed.extend(number.to_le_bytes());
+    }
+    seed.extend(list);
+    seed
+}

@@ -57,7 +57,11 @@ impl Journal {
                 index,
                 source: std::io::ErrorKind::Unsupported.into(),
             })?;
-            logs.push(disk.log());
+            logs.push(disk.log().ok_or_else(|| MigrationError::Disk {
+                action: "take down what is written to",
+                index,
+                source: std::io::Error::other("it is being copied; try again after that"),
+            })?);
         }
         let journal = Journal {
             memory,

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::time::Instant;
 
-use super::copy::{DiskCopy, DiskLog, DiskTarget};
+use super::copy::{DiskLog, DiskTarget};
 use super::file::DiskFileError;
 use crate::memory::PageSet;
 use crate::stream::{BLOCK, Mask, PAGE, Target};
@@ -34,11 +34,10 @@ pub enum Finish {
 }
 
 impl DiskCopier {
-    /// Makes `file` an empty disk as large as this one, and takes down what is written from now on.
-    pub fn begin(disk: &DiskCopy, file: &File) -> Result<Self, DiskFileError> {
-        let target = DiskTarget::empty(file, disk.bytes())?;
-        let log = disk.log();
-        let pending = disk
+    /// Makes `file` an empty disk as large as the one whose writes are taken down.
+    pub fn begin(log: DiskLog, file: &File) -> Result<Self, DiskFileError> {
+        let target = DiskTarget::empty(file, log.disk().bytes())?;
+        let pending = (log.disk())
             .present()
             .map_err(|source| DiskFileError::Size { source })?;
         Ok(Self {
@@ -155,7 +154,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::copy::Written;
+    use super::super::copy::{DiskCopy, Written};
     use super::super::file::DiskFile;
     use super::*;
 
@@ -233,7 +232,7 @@ mod tests {
             before.iter().for_each(|write| disk.does(write));
             let target = tempfile::tempfile().unwrap();
             target.write_all_at(&[7; 8192], 0).unwrap();
-            let mut copier = DiskCopier::begin(&disk.copy, &target).unwrap();
+            let mut copier = DiskCopier::begin(disk.copy.log().unwrap(), &target).unwrap();
             for (write, next) in &meanwhile {
                 write.iter().for_each(|write| disk.does(write));
                 let more = copier.some(1 << 16).unwrap();
@@ -258,7 +257,7 @@ mod tests {
         let disk = Disk::new(8 << 20);
         disk.does(&Write(0, 4096, 1));
         let target = tempfile::tempfile().unwrap();
-        let mut copier = DiskCopier::begin(&disk.copy, &target).unwrap();
+        let mut copier = DiskCopier::begin(disk.copy.log().unwrap(), &target).unwrap();
         disk.does(&Write(100, 100, 2));
         target.write_all_at(&content(&disk.file), 0).unwrap();
         disk.does(&Write(150, 100, 3));
@@ -279,7 +278,7 @@ mod tests {
         // Written, and zero all the same.
         disk.file.write_all_at(&vec![0; 1 << 20], 8 << 20).unwrap();
         let target = tempfile::tempfile().unwrap();
-        let mut copier = DiskCopier::begin(&disk.copy, &target).unwrap();
+        let mut copier = DiskCopier::begin(disk.copy.log().unwrap(), &target).unwrap();
         while copier.some(1 << 20).unwrap().is_some() {}
         assert!(blocks(&target) < 3 << 19, "{}", blocks(&target));
         disk.does(&Write(0, 2048, 0));
@@ -293,7 +292,7 @@ mod tests {
         let disk = Disk::new(64 << 20);
         disk.does(&Write(0, 1 << 16, 1));
         let target = tempfile::tempfile().unwrap();
-        let mut copier = DiskCopier::begin(&disk.copy, &target).unwrap();
+        let mut copier = DiskCopier::begin(disk.copy.log().unwrap(), &target).unwrap();
         assert_eq!(copier.finish(Instant::now()).unwrap(), Finish::Late);
     }
 }

@@ -59,11 +59,16 @@ impl DiskCopy {
         self.disk.geometry().capacity
     }
 
-    /// Takes down what is written from now on, for as long as the log lives. There is one at a time.
-    pub fn log(&self) -> DiskLog {
-        *self.written.pages() = PageSet::new(self.bytes());
-        self.written.is_kept.store(true, Ordering::SeqCst);
-        DiskLog(self.clone())
+    /// Takes down what is written from now on, for as long as the log lives. `None`: somebody takes it down already, and
+    /// to read a log is to empty it.
+    pub fn log(&self) -> Option<DiskLog> {
+        let mut pages = self.written.pages();
+        if self.written.is_kept.swap(true, Ordering::SeqCst) {
+            return None;
+        }
+        *pages = PageSet::new(self.bytes());
+        drop(pages);
+        Some(DiskLog(self.clone()))
     }
 
     /// What is not a hole.
@@ -121,7 +126,8 @@ impl DiskCopy {
     }
 }
 
-/// Ends what takes down the writes to a disk.
+/// Takes down the writes to a disk until it is dropped. There is one of these at a time: who has it is told what nobody
+/// else will be.
 #[derive(Debug)]
 pub struct DiskLog(DiskCopy);
 
@@ -139,8 +145,10 @@ impl DiskLog {
 
 impl Drop for DiskLog {
     fn drop(&mut self) {
+        // Under the lock: whoever begins the next log does it before or after all of this.
+        let mut pages = self.0.written.pages();
         self.0.written.is_kept.store(false, Ordering::SeqCst);
-        *self.0.written.pages() = PageSet::default();
+        *pages = PageSet::default();
     }
 }
 
@@ -292,7 +300,7 @@ mod tests {
                 }
             };
             write(&before);
-            let log = from.log();
+            let log = from.log().unwrap();
             let target = tempfile::tempfile().unwrap();
             target.write_all_at(&[7; 4096], 0).unwrap();
             let to = DiskTarget::empty(&target, bytes).unwrap();
@@ -314,6 +322,22 @@ mod tests {
             from.written.add(0, 512);
             prop_assert_eq!(from.written.pages().count(), 0);
         }
+    }
+
+    #[test]
+    fn nobody_else_is_told_what_a_log_is_told() {
+        let (_file, disk) = disk(1 << 20);
+        let log = disk.log().unwrap();
+        disk.written.add(0, 4096);
+        assert!(disk.log().is_none());
+        assert!(disk.clone().log().is_none());
+        disk.written.add(8192, 4096);
+        assert_eq!(log.take().count(), 2, "who was refused took nothing away");
+        drop(log);
+        let next = disk.log().unwrap();
+        assert_eq!(next.take().count(), 0);
+        disk.written.add(0, 4096);
+        assert_eq!(next.take().count(), 1);
     }
 
     #[test]

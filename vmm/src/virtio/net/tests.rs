@@ -235,6 +235,38 @@ fn a_long_packet_is_spread_over_as_many_buffers_as_it_needs_and_shown_at_once() 
     assert_eq!(bench.driver.used(RECEIVE), (40, 100));
 }
 
+/// The kernel writes to them; of a header alone, which the device completes, it would show by itself.
+#[test]
+fn packets_mark_the_pages_that_they_fill_dirty() {
+    use vm_memory::bitmap::Bitmap;
+    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+    let mut bench = start(1);
+    let memory = bench.rig.board.memory.clone();
+    let region = memory.iter().next().unwrap();
+    let dirty = |page: u64| {
+        let address = BUFFERS + page * 4096;
+        GuestMemoryRegion::bitmap(region).dirty_at(address as usize)
+    };
+    // Pages 0 to 2 and 16 to 17 in one buffer, 32 to 33 in the next.
+    let at = |page: u64, pages: u32| write_part(BUFFERS + page * 4096, pages * 4096);
+    bench.driver.submit(RECEIVE, &[at(0, 3), at(16, 2)]);
+    bench.driver.submit(RECEIVE, &[at(32, 2)]);
+    bench.driver.kick(RECEIVE);
+    assert!((0..34).all(|page| !dirty(page)));
+    let filled = |page: u64| (0..34).filter(|page| dirty(*page)).eq(0..=page);
+    bench.far[0].send(&packet(MAC, 5000, 1)).unwrap();
+    assert_eq!(bench.driver.used(RECEIVE), (0, 5000));
+    assert!(filled(1), "the rest of its buffer is as it was");
+
+    bench.driver.submit(RECEIVE, &[at(0, 3), at(16, 2)]);
+    bench.driver.kick(RECEIVE);
+    bench.far[0].send(&packet(MAC, 20_000, 2)).unwrap();
+    let [first, second] = [(); 2].map(|()| bench.driver.used(RECEIVE).1);
+    assert_eq!([first, second], [8192, 11808]);
+    let wanted = (0..3).chain(32..34);
+    assert!((0..34).filter(|page| dirty(*page)).eq(wanted));
+}
+
 #[test]
 fn a_packet_waits_for_buffers_that_are_missing() {
     let mut bench = start(1);
