@@ -109,8 +109,11 @@ impl SimulatedAgents {
             Event::PartLost if !source.may_owe(server) => Event::AnswerLost,
             event => event,
         };
-        let guest = |record: &mut Record| (record.process, record.soul, record.cpu.clone());
-        let Some((process, soul, cpu)) = source.with(server, guest) else {
+        let guest = |record: &mut Record| {
+            let cpu = record.cpu.clone();
+            (record.process, record.soul, cpu, record.guest)
+        };
+        let Some((process, soul, cpu, said)) = source.with(server, guest) else {
             return false;
         };
         let (now, ran) = (source.now_us(), process == Process::Running);
@@ -134,6 +137,7 @@ impl SimulatedAgents {
                     record.lacks = part.then(Lacks::default);
                     record.transit = Transit::Arrived(id);
                     (record.ran, record.soul, record.cpu) = (ran, soul, cpu);
+                    record.guest = said;
                     record.says(State::Arrived);
                     record.changed_at_us = now;
                 }

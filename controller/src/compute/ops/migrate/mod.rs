@@ -22,6 +22,7 @@
 
 mod back;
 pub mod follow;
+mod guest;
 mod handover;
 mod steps;
 
@@ -101,6 +102,9 @@ struct State {
     /// The guest is nowhere any more, because of this.
     #[serde(default)]
     lost: Option<String>,
+    /// How often its watchdog had run out when it left its source.
+    #[serde(default)]
+    fired: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -175,6 +179,7 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
         ended: None,
         observed: None,
         lost: None,
+        fired: 0,
     };
     let kind = if wish.follows { POST_COPY } else { KIND };
     let prepared = compute.engine.prepare(kind, id, &state, origin.clone())?;

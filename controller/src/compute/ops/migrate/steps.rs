@@ -8,8 +8,8 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 
 use super::back::{hear_target, look_again, take_back};
-use super::follow;
 use super::{Begun, POST_COPY, State, cpu_of, goes_on, is_now, kept, never_ran};
+use super::{follow, guest};
 use crate::agents::host;
 use crate::compute::ops::{Tools, change, machine_id};
 use crate::operation::{Operation, Progress, Step, StepError};
@@ -504,7 +504,7 @@ impl Step for Send {
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
         let now = self.0.clock.now_us();
-        let state: State = operation.state()?;
+        let mut state: State = operation.state()?;
         let server = machine_id(&operation.subject)?;
         let (known, _) = expected(&state, machine::find(tx, server).await?)?;
         let (target, id) = (target(&state)?, state.migration);
@@ -517,11 +517,14 @@ impl Step for Send {
         let mut wanted = known.wanted.clone();
         (wanted.arrives, wanted.departs) = (None, None);
         wanted.continues = Some(id);
+        let said = self.0.machines.fleet().machine(state.source, server);
+        if let Some(said) = &said {
+            guest::leaves(&self.0, tx, (&known, said), &mut state, &mut wanted).await?;
+        }
         if !machine::move_owner(tx, &known, target, &wanted, now).await? {
             return Err(StepError::fail("the server was changed meanwhile"));
         }
         let mut change = is_now(Status::PostMigrating, now);
-        let said = self.0.machines.fleet().machine(state.source, server);
         if let Some(report) = said
             .and_then(|said| said.migration)
             .filter(|it| it.id == id)
@@ -677,10 +680,9 @@ impl Step for Resume {
                 !known.is_tombstone() && known.age() == (said.generation, said.revision)
             })
         });
-        if let Some(said) = said {
-            // A guest that has ended since, or has failed, is the reconciler's to tell.
-            if said.settled && matches!(said.observed, Observed::Running | Observed::Paused) {
-                machine::settle(tx, &said, now).await?;
+        if let (Some(said), Some(known)) = (said, &known) {
+            if let Some(plain) = guest::settled(known, &said, &state) {
+                machine::settle(tx, &plain, now).await?;
             }
             state.observed = Some(said.observed);
         }
