@@ -4,7 +4,7 @@ use fractus_agent_api::cpu::Profile;
 use fractus_agent_api::decision::Process;
 use fractus_agent_api::machine::ServerId;
 use fractus_agent_api::migration::{
-    AtLimit, Decision, Lacks, MigrationId, MigrationReport, Round, State, Transit,
+    AtLimit, Decision, Lacks, MigrationId, MigrationReport, Pause, Round, State, Transit,
 };
 
 use super::machine::Record;
@@ -199,6 +199,14 @@ impl Record {
                 self.ran = self.process == Process::Running;
                 self.process = Process::Paused;
                 self.transit = Transit::Offered(id);
+                if let Some(migration) = &mut self.migration {
+                    migration.progress.pause = Some(Pause {
+                        stop_us: 1,
+                        state_us: 2,
+                        send_us: 3,
+                        answer_us: 4,
+                    });
+                }
                 self.says(State::Offered {
                     ran: self.ran,
                     doubt,

@@ -503,17 +503,11 @@ async fn act(
     }
     admit(&call, &server, Action::ForceComplete).await?;
     let found = under_way(&call, &server, &number, missing, &[Status::Running]).await?;
-    let request_id = Some(call.ctx.request_id().to_owned());
+    let asked = requested(&call, &id, "force_complete");
     let (machine, migration) = (found.server(), found.migration());
-    if !migrate::force_complete(&call.app, machine, migration, request_id).await? {
+    if !migrate::force_complete(&call.app, machine, migration, asked).await? {
         return Err(refused(&found, WORD));
     }
-    let event = requested(&call, &id, "force_complete");
-    let record = call.app.database().write(move |tx| {
-        let event = event.clone();
-        Box::pin(async move { Ok::<(), ApiError>(event::record(tx, event).await?) })
-    });
-    record.await?;
     Ok(StatusCode::ACCEPTED)
 }
 

@@ -179,10 +179,13 @@ async fn a_migration_is_aborted_or_done_with_only_while_it_runs() {
         .iter()
         .map(|action| action["action"].as_str().unwrap().to_owned())
         .collect();
-    assert!(
-        names.contains(&"live_migration_cancel".to_owned()),
-        "{names:?}"
-    );
+    for asked in ["live_migration_cancel", "live_migration_force_complete"] {
+        assert_eq!(
+            names.iter().filter(|name| *name == asked).count(),
+            1,
+            "{names:?}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -45,7 +45,7 @@ use super::{RequestError, Tools, change, machine_id, observe, to_error, to_state
 use crate::agents::host;
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
-use crate::event::Origin;
+use crate::event::{self, Event, Origin};
 use crate::http::App;
 use crate::operation::{self, Kind, Operation, Outcome, Step, StepError};
 use crate::reconcile::migration::{self, Purpose, Status};
@@ -320,16 +320,16 @@ pub(super) async fn bury(
 }
 
 /// The guest is stopped for the rest now, however long that takes; or goes on at its target, and the rest follows it, where
-/// it may. False if it is not being sent.
+/// it may. That it was asked for is recorded with it. False if it is not being sent.
 pub async fn force_complete(
     app: &App,
     server: ServerId,
     id: MigrationId,
-    request_id: Option<String>,
+    asked: Event,
 ) -> Result<bool, DbErr> {
     let now = app.now_us();
     let changed = app.database().write(move |tx| {
-        let request_id = request_id.clone();
+        let asked = asked.clone();
         Box::pin(async move {
             let Some(known) = machine::find(tx, server).await? else {
                 return Ok(false);
@@ -338,12 +338,14 @@ pub async fn force_complete(
             if departs(&known.wanted) != Some(id) {
                 return Ok(false);
             }
+            let request_id = asked.origin.request_id.clone();
             machine::change(tx, server, request_id, now, |wanted| {
                 if let Some(departure) = &mut wanted.departs {
                     departure.policy = follow::at_once(&departure.policy);
                 }
             })
             .await?;
+            event::record(tx, asked).await?;
             Ok::<_, DbErr>(true)
         })
     });
