@@ -460,7 +460,12 @@ async fn abort(
     }
     admit(&call, &server, Action::AbortMigration).await?;
     let allowed: &[Status] = match call.at_least(65) {
-        true => &[Status::Accepted, Status::Preparing, Status::Running],
+        true => &[
+            Status::Accepted,
+            Status::Queued,
+            Status::Preparing,
+            Status::Running,
+        ],
         false => &[Status::Running],
     };
     let found = under_way(&call, &server, &number, missing, allowed).await?;

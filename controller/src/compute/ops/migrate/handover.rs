@@ -105,7 +105,6 @@ impl Handovers {
         let Some(parts) = self.parts(id) else {
             return Ok(());
         };
-        tracing::info!(migration = %id, %parts, "a guest's owner was moved");
         let row = migration::find(tx, id).await?;
         let progress = row.and_then(|row| serde_json::from_str::<Value>(&row.progress?).ok());
         let Some(Value::Object(mut progress)) = progress else {
