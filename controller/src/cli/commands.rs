@@ -9,6 +9,7 @@ pub mod image;
 pub mod keypair;
 pub mod machine;
 pub mod migration;
+mod report;
 pub mod server;
 pub mod token;
 

@@ -398,7 +398,10 @@ async fn cloud_with_a_migration(status: &str) -> Cloud {
         "source_compute": "h1", "dest_compute": "h2",
     });
     let migrations = json!({"migrations": [migration]});
-    let whole = json!({"migration": {"id": MIGRATION, "status": status, "reason": "no room"}});
+    let whole = json!({"migration": {
+        "id": MIGRATION, "number": 7, "server_id": SERVER, "kind": "live-migration", "status": status,
+        "reason": "no room", "progress": {"rounds": [{"memory_bytes": 1, "took_us": 1, "left": 0, "decision": "stop"}]},
+    }});
     let hosts = json!({"hosts": [{"id": "H", "hostname": "h1"}]});
     let newest = format!("GET /compute/v2.1/os-migrations?instance_uuid={SERVER}&limit=1");
     let one = format!("/compute/v2.1/servers/{SERVER}");
@@ -422,8 +425,9 @@ async fn cloud_with_a_migration(status: &str) -> Cloud {
         (
             &format!("GET /fractus/v1/migrations/{MIGRATION}"),
             200,
-            whole,
+            whole.clone(),
         ),
+        ("GET /fractus/v1/migrations/7", 200, whole),
         ("GET /fractus/v1/hosts", 200, hosts),
         (
             "PUT /compute/v2.1/os-services/H",
@@ -599,6 +603,11 @@ async fn a_migration_is_listed_shown_and_ended_by_its_id_or_number() {
     }
     let missing = cloud.run(&["server", "migration", "show", "8"]).await;
     assert!(matches!(missing, Err(CliError::NotFound { .. })));
+    // One is asked for, and not all: they may be many.
+    let lists = asked
+        .iter()
+        .filter(|(_, path, ..)| path.contains("os-migrations"));
+    assert_eq!(lists.count(), 1, "{asked:?}");
 }
 
 #[tokio::test]

@@ -254,6 +254,14 @@ pub async fn find(
         .await
 }
 
+/// One by its number.
+pub async fn of_number(
+    connection: &impl ConnectionTrait,
+    number: i64,
+) -> Result<Option<Model>, DbErr> {
+    row::Entity::find_by_id(number).one(connection).await
+}
+
 /// One of a server by its number.
 pub async fn numbered(
     connection: &impl ConnectionTrait,

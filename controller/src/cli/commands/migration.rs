@@ -10,7 +10,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::server::{SERVER, Wait};
-use super::{query_value, row, rows};
+use super::{path_segment, query_value, report, rows};
 use crate::cli::CliError;
 use crate::cli::output::Output;
 use crate::cli::session::{Service, Session};
@@ -64,36 +64,12 @@ const COLUMNS: &[(&str, &str)] = &[
     ("Number", "/id"),
     ("ID", "/uuid"),
     ("Server", "/instance_uuid"),
+    ("Type", "/migration_type"),
     ("From", "/source_compute"),
     ("To", "/dest_compute"),
     ("Status", "/status"),
     ("Created", "/created_at"),
     ("Updated", "/updated_at"),
-];
-
-const FIELDS: &[(&str, &str)] = &[
-    ("id", "/id"),
-    ("number", "/number"),
-    ("server_id", "/server_id"),
-    ("status", "/status"),
-    ("reason", "/reason"),
-    ("from", "/source"),
-    ("to", "/target"),
-    ("created", "/created_at"),
-    ("ended", "/ended_at"),
-    ("memory_total", "/progress/memory_total"),
-    ("memory_sent", "/progress/memory_sent"),
-    ("memory_left", "/progress/memory_left"),
-    ("disk_total", "/progress/disk_total"),
-    ("disk_sent", "/progress/disk_sent"),
-    ("disk_left", "/progress/disk_left"),
-    ("elapsed_us", "/progress/elapsed_us"),
-    ("pause", "/progress/pause"),
-    ("followed", "/progress/followed"),
-    ("broken", "/progress/broken"),
-    ("starving", "/starving"),
-    ("handover", "/handover"),
-    ("rounds", "/progress/rounds"),
 ];
 
 pub async fn execute(command: Command, session: &Session, output: &Output) -> Result<(), CliError> {
@@ -119,12 +95,7 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
             let (header, rows) = rows(&found, COLUMNS);
             output.rows(&header, rows)
         }
-        Command::Show { migration } => {
-            let found = find(session, &migration).await?;
-            let path = format!("/migrations/{}", text(&found, "uuid"));
-            let whole = session.get(Service::Hosts, &path).await?;
-            output.fields(row(&whole["migration"], FIELDS))
-        }
+        Command::Show { migration } => report::show(&find(session, &migration).await?, output),
         Command::Abort { migration } => {
             let path = path_of(&find(session, &migration).await?);
             let aborted = session.call(Service::Compute, Method::DELETE, &path, None);
@@ -146,25 +117,22 @@ fn text<'a>(item: &'a Value, name: &str) -> &'a str {
 fn path_of(migration: &Value) -> String {
     format!(
         "/servers/{}/migrations/{}",
-        text(migration, "instance_uuid"),
-        migration["id"]
+        text(migration, "server_id"),
+        migration["number"]
     )
 }
 
+/// All that is known of one, by its id or number.
 async fn find(session: &Session, wanted: &str) -> Result<Value, CliError> {
-    let all = session
-        .list(Service::Compute, "/os-migrations", "migrations")
-        .await?;
-    let number = wanted.parse::<i64>().ok();
-    let is_it = |found: &Value| {
-        text(found, "uuid") == wanted || number.is_some() && found["id"].as_i64() == number
-    };
-    all.into_iter()
-        .find(is_it)
-        .ok_or_else(|| CliError::NotFound {
+    let path = format!("/migrations/{}", path_segment(wanted));
+    match session.get(Service::Hosts, &path).await {
+        Ok(mut whole) => Ok(whole["migration"].take()),
+        Err(CliError::Refused { status: 404, .. }) => Err(CliError::NotFound {
             kind: "migration",
             wanted: wanted.to_owned(),
-        })
+        }),
+        Err(error) => Err(error),
+    }
 }
 
 impl Migrate {
