@@ -2,6 +2,7 @@
 
 pub mod console;
 mod cpu;
+pub mod drain;
 pub mod evacuate;
 pub mod flavor;
 pub mod host;

@@ -170,6 +170,50 @@ pub async fn begin_cold(id: &str, host: Option<&str>, session: &Session) -> Resu
     begun.await.map(|_| ())
 }
 
+/// How far a migration is, by its status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Course {
+    /// Its turn has not come yet.
+    Waits,
+    UnderWay,
+    Arrived,
+    /// It has not come about.
+    Ended,
+}
+
+impl Course {
+    pub fn of(status: &str) -> Self {
+        match status {
+            "accepted" | "queued" => Self::Waits,
+            "completed" | "done" | "finished" | "confirmed" => Self::Arrived,
+            "error" | "failed" | "cancelled" | "reverted" => Self::Ended,
+            _ => Self::UnderWay,
+        }
+    }
+}
+
+/// The server's newest migration.
+pub async fn newest(id: &str, session: &Session) -> Result<Value, CliError> {
+    let path = format!("/os-migrations?instance_uuid={id}&limit=1");
+    let mut found = session.get(Service::Compute, &path).await?;
+    Ok(found["migrations"][0].take())
+}
+
+/// Why it did not come about.
+pub async fn reason(migration: &Value, session: &Session) -> Result<String, CliError> {
+    let path = format!("/migrations/{}", text(migration, "uuid"));
+    let whole = session.get(Service::Hosts, &path).await?;
+    let reason = whole["migration"]["reason"].as_str();
+    Ok(reason.unwrap_or(text(migration, "status")).to_owned())
+}
+
+/// Bytes that are elsewhere, of how many; none: they are not known.
+pub async fn progress(migration: &Value, session: &Session) -> Option<(u64, u64)> {
+    let path = format!("/migrations/{}", text(migration, "uuid"));
+    let whole = session.get(Service::Hosts, &path).await.ok()?;
+    there(&whole["migration"]["progress"])
+}
+
 /// Looks until the server's newest migration has ended; where the guest is then.
 pub async fn arrived(
     id: &str,
@@ -179,41 +223,32 @@ pub async fn arrived(
 ) -> Result<String, CliError> {
     let mut bar = output.spinner(&format!("waiting for {id} to be elsewhere"));
     let end = Instant::now() + Duration::from_secs(seconds);
-    let path = format!("/os-migrations?instance_uuid={id}&limit=1");
     let mut pause = Duration::from_millis(50);
     let ended = loop {
-        let found = session.get(Service::Compute, &path).await?;
-        let newest = found["migrations"][0].clone();
-        let status = text(&newest, "status").to_owned();
-        match status.as_str() {
-            "completed" | "done" | "finished" | "confirmed" => {
-                break Ok(text(&newest, "dest_compute").to_owned());
-            }
-            "error" | "failed" | "cancelled" | "reverted" => {
-                let path = format!("/migrations/{}", text(&newest, "uuid"));
-                let whole = session.get(Service::Hosts, &path).await?;
-                let reason = whole["migration"]["reason"].as_str();
+        let newest = newest(id, session).await?;
+        match Course::of(text(&newest, "status")) {
+            Course::Arrived => break Ok(text(&newest, "dest_compute").to_owned()),
+            Course::Ended => {
                 break Err(CliError::Stayed {
                     server: id.to_owned(),
-                    reason: reason.unwrap_or(&status).to_owned(),
+                    reason: reason(&newest, session).await?,
                 });
             }
             _ if Instant::now() >= end => {
                 break Err(CliError::Timeout {
                     what: format!("the migration of {id}"),
                     wanted: "completed".to_owned(),
-                    last: status,
+                    last: text(&newest, "status").to_owned(),
                     seconds,
                 });
             }
-            _ => {}
+            Course::Waits | Course::UnderWay => {}
         }
-        if output.has_bars() {
-            let path = format!("/migrations/{}", text(&newest, "uuid"));
-            // For the eye alone.
-            if let Ok(whole) = session.get(Service::Hosts, &path).await {
-                follow(&mut bar, id, &whole["migration"]["progress"], output);
-            }
+        // For the eye alone.
+        if output.has_bars()
+            && let Some(progress) = progress(&newest, session).await
+        {
+            follow(&mut bar, id, progress, output);
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 3 / 2).min(Duration::from_secs(1));
@@ -233,10 +268,7 @@ fn there(progress: &Value) -> Option<(u64, u64)> {
     (total > 0).then(|| (total.saturating_sub(left), total))
 }
 
-fn follow(bar: &mut ProgressBar, id: &str, progress: &Value, output: &Output) {
-    let Some((there, total)) = there(progress) else {
-        return;
-    };
+fn follow(bar: &mut ProgressBar, id: &str, (there, total): (u64, u64), output: &Output) {
     if bar.length().is_none() {
         bar.finish_and_clear();
         *bar = output.bar(Some(total), id);
