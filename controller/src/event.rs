@@ -15,6 +15,9 @@ pub struct Origin {
     pub project_id: Option<String>,
 }
 
+/// The action of an event: a guest let its watchdog run out.
+pub const WATCHDOG_FIRED: &str = "watchdog_fired";
+
 /// Where in its course an action is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {

@@ -2,7 +2,7 @@
 //!
 //! | call | answer |
 //! |---|---|
-//! | `GET /v1/migrations/{uuid}` | `{"migration": {status, reason, progress: {memory_total, …, rounds, pause}, …}}` |
+//! | `GET /v1/migrations/{uuid or number}` | `{"migration": {kind, status, reason, progress: {memory_total, …, rounds, pause}, …}}` |
 //!
 //! `handover`, of a live migration that is over: for how long the guest stood still for the move of its owner, after what
 //! `pause` tells of, in microseconds by the controller's clock. `decide_us`: from when the source's offer was heard until
@@ -36,12 +36,17 @@ pub fn routes(hosts: Routes) -> Routes {
 
 async fn show(State(app): State<App>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
     let missing = || ApiError::not_found(format!("Migration {id} could not be found."));
-    let uuid = Uuid::parse_str(&id).map_err(|_| missing())?;
-    let found = migration::find(app.database().reader(), MigrationId(uuid)).await?;
+    let reader = app.database().reader();
+    let found = match (id.parse(), Uuid::parse_str(&id)) {
+        (Ok(number), _) => migration::of_number(reader, number).await?,
+        (_, Ok(uuid)) => migration::find(reader, MigrationId(uuid)).await?,
+        _ => None,
+    };
     let found = found.ok_or_else(missing)?;
     Ok(Json(json!({"migration": {
         "id": found.uuid,
         "number": found.id,
+        "kind": found.kind,
         "server_id": found.server_id,
         "source_id": found.source_id,
         "source": found.source,

@@ -13,6 +13,7 @@
 //!   commit(k)  what step k changes in the database, in the transaction that records k as done
 //!   undo(k), undo_commit(k)  the same, for taking k back; also run if k was only half done, or not at all
 //!   finish  after the last step, in the same transaction as its commit: the outcome for the user
+//!   ended  after that transaction: the outcome for the log, and whoever waited for it
 //! ```
 //!
 //! So a step without waiting costs one transaction, a step that only waits costs none until it is
@@ -50,7 +51,7 @@ use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
 pub use engine::{Advance, Engine};
-pub use store::{Prepared, cancel, row, unfinished};
+pub use store::{Prepared, cancel, row, under_way, unfinished};
 
 use crate::event::Origin;
 
@@ -231,6 +232,12 @@ pub trait Kind: Send + Sync + 'static {
         _tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
         Ok(())
+    }
+
+    /// After that transaction, once at most: not where the controller ends in between. Answers whose operations may
+    /// have waited for this, and look again.
+    async fn ended(&self, _operation: &Operation, _outcome: &Outcome) -> Vec<String> {
+        Vec::new()
     }
 }
 

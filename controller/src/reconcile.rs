@@ -20,6 +20,8 @@ mod reconciler;
 mod transit;
 mod turns;
 
-pub use converge::{ASK_AGAIN, Converged, Lost, Machines, NoHost, Whose, runs};
+pub use converge::{
+    ASK_AGAIN, Converged, Lost, MIGRATIONS_PER_HOST, Machines, NoHost, Whose, runs,
+};
 pub use reconciler::{Life, Observer, Reconciler};
 pub use transit::{Dropped, state_of};

@@ -17,6 +17,7 @@ mod golden;
 mod migration;
 mod network;
 mod pair;
+mod places;
 mod requests;
 mod resize;
 mod scenarios;

@@ -2,6 +2,7 @@
 
 pub mod console;
 mod cpu;
+pub mod drain;
 pub mod evacuate;
 pub mod flavor;
 pub mod host;
@@ -9,6 +10,7 @@ pub mod image;
 pub mod keypair;
 pub mod machine;
 pub mod migration;
+mod report;
 pub mod server;
 pub mod token;
 

@@ -145,6 +145,21 @@ impl Output {
         }
     }
 
+    /// Nobody but people reads this.
+    pub fn is_for_people(&self) -> bool {
+        self.format == Format::Table
+    }
+
+    /// A part of what is shown to people, with all of its columns.
+    pub fn table(&self, header: &[&'static str], rows: &[Row]) -> Result<(), CliError> {
+        let mut table = table();
+        table.set_header(header);
+        for row in rows {
+            table.add_row(row.iter().map(|(_, value)| text(value)));
+        }
+        self.line(&table.to_string())
+    }
+
     /// A remark for people, on stderr so that it never mixes with what is asked for.
     pub fn remark(&self, text: &str) {
         if self.format == Format::Table {
@@ -207,7 +222,8 @@ impl Output {
         }
     }
 
-    fn wants(&self, name: &str) -> bool {
+    /// It is among the columns that were asked for.
+    pub fn wants(&self, name: &str) -> bool {
         self.columns.is_empty()
             || self
                 .columns

@@ -205,6 +205,13 @@ impl Engine {
             .spawn(async move { engine.drive(&subject, &notify).await });
     }
 
+    /// One that is driven and waits looks again.
+    fn rouse(&self, subject: &str) {
+        if let Some(notify) = self.subjects().driven.get(subject) {
+            notify.notify_one();
+        }
+    }
+
     /// Lets every step under way finish, begins no other, and returns when all is quiet.
     pub async fn stop(&self) {
         self.subjects().started = false;
@@ -247,6 +254,7 @@ impl Engine {
             kinds: &self.kinds,
             clock: &*self.clock,
             random: &*self.random,
+            rouse: &|subject| self.rouse(subject),
         };
         turn.of(subject).await
     }

@@ -143,6 +143,22 @@ pub async fn unfinished(
         .await
 }
 
+/// Operations of these kinds that are under way, oldest first; one that cannot be read is not.
+pub async fn under_way(
+    connection: &impl ConnectionTrait,
+    kinds: &[&str],
+) -> Result<Vec<Operation>, DbErr> {
+    let rows = row::Entity::find()
+        .filter(row::Column::FinishedAtUs.is_null())
+        .filter(row::Column::Parked.is_null())
+        .filter(row::Column::Kind.is_in(kinds.iter().copied()))
+        .order_by_asc(row::Column::CreatedAtUs)
+        .order_by_asc(row::Column::Id)
+        .all(connection)
+        .await?;
+    Ok(rows.iter().filter_map(|row| row.operation().ok()).collect())
+}
+
 /// Subjects of operations that could have been carried on since `before_us`, each once.
 pub(super) async fn overdue(
     connection: &impl ConnectionTrait,

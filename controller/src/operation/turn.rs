@@ -46,6 +46,8 @@ pub(super) struct Turn<'a> {
     pub kinds: &'a Kinds,
     pub clock: &'a dyn Clock,
     pub random: &'a dyn Random,
+    /// Who waits looks again.
+    pub rouse: &'a (dyn Fn(&str) + Send + Sync),
 }
 
 impl Turn<'_> {
@@ -158,6 +160,7 @@ impl Turn<'_> {
             };
         }
         let ended = last.then(|| self.ended(row, outcome, now));
+        let (written, over) = (operation.clone(), ended.clone());
         self.database
             .write(move |tx| {
                 let (mut next, step) = (next.clone(), Arc::clone(&step));
@@ -178,7 +181,21 @@ impl Turn<'_> {
                     }
                 })
             })
-            .await
+            .await?;
+        if let Some(over) = over {
+            self.over(&over, &written).await;
+        }
+        Ok(())
+    }
+
+    /// The end is written.
+    async fn over(&self, ended: &Ended, operation: &Operation) {
+        let Some(kind) = &ended.kind else {
+            return;
+        };
+        for subject in kind.ended(operation, &ended.outcome).await {
+            (self.rouse)(&subject);
+        }
     }
 
     fn ended(&self, row: &row::Model, outcome: Outcome, now: i64) -> Ended {
@@ -279,6 +296,7 @@ impl Turn<'_> {
     }
 
     async fn replace(&self, row: row::Model, ended: Option<Ended>) -> Result<(), TurnError> {
+        let over = ended.clone().zip(row.operation().ok());
         self.database
             .write(move |tx| {
                 let (row, ended) = (row.clone(), ended.clone());
@@ -297,7 +315,11 @@ impl Turn<'_> {
                     }
                 })
             })
-            .await
+            .await?;
+        if let Some((ended, operation)) = over {
+            self.over(&ended, &operation).await;
+        }
+        Ok(())
     }
 }
 

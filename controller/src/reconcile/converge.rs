@@ -29,6 +29,9 @@ pub const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// The same while a guest may stand still for it.
 pub(super) const SOON: Duration = Duration::from_secs(1);
 
+/// Guests that leave one host, or come to it, at once, where nobody says otherwise.
+pub const MIGRATIONS_PER_HOST: u16 = 2;
+
 /// What a sealed password is for.
 const PASSWORD: &str = "admin_pass";
 
@@ -47,6 +50,7 @@ pub struct Machines {
     post_copy: bool,
     auto_converge: bool,
     migration_connections: u8,
+    migrations_per_host: u16,
 }
 
 /// Why no host was found.
@@ -148,6 +152,7 @@ impl Machines {
             post_copy: false,
             auto_converge: true,
             migration_connections: 1,
+            migrations_per_host: MIGRATIONS_PER_HOST,
         }
     }
 
@@ -199,6 +204,20 @@ impl Machines {
             1 => 0,
             several => several.min(MOST_LANES),
         }
+    }
+
+    /// So many guests at most leave one host, or come to it, at once.
+    #[must_use]
+    pub fn with_migrations_per_host(self, migrations_per_host: u16) -> Self {
+        Self {
+            migrations_per_host,
+            ..self
+        }
+    }
+
+    /// One at least.
+    pub fn migrations_per_host(&self) -> usize {
+        usize::from(self.migrations_per_host.max(1))
     }
 
     /// With the key that seals what is secret in a machine's intent.

@@ -88,6 +88,8 @@ impl Purpose {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
     Accepted,
+    /// A live one: as many as may are under way at its hosts, or it has not been looked at yet.
+    Queued,
     /// A host has been chosen, and makes room.
     Preparing,
     /// The guest is being sent, and runs where it was.
@@ -115,8 +117,9 @@ pub enum Status {
 }
 
 impl Status {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 17] = [
         Self::Accepted,
+        Self::Queued,
         Self::Preparing,
         Self::Running,
         Self::PostMigrating,
@@ -137,6 +140,7 @@ impl Status {
     pub const fn word(self) -> &'static str {
         match self {
             Self::Accepted => "accepted",
+            Self::Queued => "queued",
             Self::Preparing => "preparing",
             Self::Running => "running",
             Self::PostMigrating => "post-migrating",
@@ -157,7 +161,10 @@ impl Status {
 
     /// What the API shows among a server's migrations.
     const fn in_progress(self) -> bool {
-        matches!(self, Self::Preparing | Self::Running | Self::PostMigrating)
+        matches!(
+            self,
+            Self::Queued | Self::Preparing | Self::Running | Self::PostMigrating
+        )
     }
 }
 
@@ -169,7 +176,7 @@ impl Model {
             .unwrap_or(Status::Error)
     }
 
-    /// Its guest is on its way, and can be told so.
+    /// Its guest is on its way, or waits for its turn, and can be told so.
     pub fn is_live_in_progress(&self) -> bool {
         self.kind == Purpose::Live.word() && self.status().in_progress()
     }
@@ -245,6 +252,14 @@ pub async fn find(
         .filter(row::Column::Uuid.eq(id.to_string()))
         .one(connection)
         .await
+}
+
+/// One by its number.
+pub async fn of_number(
+    connection: &impl ConnectionTrait,
+    number: i64,
+) -> Result<Option<Model>, DbErr> {
+    row::Entity::find_by_id(number).one(connection).await
 }
 
 /// One of a server by its number.

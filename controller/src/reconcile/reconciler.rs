@@ -561,7 +561,7 @@ fn said(machine: &Machine, report: &MachineReport) -> Option<&'static str> {
         .filter(|old| old.starts == report.starts);
     let before = before.map(|old| old.guest).unwrap_or_default();
     if report.guest.watchdog_fired > before.watchdog_fired {
-        Some("watchdog_fired")
+        Some(event::WATCHDOG_FIRED)
     } else if report.guest.panicked && !before.panicked {
         Some("guest_panicked")
     } else {

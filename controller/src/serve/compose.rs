@@ -89,7 +89,8 @@ impl Controller {
         .with_cpu_mode(config.cpu_mode)
         .with_post_copy(config.post_copy)
         .with_auto_converge(config.auto_converge)
-        .with_migration_connections(config.migration_connections);
+        .with_migration_connections(config.migration_connections)
+        .with_migrations_per_host(config.migrations_per_host);
         let mut kinds = Kinds::default();
         compute::register(&mut kinds, &machines, &images, &clock, &random);
         let engine = Engine::new(lead.clone(), kinds, Arc::clone(&clock), Arc::clone(&random));

@@ -11,6 +11,7 @@ use super::size::Size;
 use crate::compute::model::cpu::CpuMode;
 use crate::http::PublicUrl;
 use crate::image::Limits;
+use crate::reconcile::MIGRATIONS_PER_HOST;
 
 /// Flags of `fractus serve`; the file has the same names.
 #[derive(Debug, Clone, Default, clap::Args, Deserialize)]
@@ -90,6 +91,10 @@ pub struct Options {
     /// that are faster than one such.
     #[arg(long, env = "FRACTUS_MIGRATION_CONNECTIONS", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MOST_LANES as i64))]
     pub migration_connections: Option<u8>,
+    /// Live migrations from one host, or to it, at once; others wait for their turn [default: 2]. Evacuations, and
+    /// servers whose guest is stopped, are not counted.
+    #[arg(long, env = "FRACTUS_MIGRATIONS_PER_HOST", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub migrations_per_host: Option<u16>,
     /// The database was restored from a backup: say it at the first start after that, and only then.
     /// What hosts were told since the backup is then known to be older than what they are told now, and
     /// no server is started before its host has said that it still has it; one that is gone is ERROR. Which
@@ -133,6 +138,7 @@ pub struct Config {
     /// The same.
     pub auto_converge: bool,
     pub migration_connections: u8,
+    pub migrations_per_host: u16,
     /// Begin a new epoch of machines' generations.
     pub restored: bool,
 }
@@ -168,6 +174,8 @@ pub enum ConfigError {
     HalfTls(&'static str),
     #[error("migration-connections {0}: 1 to {MOST_LANES}")]
     MigrationConnections(u8),
+    #[error("migrations-per-host 0: 1 at least")]
+    MigrationsPerHost,
 }
 
 impl Config {
@@ -237,6 +245,10 @@ impl Config {
         if !(1..=MOST_LANES).contains(&migration_connections) {
             return Err(ConfigError::MigrationConnections(migration_connections));
         }
+        let migrations_per_host = options.migrations_per_host.unwrap_or(MIGRATIONS_PER_HOST);
+        if migrations_per_host == 0 {
+            return Err(ConfigError::MigrationsPerHost);
+        }
         let metrics_listen = options
             .metrics_listen
             .unwrap_or_else(|| "127.0.0.1:9464".to_owned());
@@ -259,6 +271,7 @@ impl Config {
             post_copy: options.post_copy,
             auto_converge: options.auto_converge.unwrap_or(true),
             migration_connections,
+            migrations_per_host,
             restored: options.restored,
         })
     }
@@ -309,6 +322,7 @@ impl Options {
             post_copy: self.post_copy || file.post_copy,
             auto_converge: self.auto_converge.or(file.auto_converge),
             migration_connections: self.migration_connections.or(file.migration_connections),
+            migrations_per_host: self.migrations_per_host.or(file.migrations_per_host),
             restored: self.restored,
         }
     }
@@ -429,6 +443,13 @@ mod tests {
             let error = connections().unwrap_err();
             assert!(matches!(error, ConfigError::MigrationConnections(it) if it == wrong));
         }
+        let at_once = || Config::resolve(flags(None)).map(|it| it.migrations_per_host);
+        std::fs::write(&path, "").unwrap();
+        assert_eq!(at_once().unwrap(), MIGRATIONS_PER_HOST);
+        std::fs::write(&path, "migrations-per-host: 5\n").unwrap();
+        assert_eq!(at_once().unwrap(), 5);
+        std::fs::write(&path, "migrations-per-host: 0\n").unwrap();
+        assert!(matches!(at_once(), Err(ConfigError::MigrationsPerHost)));
         // That a database was restored is true once: it has no place in a file.
         for unknown in ["lisen: x\n", "restored: true\n"] {
             std::fs::write(&path, unknown).unwrap();

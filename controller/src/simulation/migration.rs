@@ -20,6 +20,7 @@ use crate::agents::simulated::stream::{Event, Soul};
 use crate::compute::model::state::ServerState;
 use crate::compute::store::server;
 use crate::random::Random as _;
+use crate::reconcile::MIGRATIONS_PER_HOST;
 use crate::reconcile::migration::row;
 
 /// What of live migrations is in a storm.
@@ -49,6 +50,8 @@ pub struct Guests {
     last: BTreeMap<ServerId, Soul>,
     /// Processes of them that had, or may have had, the guest were killed.
     pub killed: BTreeSet<ServerId>,
+    /// How often one was seen that waited for a place.
+    pub waited: u64,
 }
 
 impl World {
@@ -234,8 +237,19 @@ impl World {
 
 /// Storms of these seeds, and more if there are to be ([`seeds`]).
 async fn storms(seeds: std::ops::Range<u64>, migrates: Migrates) {
+    storms_of(seeds, migrates, 3, MIGRATIONS_PER_HOST).await;
+}
+
+/// The same of so many servers, of which so few leave or come to a host at once. Answers how often one waited.
+async fn storms_of(
+    seeds: std::ops::Range<u64>,
+    migrates: Migrates,
+    servers: usize,
+    at_once: u16,
+) -> u64 {
     let seeds = seeds::of(seeds);
     let mut ended: BTreeMap<String, u64> = BTreeMap::new();
+    let mut waited = 0;
     let count = seeds.len() as u64;
     let least = count / 2;
     for seed in seeds {
@@ -246,10 +260,15 @@ async fn storms(seeds: std::ops::Range<u64>, migrates: Migrates) {
         };
         let plan = Plan {
             hosts: 3,
-            servers: 3,
+            servers,
             events,
         };
         let mut world = World::new(seed, plan).await;
+        if at_once != MIGRATIONS_PER_HOST {
+            world.migrations_per_host = at_once;
+            world.start_controller().await;
+            world.everybody_reports().await;
+        }
         for n in 0..plan.servers {
             let id = Uuid::from_u128(n as u128 + 1);
             world.servers.push(id);
@@ -262,6 +281,7 @@ async fn storms(seeds: std::ops::Range<u64>, migrates: Migrates) {
             world.heal().await;
             world.check_rest().await;
         }
+        waited += world.guests.waited;
         let all = row::Entity::find().all(world.database().reader()).await;
         for migration in all.unwrap() {
             *ended.entry(migration.status).or_default() += 1;
@@ -274,6 +294,7 @@ async fn storms(seeds: std::ops::Range<u64>, migrates: Migrates) {
             "{ended:?} in {count} storms: not enough was tried"
         );
     }
+    waited
 }
 
 #[tokio::test]
@@ -294,4 +315,10 @@ async fn no_storm_of_the_third_fifty_loses_or_doubles_a_guest() {
 #[tokio::test]
 async fn no_storm_of_the_fourth_fifty_loses_or_doubles_a_guest() {
     storms(2050..2100, Migrates::Too).await;
+}
+
+#[tokio::test]
+async fn no_storm_in_which_guests_wait_for_each_other_loses_one_or_lets_it_wait_for_ever() {
+    let waited = storms_of(2100..2120, Migrates::Only, 5, 1).await;
+    assert!(waited > 50, "{waited}");
 }

@@ -17,7 +17,7 @@ use crate::compute::ops::resize::verdict::{self, Verdict};
 use crate::compute::ops::resize::{self, Size};
 use crate::compute::ops::{RequestError, delete, evacuate, image, reset, shelve, unshelve};
 use crate::compute::store::server;
-use crate::event::Origin;
+use crate::event::{Event, Origin, Phase};
 use crate::http::App;
 use crate::image::model::{Image, Status};
 use crate::image::snapshot;
@@ -408,7 +408,20 @@ pub async fn abort(app: &App, id: Uuid) -> Result<bool, DbErr> {
 pub async fn force_complete(app: &App, id: Uuid) -> Result<bool, DbErr> {
     let open = migration::open(app.database().reader(), ServerId(id)).await?;
     match open.first() {
-        Some(row) => migrate::force_complete(app, ServerId(id), row.migration(), None).await,
+        Some(row) => {
+            let asked = Event {
+                id: app.random().uuid(),
+                at_us: app.now_us(),
+                subject: id.to_string(),
+                action: "server_live_migration_force_complete".to_owned(),
+                phase: Phase::Requested,
+                message: None,
+                operation_id: None,
+                origin: origin(),
+                host_id: None,
+            };
+            migrate::force_complete(app, ServerId(id), row.migration(), asked).await
+        }
         None => Ok(false),
     }
 }

@@ -596,3 +596,19 @@ async fn a_server_that_is_deleted_while_its_memory_follows_is_gone() {
     world.check_rest().await;
     assert!(source.remains().is_empty() && target.remains().is_empty());
 }
+
+#[tokio::test]
+async fn what_its_owners_move_took_is_kept_however_long_a_guests_memory_follows() {
+    let (mut world, _, _) = parted(Event::Part).await;
+    let took = only_migration(&world).await.handover();
+    assert!(took.is_some());
+    // Nobody remembers it any more.
+    world.start_controller().await;
+    world.everybody_reports().await;
+    world.heal().await;
+    world.check_rest().await;
+    let migration = only_migration(&world).await;
+    assert_eq!(migration.status, "completed");
+    assert!(migration.progress().unwrap().pause.is_some());
+    assert_eq!(migration.handover(), took);
+}

@@ -35,7 +35,7 @@ use crate::image::blob::FileStore;
 use crate::leader::{Lead, Me, Seat};
 use crate::operation::{self, Advance, Engine, Kinds};
 use crate::random::{Random, SeededRandom};
-use crate::reconcile::{Machines, Reconciler, machine};
+use crate::reconcile::{MIGRATIONS_PER_HOST, Machines, Reconciler, machine};
 use crate::secret::MasterKey;
 
 /// How big, how long.
@@ -73,6 +73,8 @@ pub struct World {
     /// What was seen of guests, for [`super::migration`].
     pub guests: Guests,
     cpu_mode: CpuMode,
+    /// Of live migrations, at once; for the next controller that is started.
+    pub migrations_per_host: u16,
 }
 
 /// One life of the controller.
@@ -178,6 +180,7 @@ impl World {
             evacuates: false,
             guests: Guests::default(),
             cpu_mode,
+            migrations_per_host: MIGRATIONS_PER_HOST,
         };
         world.start_controller().await;
         world.everybody_reports().await;
@@ -236,7 +239,8 @@ impl World {
             Arc::clone(&clock),
         )
         .with_key(self.master.clone())
-        .with_cpu_mode(self.cpu_mode);
+        .with_cpu_mode(self.cpu_mode)
+        .with_migrations_per_host(self.migrations_per_host);
         let blobs = FileStore::open(self.folder.path(), "simulated")
             .await
             .unwrap();
@@ -299,6 +303,7 @@ impl World {
             self.bury();
             self.check_processes();
             self.check_guests();
+            self.check_places().await;
             if n % 16 == 0 {
                 self.check_records().await;
             }
@@ -660,6 +665,7 @@ impl World {
             self.round().await;
             self.check_processes();
             self.check_guests();
+            self.check_places().await;
             quiet = if self.fingerprint().await == before {
                 quiet + 1
             } else {

@@ -390,6 +390,7 @@ impl Record {
                 self.disk = true;
                 self.kept = None;
                 self.process = Process::Paused;
+                self.guest = GuestReport::default();
                 self.done.arrived = Some(arrival.id);
                 // What comes has been rebooted and rebuilt as often as was wanted of it.
                 self.done.rebuilds = wanted.rebuilds;

@@ -4,7 +4,7 @@ use fractus_agent_api::cpu::Profile;
 use fractus_agent_api::decision::Process;
 use fractus_agent_api::machine::ServerId;
 use fractus_agent_api::migration::{
-    AtLimit, Decision, Lacks, MigrationId, MigrationReport, Round, State, Transit,
+    AtLimit, Decision, Lacks, MigrationId, MigrationReport, Pause, Round, State, Transit,
 };
 
 use super::machine::Record;
@@ -109,8 +109,11 @@ impl SimulatedAgents {
             Event::PartLost if !source.may_owe(server) => Event::AnswerLost,
             event => event,
         };
-        let guest = |record: &mut Record| (record.process, record.soul, record.cpu.clone());
-        let Some((process, soul, cpu)) = source.with(server, guest) else {
+        let guest = |record: &mut Record| {
+            let cpu = record.cpu.clone();
+            (record.process, record.soul, cpu, record.guest)
+        };
+        let Some((process, soul, cpu, said)) = source.with(server, guest) else {
             return false;
         };
         let (now, ran) = (source.now_us(), process == Process::Running);
@@ -134,6 +137,7 @@ impl SimulatedAgents {
                     record.lacks = part.then(Lacks::default);
                     record.transit = Transit::Arrived(id);
                     (record.ran, record.soul, record.cpu) = (ran, soul, cpu);
+                    record.guest = said;
                     record.says(State::Arrived);
                     record.changed_at_us = now;
                 }
@@ -195,6 +199,14 @@ impl Record {
                 self.ran = self.process == Process::Running;
                 self.process = Process::Paused;
                 self.transit = Transit::Offered(id);
+                if let Some(migration) = &mut self.migration {
+                    migration.progress.pause = Some(Pause {
+                        stop_us: 1,
+                        state_us: 2,
+                        send_us: 3,
+                        answer_us: 4,
+                    });
+                }
                 self.says(State::Offered {
                     ran: self.ran,
                     doubt,

@@ -1,6 +1,8 @@
 //! `fractus server evacuate` and `fractus host evacuate`: servers of a host that is off are made anew on others.
 //! Administrators only.
 
+use std::time::Duration;
+
 use clap::Args;
 use http::Method;
 use serde_json::{Value, json};
@@ -71,8 +73,14 @@ async fn act(id: &str, body: Value, session: &Session) -> Result<(), CliError> {
     asked.await.map(|_| ())
 }
 
+/// How often a server is asked for that has not come anywhere.
+const TRIES: u32 = 3;
+/// Before it is asked for again.
+const AGAIN: Duration = Duration::from_secs(1);
+
 impl OfHost {
-    /// All are asked for first, so that they go at once; those that cannot are named, and stay.
+    /// All are asked for first, so that they go at once. Those that did not come anywhere are asked for again, and named if
+    /// they stay.
     pub async fn execute(self, session: &Session, output: &Output) -> Result<(), CliError> {
         let (id, name) = super::host::find(&self.host, session).await?;
         if self.is_off {
@@ -83,22 +91,46 @@ impl OfHost {
                 .await?;
         }
         let path = format!("/servers/detail?all_tenants=1&host={}", query_value(&name));
-        let servers = session.list(Service::Compute, &path, "servers").await?;
+        let mut servers = session.list(Service::Compute, &path, "servers").await?;
+        let all = servers.len();
+        for tries in 1..=TRIES {
+            let is_last = tries == TRIES;
+            servers = self.bring(servers, is_last, session, output).await?;
+            if servers.is_empty() || is_last {
+                break;
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+        if servers.is_empty() {
+            return Ok(());
+        }
+        let stay = servers.len();
+        Err(CliError::NotEmpty {
+            host: name,
+            reason: format!("{stay} of its {all} servers are not elsewhere"),
+        })
+    }
+
+    /// Each as it was before; answers those that have not come anywhere.
+    async fn bring(
+        &self,
+        servers: Vec<Value>,
+        is_last: bool,
+        session: &Session,
+        output: &Output,
+    ) -> Result<Vec<Value>, CliError> {
         let mut begun = Vec::new();
         for server in &servers {
             begun.push(begin(text(server, "id"), self.to.as_deref(), session).await);
         }
-        let mut stay = 0;
-        for (n, (server, begun)) in servers.iter().zip(begun).enumerate() {
-            let shown = format!(
-                "{} of {}: {} ({})",
-                n + 1,
-                servers.len(),
-                text(server, "id"),
-                text(server, "name")
-            );
+        let (mut stay, all) = (Vec::new(), servers.len());
+        for (n, (server, begun)) in servers.into_iter().zip(begun).enumerate() {
+            let (id, name) = (text(&server, "id"), text(&server, "name"));
+            let shown = format!("{} of {all}: {id} ({name})", n + 1);
             let went = match begun {
-                Ok(()) => self.follow(server, session, output).await,
+                Ok(()) => self.follow(&server, session, output).await,
+                // It is not there any more.
+                Err(CliError::Refused { status: 404, .. }) => continue,
                 Err(error) => Err(error),
             };
             match went {
@@ -106,21 +138,17 @@ impl OfHost {
                 Err(
                     error @ (CliError::Errored { .. }
                     | CliError::Stayed { .. }
+                    | CliError::Timeout { .. }
                     | CliError::Refused { .. }),
                 ) => {
-                    output.remark(&format!("{shown}: {error}"));
-                    stay += 1;
+                    let again = if is_last { "" } else { "is asked for again: " };
+                    output.remark(&format!("{shown}: {again}{error}"));
+                    stay.push(server);
                 }
                 Err(error) => return Err(error),
             }
         }
-        if stay == 0 {
-            return Ok(());
-        }
-        Err(CliError::NotEmpty {
-            host: name.clone(),
-            reason: format!("{stay} of its {} servers are not elsewhere", servers.len()),
-        })
+        Ok(stay)
     }
 
     /// Until it is elsewhere, and runs if it is to; where it is.
@@ -132,7 +160,7 @@ impl OfHost {
     ) -> Result<String, CliError> {
         let id = text(server, "id");
         let to = arrived(id, self.timeout, session, output).await?;
-        if self.start && text(server, "status") == "ACTIVE" {
+        if self.start && ran(server) {
             let path = format!("/servers/{id}");
             let now = session.get(Service::Compute, &path).await?;
             // Where an older version was asked for, it runs already.
@@ -141,6 +169,16 @@ impl OfHost {
             }
         }
         Ok(to)
+    }
+}
+
+/// Its guest ran, whatever was done to it, when its host was off.
+fn ran(server: &Value) -> bool {
+    let has_power = server["OS-EXT-STS:power_state"] == 1;
+    match text(server, "status") {
+        "ACTIVE" => true,
+        "REBOOT" | "HARD_REBOOT" | "MIGRATING" => has_power,
+        _ => false,
     }
 }
 

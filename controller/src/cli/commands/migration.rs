@@ -10,7 +10,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::server::{SERVER, Wait};
-use super::{query_value, row, rows};
+use super::{path_segment, query_value, report, rows};
 use crate::cli::CliError;
 use crate::cli::output::Output;
 use crate::cli::session::{Service, Session};
@@ -64,36 +64,12 @@ const COLUMNS: &[(&str, &str)] = &[
     ("Number", "/id"),
     ("ID", "/uuid"),
     ("Server", "/instance_uuid"),
+    ("Type", "/migration_type"),
     ("From", "/source_compute"),
     ("To", "/dest_compute"),
     ("Status", "/status"),
     ("Created", "/created_at"),
     ("Updated", "/updated_at"),
-];
-
-const FIELDS: &[(&str, &str)] = &[
-    ("id", "/id"),
-    ("number", "/number"),
-    ("server_id", "/server_id"),
-    ("status", "/status"),
-    ("reason", "/reason"),
-    ("from", "/source"),
-    ("to", "/target"),
-    ("created", "/created_at"),
-    ("ended", "/ended_at"),
-    ("memory_total", "/progress/memory_total"),
-    ("memory_sent", "/progress/memory_sent"),
-    ("memory_left", "/progress/memory_left"),
-    ("disk_total", "/progress/disk_total"),
-    ("disk_sent", "/progress/disk_sent"),
-    ("disk_left", "/progress/disk_left"),
-    ("elapsed_us", "/progress/elapsed_us"),
-    ("pause", "/progress/pause"),
-    ("followed", "/progress/followed"),
-    ("broken", "/progress/broken"),
-    ("starving", "/starving"),
-    ("handover", "/handover"),
-    ("rounds", "/progress/rounds"),
 ];
 
 pub async fn execute(command: Command, session: &Session, output: &Output) -> Result<(), CliError> {
@@ -119,12 +95,7 @@ pub async fn execute(command: Command, session: &Session, output: &Output) -> Re
             let (header, rows) = rows(&found, COLUMNS);
             output.rows(&header, rows)
         }
-        Command::Show { migration } => {
-            let found = find(session, &migration).await?;
-            let path = format!("/migrations/{}", text(&found, "uuid"));
-            let whole = session.get(Service::Hosts, &path).await?;
-            output.fields(row(&whole["migration"], FIELDS))
-        }
+        Command::Show { migration } => report::show(&find(session, &migration).await?, output),
         Command::Abort { migration } => {
             let path = path_of(&find(session, &migration).await?);
             let aborted = session.call(Service::Compute, Method::DELETE, &path, None);
@@ -146,25 +117,22 @@ fn text<'a>(item: &'a Value, name: &str) -> &'a str {
 fn path_of(migration: &Value) -> String {
     format!(
         "/servers/{}/migrations/{}",
-        text(migration, "instance_uuid"),
-        migration["id"]
+        text(migration, "server_id"),
+        migration["number"]
     )
 }
 
+/// All that is known of one, by its id or number.
 async fn find(session: &Session, wanted: &str) -> Result<Value, CliError> {
-    let all = session
-        .list(Service::Compute, "/os-migrations", "migrations")
-        .await?;
-    let number = wanted.parse::<i64>().ok();
-    let is_it = |found: &Value| {
-        text(found, "uuid") == wanted || number.is_some() && found["id"].as_i64() == number
-    };
-    all.into_iter()
-        .find(is_it)
-        .ok_or_else(|| CliError::NotFound {
+    let path = format!("/migrations/{}", path_segment(wanted));
+    match session.get(Service::Hosts, &path).await {
+        Ok(mut whole) => Ok(whole["migration"].take()),
+        Err(CliError::Refused { status: 404, .. }) => Err(CliError::NotFound {
             kind: "migration",
             wanted: wanted.to_owned(),
-        })
+        }),
+        Err(error) => Err(error),
+    }
 }
 
 impl Migrate {
@@ -202,6 +170,50 @@ pub async fn begin_cold(id: &str, host: Option<&str>, session: &Session) -> Resu
     begun.await.map(|_| ())
 }
 
+/// How far a migration is, by its status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Course {
+    /// Its turn has not come yet.
+    Waits,
+    UnderWay,
+    Arrived,
+    /// It has not come about.
+    Ended,
+}
+
+impl Course {
+    pub fn of(status: &str) -> Self {
+        match status {
+            "accepted" | "queued" => Self::Waits,
+            "completed" | "done" | "finished" | "confirmed" => Self::Arrived,
+            "error" | "failed" | "cancelled" | "reverted" => Self::Ended,
+            _ => Self::UnderWay,
+        }
+    }
+}
+
+/// The server's newest migration.
+pub async fn newest(id: &str, session: &Session) -> Result<Value, CliError> {
+    let path = format!("/os-migrations?instance_uuid={id}&limit=1");
+    let mut found = session.get(Service::Compute, &path).await?;
+    Ok(found["migrations"][0].take())
+}
+
+/// Why it did not come about.
+pub async fn reason(migration: &Value, session: &Session) -> Result<String, CliError> {
+    let path = format!("/migrations/{}", text(migration, "uuid"));
+    let whole = session.get(Service::Hosts, &path).await?;
+    let reason = whole["migration"]["reason"].as_str();
+    Ok(reason.unwrap_or(text(migration, "status")).to_owned())
+}
+
+/// Bytes that are elsewhere, of how many; none: they are not known.
+pub async fn progress(migration: &Value, session: &Session) -> Option<(u64, u64)> {
+    let path = format!("/migrations/{}", text(migration, "uuid"));
+    let whole = session.get(Service::Hosts, &path).await.ok()?;
+    there(&whole["migration"]["progress"])
+}
+
 /// Looks until the server's newest migration has ended; where the guest is then.
 pub async fn arrived(
     id: &str,
@@ -211,41 +223,32 @@ pub async fn arrived(
 ) -> Result<String, CliError> {
     let mut bar = output.spinner(&format!("waiting for {id} to be elsewhere"));
     let end = Instant::now() + Duration::from_secs(seconds);
-    let path = format!("/os-migrations?instance_uuid={id}&limit=1");
     let mut pause = Duration::from_millis(50);
     let ended = loop {
-        let found = session.get(Service::Compute, &path).await?;
-        let newest = found["migrations"][0].clone();
-        let status = text(&newest, "status").to_owned();
-        match status.as_str() {
-            "completed" | "done" | "finished" | "confirmed" => {
-                break Ok(text(&newest, "dest_compute").to_owned());
-            }
-            "error" | "failed" | "cancelled" | "reverted" => {
-                let path = format!("/migrations/{}", text(&newest, "uuid"));
-                let whole = session.get(Service::Hosts, &path).await?;
-                let reason = whole["migration"]["reason"].as_str();
+        let newest = newest(id, session).await?;
+        match Course::of(text(&newest, "status")) {
+            Course::Arrived => break Ok(text(&newest, "dest_compute").to_owned()),
+            Course::Ended => {
                 break Err(CliError::Stayed {
                     server: id.to_owned(),
-                    reason: reason.unwrap_or(&status).to_owned(),
+                    reason: reason(&newest, session).await?,
                 });
             }
             _ if Instant::now() >= end => {
                 break Err(CliError::Timeout {
                     what: format!("the migration of {id}"),
                     wanted: "completed".to_owned(),
-                    last: status,
+                    last: text(&newest, "status").to_owned(),
                     seconds,
                 });
             }
-            _ => {}
+            Course::Waits | Course::UnderWay => {}
         }
-        if output.has_bars() {
-            let path = format!("/migrations/{}", text(&newest, "uuid"));
-            // For the eye alone.
-            if let Ok(whole) = session.get(Service::Hosts, &path).await {
-                follow(&mut bar, id, &whole["migration"]["progress"], output);
-            }
+        // For the eye alone.
+        if output.has_bars()
+            && let Some(progress) = progress(&newest, session).await
+        {
+            follow(&mut bar, id, progress, output);
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 3 / 2).min(Duration::from_secs(1));
@@ -265,10 +268,7 @@ fn there(progress: &Value) -> Option<(u64, u64)> {
     (total > 0).then(|| (total.saturating_sub(left), total))
 }
 
-fn follow(bar: &mut ProgressBar, id: &str, progress: &Value, output: &Output) {
-    let Some((there, total)) = there(progress) else {
-        return;
-    };
+fn follow(bar: &mut ProgressBar, id: &str, (there, total): (u64, u64), output: &Output) {
     if bar.length().is_none() {
         bar.finish_and_clear();
         *bar = output.bar(Some(total), id);

@@ -460,7 +460,12 @@ async fn abort(
     }
     admit(&call, &server, Action::AbortMigration).await?;
     let allowed: &[Status] = match call.at_least(65) {
-        true => &[Status::Accepted, Status::Preparing, Status::Running],
+        true => &[
+            Status::Accepted,
+            Status::Queued,
+            Status::Preparing,
+            Status::Running,
+        ],
         false => &[Status::Running],
     };
     let found = under_way(&call, &server, &number, missing, allowed).await?;
@@ -503,17 +508,11 @@ async fn act(
     }
     admit(&call, &server, Action::ForceComplete).await?;
     let found = under_way(&call, &server, &number, missing, &[Status::Running]).await?;
-    let request_id = Some(call.ctx.request_id().to_owned());
+    let asked = requested(&call, &id, "force_complete");
     let (machine, migration) = (found.server(), found.migration());
-    if !migrate::force_complete(&call.app, machine, migration, request_id).await? {
+    if !migrate::force_complete(&call.app, machine, migration, asked).await? {
         return Err(refused(&found, WORD));
     }
-    let event = requested(&call, &id, "force_complete");
-    let record = call.app.database().write(move |tx| {
-        let event = event.clone();
-        Box::pin(async move { Ok::<(), ApiError>(event::record(tx, event).await?) })
-    });
-    record.await?;
     Ok(StatusCode::ACCEPTED)
 }
 

@@ -1,7 +1,7 @@
 //! Live migrations as clients ask for them and see them.
 
 use fractus_agent_api::VERSION;
-use fractus_agent_api::machine::{PutMachine, Revision};
+use fractus_agent_api::machine::{Power, PutMachine, Revision};
 
 use super::*;
 use crate::agents::simulated::stream::Event;
@@ -179,10 +179,13 @@ async fn a_migration_is_aborted_or_done_with_only_while_it_runs() {
         .iter()
         .map(|action| action["action"].as_str().unwrap().to_owned())
         .collect();
-    assert!(
-        names.contains(&"live_migration_cancel".to_owned()),
-        "{names:?}"
-    );
+    for asked in ["live_migration_cancel", "live_migration_force_complete"] {
+        assert_eq!(
+            names.iter().filter(|name| *name == asked).count(),
+            1,
+            "{names:?}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -381,5 +384,114 @@ async fn how_a_guest_is_sent_is_its_flavors_to_say() {
         let departs = cloud.host.wanted(machine(&id)).unwrap().departs.unwrap();
         assert_eq!(departs.policy.throttle.is_some(), slows, "{spec} {value}");
         assert_eq!(departs.direct, direct, "{spec} {value}");
+    }
+}
+
+async fn count(cloud: &Cloud, id: &str, action: &str) -> usize {
+    let reader = cloud.app.database().reader();
+    let events = crate::event::of_subject(reader, id).await.unwrap();
+    events.iter().filter(|event| event.action == action).count()
+}
+
+/// What a guest says of itself while its operation alone looks after it is told when that is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_panics_while_it_is_sent_is_an_error_at_its_new_host_until_it_is_reset() {
+    let cloud = Cloud::new().await;
+    let (id, _) = sent(&cloud).await;
+    assert!(cloud.host.panic(machine(&id), true));
+    assert!(cloud.agents.stream(machine(&id), Event::End));
+    cloud.until_migration(&id, "completed").await;
+    cloud.reconciler.heard([machine(&id)]);
+    let shown = cloud
+        .until("admin", &id, |server| server["status"] == "ERROR")
+        .await;
+    assert_eq!(shown["OS-EXT-STS:power_state"], 6);
+    assert_eq!(shown["OS-EXT-SRV-ATTR:host"], "host-2");
+    let message = shown["fault"]["message"].as_str().unwrap();
+    assert!(message.contains("kernel panicked"), "{message}");
+    assert_eq!(count(&cloud, &id, "guest_panicked").await, 1);
+    let target = cloud.agents.host(cloud.other(2)).unwrap();
+    assert_eq!(target.processes(), [machine(&id)]);
+    assert!(target.panic(machine(&id), false));
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_panics_and_stays_where_it_was_is_an_error_there() {
+    let cloud = Cloud::new().await;
+    let (id, _) = sent(&cloud).await;
+    assert!(cloud.host.panic(machine(&id), true));
+    assert!(cloud.agents.stream(machine(&id), Event::Cut));
+    cloud.until_migration(&id, "failed").await;
+    cloud.reconciler.heard([machine(&id)]);
+    let shown = cloud
+        .until("admin", &id, |server| server["status"] == "ERROR")
+        .await;
+    assert_eq!(shown["OS-EXT-STS:power_state"], 6);
+    assert_eq!(shown["OS-EXT-SRV-ATTR:host"], "host-1");
+}
+
+/// It is not let go on by its move, and is told to have been paused once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_its_watchdog_pauses_while_it_is_sent_is_paused_at_its_new_host() {
+    let cloud = Cloud::new().await;
+    let (id, _) = sent(&cloud).await;
+    assert!(cloud.host.pause_by_watchdog(machine(&id)));
+    assert!(cloud.agents.stream(machine(&id), Event::End));
+    let shown = cloud
+        .until("admin", &id, |server| server["status"] == "PAUSED")
+        .await;
+    assert_eq!(shown["OS-EXT-SRV-ATTR:host"], "host-2");
+    let target = cloud.agents.host(cloud.other(2)).unwrap();
+    assert_eq!(target.wanted(machine(&id)).unwrap().power, Power::Paused);
+    assert_eq!(count(&cloud, &id, "watchdog_fired").await, 1);
+    let acted = cloud.act("one", &id, "", json!({"unpause": null})).await;
+    assert_eq!(status(&acted), 202);
+    cloud
+        .until("one", &id, |server| server["status"] == "ACTIVE")
+        .await;
+    // The next time is another one.
+    assert!(target.pause_by_watchdog(machine(&id)));
+    cloud
+        .until("one", &id, |server| server["status"] == "PAUSED")
+        .await;
+    assert_eq!(count(&cloud, &id, "watchdog_fired").await, 2);
+}
+
+/// As soon as it runs there, and before its migration has ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_happens_to_a_guest_at_its_new_host_before_its_migration_has_ended_is_told() {
+    for (panics, then) in [(true, "ERROR"), (false, "PAUSED")] {
+        let cloud = Cloud::new().await;
+        let (id, _) = sent(&cloud).await;
+        cloud.frozen.send_replace(true);
+        let target = cloud.agents.host(cloud.other(2)).unwrap();
+        assert!(cloud.agents.stream(machine(&id), Event::End));
+        cloud.pump(&target);
+        cloud.pump(&cloud.host);
+        let goes_on = || target.wanted(machine(&id)).unwrap().continues.is_some();
+        while !goes_on() {
+            tokio::task::yield_now().await;
+        }
+        while target.step(machine(&id)) {}
+        let said = match panics {
+            true => target.panic(machine(&id), true),
+            false => target.pause_by_watchdog(machine(&id)),
+        };
+        assert!(said);
+        cloud.frozen.send_replace(false);
+        cloud.until_migration(&id, "completed").await;
+        cloud.reconciler.heard([machine(&id)]);
+        let shown = cloud
+            .until("admin", &id, |server| server["status"] == then)
+            .await;
+        assert_eq!(shown["OS-EXT-SRV-ATTR:host"], "host-2");
+        while !panics && target.wanted(machine(&id)).unwrap().power != Power::Paused {
+            tokio::task::yield_now().await;
+        }
+        let word = ["watchdog_fired", "guest_panicked"][usize::from(panics)];
+        assert_eq!(count(&cloud, &id, word).await, 1, "{word}");
     }
 }

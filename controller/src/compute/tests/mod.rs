@@ -9,6 +9,7 @@ mod images;
 mod instance;
 mod lists;
 mod machines;
+mod migration_queue;
 mod migrations;
 mod resize;
 mod resize_faults;

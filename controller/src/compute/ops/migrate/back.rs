@@ -2,13 +2,13 @@
 
 use fractus_agent_api::machine::{Observed, Power};
 use fractus_agent_api::migration::State as Stream;
-use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 
-use super::{POST_COPY, State, goes_on, kept, never_ran};
+use super::handover::keep_progress;
+use super::{POST_COPY, State, goes_on, never_ran};
 use crate::compute::ops::{Tools, machine_id};
 use crate::operation::{Operation, Progress, StepError};
-use crate::reconcile::{ASK_AGAIN, Converged, machine, migration};
+use crate::reconcile::{ASK_AGAIN, Converged, machine};
 
 /// Before anything is taken back its owner is asked once how it is, and not waited for.
 pub(super) async fn look_again(
@@ -75,11 +75,7 @@ pub(super) async fn take_back(
         .machine(state.source, server)
         .and_then(|said| said.migration);
     if let Some(sent) = sent.as_ref().filter(|sent| sent.id == id) {
-        let change = migration::ActiveModel {
-            progress: Set(kept(&sent.progress)),
-            ..Default::default()
-        };
-        migration::update(tx, id, change).await?;
+        keep_progress(tx, id, &sent.progress).await?;
     }
     if let Some(target) = known.host.filter(|host| Some(*host) == state.target)
         && known.wanted.continues == Some(id)

@@ -13,16 +13,16 @@ use fractus_agent_api::machine::{
     Generation, MachineReport, Observed, Pages, Power, Revision, ServerId,
 };
 use fractus_agent_api::migration::{AtLimit, Policy, State as Stream};
-use sea_orm::ActiveValue::Set;
 use sea_orm::{ConnectionTrait, DatabaseTransaction, DbErr};
 
-use super::{AT_ONCE, State, goes_on, kept};
+use super::handover::keep_progress;
+use super::{AT_ONCE, State, goes_on};
 use crate::agents::host;
 use crate::compute::model::flavor::{FlavorSnapshot, POST_COPY as EXTRA_SPEC};
 use crate::compute::ops::{Tools, machine_id};
 use crate::operation::{Operation, OperationId, Progress, Step, StepError};
 use crate::reconcile::machine::Machine;
-use crate::reconcile::{ASK_AGAIN, Machines, machine, migration, state_of};
+use crate::reconcile::{ASK_AGAIN, Machines, machine, state_of};
 
 /// As its flavor says, or else as the cloud does.
 pub fn is_allowed(machines: &Machines, flavor: &FlavorSnapshot) -> bool {
@@ -252,12 +252,7 @@ impl Step for Follow {
         let said = said.and_then(|said| said.migration);
         let said = said.filter(|said| said.id == state.migration && said.progress.pause.is_some());
         if let Some(said) = said {
-            let change = migration::ActiveModel {
-                progress: Set(kept(&said.progress)),
-                ..Default::default()
-            };
-            migration::update(tx, state.migration, change).await?;
-            self.tools.handovers.keep(tx, state.migration).await?;
+            keep_progress(tx, state.migration, &said.progress).await?;
         }
         let Some(known) = known.filter(|known| Self::is_its_own(known, &state)) else {
             return operation.set_state(&state);

@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use fractus_agent_api::migration::MigrationId;
+use fractus_agent_api::migration::{MigrationId, Progress};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{DatabaseTransaction, DbErr};
 use serde_json::{Value, json};
@@ -96,7 +96,7 @@ impl Handovers {
         }))
     }
 
-    /// Adds them to what is kept of the migration; part of the transaction that ends it.
+    /// Adds them to what is kept of the migration; part of the transaction that follows them.
     pub(super) async fn keep(
         &self,
         tx: &DatabaseTransaction,
@@ -105,7 +105,6 @@ impl Handovers {
         let Some(parts) = self.parts(id) else {
             return Ok(());
         };
-        tracing::info!(migration = %id, %parts, "a guest's owner was moved");
         let row = migration::find(tx, id).await?;
         let progress = row.and_then(|row| serde_json::from_str::<Value>(&row.progress?).ok());
         let Some(Value::Object(mut progress)) = progress else {
@@ -122,6 +121,27 @@ impl Handovers {
     fn all(&self) -> MutexGuard<'_, HashMap<MigrationId, Moments>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What the source has said since, in place of what it had said before. What its owner's move took stays beside it, also
+/// where that was longer ago than anybody remembers.
+pub(super) async fn keep_progress(
+    tx: &DatabaseTransaction,
+    id: MigrationId,
+    progress: &Progress,
+) -> Result<(), DbErr> {
+    let Ok(Value::Object(mut next)) = serde_json::to_value(progress) else {
+        return Ok(());
+    };
+    let row = migration::find(tx, id).await?;
+    if let Some(parts) = row.and_then(|row| row.handover()) {
+        next.insert(migration::HANDOVER.to_owned(), parts);
+    }
+    let change = migration::ActiveModel {
+        progress: Set(Some(Value::Object(next).to_string())),
+        ..Default::default()
+    };
+    migration::update(tx, id, change).await
 }
 
 #[cfg(test)]

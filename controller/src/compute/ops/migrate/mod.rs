@@ -1,7 +1,7 @@
 //! `server_live_migrate`: a guest goes to another host, and runs meanwhile. Its disks travel with it.
 //!
 //! ```text
-//!   place    a host is chosen, and what the server needs of it is taken
+//!   place    its turn has come, a host is chosen, and what the server needs of it is taken
 //!   prepare  the target makes room and listens; commit: the source's intent is to send
 //!   send     the source offers, the target has it; commit: the owner's row moves, the only decision there is
 //!   resume   the target says that the guest goes on; commit: what the source was taken for is given back
@@ -22,7 +22,11 @@
 
 mod back;
 pub mod follow;
+mod guest;
 mod handover;
+mod place;
+mod queue;
+mod report;
 mod steps;
 
 use std::sync::Arc;
@@ -39,12 +43,13 @@ use serde::{Deserialize, Serialize};
 
 use self::follow::Follow;
 pub(super) use self::handover::Handovers;
-use self::steps::{Place, Prepare, Resume, Send};
+use self::place::Place;
+use self::steps::{Prepare, Resume, Send};
 use super::{RequestError, Tools, change, machine_id, observe, to_error, to_state, turn};
 use crate::agents::host;
 use crate::compute::model::state::{ServerState, Standing};
 use crate::compute::store::server;
-use crate::event::Origin;
+use crate::event::{self, Event, Origin};
 use crate::http::App;
 use crate::operation::{self, Kind, Operation, Outcome, Step, StepError};
 use crate::reconcile::migration::{self, Purpose, Status};
@@ -101,6 +106,9 @@ struct State {
     /// The guest is nowhere any more, because of this.
     #[serde(default)]
     lost: Option<String>,
+    /// How often its watchdog had run out when it left its source.
+    #[serde(default)]
+    fired: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -175,6 +183,7 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
         ended: None,
         observed: None,
         lost: None,
+        fired: 0,
     };
     let kind = if wish.follows { POST_COPY } else { KIND };
     let prepared = compute.engine.prepare(kind, id, &state, origin.clone())?;
@@ -200,7 +209,11 @@ pub async fn request(app: &App, origin: Origin, id: &str, wish: Wish) -> Result<
                 let row = server::find(tx, &id).await?;
                 let row = row.ok_or(RequestError::Overtaken)?;
                 let row = accepted(&row, (migration, Purpose::Live), source, &origin, now, tx);
-                migration::insert(tx, row.await?).await?;
+                let queued = migration::Model {
+                    status: Status::Queued.word().to_owned(),
+                    ..row.await?
+                };
+                migration::insert(tx, queued).await?;
                 Ok(prepared.insert(tx).await?)
             })
         })
@@ -274,7 +287,7 @@ pub async fn give_up(
     let over = |migration: &migration::Model| {
         !matches!(
             migration.status(),
-            Status::Accepted | Status::Preparing | Status::Running
+            Status::Accepted | Status::Queued | Status::Preparing | Status::Running
         )
     };
     if open.is_empty() || open.iter().any(over) {
@@ -315,16 +328,16 @@ pub(super) async fn bury(
 }
 
 /// The guest is stopped for the rest now, however long that takes; or goes on at its target, and the rest follows it, where
-/// it may. False if it is not being sent.
+/// it may. That it was asked for is recorded with it. False if it is not being sent.
 pub async fn force_complete(
     app: &App,
     server: ServerId,
     id: MigrationId,
-    request_id: Option<String>,
+    asked: Event,
 ) -> Result<bool, DbErr> {
     let now = app.now_us();
     let changed = app.database().write(move |tx| {
-        let request_id = request_id.clone();
+        let asked = asked.clone();
         Box::pin(async move {
             let Some(known) = machine::find(tx, server).await? else {
                 return Ok(false);
@@ -333,12 +346,14 @@ pub async fn force_complete(
             if departs(&known.wanted) != Some(id) {
                 return Ok(false);
             }
+            let request_id = asked.origin.request_id.clone();
             machine::change(tx, server, request_id, now, |wanted| {
                 if let Some(departure) = &mut wanted.departs {
                     departure.policy = follow::at_once(&departure.policy);
                 }
             })
             .await?;
+            event::record(tx, asked).await?;
             Ok::<_, DbErr>(true)
         })
     });
@@ -457,13 +472,7 @@ impl LiveMigrate {
             ended_at_us: Set((!parked).then_some(now)),
             ..is_now(status, now)
         };
-        migration::update(tx, state.migration, change).await?;
-        tracing::info!(
-            migration = %state.migration, status = status.word(), reason = reason.map(String::as_str),
-            source = %state.source, target = state.target.map(tracing::field::display),
-            "a live migration has ended"
-        );
-        Ok(())
+        Ok(migration::update(tx, state.migration, change).await?)
     }
 }
 
@@ -520,5 +529,21 @@ impl Kind for LiveMigrate {
             },
         };
         Ok(turn(tx, &operation.subject, |_| Some(change)).await?)
+    }
+
+    /// Its report is told, and its places are those of who waits for them.
+    async fn ended(&self, operation: &Operation, _outcome: &Outcome) -> Vec<String> {
+        let machines = &self.tools.machines;
+        let next = async {
+            let state: State = operation.state()?;
+            if let Some(row) = migration::find(machines.reader(), state.migration).await? {
+                report::tell(&row);
+            }
+            queue::next(machines, machines.reader()).await
+        };
+        next.await.unwrap_or_else(|error: StepError| {
+            tracing::warn!(%error, "who waits for a migration that has ended is not told");
+            Vec::new()
+        })
     }
 }

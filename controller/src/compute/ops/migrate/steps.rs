@@ -1,29 +1,26 @@
-//! The four steps, and how each is taken back. See the table in [`super`].
+//! The steps after the first, and how each is taken back. See the table in [`super`].
 
 use async_trait::async_trait;
 use fractus_agent_api::host::HostId;
-use fractus_agent_api::machine::{MachineReport, Observed, Revision, ServerId, StopReason};
+use fractus_agent_api::machine::{MachineReport, Observed, ServerId, StopReason};
 use fractus_agent_api::migration::{Arrival, Departure, Policy, State as Stream};
 use sea_orm::ActiveValue::Set;
 use sea_orm::DatabaseTransaction;
 
 use super::back::{hear_target, look_again, take_back};
-use super::follow;
-use super::{Begun, POST_COPY, State, cpu_of, goes_on, is_now, kept, never_ran};
+use super::{Begun, POST_COPY, State, goes_on, is_now, kept, never_ran};
+use super::{follow, guest};
 use crate::agents::host;
-use crate::compute::ops::{Tools, change, machine_id};
+use crate::compute::ops::{Tools, machine_id};
 use crate::operation::{Operation, Progress, Step, StepError};
 use crate::reconcile::machine::Machine;
 use crate::reconcile::migration::{self, Status};
-use crate::reconcile::{ASK_AGAIN, Converged, Dropped, NoHost, machine, state_of};
-use crate::scheduler::Request;
+use crate::reconcile::{ASK_AGAIN, Converged, machine, state_of};
 
 /// A target that has not listened for so long will not.
 const LONGEST_PREPARE_US: i64 = 600_000_000;
 /// Beyond what the policy gives: a guest that is still not offered then stays. Its disks travel, which may take hours.
 const LONGEST_SEND_US: i64 = 86_400_000_000;
-/// A target that cannot be told to drop what it has, or a source that its guest stays, is left to the reconciler.
-const LONGEST_DROP_US: i64 = 60_000_000;
 
 /// The row, while it is the source's and nothing else was asked of the guest.
 async fn undisturbed(
@@ -55,152 +52,9 @@ fn target(state: &State) -> Result<HostId, StepError> {
     target.ok_or_else(|| StepError::fail("no target was chosen"))
 }
 
-fn waited_us(tools: &Tools, operation: &Operation) -> i64 {
+pub(super) fn waited_us(tools: &Tools, operation: &Operation) -> i64 {
     let now = tools.clock.now_us();
     now.saturating_sub(operation.step_entered_at_us)
-}
-
-/// Chooses a host, takes what the server needs of it, and raises the revision above all that this host was told.
-pub(super) struct Place(pub(super) Tools);
-
-#[async_trait]
-impl Step for Place {
-    fn name(&self) -> &'static str {
-        "place"
-    }
-
-    /// What an earlier migration has left of the server elsewhere goes first: that host may be chosen again, and
-    /// hears of both in this order.
-    async fn run(&self, operation: &Operation) -> Result<Progress, StepError> {
-        let server = machine_id(&operation.subject)?;
-        let machines = &self.0.machines;
-        let known = machine::find(machines.reader(), server).await?;
-        // Before the owner has said that it has the guest, another one's may be the only one.
-        let Some(known) = known.filter(|known| known.settled && known.confirmed) else {
-            return Ok(Progress::Done);
-        };
-        let mut goes = false;
-        for (holder, said) in machines.fleet().holders(server) {
-            let gone = said.settled && said.observed == Observed::Absent;
-            if Some(holder) == known.host || gone || said.generation >= known.generation {
-                continue;
-            }
-            let dropped = machines.drop_at(holder, &known, said.revision).await?;
-            goes |= dropped == Dropped::Working;
-        }
-        let waits = goes && waited_us(&self.0, operation) < LONGEST_DROP_US;
-        Ok(match waits {
-            true => Progress::Wait(ASK_AGAIN),
-            false => Progress::Done,
-        })
-    }
-
-    async fn commit(
-        &self,
-        operation: &mut Operation,
-        tx: &DatabaseTransaction,
-    ) -> Result<(), StepError> {
-        let (tools, now) = (&self.0, self.0.clock.now_us());
-        let mut state: State = operation.state()?;
-        if state.key.is_none() {
-            return Err(StepError::fail(
-                "this controller has no master key to seal the stream's key with",
-            ));
-        }
-        let server = machine_id(&operation.subject)?;
-        let known = machine::find(tx, server).await?;
-        let known = known.filter(|known| known.host == Some(state.source) && !known.is_tombstone());
-        let known = known.ok_or_else(|| StepError::fail("the server is not where it was"))?;
-        let request = Request {
-            server,
-            amounts: change::amounts(&known.wanted.spec),
-            host: state.host,
-            excluded: Default::default(),
-            source: Some(state.source),
-            cpu: cpu_of(&known.wanted.spec),
-        };
-        let target = match tools.machines.place(tx, &request).await {
-            Ok(target) => target,
-            Err(NoHost::Database(error)) => return Err(error.into()),
-            Err(NoHost::Rejected(why)) => {
-                return Err(StepError::fail(format!("No valid host was found. {why}")));
-            }
-        };
-        let told = tools.machines.fleet().machine(target, server);
-        let told = told.filter(|told| told.generation == known.generation);
-        let above = told.map_or(Revision(0), |told| told.revision);
-        let request_id = operation.origin.request_id.clone();
-        let raised = machine::change_above(tx, server, above, request_id, now, |_| {}).await?;
-        state.begun = raised.as_ref().map(Begun::of);
-        state.target = Some(target);
-        let hostname = host::find(tx, target).await?.map(|row| row.hostname);
-        let change = migration::ActiveModel {
-            target_id: Set(Some(target.to_string())),
-            target: Set(hostname),
-            ..is_now(Status::Preparing, now)
-        };
-        migration::update(tx, state.migration, change).await?;
-        operation.set_state(&state)
-    }
-
-    /// The source goes on with its guest, and nothing is left on the target.
-    async fn undo(&self, operation: &Operation) -> Result<Progress, StepError> {
-        let state: State = operation.state()?;
-        let server = machine_id(&operation.subject)?;
-        let machines = &self.0.machines;
-        let Some(known) = machine::find(machines.reader(), server).await? else {
-            return Ok(Progress::Done);
-        };
-        let dropped = match (state.target, state.begun) {
-            (Some(target), Some(begun)) if known.host != Some(target) => {
-                machines.drop_at(target, &known, begun.revision).await?
-            }
-            _ => Dropped::Gone,
-        };
-        // A tombstone is the delete's to tell.
-        let is_off = machines.is_off(machines.reader(), state.source).await?;
-        if known.host == Some(state.source)
-            && !known.is_tombstone()
-            && known.confirmed
-            && is_off.is_none()
-        {
-            // The row says what is wanted: a source that is not heard is told by the reconciler when it is.
-            let late = waited_us(&self.0, operation) > LONGEST_DROP_US;
-            match machines.converge(server).await {
-                Ok(Converged::Pending(_)) if !late => return Ok(Progress::Wait(ASK_AGAIN)),
-                Err(error @ (StepError::Retry { .. } | StepError::Database(_))) if !late => {
-                    return Err(error);
-                }
-                // One that has lost it: the outcome says so.
-                Ok(_) | Err(_) => {}
-            }
-        }
-        match dropped {
-            Dropped::Gone => Ok(Progress::Done),
-            Dropped::Working => Ok(Progress::Wait(ASK_AGAIN)),
-            Dropped::Unreachable(_) if waited_us(&self.0, operation) > LONGEST_DROP_US => {
-                Ok(Progress::Done)
-            }
-            Dropped::Unreachable(reason) => Err(StepError::retry(reason)),
-        }
-    }
-
-    async fn undo_commit(
-        &self,
-        operation: &mut Operation,
-        tx: &DatabaseTransaction,
-    ) -> Result<(), StepError> {
-        let state: State = operation.state()?;
-        let server = machine_id(&operation.subject)?;
-        let known = machine::find(tx, server).await?;
-        let owner = known.and_then(|known| known.host);
-        if let Some(target) = state.target.filter(|target| owner != Some(*target)) {
-            host::release(tx, target, server).await?;
-        } else if owner.is_some() && owner == state.target {
-            host::release(tx, state.source, server).await?;
-        }
-        Ok(())
-    }
 }
 
 /// The target makes room for the guest, and listens.
@@ -504,7 +358,7 @@ impl Step for Send {
         tx: &DatabaseTransaction,
     ) -> Result<(), StepError> {
         let now = self.0.clock.now_us();
-        let state: State = operation.state()?;
+        let mut state: State = operation.state()?;
         let server = machine_id(&operation.subject)?;
         let (known, _) = expected(&state, machine::find(tx, server).await?)?;
         let (target, id) = (target(&state)?, state.migration);
@@ -517,22 +371,19 @@ impl Step for Send {
         let mut wanted = known.wanted.clone();
         (wanted.arrives, wanted.departs) = (None, None);
         wanted.continues = Some(id);
+        let said = self.0.machines.fleet().machine(state.source, server);
+        if let Some(said) = &said {
+            guest::leaves(&self.0, tx, (&known, said), &mut state, &mut wanted).await?;
+        }
         if !machine::move_owner(tx, &known, target, &wanted, now).await? {
             return Err(StepError::fail("the server was changed meanwhile"));
         }
         let mut change = is_now(Status::PostMigrating, now);
-        let said = self.0.machines.fleet().machine(state.source, server);
         if let Some(report) = said
             .and_then(|said| said.migration)
             .filter(|it| it.id == id)
         {
-            let progress = &report.progress;
-            tracing::info!(
-                %server, migration = %id, memory = progress.memory_sent, disk = progress.disk_sent,
-                took_us = progress.elapsed_us, rounds = ?progress.rounds, pause = ?progress.pause,
-                "a guest was sent"
-            );
-            change.progress = Set(kept(progress));
+            change.progress = Set(kept(&report.progress));
         }
         migration::update(tx, id, change).await?;
         operation.set_state(&state)
@@ -677,10 +528,9 @@ impl Step for Resume {
                 !known.is_tombstone() && known.age() == (said.generation, said.revision)
             })
         });
-        if let Some(said) = said {
-            // A guest that has ended since, or has failed, is the reconciler's to tell.
-            if said.settled && matches!(said.observed, Observed::Running | Observed::Paused) {
-                machine::settle(tx, &said, now).await?;
+        if let (Some(said), Some(known)) = (said, &known) {
+            if let Some(plain) = guest::settled(known, &said, &state) {
+                machine::settle(tx, &plain, now).await?;
             }
             state.observed = Some(said.observed);
         }
