@@ -21,5 +21,5 @@ pub use guardian::Guardian;
 pub use machines::{MachineProcess, processes as machine_processes};
 pub use network::{HostNetwork, in_a_segment};
 pub use process::{Process, program};
-pub use typed::{Typed, asks};
+pub use typed::{Typed, asks, has_lost};
 pub use wait::until;

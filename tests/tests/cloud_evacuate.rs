@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use fractus_tests::harness::{Cli, Client, Cloud, Options, asks, in_a_segment, until};
+use fractus_tests::harness::{Cli, Client, Cloud, Options, asks, has_lost, in_a_segment, until};
 
 /// Asked again where its connection was closed while the client before it took its time.
 async fn host_of(admin: &Client, server: &str) -> String {
@@ -83,6 +83,8 @@ async fn evacuated() {
     admin.until_status(three, "SHUTOFF").await.unwrap();
     assert_eq!(host_of(&admin, three).await, second);
     assert_ne!(boot(&admin, one).await, born, "it is a new boot");
+    // Its disk was on its old host, and was made anew.
+    has_lost(&admin, one, "0 65536 65536 7").await;
     let listed = openstack.json("server migration list --server one");
     assert_eq!(listed[0]["Status"], "done", "{listed}");
 

@@ -5,7 +5,9 @@
 
 use std::time::Duration;
 
-use fractus_tests::harness::{Cli, Client, Cloud, Options, Typed, asks, in_a_segment, until};
+use fractus_tests::harness::{
+    Cli, Client, Cloud, Options, Typed, asks, has_lost, in_a_segment, until,
+};
 use serde_json::Value;
 
 /// MiB of memory that have a content of their own, and megabits a second that the way to a host has while somebody looks.
@@ -300,7 +302,8 @@ impl Stage {
         self.admin.until_status(&self.id, "ACTIVE").await.unwrap();
         assert_eq!(self.host().await, "agent-0");
         assert_ne!(self.boot().await, boot);
-        // Its disk was its old host's.
+        // Its disk was its old host's, and was made anew.
+        has_lost(&self.admin, &self.id, "0 65536 65536 7").await;
         asks(&self.admin, &self.id, "disk-write 0 65536 65536 8").await;
     }
 }

@@ -204,3 +204,42 @@ async fn resized_and_migrated() {
     gone.await.unwrap();
     assert_eq!(cloud.machine_processes(), []);
 }
+
+#[test]
+fn cloud_a_server_that_was_resized_stays_so_by_itself_after_a_while() {
+    in_a_segment(
+        "cloud_a_server_that_was_resized_stays_so_by_itself_after_a_while",
+        confirmed_by_nobody,
+    );
+}
+
+async fn confirmed_by_nobody() {
+    let options = Options {
+        agents: 2,
+        networks: true,
+        serve: &["--resize-confirm-window", "1"],
+        ..Options::default()
+    };
+    let cloud = Cloud::start(options).await.unwrap();
+    let openstack = Cli::openstack(&cloud);
+    let admin: Client = cloud.admin().await.unwrap().at(96);
+    cloud.probe_image(&admin, "tick_ms=20").await.unwrap();
+    openstack.json("flavor create --ram 64 --vcpus 1 --disk 0 tiny");
+    openstack.json("flavor create --ram 128 --vcpus 2 --disk 0 larger");
+    let made = openstack.json("server create --image probe --flavor tiny --nic none --wait one");
+    let id = made["id"].as_str().unwrap().to_owned();
+    openstack.done("server resize --flavor larger one");
+    let path = format!("/compute/v2.1/os-migrations?instance_uuid={id}");
+    let stays = until("it stays so", Duration::from_secs(60), || async {
+        let listed = admin.get(&path).await.unwrap();
+        match listed.text("/migrations/0/status").as_str() {
+            "confirmed" => Ok(()),
+            other => Err(other.to_owned()),
+        }
+    });
+    let stays = stays.await;
+    stays.unwrap_or_else(|error| panic!("{error:#}\n{}", cloud.logs()));
+    let shown = admin.until_status(&id, "ACTIVE").await.unwrap();
+    assert_eq!(shown["flavor"]["original_name"], "larger");
+    openstack.done("server delete --wait one");
+}

@@ -26,6 +26,15 @@ pub async fn asks(admin: &Client, server: &str, command: &str) {
     typed.answer(command).await.unwrap();
 }
 
+/// The disk of a server is not as it was once written to by `disk-write`, with these arguments.
+pub async fn has_lost(admin: &Client, server: &str, written: &str) {
+    let mut typed = Typed::open(admin, server).await.unwrap();
+    let check = format!("disk-check {written}");
+    let answers = ["ok disk-check", "err disk-check at="];
+    let answer = typed.until(&check, &answers).await.unwrap();
+    assert!(answer.contains(answers[1]), "{check}: {answer}");
+}
+
 /// A server's serial console, with the probe at its other end.
 pub struct Typed {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
