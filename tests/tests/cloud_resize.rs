@@ -215,6 +215,7 @@ fn cloud_a_server_that_was_resized_stays_so_by_itself_after_a_while() {
 
 async fn confirmed_by_nobody() {
     let options = Options {
+        agents: 2,
         networks: true,
         serve: &["--resize-confirm-window", "1"],
         ..Options::default()
