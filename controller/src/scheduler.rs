@@ -145,6 +145,14 @@ impl fmt::Display for Rejections {
 
 impl std::error::Error for Rejections {}
 
+impl Rejections {
+    /// Against one of them there is nothing but that it has not been heard yet.
+    pub fn wait_for_a_word(&self) -> bool {
+        let mut all = self.0.iter();
+        all.any(|(_, _, reasons)| reasons.as_slice() == [Reason::NotYetHeard])
+    }
+}
+
 /// Chooses the host with the most memory left afterwards, in proportion; among equals, one that the
 /// server's id picks, so that servers spread.
 ///

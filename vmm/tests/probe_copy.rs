@@ -316,6 +316,8 @@ fn a_snapshot_whose_disk_cannot_be_copied_is_none_and_the_guest_runs_on() {
         .machine
         .snapshot_with_disks(Scope::Whole.into(), into, b"", &mut [copying]);
     match taken {
+        // Where files share their blocks it takes no room.
+        Ok(report) if report.disks.iter().all(|disk| disk.shared) => return,
         Err(SnapshotError::Disk { index: 0, source }) => {
             assert!(matches!(*source, DiskCopyError::NoRoom { .. }), "{source}");
         }

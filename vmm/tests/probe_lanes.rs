@@ -10,15 +10,14 @@
 mod probe_guest;
 
 use std::fs::File;
-use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use fractus_vmm::machine::{Event, Machine, MigrationError, Paying, RunState};
 use fractus_vmm::stream::converge::{AtLimit, Policy};
 use fractus_vmm::stream::lane::{Connections, MOST_LANES};
+use probe_guest::wire::Slow;
 use probe_guest::{Disks, Guest, PATIENCE, Sent, Setup, fields};
 use rstest::rstest;
 
@@ -261,38 +260,6 @@ fn a_guest_that_stands_still_for_too_long_goes_on_here() {
     assert!(matches!(unsent.error, MigrationError::Late { .. }));
     let mut guest = (sent.here)(*unsent.machine);
     assert_eq!(guest.ok("echo alive"), "alive");
-}
-
-/// An end by which so many bytes a second go out.
-struct Slow {
-    end: UnixStream,
-    rate: u64,
-}
-
-impl Read for Slow {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.end.read(buffer)
-    }
-}
-
-impl Write for Slow {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        let written = self.end.write(&buffer[..buffer.len().min(64 << 10)])?;
-        let takes = Duration::from_micros(written as u64 * 1_000_000 / self.rate);
-        // sleeps because that is what makes the connection slow
-        std::thread::sleep(takes);
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.end.flush()
-    }
-}
-
-impl AsFd for Slow {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.end.as_fd()
-    }
 }
 
 /// A megabyte of one lane takes a quarter of a second, and its guest is served many times in that.

@@ -21,6 +21,7 @@ use fractus_vmm::config::{MachineConfig, MachineFiles};
 use fractus_vmm::machine::{self, Landing, MigrationError, RunState, SnapshotError};
 use fractus_vmm::stream::converge::{AtLimit, Decision, Policy, Throttle};
 use fractus_vmm::stream::lane::Connections;
+use probe_guest::wire::Slow;
 use probe_guest::{Disks, Guest, Setup, fields};
 use rstest::rstest;
 use vm_memory::{Bytes, GuestAddress};
@@ -494,6 +495,41 @@ fn what_is_zero_again_in_the_end_is_zero_there() {
     assert_eq!([byte(first), byte(second)], [7, 0]);
 }
 
+/// Nobody looks at what is written while it is paused: its disk goes, and some of its memory, and then it runs.
+#[test]
+fn what_is_zero_again_of_a_guest_that_was_paused_while_its_disk_went_is_zero_there() {
+    let (from, to) = (disk(1 << 20), disk(0));
+    let mut guest = Setup::new().disk(&from, |_| {}).boot();
+    guest.ok("disk-write 0 0 1048576 11");
+    guest.ok("touch 40");
+    let memory = guest.machine.memory().clone();
+    let (first, second) = (0x2_0000, 0x2_1000);
+    memory
+        .write_slice(&[7; 0x2000], GuestAddress(first))
+        .unwrap();
+    guest.machine.pause().unwrap();
+    let (near, far) = wire();
+    let goes = Disks::Go(&[&to], 1 << 20);
+    let mut gone = 0;
+    let sent = guest.sent_to(POLICY, goes, near, far, |step, machine| {
+        // The disk, and the first megabyte.
+        if step == 2 {
+            memory.give_back(second, 0x1000).unwrap();
+            machine.resume().unwrap();
+        }
+        gone = step;
+    });
+    assert!(gone > 10, "it was resumed in the middle");
+    let offer = sent.offer.unwrap();
+    assert!(offer.ran());
+    let arrived = sent.arrival.unwrap();
+    let byte = |at| {
+        let memory = arrived.machine.memory();
+        memory.read_obj::<u8>(GuestAddress(at)).unwrap()
+    };
+    assert_eq!([byte(first), byte(second)], [7, 0]);
+}
+
 #[test]
 fn a_guest_that_stands_still_for_too_long_goes_on_here() {
     let guest = Setup::new().boot();
@@ -571,39 +607,6 @@ fn a_guest_that_writes_too_fast_is_left_where_it_is() {
     }
     guest.send("");
     guest.line("ok weave");
-}
-
-/// An end by which so many bytes a second go out.
-struct Slow {
-    end: UnixStream,
-    rate: u64,
-}
-
-impl Read for Slow {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.end.read(buffer)
-    }
-}
-
-impl Write for Slow {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        let written = self.end.write(buffer)?;
-        // sleeps because that is what makes the connection slow
-        std::thread::sleep(Duration::from_micros(
-            written as u64 * 1_000_000 / self.rate,
-        ));
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.end.flush()
-    }
-}
-
-impl AsFd for Slow {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.end.as_fd()
-    }
 }
 
 /// Of a guest that writes to all of 8 MiB in less than a round of these takes.

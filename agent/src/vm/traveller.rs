@@ -571,6 +571,8 @@ fn journey(offered: &Offered<Sealed<Paced>>) -> Journey {
 fn in_vain(report: &SendReport) -> Progress {
     let stood = report.pause != machine::Pause::default();
     Progress {
+        memory_left: report.memory_left,
+        disk_left: report.disk_left,
         pause: stood.then(|| pause(report.pause)),
         ..progress(report, report.whole)
     }

@@ -398,7 +398,7 @@ impl<'a> Disks<'a> {
     }
 
     /// They are durable.
-    pub fn reports(mut self) -> Result<Vec<DiskCopyReport>, SnapshotError> {
+    pub fn reports(&mut self) -> Result<Vec<DiskCopyReport>, SnapshotError> {
         let mut reports = Vec::new();
         self.each(|disk| {
             // It is whole: there is a report.

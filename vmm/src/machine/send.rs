@@ -265,6 +265,9 @@ impl<S: Read + Write> Sender<S> {
                 doubt: self.doubt,
             })),
             Err(error) => {
+                let left = self.progress();
+                let left = (left.memory_left, left.disk_left);
+                (self.report.memory_left, self.report.disk_left) = left;
                 let refused = self.lanes.were_refused(&error);
                 drop(self.lanes);
                 let mut answers = Answers::behind(self.out.get_mut(), self.answers);
@@ -466,12 +469,13 @@ impl<S: Read + Write> Sender<S> {
             let pause = &mut self.report.pause;
             (pause.stop, pause.send) = (stop, began.elapsed() - stop - pause.state);
         }
-        if ran && (over || outcome.is_err()) {
+        if over || outcome.is_err() {
             self.debt = None;
-            if let Err(error) = self.machine.run() {
+            if ran && let Err(error) = self.machine.run() {
                 self.machine.run_on(&error);
                 return Err(error.into());
             }
+            // Also of one that stood still: nobody else knows what it had written before.
             self.next_round(written);
         }
         outcome?;
@@ -625,6 +629,8 @@ fn prepare<S: Write>(
         last: 0,
         last_disk: 0,
         owed: 0,
+        memory_left: 0,
+        disk_left: 0,
         pause: Pause::default(),
         whole: Duration::ZERO,
     };

@@ -256,10 +256,7 @@ impl Machine {
         };
         let disks = Disks::of(disks, self.state == RunState::Running);
         let written = disks.and_then(|mut disks| {
-            let mut report =
-                self.write(file, options, owner, base, (ledger.as_mut(), &mut disks))?;
-            report.disks = disks.reports()?;
-            Ok(report)
+            self.write(file, options, owner, base, (ledger.as_mut(), &mut disks))
         });
         if let (Ok(report), Some(ledger)) = (&written, &mut ledger)
             && scope != Scope::Whole
@@ -333,7 +330,7 @@ impl Machine {
                 state
             }
             (_, Some(ledger)) => {
-                let logs = (ledger, disks);
+                let logs = (ledger, &mut *disks);
                 let state = self.copy_running(&mut copy, &mut report, logs, options.long_pause);
                 // Whatever came of it.
                 self.vcpus.throttle(0);
@@ -347,6 +344,8 @@ impl Machine {
                 Ok(state)
             })?,
         };
+        // Before the snapshot is one.
+        report.disks = disks.reports()?;
         report.totals = copy.finish(&state, owner)?;
         Ok(report)
     }
@@ -425,9 +424,10 @@ impl Machine {
     ) -> Result<Vec<u8>, SnapshotError> {
         let mut written = None;
         loop {
+            // Before memory's: what is written while they are settled is in that one.
+            disks.again()?;
             let (round, mut rest) = self.round(copy, ledger, written.as_ref())?;
             report.rounds.push(round);
-            disks.again()?;
             let next = match self.board.requests.halting() {
                 true => Next::Stop,
                 false => pace::next(report.rounds.len(), report.slowed().0, &round),

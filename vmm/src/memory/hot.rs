@@ -225,18 +225,18 @@ impl HotMemory {
 
     /// Nothing is behind them any more.
     fn punch(&self, blocks: Blocks) -> Result<(), MemoryError> {
-        // What a stream has sent of them is no longer so.
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let offset = self.offset + blocks.offset();
+        let punched = rustix::fs::fallocate(&*self.file, flags, offset, blocks.bytes());
+        // What a stream has sent of them is no longer so, whether all of them are gone or some. Afterwards: who takes the
+        // log before finds it in the next one.
         let regions = self.map.iter();
         for region in regions.filter(|region| region.start_addr().0 == self.window.base) {
             let (offset, length) = (blocks.offset() as usize, blocks.bytes() as usize);
             region.get_mmap().bitmap().set_addr_range(offset, length);
         }
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let offset = self.offset + blocks.offset();
-        rustix::fs::fallocate(&*self.file, flags, offset, blocks.bytes()).map_err(|source| {
-            MemoryError::Discard {
-                source: source.into(),
-            }
+        punched.map_err(|source| MemoryError::Discard {
+            source: source.into(),
         })
     }
 

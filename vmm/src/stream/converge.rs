@@ -147,12 +147,13 @@ pub fn explained(policy: &Policy, standing: &Standing) -> (Decision, Why) {
     let rounds = standing.stalled;
     let stalled = |most| (rounds >= most).then_some(Why::Stalled { rounds });
     let late = late.then_some(Why::Late { limit });
-    // Nobody knows how long it would take before anything was sent.
-    let hopeless = standing.rate > 0 && takes > longest;
+    // Twice, as a guest that stands still leaves more of the line; and nobody knows before anything was sent.
+    let hopeless = standing.rate > 0 && takes > longest.saturating_mul(2);
     let over = match policy.at_limit {
         // It would be stopped for nothing, and go on here.
         AtLimit::Stop if hopeless => {
-            late.map(|_| (Decision::GiveUp, Why::Hopeless { takes, longest }))
+            let over = late.or(stalled(most).filter(|_| slowest));
+            over.map(|_| (Decision::GiveUp, Why::Hopeless { takes, longest }))
         }
         // It would be stopped with as much left in the end: sooner is as good.
         AtLimit::Stop => late.or(stalled(most)).map(|why| (Decision::Stop, why)),
@@ -429,7 +430,7 @@ mod tests {
                 prop_assert!(elapsed <= policy.limit + Duration::from_micros(of * 1_000_000 / rate + 1));
                 let fits = u128::from(left) * 1000 <= u128::from(rate) * 10 + 999;
                 let takes = u128::from(left) * 1_000_000 / u128::from(rate);
-                let takes_too_long = takes > policy.longest.as_micros();
+                let takes_too_long = takes > 2 * policy.longest.as_micros();
                 let at_the_limit = match at_limit {
                     AtLimit::Stop if takes_too_long => Decision::GiveUp,
                     AtLimit::Stop => Decision::Stop,

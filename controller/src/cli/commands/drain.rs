@@ -2,6 +2,7 @@
 //! controller's to say.
 
 use std::collections::BTreeSet;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -127,6 +128,8 @@ struct Draining<'a> {
     timeout: Duration,
     session: &'a Session,
     output: &'a Output,
+    /// Of all; what is said meanwhile goes above it.
+    bar: Mutex<Option<ProgressBar>>,
 }
 
 impl Drain {
@@ -139,6 +142,7 @@ impl Drain {
             timeout: Duration::from_secs(self.timeout),
             session,
             output,
+            bar: Mutex::default(),
         };
         draining.run().await
     }
@@ -173,6 +177,8 @@ impl Draining<'_> {
             }
         }
         let kept = self.kept_disks().await?;
+        // What came late was asked to go as well.
+        late.retain(|id| !all.iter().any(|one| one.id == *id));
         let stay = all.iter().filter(|one| matches!(one.stage, Stage::Stays));
         let stay = stay.count() + late.len();
         if stay + kept == 0 {
@@ -189,24 +195,35 @@ impl Draining<'_> {
 
     /// Until each has left, or stays. They are as this list says when they are asked first.
     async fn leave(&self, all: &mut [Leaving], servers: &[Value]) -> Result<(), CliError> {
-        let mut bar = self.output.spinner(&format!("draining {}", self.name));
+        let spinner = self.output.spinner(&format!("draining {}", self.name));
+        *self.bar() = Some(spinner);
         let mut pause = SOON;
         let mut listed = Some(servers);
-        let ended = loop {
-            for one in all.iter_mut() {
-                let known = listed.and_then(|all| all.iter().find(|it| text(it, "id") == one.id));
-                self.turn(one, known).await?;
+        let ended = async {
+            loop {
+                for one in all.iter_mut() {
+                    let known =
+                        listed.and_then(|all| all.iter().find(|it| text(it, "id") == one.id));
+                    self.turn(one, known).await?;
+                }
+                listed = None;
+                if all.iter().all(Leaving::is_over) {
+                    return Ok(());
+                }
+                self.show(all);
+                tokio::time::sleep(pause).await;
+                pause = (pause * 3 / 2).min(LONGEST_LOOK);
             }
-            listed = None;
-            if all.iter().all(Leaving::is_over) {
-                break Ok(());
-            }
-            self.show(&mut bar, all);
-            tokio::time::sleep(pause).await;
-            pause = (pause * 3 / 2).min(LONGEST_LOOK);
         };
-        bar.finish_and_clear();
+        let ended = ended.await;
+        if let Some(bar) = self.bar().take() {
+            bar.finish_and_clear();
+        }
         ended
+    }
+
+    fn bar(&self) -> MutexGuard<'_, Option<ProgressBar>> {
+        self.bar.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whatever is to be done next with one of them; as it is listed, if that is known.
@@ -359,13 +376,19 @@ impl Draining<'_> {
     /// Once.
     fn say(&self, one: &mut Leaving, what: &str) {
         if one.said.as_deref() != Some(what) {
-            self.output.remark(&format!("{}: {what}", one.shown));
+            let remark = || self.output.remark(&format!("{}: {what}", one.shown));
+            match &*self.bar() {
+                Some(bar) => bar.suspend(remark),
+                None => remark(),
+            }
             one.said = Some(what.to_owned());
         }
     }
 
     /// One bar for all.
-    fn show(&self, bar: &mut ProgressBar, all: &[Leaving]) {
+    fn show(&self, all: &[Leaving]) {
+        let mut bar = self.bar();
+        let Some(bar) = bar.as_mut() else { return };
         let left = all.iter().filter(|one| one.is_over()).count();
         let what = format!("{left} of {} servers of {}", all.len(), self.name);
         let Some((there, total)) = sum(all) else {

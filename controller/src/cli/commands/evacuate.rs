@@ -91,8 +91,9 @@ impl OfHost {
                 .await?;
         }
         let path = format!("/servers/detail?all_tenants=1&host={}", query_value(&name));
-        let mut servers = session.list(Service::Compute, &path, "servers").await?;
+        let servers = session.list(Service::Compute, &path, "servers").await?;
         let all = servers.len();
+        let mut servers: Vec<_> = servers.into_iter().map(|server| (server, false)).collect();
         for tries in 1..=TRIES {
             let is_last = tries == TRIES;
             servers = self.bring(servers, is_last, session, output).await?;
@@ -111,20 +112,23 @@ impl OfHost {
         })
     }
 
-    /// Each as it was before; answers those that have not come anywhere.
+    /// Each as it was before, and whether it is on its way, only slow; answers those that have not come anywhere.
     async fn bring(
         &self,
-        servers: Vec<Value>,
+        servers: Vec<(Value, bool)>,
         is_last: bool,
         session: &Session,
         output: &Output,
-    ) -> Result<Vec<Value>, CliError> {
+    ) -> Result<Vec<(Value, bool)>, CliError> {
         let mut begun = Vec::new();
-        for server in &servers {
-            begun.push(begin(text(server, "id"), self.to.as_deref(), session).await);
+        for (server, goes) in &servers {
+            begun.push(match goes {
+                true => Ok(()),
+                false => begin(text(server, "id"), self.to.as_deref(), session).await,
+            });
         }
         let (mut stay, all) = (Vec::new(), servers.len());
-        for (n, (server, begun)) in servers.into_iter().zip(begun).enumerate() {
+        for (n, ((server, _), begun)) in servers.into_iter().zip(begun).enumerate() {
             let (id, name) = (text(&server, "id"), text(&server, "name"));
             let shown = format!("{} of {all}: {id} ({name})", n + 1);
             let went = match begun {
@@ -141,9 +145,15 @@ impl OfHost {
                     | CliError::Timeout { .. }
                     | CliError::Refused { .. }),
                 ) => {
-                    let again = if is_last { "" } else { "is asked for again: " };
+                    // Asked for again it would begin anew.
+                    let goes = matches!(error, CliError::Timeout { .. });
+                    let again = match (is_last, goes) {
+                        (true, _) => "",
+                        (false, true) => "is waited for: ",
+                        (false, false) => "is asked for again: ",
+                    };
                     output.remark(&format!("{shown}: {again}{error}"));
-                    stay.push(server);
+                    stay.push((server, goes));
                 }
                 Err(error) => return Err(error),
             }

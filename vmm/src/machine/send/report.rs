@@ -27,6 +27,9 @@ pub struct SendReport {
     pub last_disk: u64,
     /// Pages of memory that were to follow.
     pub owed: u64,
+    /// Bytes that had not gone, of one that was not sent.
+    pub memory_left: u64,
+    pub disk_left: u64,
     pub pause: Pause,
     pub whole: Duration,
 }

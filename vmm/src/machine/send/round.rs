@@ -119,22 +119,22 @@ impl<S: Read + Write> Sender<S> {
         if disk > 0 || memory == 0 || !self.journal.logs_memory() {
             return Ok(());
         }
-        if std::mem::take(&mut self.round.behind_disks) {
+        self.memory_since.get_or_insert_with(Instant::now);
+        // While the guest stood still nobody looked, and some may have gone.
+        if std::mem::take(&mut self.round.behind_disks) && self.round.pages == 0 {
             // Nothing of it has gone with this round, which may have taken long so far.
-            self.memory_since.get_or_insert_with(Instant::now);
             let written = self.journal.take_memory()?;
             self.pending.join_memory(&written);
             self.round.memory = self.pending.count().0;
             return Ok(());
         }
         let may_slow = self.policy.throttle.is_some() && self.policy.at_limit != AtLimit::PostCopy;
-        let is_time = LOOKS
-            .get(self.round.looks)
-            .is_some_and(|part| self.round.pages >= (self.round.memory / part).max(WORTH_A_LOOK));
-        if !may_slow || !is_time {
+        let gone = |part: &&u64| self.round.pages >= (self.round.memory / **part).max(WORTH_A_LOOK);
+        let looks = LOOKS.iter().take_while(gone).count();
+        if !may_slow || looks <= self.round.looks {
             return Ok(());
         }
-        self.round.looks += 1;
+        self.round.looks = looks;
         let written = self.journal.take_memory()?;
         self.pending.remove_memory(&written);
         let seen = match self.round.written.take() {
@@ -173,7 +173,11 @@ impl<S: Read + Write> Sender<S> {
     /// How fast the round was, if it could tell.
     fn learn_rate(&mut self) {
         if self.round.content >= TELLING * self.lanes.count().max(1) as u64 {
-            let took = self.round.began.elapsed() - self.round.settling;
+            let took = self
+                .round
+                .began
+                .elapsed()
+                .saturating_sub(self.round.settling);
             self.round.rate = Some(rate(self.round.content, took));
         }
     }

@@ -22,7 +22,7 @@ use crate::compute::ops::{change, machine_id};
 use crate::operation::{self, Direction, Operation, OperationId, StepError};
 use crate::reconcile::Machines;
 use crate::reconcile::machine::{self, Machine};
-use crate::scheduler::{self, HostView, Request};
+use crate::scheduler::{self, HostPresence, HostView, Request};
 
 /// Whether a migration may go now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,6 +105,11 @@ impl Places {
         if self.is_full(way.source) || way.host.is_some_and(|host| self.is_full(host)) {
             return (Turn::Later, way.host);
         }
+        let is_unheard = |host: &HostView| host.presence == HostPresence::NotYetHeard;
+        let unheard = |id: HostId| hosts.iter().any(|host| host.id == id && is_unheard(host));
+        if unheard(way.source) || way.host.is_some_and(unheard) {
+            return (Turn::Later, way.host);
+        }
         let Some(request) = request.filter(|_| way.host.is_none()) else {
             return (Turn::Now(BTreeSet::new()), way.host);
         };
@@ -114,6 +119,8 @@ impl Places {
             Ok(target) => (Turn::Now(without.excluded), Some(target)),
             // One that is full could.
             Err(_) if scheduler::place(request, hosts).is_ok() => (Turn::Later, None),
+            // A controller that has just begun has heard of none: it hears of them, or that they are silent, in a minute.
+            Err(why) if why.wait_for_a_word() => (Turn::Later, None),
             Err(_) => (Turn::Now(BTreeSet::new()), None),
         }
     }
@@ -191,7 +198,14 @@ async fn open(
     };
     let mut waiting = Vec::new();
     for operation in operation::under_way(connection, &KINDS).await? {
-        let way: Way = operation.state()?;
+        let way = match operation.state::<Way>() {
+            Ok(way) => way,
+            // Of another release, perhaps: it is its own to fail, and nobody else's.
+            Err(error) => {
+                tracing::warn!(operation = %operation.id, %error, "a migration that nobody can read has no turn");
+                continue;
+            }
+        };
         match way.target {
             Some(target) => {
                 places.take(way.source);
@@ -258,6 +272,50 @@ mod tests {
         };
         let hosts: Vec<HostView> = (1..=4).map(testing::host).collect();
         places.next(&way, Some(&request), &hosts)
+    }
+
+    /// A controller that has just begun has heard of nobody, and who waits is not to fail for that.
+    #[test]
+    fn who_waits_waits_for_hosts_that_have_not_been_heard_yet() {
+        let request = Request {
+            server: ServerId(Uuid::from_u128(9)),
+            amounts: Amounts {
+                vcpus: 1,
+                memory_mib: 100,
+                disk_gib: 1,
+            },
+            host: None,
+            excluded: BTreeSet::new(),
+            source: Some(host(1)),
+            cpu: CpuNeed::Nothing,
+        };
+        let turn = |unheard: &[u128], silent: &[u128], asked: Option<u128>| {
+            let way = Way {
+                source: host(1),
+                host: asked.map(host),
+                target: None,
+            };
+            let presence = |n: u128| match (unheard.contains(&n), silent.contains(&n)) {
+                (true, _) => HostPresence::NotYetHeard,
+                (_, true) => HostPresence::Silent,
+                _ => HostPresence::Up,
+            };
+            let hosts: Vec<HostView> = (1..=3)
+                .map(|n| HostView {
+                    presence: presence(n),
+                    ..testing::host(n)
+                })
+                .collect();
+            places(&[]).next(&way, Some(&request), &hosts)
+        };
+        assert_eq!(turn(&[1, 2, 3], &[], None), Turn::Later);
+        assert_eq!(turn(&[2, 3], &[], None), Turn::Later);
+        assert_eq!(turn(&[2], &[3], None), Turn::Later);
+        assert_eq!(turn(&[2], &[], Some(2)), Turn::Later);
+        // One that is there will do; and those that are silent are not waited for.
+        assert_eq!(turn(&[2], &[], None), now_but_to(&[]));
+        assert_eq!(turn(&[2], &[], Some(3)), now_but_to(&[]));
+        assert_eq!(turn(&[], &[2, 3], None), now_but_to(&[]));
     }
 
     fn now_but_to(full: &[u128]) -> Turn {
