@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use fractus_vmm::config::{MachineConfig, MachineFiles};
 use fractus_vmm::machine::{self, Landing, MigrationError, RunState, SnapshotError};
-use fractus_vmm::stream::converge::{AtLimit, Decision, Policy, Throttle};
+use fractus_vmm::stream::converge::{AtLimit, Decision, Policy, Throttle, Why};
 use fractus_vmm::stream::lane::Connections;
 use probe_guest::wire::Slow;
 use probe_guest::{Disks, Guest, Setup, fields};
@@ -596,6 +596,11 @@ fn a_guest_that_writes_too_fast_is_left_where_it_is() {
         match sent.offer {
             Err(unsent) => {
                 assert!(matches!(unsent.error, MigrationError::TooBusy));
+                // What came to nothing is explained like what did not.
+                let report = unsent.report.as_ref().unwrap();
+                let last = report.rounds.last().unwrap();
+                assert_eq!(last.decision, Decision::GiveUp);
+                assert!(matches!(last.why, Why::Late { .. }), "{last:?}");
                 assert!(sent.arrival.is_err());
                 guest = (sent.here)(*unsent.machine);
                 break;

@@ -47,6 +47,8 @@ pub struct Gate {
     line: Mutex<Option<((MigrationId, u16), Line)>>,
     doubled: Mutex<Option<Letter>>,
     follows: watch::Sender<Follows>,
+    /// It has been heard that the guest runs at its target.
+    runs: watch::Sender<bool>,
 }
 
 /// Whether a guest's memory is to follow it.
@@ -68,6 +70,7 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Gate {
     /// The next message of this kind is caught.
     pub fn arm(&self, spot: Spot, sides: Sides) {
+        self.runs.send_replace(false);
         *lock(&self.trap) = Some(Trap {
             spot,
             sides,
@@ -124,6 +127,14 @@ impl Gate {
         }
     }
 
+    /// The guest that came there last runs at this agent.
+    pub fn runs_at(&self, agent: usize) {
+        let is_its = |trap: &Trap| trap.sides.target == agent;
+        if lock(&self.trap).as_ref().is_some_and(is_its) {
+            self.runs.send_replace(true);
+        }
+    }
+
     /// What is to become of the next guest's memory.
     pub fn follows(&self, how: Follows) {
         self.follows.send_replace(how);
@@ -154,15 +165,17 @@ impl Gate {
         if is_behind {
             let armed = {
                 let trap = lock(&self.trap);
-                let before = |trap: &&Trap| trap.spot.is_before_memory();
-                trap.as_ref()
-                    .filter(before)
-                    .map(|trap| trap.state.subscribe())
+                let is_before = |trap: &Trap| trap.spot.is_before_memory();
+                (trap.as_ref()).map(|trap| (trap.state.subscribe(), is_before(trap)))
             };
-            if let Some(mut state) = armed {
-                let _ = state
-                    .wait_for(|state| matches!(state, State::Open(_)))
-                    .await;
+            let Some((mut state, is_before)) = armed else {
+                return;
+            };
+            let mut runs = self.runs.subscribe();
+            let is_open = state.wait_for(|state| matches!(state, State::Open(_)));
+            tokio::select! {
+                _ = is_open => {}
+                _ = runs.wait_for(|runs| *runs), if !is_before => {}
             }
             return;
         }

@@ -297,6 +297,9 @@ impl Shared {
         let Some(migration) = &report.migration else {
             return;
         };
+        if migration.state == State::Continued {
+            self.gate(agent).runs_at(agent);
+        }
         let State::Arriving { port } = migration.state else {
             return;
         };

@@ -295,9 +295,13 @@ impl Fault {
             Self::TargetAgent => &[End::Here],
             // The line by which the guest itself comes ends with its agent, and what it has carried is not lost.
             Self::SourceAgent if spot == Spot::Owing => &[End::Here],
-            Self::SourceAgent if spot == Spot::Ending => &[End::Here, End::There],
+            // As long as the row is the source's, whose guest is whole, nobody mends it for one that would be in parts.
+            Self::SourceAgent if !spot.is_committed() => &[End::Here, End::There],
             Self::SourceAgent => &[End::There],
-            Self::Cut if matches!(spot, Spot::Owing | Spot::Ending) => &[End::Here],
+            Self::LostAnswer if spot == Spot::Ending => &[End::Here],
+            Self::Cut if matches!(spot, Spot::Owing | Spot::Ending | Spot::Answering) => {
+                &[End::Here]
+            }
             Self::Cut | Self::LostAnswer | Self::Doubled | Self::Controller => &[End::There],
         }
     }
