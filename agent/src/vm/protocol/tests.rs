@@ -468,28 +468,37 @@ fn heard_of_memory() -> Vec<FromMachine> {
             },
             ..moving()
         }),
-        // And that say why a round was the last or not.
-        FromMachine::Moving(Moving {
-            progress: migration::Progress {
-                rounds: vec![migration::Round {
-                    rate: 6,
-                    throttled: 7,
-                    cut: true,
-                    why: Some("it helps".to_owned()),
-                    ..moving().progress.rounds[0].clone()
-                }],
-                ..moving().progress
-            },
-            ..moving()
-        }),
     ]
+}
+
+/// That say why a round was the last or not.
+fn heard_of_reasons() -> Vec<FromMachine> {
+    vec![FromMachine::Moving(Moving {
+        progress: migration::Progress {
+            rounds: vec![migration::Round {
+                rate: 6,
+                throttled: 7,
+                cut: true,
+                why: Some("it helps".to_owned()),
+                ..moving().progress.rounds[0].clone()
+            }],
+            ..moving().progress
+        },
+        ..moving()
+    })]
 }
 
 #[test]
 fn packets_of_version_1_are_still_understood() {
     let (sent, heard) = (
         sent(),
-        [heard(), heard_of_ways(), heard_of_memory()].concat(),
+        [
+            heard(),
+            heard_of_ways(),
+            heard_of_memory(),
+            heard_of_reasons(),
+        ]
+        .concat(),
     );
     assert_eq!(
         read::<ToMachine>("to-machine-v1.jsonl"),
