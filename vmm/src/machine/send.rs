@@ -467,7 +467,7 @@ impl<S: Read + Write> Sender<S> {
         if ran && outcome.is_err() {
             // What it has stood still for in vain.
             let pause = &mut self.report.pause;
-            (pause.stop, pause.send) = (stop, began.elapsed() - stop - pause.state);
+            (pause.stop, pause.send) = (stop, began.elapsed().saturating_sub(stop + pause.state));
         }
         if over || outcome.is_err() {
             self.debt = None;
